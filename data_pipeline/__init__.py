@@ -1,0 +1,1 @@
+"""Trajectories in, packed batches out: schema, encoder, shards, input pipeline. Imports neither JAX nor jaxprm."""
