@@ -104,9 +104,7 @@ class _Search:
         options = [self._option(recipe, item, total, held, path) for recipe in recipes]
         return min(options, key=lambda option: option.cost)
 
-    def _option(
-        self, recipe: Recipe, item: str, total: int, held: dict[str, int], path: frozenset[str]
-    ) -> Option:
+    def _option(self, recipe: Recipe, item: str, total: int, held: dict[str, int], path: frozenset[str]) -> Option:
         left = dict(held)
         repeats = _repeats(recipe, item, total, held)
         parts = self._parts(recipe, repeats, held, path)

@@ -28,9 +28,9 @@ class StepResult(NamedTuple):
 class Environment(Protocol):
     """One episode at a time: reset(task), then step(action) until done; outcome() in [0, 1] grades it.
 
-    fork: how search returns to an earlier state. "clone" by snapshot and restore, "replay" by reset and the same actions,
-    "none" not at all. snapshot and restore are asked of "clone" only. An optional `describe(task) -> dict` goes into the
-    trajectories' meta.
+    fork: how search returns to an earlier state: "clone" by snapshot and restore, "replay" by reset and the same
+    actions, "none" not at all. Only "clone" needs snapshot and restore. What an optional `describe(task) -> dict`
+    returns goes into the trajectories' meta.
     """
 
     fork: Fork
@@ -97,7 +97,9 @@ def _locate(name: str) -> Any:
         ) from error
     if not callable(factory := getattr(module, attribute, None)):
         state = "is not callable" if hasattr(module, attribute) else "does not exist"
-        raise UserError(f"environment {name!r}: {attribute!r} {state} in {module.__file__}; name a class of that module")
+        raise UserError(
+            f"environment {name!r}: {attribute!r} {state} in {module.__file__}; name a class of that module"
+        )
     return factory
 
 
@@ -109,7 +111,9 @@ def _check(name: str, environment: Any) -> None:
     needed = _METHODS + (_CLONE_METHODS if fork == "clone" else ())
     missing = [method for method in needed if not callable(getattr(environment, method, None))]
     if missing:
-        raise UserError(f"environment {name!r}: {kind} has no method {', '.join(missing)} (fork is {fork!r}); define it")
+        raise UserError(
+            f"environment {name!r}: {kind} has no method {', '.join(missing)} (fork is {fork!r}); define it"
+        )
     rounds = getattr(environment, "max_rounds", None)
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise UserError(f"environment {name!r}: {kind}.max_rounds is {rounds!r}; set it to an integer of at least 1")

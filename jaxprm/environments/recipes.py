@@ -46,7 +46,7 @@ class Ingredient:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """One application makes `count` of `output`. `tag` is the group the output belongs to, `command` the prompt's line."""
+    """One application makes `count` of `output`; `tag` is the output's group, `command` the line in a prompt."""
 
     output: str
     count: int
@@ -136,7 +136,7 @@ class RecipeBook:
         return tuple(found.values())
 
     def match(self, output: str, ingredients: Iterable[tuple[str, int]]) -> Recipe | None:
-        """The recipe of `output` that takes exactly these items; an item of the tag stands where a recipe says a tag."""
+        """The recipe of `output` that takes exactly these items; where it says a tag, any item of the tag."""
         given = list(ingredients)
         return next((recipe for recipe in self._by_item.get(output, ()) if self._accepts(recipe, given)), None)
 
@@ -145,9 +145,13 @@ class RecipeBook:
             return False
         left = list(given)
         for part in recipe.ingredients:
-            kinds = self.item_tags.get if part.is_tag else (lambda item: item)
             # AgentGym takes the first item that fits and only then compares the counts.
-            index = next((i for i, (item, _) in enumerate(left) if kinds(item) == part.name), None)
+            fits = (
+                i
+                for i, (item, _) in enumerate(left)
+                if part.name == (self.item_tags.get(item) if part.is_tag else item)
+            )
+            index = next(fits, None)
             if index is None or left.pop(index)[1] != part.count:
                 return False
         return True
@@ -164,7 +168,8 @@ class RecipeBook:
                 raise UserError(f"RecipeBook.renamed: {old!r} is no id of this book; map its `names`")
             if not _VALID_ID.fullmatch(new) or "using" in new.split(":")[1].split("_"):
                 raise UserError(
-                    f"RecipeBook.renamed: {new!r} (for {old!r}) must be minecraft:words_of_a_z_0_9 without the word 'using'"
+                    f"RecipeBook.renamed: {new!r} (for {old!r}) must be minecraft:words_of_a_z_0_9, "
+                    "without the word 'using'"
                 )
         to = {name: mapping.get(name, name) for name in known}
         if len(set(to.values())) < len(to):
@@ -265,7 +270,9 @@ class _Builder:
         # A tag of which nothing can be crafted is found like an item.
         plain = used - groups
         recipes = tuple(
-            Recipe(recipe.output, recipe.count, tuple(_untagged(part, plain) for part in recipe.ingredients), recipe.tag)
+            Recipe(
+                recipe.output, recipe.count, tuple(_untagged(part, plain) for part in recipe.ingredients), recipe.tag
+            )
             for recipe in self.recipes
         )
         return RecipeBook(recipes, frozenset(self.item_ids | plain), frozenset(self.tags - plain), dict(self.item_tags))

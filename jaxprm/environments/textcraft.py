@@ -65,7 +65,7 @@ class TextCraft:
     Args:
       seed: with a task's id, decides its distractors and the order of its recipes.
       max_rounds: an episode ends without success after so many steps.
-      distractors: the most recipes in a prompt that do not lead to the goal; (low, high) draws that number for each task.
+      distractors: the most recipes in a prompt that do not lead to the goal; (low, high) draws that number per task.
       split: shares of the goal items, of every depth, for train, validation and test.
       split_seed: decides which goal falls where.
       book: the recipes; those of Minecraft when None.
@@ -114,7 +114,11 @@ class TextCraft:
         return self._start(episode)
 
     def sample_episode(
-        self, goal: str, rng: random.Random, distractors: int | Sequence[int] | None = None, book: RecipeBook | None = None
+        self,
+        goal: str,
+        rng: random.Random,
+        distractors: int | Sequence[int] | None = None,
+        book: RecipeBook | None = None,
     ) -> str:
         """Starts an episode that is no task, for imitation: drawn from `rng`, maybe from a renamed book.
 
@@ -183,13 +187,11 @@ class TextCraft:
             raise UserError(f"textcraft: no task {task!r}; ids are textcraft/0 to textcraft/{len(self.book.goals) - 1}")
         return self.book.goals[int(index)]
 
-    def _make(
-        self, goal: str, rng: random.Random, bounds: tuple[int, int], book: RecipeBook | None = None
-    ) -> Episode:
+    def _make(self, goal: str, rng: random.Random, bounds: tuple[int, int], book: RecipeBook | None = None) -> Episode:
         book = self.book if book is None else book
         tree = {recipe.command: recipe for recipe in book.tree(goal)}
         others: dict[str, Recipe] = {}
-        # AgentGym: up to ten recipes that share an ingredient with the tree, for each ingredient of each of its recipes.
+        # AgentGym: for each ingredient of each recipe of the tree, up to ten recipes that use it too.
         for recipe in tree.values():
             for part in recipe.ingredients:
                 uses = book.uses(part.name)
