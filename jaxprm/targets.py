@@ -1,0 +1,187 @@
+"""What a step's promise is trained towards: TD(lambda), return-to-go and outcome targets.
+
+Every array is [..., S]. The last axis is a row of steps in which several trajectories may be packed one after the
+other. `is_last` closes each of them; slots where `valid` is false (between or after trajectories) may hold anything,
+NaN included. The steps of one trajectory are contiguous, and its last step is always marked: a trajectory that is not
+closed would be treated as if it ended with nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+Bootstrap = Literal["action", "next", "state"]
+Objective = Literal["agentprm", "pvm", "orm"]
+BOOTSTRAPS: tuple[str, ...] = get_args(Bootstrap)
+OBJECTIVES: tuple[str, ...] = get_args(Objective)
+
+
+def lambda_returns(
+    rewards: jax.Array, discounts: jax.Array, next_values: jax.Array, lambda_: jax.Array | float
+) -> jax.Array:
+    """Mixes one-step bootstraps and full returns, backwards over the last axis (Sutton and Barto, 12.18; as in rlax).
+
+        G_t = r_t + discount_t * ((1 - lambda_t) * v_{t+1} + lambda_t * G_{t+1}),    G_{S} = v_{S}
+
+    Args:
+        rewards: [..., S], r_t.
+        discounts: [..., S], 0 at the last step of an episode.
+        next_values: [..., S], v_{t+1} stored at t.
+        lambda_: a scalar, or one value per step.
+
+    Returns:
+        [..., S] in the widest dtype of the arguments, at least float32. Gradients are not stopped.
+    """
+    rewards, discounts, next_values = _floats(rewards, discounts, next_values)
+    _check_shapes(rewards, discounts=discounts, next_values=next_values)
+    mixes = jnp.broadcast_to(jnp.asarray(lambda_, rewards.dtype), rewards.shape)
+
+    def backward(following, step):
+        reward, discount, next_value, mix = step
+        current = reward + discount * ((1 - mix) * next_value + mix * following)
+        return current, current
+
+    steps = tuple(jnp.moveaxis(x, -1, 0) for x in (rewards, discounts, next_values, mixes))
+    _, returns = jax.lax.scan(backward, steps[2][-1], steps, reverse=True)
+    return jnp.moveaxis(returns, 0, -1)
+
+
+def td_lambda_targets(
+    values: jax.Array,
+    rewards: jax.Array,
+    is_last: jax.Array,
+    valid: jax.Array,
+    *,
+    gae_lambda: float,
+    discount: float,
+    bootstrap: Bootstrap = "action",
+    state_values: jax.Array | None = None,
+) -> jax.Array:
+    """Targets of the promises M_t = M(s_t, a_t), computed from the promises themselves, without gradient.
+
+    At a trajectory's last step always Q^_T = r_T. Before it,
+
+        action:  Q^_t = (1 - lambda) M_t + lambda (r_t + gamma Q^_{t+1})
+        next:    Q^_t = r_t + gamma ((1 - lambda) M_{t+1} + lambda Q^_{t+1})
+        state:   Q^_t = r_t + gamma ((1 - lambda) V(s_{t+1}) + lambda Q^_{t+1})
+
+    "action" is AgentPRM (Xi et al., eq. 12-14, without the M_T that eq. 12 would add to r_T), "next" is SARSA(lambda).
+
+    Args:
+        values: [..., S], M_t.
+        rewards: [..., S], r_t; for a sparse outcome 0 except at the last step.
+        is_last, valid: bool [..., S].
+        gae_lambda, discount: lambda and gamma, in [0, 1].
+        state_values: [..., S], V(s_t) stored at t (read before action t). Needed by, and only by, bootstrap "state".
+
+    Returns:
+        [..., S] of at least float32, 0 in slots that are not valid.
+
+    Raises:
+        ValueError: shapes differ, `bootstrap` is unknown, or `state_values` is missing.
+    """
+    rewards, discounts = _closed(rewards, is_last, valid, discount)
+    values = _masked(values, valid)
+    _check_shapes(rewards, values=values)
+    if bootstrap == "action":
+        # The bootstrap of step t is known at t: as a part of its reward it leaves nothing to take from the next step.
+        mixed = (1 - gae_lambda) * values + gae_lambda * rewards
+        rewards, next_values = jnp.where(is_last, rewards, mixed), jnp.zeros_like(values)
+    elif bootstrap == "next":
+        next_values = _shift_left(values)
+    elif bootstrap == "state":
+        if state_values is None:
+            raise ValueError('bootstrap "state" needs state_values; pass V(s_t), or use bootstrap "action" or "next"')
+        next_values = _shift_left(_masked(state_values, valid))
+    else:
+        raise ValueError(f"bootstrap is {bootstrap!r}; use one of {', '.join(BOOTSTRAPS)}")
+    return jax.lax.stop_gradient(lambda_returns(rewards, discounts, next_values, gae_lambda))
+
+
+def returns_to_go(rewards: jax.Array, is_last: jax.Array, valid: jax.Array, *, discount: float = 1.0) -> jax.Array:
+    """The Monte Carlo return of each step, G_t = r_t + gamma G_{t+1}, without gradient.
+
+    With gamma = 1 and a reward at the end only, this is the trajectory's outcome at every step.
+
+    Args:
+        rewards, is_last, valid: [..., S].
+
+    Returns:
+        [..., S] of at least float32, 0 in slots that are not valid.
+    """
+    rewards, discounts = _closed(rewards, is_last, valid, discount)
+    return jax.lax.stop_gradient(lambda_returns(rewards, discounts, jnp.zeros_like(rewards), 1.0))
+
+
+def outcomes(rewards: jax.Array, is_last: jax.Array, valid: jax.Array) -> jax.Array:
+    """The undiscounted sum of each trajectory's rewards at its last step, 0 elsewhere. All arrays [..., S]."""
+    rewards, _ = _closed(rewards, is_last, valid, 1.0)
+    begins = jnp.concatenate([jnp.ones_like(is_last[..., :1]), is_last[..., :-1]], axis=-1)
+    # A running sum from the front is a return-to-go of the reversed row, in which first steps close the trajectories.
+    sums = jnp.flip(returns_to_go(jnp.flip(rewards, -1), jnp.flip(begins, -1), jnp.ones_like(valid)), -1)
+    return jnp.where(valid & is_last, sums, 0)
+
+
+def objective_targets(
+    name: Objective,
+    values: jax.Array,
+    rewards: jax.Array,
+    is_last: jax.Array,
+    valid: jax.Array,
+    *,
+    gae_lambda: float,
+    discount: float,
+    bootstrap: Bootstrap = "action",
+    state_values: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Targets of a training objective, and the steps it trains.
+
+    - agentprm: `td_lambda_targets` at every step.
+    - pvm: the return-to-go at every step.
+    - orm: the whole trajectory's outcome, at its last step only.
+
+    Returns:
+        (targets, mask), both [..., S]; the mask takes the place of `valid` in the loss.
+    """
+    if name == "agentprm":
+        targets = td_lambda_targets(
+            values, rewards, is_last, valid,
+            gae_lambda=gae_lambda, discount=discount, bootstrap=bootstrap, state_values=state_values,
+        )  # fmt: skip
+        return targets, valid
+    if name == "pvm":
+        return returns_to_go(rewards, is_last, valid, discount=discount), valid
+    if name == "orm":
+        return outcomes(rewards, is_last, valid), valid & is_last
+    raise ValueError(f"objective is {name!r}; use one of {', '.join(OBJECTIVES)}")
+
+
+def _closed(rewards, is_last, valid, discount) -> tuple[jax.Array, jax.Array]:
+    """Rewards and discounts of a packed row: nothing flows out of a trajectory's last step or through an empty slot."""
+    rewards = _masked(rewards, valid)
+    _check_shapes(rewards, is_last=is_last, valid=valid)
+    return rewards, discount * (valid & ~is_last).astype(rewards.dtype)
+
+
+def _masked(x, valid) -> jax.Array:
+    (x,) = _floats(x)
+    _check_shapes(x, valid=valid)
+    return jnp.where(valid, x, 0)
+
+
+def _floats(*arrays) -> list[jax.Array]:
+    dtype = jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+    return [jnp.asarray(x, dtype) for x in arrays]
+
+
+def _shift_left(x: jax.Array) -> jax.Array:
+    return jnp.concatenate([x[..., 1:], jnp.zeros_like(x[..., :1])], axis=-1)
+
+
+def _check_shapes(reference: jax.Array, **arrays) -> None:
+    for name, array in arrays.items():
+        if jnp.shape(array) != reference.shape:
+            raise ValueError(f"{name} has shape {jnp.shape(array)}, expected {reference.shape}: give all as [..., S]")
