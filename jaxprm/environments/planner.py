@@ -1,9 +1,13 @@
 """An expert for TextCraft: the next message from any state, with the chain of subgoals as its thought.
 
-The thought walks from the goal to what is missing, one recipe after another, and the action is the last link:
+The thought walks from the goal to what is due, each item the first that the one before still lacks, and the action
+obtains the last:
 
-    Thought: dark oak sign using 6 dark oak planks, 1 stick. dark oak planks using 1 dark oak logs.
+    Thought: dark oak sign needs dark oak planks needs dark oak logs.
     Action: get 2 dark oak logs
+
+    Thought: dark oak sign needs dark oak planks, ready.
+    Action: craft 4 dark oak planks using 1 dark oak logs
 
 It reads only the goal, the inventory and the recipes in the prompt, so everything it does can be learned from the
 conversation. It remembers nothing: a mistake, its own or a policy's, is mended from where it left the state.
@@ -66,19 +70,21 @@ def plan(goal: str, inventory: Mapping[str, int], recipes: Sequence[Recipe]) -> 
     if option is None:
         raise ValueError(f"no recipe of the prompt leads to {goal!r}")
     turns = int(option.cost)
-    thought: list[str] = []
+    chain: list[str] = []
     item, path = goal, frozenset()
     while option is not None:
-        thought.append(f"{spoken(item)} using {_listed(option.parts)}.")
+        chain.append(spoken(item))
         path |= {item}
         repeats = _repeats(option.recipe, item, total, held)
         lacking = _lacking(option.parts, repeats, held)
         if lacking is None:
             recipe = option.recipe
-            return Plan(" ".join(thought), f"craft {recipe.count} {spoken(item)} using {_listed(option.parts)}", turns)
+            action = f"craft {recipe.count} {spoken(item)} using {_listed(option.parts)}"
+            return Plan(f"{' needs '.join(chain)}, ready.", action, turns)
         item, total = lacking
         option = search.best(item, total, held, path)
-    return Plan(" ".join(thought), f"get {total - held.get(item, 0)} {spoken(item)}", turns)
+    chain.append(spoken(item))
+    return Plan(f"{' needs '.join(chain)}.", f"get {total - held.get(item, 0)} {spoken(item)}", turns)
 
 
 class _Search:

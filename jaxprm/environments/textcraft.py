@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jaxprm.environments import recipes
 from jaxprm.environments.protocol import StepResult
@@ -128,6 +128,12 @@ class TextCraft:
             raise UserError(f"textcraft: {goal!r} has no recipe; take a goal from the book's `goals`")
         bounds = self.distractors if distractors is None else _bounds(distractors)
         return self._start(self._make(goal, rng, bounds, book))
+
+    def demonstration(self, rng: random.Random, **variety: Any) -> list[dict]:
+        """An expert episode of a training goal, as messages: see `demonstrations.demonstrate`."""
+        from jaxprm.environments.demonstrations import demonstrate
+
+        return demonstrate(self, rng, **variety)
 
     def step(self, action: str) -> StepResult:
         """Carries out the one `Action:` line of an assistant message.

@@ -37,31 +37,31 @@ SIGN = (
     recipe("craft 3 dark oak sign using 6 dark oak planks, 1 stick"),
     recipe("craft 4 stick using 2 planks", tags=["planks"]),
 )
-SIGN_THOUGHT = "Thought: dark oak sign using 6 dark oak planks, 1 stick."
-PLANKS = "dark oak planks using 1 dark oak logs."
+NEEDS_LOGS = "Thought: dark oak sign needs dark oak planks needs dark oak logs."
+PLANKS_READY = "Thought: dark oak sign needs dark oak planks, ready."
 
 
 @pytest.mark.parametrize(
     ("held", "message"),
     [
-        ({}, f"{SIGN_THOUGHT} {PLANKS}\nAction: get 2 dark oak logs"),
-        ({"dark oak logs": 1}, f"{SIGN_THOUGHT} {PLANKS}\nAction: get 1 dark oak logs"),
-        ({"dark oak logs": 2}, f"{SIGN_THOUGHT} {PLANKS}\nAction: craft 4 dark oak planks using 1 dark oak logs"),
+        ({}, f"{NEEDS_LOGS}\nAction: get 2 dark oak logs"),
+        ({"dark oak logs": 1}, f"{NEEDS_LOGS}\nAction: get 1 dark oak logs"),
+        ({"dark oak logs": 2}, f"{PLANKS_READY}\nAction: craft 4 dark oak planks using 1 dark oak logs"),
         (
             {"dark oak planks": 4, "dark oak logs": 1},
-            f"{SIGN_THOUGHT} {PLANKS}\nAction: craft 4 dark oak planks using 1 dark oak logs",
+            f"{PLANKS_READY}\nAction: craft 4 dark oak planks using 1 dark oak logs",
         ),
         (  # the tag is the item in hand
             {"dark oak planks": 8},
-            f"{SIGN_THOUGHT} stick using 2 dark oak planks.\nAction: craft 4 stick using 2 dark oak planks",
+            "Thought: dark oak sign needs stick, ready.\nAction: craft 4 stick using 2 dark oak planks",
         ),
         (
             {"dark oak planks": 6, "stick": 4},
-            f"{SIGN_THOUGHT}\nAction: craft 3 dark oak sign using 6 dark oak planks, 1 stick",
+            "Thought: dark oak sign, ready.\nAction: craft 3 dark oak sign using 6 dark oak planks, 1 stick",
         ),
         (  # mistakes: goods of no use do not confuse it
             {"oak logs": 7, "stick": 1, "bamboo": 3},
-            f"{SIGN_THOUGHT} {PLANKS}\nAction: get 2 dark oak logs",
+            f"{NEEDS_LOGS}\nAction: get 2 dark oak logs",
         ),
     ],
 )
@@ -76,7 +76,7 @@ def test_the_item_of_a_tag_is_the_cheapest_then_the_one_in_hand_then_the_first()
     assert answer("stick", {"dark oak logs": 1}, oak, stick, dark).endswith("using 1 dark oak logs")
     both, mixed = {"oak planks": 2, "dark oak planks": 3}, {"oak planks": 1, "dark oak logs": 1}
     assert answer("stick", both, oak, stick, dark).endswith("using 2 dark oak planks")
-    assert answer("stick", mixed, oak, stick, dark).startswith("Thought: stick using 2 dark oak planks.")
+    assert answer("stick", mixed, oak, stick, dark).startswith("Thought: stick needs dark oak planks, ready.")
 
 
 def test_the_recipe_with_the_fewest_actions_is_taken_and_the_first_among_equals():
@@ -119,7 +119,7 @@ def test_a_goal_without_a_recipe_is_refused():
 
 def test_a_cycle_in_the_prompt_does_not_trap_it():
     cycle = (recipe("craft 1 a using 1 b"), recipe("craft 1 b using 1 a"), recipe("craft 1 b using 3 c"))
-    assert answer("a", {}, *cycle) == "Thought: a using 1 b. b using 3 c.\nAction: get 3 c"
+    assert answer("a", {}, *cycle) == "Thought: a needs b needs c.\nAction: get 3 c"
 
 
 def solve(env):
@@ -164,6 +164,12 @@ def test_it_recovers_from_any_state(index, seed):
     assert env.outcome() == 1.0 and turns <= expected
 
 
+def renamed_thought(thought, to):
+    chain, ready, _ = thought.removesuffix(".").partition(", ready")
+    names = [recipes.spoken(to[ident(name)]) for name in chain.split(" needs ")]
+    return f"{' needs '.join(names)}{ready}."
+
+
 def test_a_renamed_prompt_gets_the_renamed_plan():
     shuffled = list(BOOK.names)
     random.Random(7).shuffle(shuffled)
@@ -181,23 +187,27 @@ def test_a_renamed_prompt_gets_the_renamed_plan():
             one, two = parse(f"Action: {here.action}"), parse(f"Action: {there.action}")
             assert (to[one.item], one.count, one.kind, here.turns) == (two.item, two.count, two.kind, there.turns)
             assert [(to[name], n) for name, n in one.ingredients] == list(two.ingredients)
-            assert here.thought.count(".") == there.thought.count(".")
+            assert renamed_thought(here.thought, to) == there.thought
             if env.step(here.message).done:
                 break
 
 
-def test_the_thought_starts_at_the_goal_and_copies_the_prompts_lines():
+def test_the_thought_leads_from_the_goal_to_the_action_by_recipes_of_the_prompt():
     env = TextCraft(max_rounds=50)
     for index in range(0, 544, 5):
-        prompt = env.reset(f"textcraft/{index}")
-        thought = plan(env.episode.goal, {}, env.episode.recipes).thought
-        entries = thought.removesuffix(".").split(". ")
-        assert entries[0].startswith(f"{recipes.spoken(env.episode.goal)} using ")
-        for above, entry in zip(entries, entries[1:], strict=False):
-            assert entry.split(" using ")[0] in above.split(" using ")[1]
-        copied = [any(line.endswith(f" {entry}") for line in prompt.split("\n")) for entry in entries]
-        tagged = [any(word in line for word in (" planks", " wool")) for line in entries]
-        assert all(c or t for c, t in zip(copied, tagged, strict=True))
+        env.reset(f"textcraft/{index}")
+        uses = {(r.output, part.name) for r in env.episode.recipes for part in r.ingredients}
+        while True:
+            step = plan(env.episode.goal, env.inventory, env.episode.recipes)
+            chain, ready, end = step.thought.partition(", ready")
+            names = [ident(name) for name in (chain if ready else chain.removesuffix(".")).split(" needs ")]
+            assert names[0] == env.episode.goal
+            for above, below in zip(names, names[1:], strict=False):
+                assert (above, below) in uses or (above, BOOK.item_tags[below]) in uses
+            command = parse(f"Action: {step.action}")
+            assert (names[-1], "craft" if ready else "get") == (command.item, command.kind)
+            if env.step(step.message).done:
+                break
 
 
 def test_it_needs_no_more_than_the_prompt(monkeypatch):

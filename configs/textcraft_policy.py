@@ -1,0 +1,23 @@
+"""Rebuilds the policy that ships with the package: about an hour on two CPU cores.
+
+    python -m jaxprm imitate configs/textcraft_policy.py --workdir runs/policy
+"""
+
+from jaxprm.config import Environment, Experiment, Imitation, Model, Policy
+
+config = Experiment(
+    name="textcraft_policy",
+    environment=Environment(name="textcraft"),
+    policy=Policy(max_tokens=1024),
+    model=Model(
+        vocab_size=1280, hidden_size=128, layers=4, heads=4, kv_heads=2, head_dim=32, intermediate_size=256
+    ),
+    imitation=Imitation(
+        steps=4_000,
+        rows=6,
+        length=640,
+        learning_rate=1.5e-3,
+        warmup_steps=200,
+        demonstrations={"rename": 0.75, "mistakes": 0.3, "mistake_rate": 0.15, "distractors": [0, 6]},
+    ),
+)

@@ -1,0 +1,80 @@
+"""Expert episodes of TextCraft to imitate, free and endlessly varied.
+
+Two things keep a small policy from learning the recipes by heart instead of reading them in its prompt: the words of
+item names are exchanged among themselves, anew for every episode, and the distractors and the order are drawn anew.
+Some episodes contain mistakes, marked `"step": false` so that nobody imitates them: the expert shows how to go on.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from functools import lru_cache
+
+from jaxprm.environments import planner
+from jaxprm.environments.recipes import spoken
+
+_WORD = re.compile(r"[a-z]+")
+# Words of commands, replies and thoughts: exchanged, they would garble what is not a name.
+_FIXED = {"craft", "using", "get", "minecraft", "inventory", "needs", "ready", "a", "of", "on", "the"}
+
+
+@lru_cache(maxsize=4)
+def item_words(environment) -> tuple[str, ...]:
+    """The words of the names in the recipes that lead to training goals."""
+    recipes = {recipe for goal in training_goals(environment) for recipe in environment.book.tree(goal)}
+    names = {name for recipe in recipes for name in (recipe.output, *(part.name for part in recipe.ingredients))}
+    words = {word for name in names for word in _WORD.findall(spoken(name))}
+    return tuple(sorted(words - _FIXED))
+
+
+def exchange_words(messages: list[dict], words: tuple[str, ...], rng: random.Random) -> list[dict]:
+    """The same episode with the words of item names permuted: a planks of oak may become a dust of ladder."""
+    mapping = dict(zip(words, rng.sample(words, len(words)), strict=True))
+
+    def renamed(text: str) -> str:
+        return _WORD.sub(lambda match: mapping.get(match[0], match[0]), text)
+
+    return [message | {"content": renamed(message["content"])} for message in messages]
+
+
+def demonstrate(
+    environment, rng: random.Random, *, rename: float = 0.75, mistakes: float = 0.3, mistake_rate: float = 0.15,
+    distractors: tuple[int, int] = (0, 10),
+) -> list[dict]:
+    """One expert episode of a training goal, as messages.
+
+    rename: share of episodes with exchanged words; mistakes: share of episodes in which the agent is led astray with
+    probability `mistake_rate` a turn. Mistaken turns carry `"step": False`.
+    """
+    goals = training_goals(environment)
+    prompt = environment.sample_episode(rng.choice(goals), rng, tuple(distractors))
+    astray = mistake_rate if rng.random() < mistakes else 0.0
+    messages = [{"role": "user", "content": prompt}]
+    done = False
+    while not done:
+        expert = rng.random() >= astray
+        action = planner.next_message(environment) if expert else mistake(environment, rng)
+        messages.append({"role": "assistant", "content": action} | ({} if expert else {"step": False}))
+        observation, _, done = environment.step(action)
+        if not done:
+            messages.append({"role": "user", "content": observation})
+    return exchange_words(messages, item_words(environment), rng) if rng.random() < rename else messages
+
+
+@lru_cache(maxsize=4)
+def training_goals(environment) -> tuple[str, ...]:
+    """The goal items of the training split."""
+    return tuple(environment.book.goals[int(task.partition("/")[2])] for task in environment.tasks("train"))
+
+
+def mistake(environment, rng: random.Random) -> str:
+    """A plausible wrong turn: a recipe of the prompt that is not due, or an item of one."""
+    recipe = rng.choice(environment.episode.recipes)
+    goal = spoken(environment.episode.goal)
+    start = goal if goal == spoken(recipe.output) else f"{goal} needs {spoken(recipe.output)}"
+    if rng.random() < 0.5:
+        return f"Thought: {start}, ready.\nAction: {recipe.command}"
+    part = rng.choice(recipe.ingredients)
+    amount = rng.choice([part.count, 1, 2])
+    return f"Thought: {start} needs {spoken(part.name)}.\nAction: get {amount} {spoken(part.name)}"

@@ -1,0 +1,256 @@
+"""One decoder-only transformer (Qwen2 architecture) for training, sampling and scoring.
+
+Letters: B batch, T tokens, C cached tokens, L layers, D model, H heads, K kv heads, G = H / K, E head dim, F ffn, V vocab.
+
+The same forward pass serves three masks:
+
+* packed training and scoring: several sequences in a row, told apart by `segments`;
+* prefix plus candidates: a cached prefix that every segment of the row may read;
+* decoding: a cached prefix and one new token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxprm.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes of a Qwen2 decoder; names follow the Hugging Face config where it has one."""
+
+    vocab_size: int
+    hidden_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    rope_theta: float = 10_000.0
+    norm_epsilon: float = 1e-6
+    tie_embeddings: bool = True
+
+    def __post_init__(self):
+        if self.heads % self.kv_heads:
+            raise UserError(f"model.heads = {self.heads} is not a multiple of model.kv_heads = {self.kv_heads}")
+        if self.head_dim % 2:
+            raise UserError(f"model.head_dim = {self.head_dim} must be even: rotary embedding turns pairs")
+
+
+class Cache(NamedTuple):
+    """Keys and values of a shared prefix, one array a layer, and how much of them is filled.
+
+    keys, values: L arrays [B, K, C, E]; lengths: int32 [B], positions 0..length-1 are filled.
+    """
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    lengths: jax.Array
+
+    @staticmethod
+    def empty(config: TransformerConfig, batch: int, capacity: int, dtype=jnp.float32) -> Cache:
+        shape = (batch, config.kv_heads, capacity, config.head_dim)
+        zeros = tuple(jnp.zeros(shape, dtype) for _ in range(config.layers))
+        return Cache(zeros, zeros, jnp.zeros((batch,), jnp.int32))
+
+    def append(self, keys: tuple[jax.Array, ...], values: tuple[jax.Array, ...], counts: jax.Array) -> Cache:
+        """Adds the first `counts[b]` of the chunk's keys and values, [B, K, T, E] a layer, to every row.
+
+        A whole chunk is written at the row's end; what lies past `counts` is overwritten by the next append,
+        so the capacity must leave room for one chunk.
+        """
+
+        def write(buffer, chunk):
+            place = jax.vmap(lambda row, new, start: jax.lax.dynamic_update_slice(row, new, (0, start, 0)))
+            return place(buffer, chunk.astype(buffer.dtype), self.lengths)
+
+        return Cache(
+            tuple(write(b, c) for b, c in zip(self.keys, keys, strict=True)),
+            tuple(write(b, c) for b, c in zip(self.values, values, strict=True)),
+            self.lengths + counts,
+        )
+
+
+class Output(NamedTuple):
+    """hidden: [B, T, D] after the final norm; keys, values: L arrays [B, K, T, E] of the new tokens (with a cache)."""
+
+    hidden: jax.Array
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """Root mean square norm over the last axis, computed in float32."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
+    return x32.astype(x.dtype) * scale.astype(x.dtype)
+
+
+def rotary_tables(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines [B, T, E / 2] for integer positions [B, T]."""
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotary embedding of [B, heads, T, E], in the half-split layout of the Hugging Face checkpoints."""
+    first, second = jnp.split(x, 2, axis=-1)
+    cos, sin = cos[:, None].astype(x.dtype), sin[:, None].astype(x.dtype)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def chunk_mask(segments: jax.Array) -> jax.Array:
+    """[B, T, T]: a token reads itself and earlier tokens of its own segment. Segment 0 is padding."""
+    length = segments.shape[-1]
+    causal = jnp.tril(jnp.ones((length, length), bool))
+    return causal & (segments[:, :, None] == segments[:, None, :])
+
+
+def attention(query, keys, values, mask, cached=None) -> jax.Array:
+    """Grouped-query attention over a chunk and, optionally, a cached prefix.
+
+    query [B, H, T, E]; keys, values [B, K, T, E]; mask [B, T, T];
+    cached = (keys [B, K, C, E], values [B, K, C, E], filled bool [B, C]). Returns [B, H, T, E].
+    Two score blocks are joined instead of two key blocks, so the cache is never copied.
+    """
+    batch, heads, length, head_dim = query.shape
+    kv_heads = keys.shape[1]
+    query = query.reshape(batch, kv_heads, heads // kv_heads * length, head_dim) * (head_dim**-0.5)
+
+    def scores_against(these, allowed):
+        scores = jnp.einsum("bkxe,bkse->bkxs", query, these, preferred_element_type=jnp.float32)
+        scores = scores.reshape(batch, kv_heads, heads // kv_heads, length, -1)
+        return jnp.where(allowed, scores, -1e30)
+
+    scores = scores_against(keys, mask[:, None, None])
+    if cached is not None:
+        cached_keys, cached_values, filled = cached
+        scores = jnp.concatenate([scores_against(cached_keys, filled[:, None, None, None]), scores], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    weights = weights.reshape(batch, kv_heads, heads // kv_heads * length, -1)
+    mixed = weights[..., -length:] @ values
+    if cached is not None:
+        mixed += weights[..., :-length] @ cached_values
+    return mixed.reshape(batch, heads, length, head_dim)
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and SwiGLU, each added to the residual stream."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        def matrix(fan_in, fan_out):
+            return nnx.Param(jax.random.normal(rngs.params(), (fan_in, fan_out)) * fan_in**-0.5)
+
+        width, query, kv = config.hidden_size, config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.config = config
+        self.attention_norm = nnx.Param(jnp.ones((width,)))
+        self.query, self.query_bias = matrix(width, query), nnx.Param(jnp.zeros((query,)))
+        self.key, self.key_bias = matrix(width, kv), nnx.Param(jnp.zeros((kv,)))
+        self.value, self.value_bias = matrix(width, kv), nnx.Param(jnp.zeros((kv,)))
+        # Both outputs into the residual stream start small, so that depth does not grow its variance.
+        self.output = nnx.Param(matrix(query, width)[...] * (2 * config.layers) ** -0.5)
+        self.ffn_norm = nnx.Param(jnp.ones((width,)))
+        self.gate = matrix(width, config.intermediate_size)
+        self.up = matrix(width, config.intermediate_size)
+        self.down = nnx.Param(matrix(config.intermediate_size, width)[...] * (2 * config.layers) ** -0.5)
+
+    def __call__(self, x, cos, sin, mask, cached=None):
+        """x [B, T, D] -> (x, keys [B, K, T, E], values [B, K, T, E])."""
+        config = self.config
+
+        def heads(y, weight, bias, count):
+            y = y @ weight[...].astype(y.dtype) + bias[...].astype(y.dtype)
+            return y.reshape(*y.shape[:2], count, config.head_dim).swapaxes(1, 2)
+
+        y = rms_norm(x, self.attention_norm[...], config.norm_epsilon)
+        query = rotate(heads(y, self.query, self.query_bias, config.heads), cos, sin)
+        keys = rotate(heads(y, self.key, self.key_bias, config.kv_heads), cos, sin)
+        values = heads(y, self.value, self.value_bias, config.kv_heads)
+        mixed = attention(query, keys, values, mask, cached).swapaxes(1, 2).reshape(*x.shape[:2], -1)
+        x = x + mixed @ self.output[...].astype(x.dtype)
+        y = rms_norm(x, self.ffn_norm[...], config.norm_epsilon)
+        gated = jax.nn.silu(y @ self.gate[...].astype(y.dtype)) * (y @ self.up[...].astype(y.dtype))
+        return x + gated @ self.down[...].astype(y.dtype), keys, values
+
+
+class Transformer(nnx.Module):
+    """The decoder. Block parameters are stacked on a leading layer axis."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size)) * 0.02)
+        self.blocks = nnx.vmap(lambda keys: Block(config, rngs=keys), in_axes=0, out_axes=0)(
+            rngs.fork(split=config.layers)
+        )
+        self.norm = nnx.Param(jnp.ones((config.hidden_size,)))
+        if not config.tie_embeddings:
+            self.unembedding = nnx.Param(
+                jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size)) * 0.02
+            )
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segments: jax.Array,
+        cache: Cache | None = None,
+        *,
+        dtype=jnp.float32,
+    ) -> Output:
+        """Hidden states of every token.
+
+        tokens, positions, segments: int32 [B, T]. Tokens read the tokens of their own segment at or before them
+        and, with a cache, the filled part of their row's prefix. The cache itself is not changed: `Cache.append`
+        keeps what the caller wants kept.
+        """
+        cos, sin = rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
+        mask = chunk_mask(segments)
+        x = self.embedding[...].astype(dtype)[tokens]
+        graph, stacked = nnx.split(self.blocks)
+        if cache is None:
+
+            def layer(x, parameters):
+                x, _, _ = nnx.merge(graph, parameters)(x, cos, sin, mask)
+                return x, None
+
+            x, _ = jax.lax.scan(layer, x, stacked)
+            return Output(rms_norm(x, self.norm[...], self.config.norm_epsilon), (), ())
+        filled = jnp.arange(cache.keys[0].shape[2]) < cache.lengths[:, None]
+        keys, values = [], []
+        # Unrolled: scanning over the layers would copy each layer's cache once a token.
+        for index in range(self.config.layers):
+            block = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[index], stacked))
+            x, new_keys, new_values = block(x, cos, sin, mask, (cache.keys[index], cache.values[index], filled))
+            keys.append(new_keys)
+            values.append(new_values)
+        return Output(rms_norm(x, self.norm[...], self.config.norm_epsilon), tuple(keys), tuple(values))
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Next-token logits in float32: [..., D] -> [..., V]."""
+        table = self.embedding if self.config.tie_embeddings else self.unembedding
+        return jnp.einsum("...d,vd->...v", hidden, table[...].astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+class RewardModel(nnx.Module):
+    """The decoder with a scalar head: promise, read at the last token of every action."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        self.transformer = Transformer(config, rngs=rngs)
+        # Small but not zero: from a zero head the transformer gets no gradient until the head has moved.
+        self.head = nnx.Param(jax.random.normal(rngs.params(), (config.hidden_size,)) * 0.02)
+
+    def value(self, hidden: jax.Array) -> jax.Array:
+        """Hidden states [..., D] -> values [...] in float32."""
+        return hidden.astype(jnp.float32) @ self.head[...].astype(jnp.float32)
+
+    def __call__(self, tokens, positions, segments, read_positions, *, dtype=jnp.float32) -> jax.Array:
+        """Values [B, S] at `read_positions` [B, S] of packed rows [B, T]."""
+        hidden = self.transformer(tokens, positions, segments, dtype=dtype).hidden
+        return self.value(jnp.take_along_axis(hidden, read_positions[..., None], axis=1))

@@ -1,0 +1,168 @@
+"""The embedded policy: our transformer, sampled with cached prefixes, many states at once, in fixed shapes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from data_pipeline.encode import Encoder
+from jaxprm.model import huggingface
+from jaxprm.model.prefix_bank import PrefixBank, rows_of
+from jaxprm.policies.protocol import Action, State, candidate_seed, prefix_hash
+
+# Cached lengths the decoder is compiled for: a step costs what its bucket costs, not what the longest episode would.
+LENGTH_BUCKETS = (256, 512, 1024, 2048, 4096, 8192)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "end_id", "steps", "capacity"))
+def _generate(graph, parameters, bank, slots, lengths, last, keys, active, temperature, *, end_id, steps, capacity):
+    """Samples up to `steps` tokens after `last` [R] in a copy of `slots` [R].
+
+    keys: uint32 [R, 2]; active: bool [R], rows to fill. Returns (tokens int32 [R, steps], counts [R], ended bool [R],
+    log probabilities [R]); the end token counts as generated.
+    """
+    model = nnx.merge(graph, parameters)
+    rows = slots.shape[0]
+    cache = rows_of(bank, slots, lengths, capacity)
+    keys = jax.vmap(jax.random.wrap_key_data)(keys)
+
+    def draw(logits, step):
+        # Inverse transform: one uniform number a row, not one a vocabulary entry.
+        scaled = logits / jnp.maximum(temperature, 1e-6)
+        probabilities = jax.nn.softmax(scaled, axis=-1)
+        uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, step)))(keys)
+        cumulative = jnp.cumsum(probabilities, axis=-1)
+        drawn = jnp.sum(cumulative <= uniform[:, None] * cumulative[:, -1:], axis=-1)
+        token = jnp.where(temperature > 0, jnp.minimum(drawn, logits.shape[-1] - 1), logits.argmax(-1))
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), token[:, None], axis=1)[:, 0]
+        return token.astype(jnp.int32), chosen
+
+    def more(carry):
+        return (carry["step"] < steps) & carry["open"].any()
+
+    def advance(carry):
+        cache = carry["cache"]
+        ones = jnp.ones((rows, 1), jnp.int32)
+        output = model(carry["last"][:, None], cache.lengths[:, None], ones, cache)
+        token, log_probability = draw(model.logits(output.hidden[:, 0]), carry["step"])
+        is_open = carry["open"]
+        token = jnp.where(is_open, token, end_id)
+        return {
+            "cache": cache.append(output.keys, output.values, is_open.astype(jnp.int32)),
+            "last": token,
+            "tokens": carry["tokens"].at[:, carry["step"]].set(token),
+            "counts": carry["counts"] + is_open,
+            "log_probability": carry["log_probability"] + jnp.where(is_open, log_probability, 0.0),
+            "open": is_open & (token != end_id),
+            "step": carry["step"] + 1,
+        }
+
+    start = {
+        "cache": cache,
+        "last": last,
+        "tokens": jnp.full((rows, steps), end_id, jnp.int32),
+        "counts": jnp.zeros((rows,), jnp.int32),
+        "log_probability": jnp.zeros((rows,), jnp.float32),
+        "open": active,
+        "step": 0,
+    }
+    done = jax.lax.while_loop(more, advance, start)
+    return done["tokens"], done["counts"], ~done["open"], done["log_probability"]
+
+
+class LanguageModelPolicy:
+    """Samples assistant turns from a causal language model.
+
+    Every candidate is drawn once: asked again for the same (task, conversation, number, temperature), the policy
+    answers from memory, so that searches that meet in a state share its candidates and its cost.
+    """
+
+    def __init__(self, config, parameters: Any, encoder: Encoder, *, seed: int, settings):
+        self._graph = huggingface.transformer_graph(config)
+        self._parameters, self._encoder, self._seed = parameters, encoder, seed
+        self._rows = settings.in_flight
+        self._steps = settings.max_action_tokens
+        self.max_tokens = settings.max_tokens
+        self._bank = PrefixBank(
+            self._graph, parameters, config, slots=2 * self._rows, capacity=self.max_tokens, rows=self._rows
+        )
+        self._memory: dict[tuple[str, str, int, float], Action] = {}
+        self.generated = 0
+
+    @property
+    def encoder(self) -> Encoder:
+        return self._encoder
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """Tokens encoded and generated so far; an answer from memory costs nothing."""
+        return {"encoded": self._bank.tokens_encoded, "generated": self.generated}
+
+    def propose(self, states: Sequence[State], n: int, temperature: float) -> list[list[Action]]:
+        """n actions for each state; a state too long for the cache gets actions that stop at once, with no text."""
+        names = [prefix_hash(state.messages) for state in states]
+        wanted = {}
+        for state, name in zip(states, names, strict=True):
+            for index in range(state.first, state.first + n):
+                key = (state.task, name, index, temperature)
+                if key not in self._memory:
+                    wanted[key] = state
+        jobs = []
+        for key, state in wanted.items():
+            tokens = np.asarray(self._encoder.prompt(state.messages), np.int32)
+            if len(tokens) + self._steps > self.max_tokens:
+                self._memory[key] = Action("", 0, None, "length")
+            else:
+                jobs.append((key, tokens))
+        jobs.sort(key=lambda job: len(job[1]))
+        for start in range(0, len(jobs), self._rows):
+            self._sample(jobs[start : start + self._rows], temperature)
+        return [
+            [self._memory[state.task, name, index, temperature] for index in range(state.first, state.first + n)]
+            for state, name in zip(states, names, strict=True)
+        ]
+
+    def _sample(self, jobs: list, temperature: float) -> None:
+        rows, count = self._rows, len(jobs)
+        slots, lengths, last = np.zeros(rows, np.int32), np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+        seeds = np.zeros((rows, 2), np.uint32)
+        # The last token is fed to the decoder: its output is the first distribution to draw from.
+        slots[:count] = self._bank.place([tokens[:-1] for _, tokens in jobs])
+        for row, ((task, name, index, _), tokens) in enumerate(jobs):
+            lengths[row], last[row] = len(tokens) - 1, tokens[-1]
+            seeds[row] = candidate_seed(self._seed, task, name, index)
+        longest = int(lengths.max()) + self._steps + 1
+        room = self.max_tokens + self._steps
+        capacity = next((bucket for bucket in LENGTH_BUCKETS if longest <= bucket <= room), room)
+        tokens, counts, ended, log_probabilities = jax.device_get(
+            _generate(
+                self._graph, self._parameters, self._bank.bank, slots, lengths, last, seeds,
+                np.arange(rows) < count, np.float32(temperature),
+                end_id=self._encoder.end_id, steps=self._steps, capacity=min(capacity, self._bank.bank.keys[0].shape[2]),
+            )
+        )
+        for row, (key, _) in enumerate(jobs):
+            ids = tokens[row, : counts[row] - int(ended[row])].tolist()
+            stop = "end" if ended[row] else "length"
+            self._memory[key] = Action(self._encoder.decode(ids), int(counts[row]), float(log_probabilities[row]), stop)
+        self.generated += int(counts[:count].sum())
+
+
+def default_directory() -> Path:
+    """The policy that ships with the package."""
+    return Path(str(resources.files("jaxprm") / "assets" / "textcraft_policy"))
+
+
+def load(path: str, *, seed: int, settings) -> LanguageModelPolicy:
+    """The policy of a model directory, or the shipped one for "default"."""
+    directory = default_directory() if path == "default" else Path(path)
+    config, parameters = huggingface.load_transformer(directory)
+    return LanguageModelPolicy(config, parameters, Encoder.load(directory), seed=seed, settings=settings)

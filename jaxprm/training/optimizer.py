@@ -1,0 +1,37 @@
+"""AdamW with warmup and cosine decay, gradient clipping, and a faster head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import optax
+
+
+def adamw(
+    *, learning_rate: float, steps: int, warmup_steps: int, weight_decay: float, clip: float, head_multiplier: float = 1.0
+) -> optax.GradientTransformation:
+    """Decays matrices only. Updates of the parameter called `head` are multiplied by `head_multiplier`."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=learning_rate,
+        warmup_steps=min(warmup_steps, max(steps - 1, 1)),
+        decay_steps=max(steps, 2),
+        end_value=0.1 * learning_rate,
+    )
+
+    def matrices(parameters: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf.ndim >= 2, parameters)
+
+    def speed_up(updates, state, parameters=None):
+        del parameters
+        scaled = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: leaf * head_multiplier if getattr(path[0], "key", None) == "head" else leaf, updates
+        )
+        return scaled, state
+
+    return optax.chain(
+        optax.clip_by_global_norm(clip),
+        optax.adamw(schedule, b1=0.9, b2=0.98, eps=1e-8, weight_decay=weight_decay, mask=matrices),
+        optax.GradientTransformation(lambda _: optax.EmptyState(), speed_up),
+    )
