@@ -1,0 +1,134 @@
+"""Conversations to text, with a tokenizer's chat template. Renderings are remembered, so shared prefixes cost nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import jinja2
+import msgspec
+from transformers.utils.chat_template_utils import _compile_jinja_template
+
+from data_pipeline.errors import DataError
+from data_pipeline.trajectory import Message, text_parts
+
+Messages = Sequence[Message | Mapping[str, Any]]
+Tools = list[dict[str, Any]] | None
+
+_RENDERINGS = 1 << 13
+# Llama's templates print today's date unless given one; a rendering must not depend on the day it is made.
+_CONSTANTS = {"date_string": "26 Jul 2024"}
+
+
+class FrozenMessage(NamedTuple):
+    """A message as the template sees it, hashable: `extras` are its other fields as JSON."""
+
+    role: str
+    content: str | None
+    extras: bytes
+
+    def raw_text(self) -> str:
+        """All text of the message that somebody else wrote."""
+        return (self.content or "") + self.extras.decode()
+
+    def visible_texts(self) -> list[tuple[str, ...]]:
+        """What a faithful rendering holds, each in one of the forms given: the content, the names of called tools.
+
+        Spaces around the content may be cut. Some templates print what a tool returned as a JSON string.
+        """
+        texts: list[tuple[str, ...]] = []
+        if self.content:
+            text = self.content.strip()
+            texts.append((text, msgspec.json.encode(text).decode()[1:-1]) if self.role == "tool" else (text,))
+        if self.extras:
+            calls = msgspec.json.decode(self.extras).get("tool_calls", ())
+            texts.extend((call.get("function", call).get("name", ""),) for call in calls)
+        return texts
+
+    def for_template(self) -> dict[str, Any]:
+        """The dictionary the template is given. Arguments of tool calls, JSON text for OpenAI, become objects."""
+        plain: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.extras:
+            plain.update(msgspec.json.decode(self.extras))
+            for call in plain.get("tool_calls", ()):
+                function = call.get("function", call)
+                if isinstance(function.get("arguments"), str):
+                    function["arguments"] = msgspec.json.decode(function["arguments"])
+        return plain
+
+
+Conversation = tuple[FrozenMessage, ...]
+
+
+class ChatTemplate:
+    """A compiled chat template.
+
+    Rendering calls transformers' compiled template itself: `apply_chat_template` copies the whole conversation on every
+    call, eight times the cost, and the text is the same.
+
+    Args:
+      template: Jinja source, or several by name, of which "default" is used.
+      arguments: names the template may refer to, such as `bos_token`.
+      source: the tokenizer's name in error messages.
+    """
+
+    def __init__(self, template: Any, arguments: Mapping[str, Any], *, source: str):
+        self.text = _default(template)
+        self.source = source
+        self._arguments = {**arguments, **_CONSTANTS}
+        try:
+            self._compiled = _compile_jinja_template(self.text)
+        except jinja2.TemplateError as error:
+            raise DataError(f"the chat template of {source} is not valid Jinja: {one_line(error)}") from None
+        self._cached = lru_cache(_RENDERINGS)(self._render)
+
+    def render(self, messages: Conversation, tools: Tools, generation: bool, row: str) -> str:
+        """The conversation as text; with `generation`, up to where the next assistant message begins."""
+        try:
+            return self._cached(messages, msgspec.json.encode(tools) if tools else b"", generation)
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise DataError(f"{row}: the chat template of {self.source} fails: {one_line(error)}") from None
+
+    def _render(self, messages: Conversation, tools: bytes, generation: bool) -> str:
+        return self._compiled.render(
+            messages=[message.for_template() for message in messages],
+            tools=msgspec.json.decode(tools) if tools else None,
+            documents=None,
+            add_generation_prompt=generation,
+            **self._arguments,
+        )
+
+
+def as_messages(messages: Messages, row: str) -> list[Message]:
+    """Messages given as dictionaries, checked; DataError names `row` and the message."""
+    checked = []
+    for index, message in enumerate(messages):
+        if not isinstance(message, Message):
+            try:
+                message = msgspec.convert(message, Message)
+            except msgspec.ValidationError as error:
+                raise DataError(f"{row}: message {index}: {error}") from None
+        checked.append(message)
+    return checked
+
+
+def freeze(message: Message) -> FrozenMessage:
+    """Parts are joined: a step that is one part of a message is text of that message."""
+    content = message.content
+    if isinstance(content, list):
+        content = "".join(text_parts(content))
+    others = {name: getattr(message, name) for name in ("tool_calls", "name", "tool_call_id")}
+    others = {name: value for name, value in others.items() if value is not None}
+    return FrozenMessage(message.role, content, msgspec.json.encode(others) if others else b"")
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _default(template: Any) -> str:
+    if isinstance(template, str):
+        return template
+    named = template if isinstance(template, Mapping) else {entry["name"]: entry["template"] for entry in template}
+    return named["default"]

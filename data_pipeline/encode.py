@@ -1,0 +1,309 @@
+"""Conversations to token ids and the step table: the only encoder, for training, sampling and scoring.
+
+The text is the truth: a conversation is rendered with the tokenizer's chat template, and the rendering is encoded. What
+training relies on is verified for every trajectory, never assumed; see `Encoder.trajectory`.
+
+A tokenizer encodes what lies between two special tokens independently of the rest. So a rendering is cut at its special
+tokens, every piece is encoded once and remembered, and a conversation that grows, or many that share turns, cost only
+what is new.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from data_pipeline.chat_template import ChatTemplate, Conversation, Messages, Tools, as_messages, freeze, one_line
+from data_pipeline.errors import DataError
+from data_pipeline.trajectory import Message, steps, text_parts
+
+_PIECES = 1 << 15
+_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class Encoded(NamedTuple):
+    """A trajectory's tokens int32[T] and its step table, int32[S] each.
+
+    `read_positions[i]` is the last token of the rendering that ends with step i, `state_positions[i]` the last token of
+    the state before it, `action_starts[i]` the first token after the state, `message_indices[i]` the step's message.
+    """
+
+    tokens: np.ndarray
+    read_positions: np.ndarray
+    state_positions: np.ndarray
+    action_starts: np.ndarray
+    message_indices: np.ndarray
+
+
+class _Pieces(NamedTuple):
+    """A text cut at its special tokens: piece k is text[starts[k]:starts[k + 1]] and ids[offsets[k]:offsets[k + 1]]."""
+
+    text: str
+    ids: list[int]
+    starts: list[int]
+    offsets: list[int]
+    plain: list[str]
+
+
+class Encoder:
+    """Encodes conversations with one tokenizer and its chat template.
+
+    Args:
+      tokenizer: a fast tokenizer with a chat template, a pad token and an end-of-sequence token.
+      source: what to call it in error messages.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, *, source: str = "the tokenizer"):
+        if not tokenizer.chat_template:
+            raise DataError(f"{source} has no chat template; add chat_template.jinja beside tokenizer.json")
+        if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
+            raise DataError(f"{source} needs a pad_token and an eos_token; set both in tokenizer_config.json")
+        self.tokenizer = tokenizer
+        self.source = source
+        self.pad_id: int = tokenizer.pad_token_id
+        self.end_id: int = tokenizer.eos_token_id
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens_map, source=source)
+        self._piece = lru_cache(_PIECES)(self._encode_piece)
+        self._prepare_specials()
+        canonical = json.dumps(json.loads(self._backend.to_str()), sort_keys=True)
+        self._fingerprint = hashlib.sha256(f"{canonical}\0{self._template.text}".encode()).hexdigest()
+
+    @classmethod
+    def load(cls, directory: str | PathLike[str]) -> Encoder:
+        """Reads tokenizer.json, tokenizer_config.json and chat_template.jinja of a local directory, and nothing else."""
+        directory = Path(directory)
+        file = directory / "tokenizer.json"
+        if not file.is_file():
+            raise DataError(f"{directory}: not a tokenizer directory, there is no tokenizer.json in it")
+        config = _read_json(directory / "tokenizer_config.json")
+        named = {name: _token_text(config[name]) for name in _TOKEN_NAMES if config.get(name)}
+        try:
+            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), **named)
+        except Exception as error:  # noqa: BLE001, the tokenizers library raises nothing more precise
+            raise DataError(f"{file}: cannot be read: {one_line(error)}") from None
+        template = directory / "chat_template.jinja"
+        tokenizer.chat_template = (
+            template.read_text(encoding="utf-8") if template.is_file() else config.get("chat_template")
+        )
+        return cls(tokenizer, source=str(directory))
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of tokenizer.json and the chat template; saving and loading do not change it."""
+        return self._fingerprint
+
+    @property
+    def vocabulary_size(self) -> int:
+        return len(self.tokenizer)
+
+    def render(self, messages: Messages, *, tools: Tools = None, generation: bool = False) -> str:
+        """The conversation as text; with `generation`, up to where the next assistant message begins."""
+        conversation = self._conversation(as_messages(messages, "conversation"), "conversation")
+        return self._template.render(conversation, tools, generation, "conversation")
+
+    def prompt(self, messages: Messages, *, tools: Tools = None, row: str = "prompt") -> list[int]:
+        """Token ids of the state before the next assistant message.
+
+        Raises DataError for a special token in the text of a message, and where the template fails.
+        """
+        conversation = self._conversation(as_messages(messages, row), row)
+        return self._cut(self._template.render(conversation, tools, True, row)).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included, nothing cleaned up."""
+        return self._backend.decode(ids, skip_special_tokens=False)
+
+    def special_in(self, text: str) -> str | None:
+        """The first special token that `text` spells out, or None. Such a text cannot be the content of a message."""
+        found = self._specials.search(text)
+        return found.group() if found else None
+
+    def trajectory(self, messages: Messages, *, row: str, tools: Tools = None) -> Encoded:
+        """Tokens and step table of a conversation, verified.
+
+        Verified is, and otherwise DataError names row, template and message: the rendering up to every step is a prefix
+        of the whole, in text and in tokens; the ids are the tokenizer's own for the whole text and decode to it; every
+        message is in the text as it was given, and no special token was read out of it; every step has a read position
+        of its own. The steps of a list of parts are read at the last token of their part, the last of them at the end
+        of the message.
+        """
+        messages = as_messages(messages, row)
+        table = steps(messages)
+        if not table:
+            raise DataError(f"{row}: no assistant message is a step, so there is nothing to train on or to score")
+        conversation = self._conversation(messages, row)
+        whole = self._cut(self._template.render(conversation, tools, False, row))
+        self._verify_text(whole, conversation, row)
+        reads: list[int] = []
+        states: list[int] = []
+        for index in dict.fromkeys(step.message for step in table):
+            before = self._state_position(whole, conversation[:index], tools, row)
+            ends = self._read_positions(whole, conversation[: index + 1], messages[index], tools, row)
+            starts = [before, *ends[:-1]]
+            reads.extend(ends)
+            states.extend(starts)
+            if any(end <= start for start, end in zip(starts, ends, strict=True)):
+                raise DataError(f"{row}: a step of message {index} adds no token; every step needs one of its own")
+        state_positions = np.asarray(states, np.int32)
+        return Encoded(
+            tokens=np.asarray(whole.ids, np.int32),
+            read_positions=np.asarray(reads, np.int32),
+            state_positions=state_positions,
+            action_starts=state_positions + 1,
+            message_indices=np.asarray([step.message for step in table], np.int32),
+        )
+
+    def _state_position(self, whole: _Pieces, before: Conversation, tools: Tools, row: str) -> int:
+        """Last token of the rendering that asks for the message after `before`, or of `before` if that is no prefix."""
+        if not before:
+            raise DataError(f"{row}: message 0 is a step; a state must come before the first step, as a user message")
+        for generation in (True, False):
+            rendering = self._template.render(before, tools, generation, row)
+            position = self._position(whole, rendering)
+            if position is not None:
+                return position
+        raise self._rewritten(whole, rendering, len(before) - 1, row)
+
+    def _read_positions(
+        self, whole: _Pieces, upto: Conversation, message: Message, tools: Tools, row: str
+    ) -> list[int]:
+        """Where the steps of the last message of `upto` are read: at the ends of its parts, the last at its own end."""
+        index = len(upto) - 1
+        rendering = self._template.render(upto, tools, False, row)
+        end = self._position(whole, rendering)
+        if end is None:
+            raise self._rewritten(whole, rendering, index, row)
+        parts = text_parts(message.content) if isinstance(message.content, list) else []
+        if len(parts) < 2:
+            return [end]
+        text = "".join(parts)
+        at = rendering.rfind(text.strip()) - (len(text) - len(text.lstrip()))
+        ends = []
+        for number, part in enumerate(parts[:-1]):
+            at += len(part)
+            position = self._position(whole, rendering[:at])
+            if position is None:
+                raise DataError(
+                    f"{row}: part {number} of message {index} ends inside a token ({part[-12:]!r}); "
+                    "end every part with a newline"
+                )
+            ends.append(position)
+        return [*ends, end]
+
+    def _verify_text(self, whole: _Pieces, conversation: Conversation, row: str) -> None:
+        if self._backend.encode_batch_fast([whole.text], add_special_tokens=False)[0].ids != whole.ids:
+            raise DataError(f"{row}: {self.source} encodes the conversation otherwise than its turns one by one")
+        decoded = self.decode(whole.ids)
+        if decoded != whole.text:
+            raise DataError(f"{row}: decoding the token ids does not give the text: {_differ(whole.text, decoded)}")
+        current = 0
+        for index, message in enumerate(conversation):
+            for forms in message.visible_texts():
+                while current < len(whole.plain) and not any(form in whole.plain[current] for form in forms):
+                    current += 1
+                if current == len(whole.plain):
+                    raise DataError(
+                        f"{row}: the chat template of {self.source} changes, moves or drops message {index} "
+                        f"({_short(forms[0])}); use a template that renders every message as it is"
+                    )
+
+    def _rewritten(self, whole: _Pieces, rendering: str, index: int, row: str) -> DataError:
+        if whole.text.startswith(rendering):
+            reason = f"the rendering up to message {index} ends inside a token of the whole"
+        else:
+            reason = f"the rendering up to message {index} is no prefix of the whole: {_differ(rendering, whole.text)}"
+        return DataError(
+            f"{row}: the chat template of {self.source} rewrites earlier turns; {reason}; "
+            "use a template that keeps prefixes"
+        )
+
+    def _position(self, whole: _Pieces, prefix: str) -> int | None:
+        """Index of the last token of `prefix`, None where it is no prefix of the text in characters and in tokens."""
+        if not whole.text.startswith(prefix):
+            return None
+        piece = bisect_right(whole.starts, len(prefix)) - 1
+        start, offset = whole.starts[piece], whole.offsets[piece]
+        if start == len(prefix):
+            return offset - 1
+        head = self._piece(prefix[start:], piece == 0)
+        return offset + len(head) - 1 if whole.ids[offset : offset + len(head)] == list(head) else None
+
+    def _cut(self, text: str) -> _Pieces:
+        pieces = _Pieces(text, [], [0], [0], [])
+        for number, part in enumerate(self._specials.split(text) if self._separable else [text]):
+            if not part:
+                continue
+            if number % 2:  # the separators
+                pieces.ids.append(self._special_ids[part])
+            else:
+                pieces.ids.extend(self._piece(part, not pieces.ids))
+                pieces.plain.append(part)
+            pieces.starts.append(pieces.starts[-1] + len(part))
+            pieces.offsets.append(len(pieces.ids))
+        return pieces
+
+    def _encode_piece(self, text: str, first: bool) -> tuple[int, ...]:
+        """Ids of a text between special tokens. Some tokenizers treat the start of a text unlike its inside."""
+        if first:
+            return tuple(self._backend.encode(text, add_special_tokens=False).ids)
+        return tuple(self._backend.encode(self._anchor + text, add_special_tokens=False).ids[1:])
+
+    def _prepare_specials(self) -> None:
+        tokens = {id: token for id, token in self._backend.get_added_tokens_decoder().items() if token.special}
+        self._special_ids = {token.content: id for id, token in tokens.items()}
+        # longest first, as the tokenizer matches them
+        longest_first = sorted(self._special_ids, key=len, reverse=True)
+        self._specials = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+        self._anchor = longest_first[0]
+        # a token that takes in the spaces around it, or is looked for in normalized text, does not cut the text cleanly
+        self._separable = not any(
+            token.lstrip or token.rstrip or token.single_word or token.normalized for token in tokens.values()
+        )
+
+    def _conversation(self, messages: Sequence[Message], row: str) -> Conversation:
+        conversation = tuple(map(freeze, messages))
+        for index, message in enumerate(conversation):
+            found = self.special_in(message.raw_text())
+            if found:
+                raise DataError(
+                    f"{row}: message {index} ({message.role}) has the special token {found} in its text; "
+                    "special tokens are never read out of text: remove or rewrite it"
+                )
+        return conversation
+
+
+def _token_text(token: str | Mapping[str, Any]) -> str:
+    return token if isinstance(token, str) else token["content"]
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
+    except msgspec.MsgspecError as error:
+        raise DataError(f"{file}: {error}") from None
+
+
+def _differ(one: str, other: str) -> str:
+    """Where two texts part, with what follows there in each."""
+    at = next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+    return f"at character {at}, {one[at : at + 20]!r} against {other[at : at + 20]!r}"
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 30 else text[:27] + "...")

@@ -1,0 +1,163 @@
+"""The trajectory: one agent episode in OpenAI's chat format, one JSON object a line. Pure Python.
+
+An assistant message is one step, one decision, unless it says `"step": false`. An assistant message whose content is a
+list of text parts (mathematics) is one step per part. Everything indexed by step (`rewards`, `step_labels`, scores)
+follows `steps(messages)`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from os import PathLike
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+
+from data_pipeline.errors import DataError
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One chat message; `content` may be null only beside `tool_calls`."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str | list[dict[str, Any]] | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    step: bool = True
+    name: str | None = None
+    tool_call_id: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.content is None and not self.tool_calls:
+            raise ValueError(f"a message of role {self.role} has neither content nor tool_calls")
+        text_parts(self.content)
+
+    @property
+    def is_step(self) -> bool:
+        return self.role == "assistant" and self.step
+
+
+class Trajectory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One episode. `outcome` in [0, 1] is needed for training only; `rewards`, when given, replace it in the targets."""
+
+    id: str
+    messages: list[Message]
+    environment: str | None = None
+    task: str | None = None
+    split: str | None = None
+    tools: list[dict[str, Any]] | None = None
+    outcome: float | None = None
+    success: bool | None = None
+    rewards: list[float] | None = None
+    step_labels: list[float | None] | None = None
+    ended: Literal["done", "max_rounds", "error"] | None = None
+    policy: dict[str, Any] | None = None
+    meta: dict[str, Any] = msgspec.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.id:
+            raise ValueError("id is empty")
+        if not self.messages:
+            raise ValueError("messages is empty")
+        if self.outcome is not None and not 0.0 <= self.outcome <= 1.0:
+            raise ValueError(f"outcome {self.outcome} is outside [0, 1]")
+        count = len(steps(self.messages))
+        for field in ("rewards", "step_labels"):
+            values = getattr(self, field)
+            if values is not None and len(values) != count:
+                raise ValueError(f"{field} has {len(values)} values, the messages have {count} steps")
+
+    @property
+    def task_id(self) -> str:
+        """The task or, where it has no name, a hash of the prompt: everything before the first step."""
+        if self.task is not None:
+            return self.task
+        found = steps(self.messages)
+        prompt = self.messages[: found[0].message] if found else self.messages
+        return "prompt/" + hashlib.sha256(msgspec.json.encode([prompt, self.tools])).hexdigest()[:16]
+
+
+class Step(NamedTuple):
+    """Where a step is: the index of its message, and of its part where the content is a list of parts."""
+
+    message: int
+    part: int | None
+
+
+def steps(messages: Sequence[Message]) -> list[Step]:
+    """The decisions of a conversation, in order."""
+    found = []
+    for index, message in enumerate(messages):
+        if not message.is_step:
+            continue
+        if isinstance(message.content, list):
+            found.extend(Step(index, part) for part in range(len(message.content)))
+        else:
+            found.append(Step(index, None))
+    return found
+
+
+def text_parts(content: str | list[dict[str, Any]] | None) -> list[str]:
+    """The texts a message's content is made of; ValueError where a part is not text."""
+    if content is None:
+        return []
+    if isinstance(content, str):
+        return [content]
+    if not content:
+        raise ValueError("content is an empty list of parts")
+    for index, part in enumerate(content):
+        if part.get("type", "text") != "text" or not isinstance(part.get("text"), str) or not part["text"]:
+            raise ValueError(f'content part {index} is not {{"type": "text", "text": "..."}} with some text')
+    return [part["text"] for part in content]
+
+
+_decoder = msgspec.json.Decoder(Trajectory)
+
+
+def parse_line(line: bytes | str, *, where: str) -> Trajectory:
+    """One line of JSON to a trajectory. Raises DataError("<where>: what is wrong - at `$.field`")."""
+    try:
+        return _decoder.decode(line)
+    except (msgspec.MsgspecError, UnicodeError) as error:
+        raise DataError(f"{where}: {error}") from None
+
+
+def read(path: str | PathLike[str], *, skip_bad: bool | Callable[[DataError], None] = False) -> Iterator[Trajectory]:
+    """The trajectories of a JSONL file, blank lines left out.
+
+    The first bad line raises DataError("path:line: ..."). `skip_bad=True` leaves bad lines out instead; a function
+    given as `skip_bad` receives the error of each, so that they can be counted and reported.
+    """
+    for _, trajectory in read_numbered(path, skip_bad=skip_bad):
+        yield trajectory
+
+
+def read_numbered(
+    path: str | PathLike[str], *, skip_bad: bool | Callable[[DataError], None] = False
+) -> Iterator[tuple[str, Trajectory]]:
+    """As `read`, each trajectory with its place, "path:line"."""
+    for where, line in _lines(path):
+        try:
+            trajectory = parse_line(line, where=where)
+        except DataError as error:
+            if not skip_bad:
+                raise
+            if callable(skip_bad):
+                skip_bad(error)
+            continue
+        yield where, trajectory
+
+
+def to_line(trajectory: Trajectory) -> str:
+    """The trajectory as one line of JSON, without the newline; fields at their default are left out."""
+    return msgspec.json.encode(trajectory).decode()
+
+
+def _lines(path: str | PathLike[str]) -> Iterator[tuple[str, bytes]]:
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield f"{path}:{number}", line
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
