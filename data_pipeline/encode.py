@@ -102,6 +102,11 @@ class Encoder:
         return cls(tokenizer, source=str(directory))
 
     @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that no text encodes to: they open, close or pad messages."""
+        return frozenset(self._special_ids.values())
+
+    @property
     def fingerprint(self) -> str:
         """sha256 of tokenizer.json and the chat template; saving and loading do not change it."""
         return self._fingerprint

@@ -127,7 +127,7 @@ class Search(Section):
     temperature: Positive = 0.7
     pool: Count = 32
     best_of_n: tuple[Count, ...] = (1, 2, 4, 8, 16, 32)
-    prefix_fraction: Fraction = 0.5
+    prefix_steps: Count = 3
     prefix_best_of_n: tuple[Count, ...] = (1, 2, 4, 8, 16)
     beams: tuple[tuple[Count, Count], ...] = ((2, 2), (4, 4))
     stepwise: tuple[Count, ...] = (4,)

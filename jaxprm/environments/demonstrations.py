@@ -47,9 +47,16 @@ def demonstrate(
     rename: share of episodes with exchanged words; mistakes: share of episodes in which the agent is led astray with
     probability `mistake_rate` a turn. Mistaken turns carry `"step": False`.
     """
+    messages: list[dict] = []
+    # A mistake can end a short episode by luck: without an expert turn there is nothing to imitate.
+    while all(message.get("step") is False for message in messages if message["role"] == "assistant"):
+        messages = _episode(environment, rng, mistake_rate if rng.random() < mistakes else 0.0, distractors)
+    return exchange_words(messages, item_words(environment), rng) if rng.random() < rename else messages
+
+
+def _episode(environment, rng: random.Random, astray: float, distractors: tuple[int, int]) -> list[dict]:
     goals = training_goals(environment)
     prompt = environment.sample_episode(rng.choice(goals), rng, tuple(distractors))
-    astray = mistake_rate if rng.random() < mistakes else 0.0
     messages = [{"role": "user", "content": prompt}]
     done = False
     while not done:
@@ -59,7 +66,7 @@ def demonstrate(
         observation, _, done = environment.step(action)
         if not done:
             messages.append({"role": "user", "content": observation})
-    return exchange_words(messages, item_words(environment), rng) if rng.random() < rename else messages
+    return messages
 
 
 @lru_cache(maxsize=4)

@@ -23,10 +23,12 @@ LENGTH_BUCKETS = (256, 512, 1024, 2048, 4096, 8192)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "end_id", "steps", "capacity"))
-def _generate(graph, parameters, bank, slots, lengths, last, keys, active, temperature, *, end_id, steps, capacity):
+def _generate(
+    graph, parameters, bank, slots, lengths, last, keys, active, temperature, banned, *, end_id, steps, capacity
+):
     """Samples up to `steps` tokens after `last` [R] in a copy of `slots` [R].
 
-    keys: uint32 [R, 2]; active: bool [R], rows to fill. Returns (tokens int32 [R, steps], counts [R], ended bool [R],
+    keys: uint32 [R, 2]; active: bool [R], rows to fill; banned: bool [V], never sampled. Returns (tokens int32 [R, steps], counts [R], ended bool [R],
     log probabilities [R]); the end token counts as generated.
     """
     model = nnx.merge(graph, parameters)
@@ -52,7 +54,8 @@ def _generate(graph, parameters, bank, slots, lengths, last, keys, active, tempe
         cache = carry["cache"]
         ones = jnp.ones((rows, 1), jnp.int32)
         output = model(carry["last"][:, None], cache.lengths[:, None], ones, cache)
-        token, log_probability = draw(model.logits(output.hidden[:, 0]), carry["step"])
+        logits = jnp.where(banned, -jnp.inf, model.logits(output.hidden[:, 0]))
+        token, log_probability = draw(logits, carry["step"])
         is_open = carry["open"]
         token = jnp.where(is_open, token, end_id)
         return {
@@ -95,6 +98,10 @@ class LanguageModelPolicy:
             self._graph, parameters, config, slots=2 * self._rows, capacity=self.max_tokens, rows=self._rows
         )
         self._memory: dict[tuple[str, str, int, float], Action] = {}
+        # A turn can end, but not open another message or be padding.
+        self._banned = np.zeros(config.vocab_size, bool)
+        self._banned[sorted(encoder.special_ids - {encoder.end_id})] = True
+        self._banned[encoder.vocabulary_size :] = True
         self.generated = 0
 
     @property
@@ -130,6 +137,10 @@ class LanguageModelPolicy:
             for state, name in zip(states, names, strict=True)
         ]
 
+    def count_tokens(self, messages: Sequence[dict]) -> int:
+        """Length of a conversation, with the opening of the next assistant turn."""
+        return len(self._encoder.prompt(messages))
+
     def _sample(self, jobs: list, temperature: float) -> None:
         rows, count = self._rows, len(jobs)
         slots, lengths, last = np.zeros(rows, np.int32), np.zeros(rows, np.int32), np.zeros(rows, np.int32)
@@ -145,15 +156,23 @@ class LanguageModelPolicy:
         tokens, counts, ended, log_probabilities = jax.device_get(
             _generate(
                 self._graph, self._parameters, self._bank.bank, slots, lengths, last, seeds,
-                np.arange(rows) < count, np.float32(temperature),
+                np.arange(rows) < count, np.float32(temperature), self._banned,
                 end_id=self._encoder.end_id, steps=self._steps, capacity=min(capacity, self._bank.bank.keys[0].shape[2]),
             )
         )
         for row, (key, _) in enumerate(jobs):
             ids = tokens[row, : counts[row] - int(ended[row])].tolist()
             stop = "end" if ended[row] else "length"
-            self._memory[key] = Action(self._encoder.decode(ids), int(counts[row]), float(log_probabilities[row]), stop)
+            self._memory[key] = Action(self._text(ids), int(counts[row]), float(log_probabilities[row]), stop)
         self.generated += int(counts[:count].sum())
+
+
+    def _text(self, ids: list[int]) -> str:
+        text = self._encoder.decode(ids)
+        # Plain tokens can still spell a special one, which no conversation may contain.
+        while found := self._encoder.special_in(text):
+            text = text.replace(found, "")
+        return text
 
 
 def default_directory() -> Path:

@@ -37,6 +37,9 @@ class Policy(Protocol):
     def propose(self, states: Sequence[State], n: int, temperature: float) -> list[list[Action]]:
         """n actions for each state."""
 
+    def count_tokens(self, messages: Sequence[dict]) -> int:
+        """Length of a conversation in the policy's tokens; an estimate where its tokenizer is not known."""
+
 
 def prefix_hash(messages: Sequence[dict]) -> str:
     """Names a conversation: roles and contents, nothing else."""

@@ -1,0 +1,35 @@
+"""The demo: a small agent on TextCraft, reward models for it, and what they are worth. Minutes on two CPU cores.
+
+    python -m jaxprm run configs/textcraft_tiny.py --workdir runs/demo
+    python -m jaxprm run configs/textcraft_tiny.py --workdir runs/quick --quick
+"""
+
+import msgspec
+
+from jaxprm.config import Collection, Data, Environment, Experiment, Policy, RewardModel, Search
+
+config = Experiment(
+    name="textcraft_tiny",
+    # Four distractors instead of AgentGym's ten: shorter prompts, the same tasks.
+    environment=Environment(name="textcraft", arguments={"distractors": 4}),
+    policy=Policy(path="default", in_flight=64, max_action_tokens=40, max_tokens=896),
+    collection=Collection(train_tasks=120, validation_tasks=30, trajectories_per_task=16),
+    data=Data(rows=8, length=512, steps_per_row=32, too_long="window"),
+    reward_models=(
+        RewardModel(label="agentprm", objective="agentprm", epochs=2),
+        RewardModel(label="pvm", objective="pvm", beta=0.0, epochs=2),
+        RewardModel(label="orm", objective="orm", beta=0.0, epochs=2),
+    ),
+    search=Search(tasks=60, pool=16, best_of_n=(1, 2, 4, 8, 16), beams=((2, 2), (4, 4)), stepwise=(4,)),
+)
+
+quick = msgspec.structs.replace(
+    config,
+    name="textcraft_quick",
+    collection=Collection(train_tasks=6, validation_tasks=4, trajectories_per_task=4),
+    reward_models=tuple(msgspec.structs.replace(model, epochs=1) for model in config.reward_models),
+    search=Search(
+        tasks=4, pool=4, best_of_n=(1, 2, 4), prefix_best_of_n=(1, 2, 4), beams=((2, 2),), stepwise=(2,), trees=2
+    ),
+    bootstrap_samples=200,
+)

@@ -1,0 +1,256 @@
+"""results.json: every number of a run, computed from the files its stages left."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxprm import config as config_lib
+from jaxprm import files
+from jaxprm.evaluation import value_metrics
+from jaxprm.evaluation.compute import flops_per_token
+from jaxprm.evaluation.statistics import best_of_n_curve, bootstrap, oracle_curve, paired_difference
+from jaxprm.model import huggingface
+from jaxprm.search.stage import search_name
+
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "transformers", "textcraft", "numpy")
+
+
+class Results:
+    """Reads a finished work directory; each property is a part of results.json."""
+
+    def __init__(self, state):
+        self.state = state
+        self.experiment: config_lib.Experiment = state.experiment
+        self.settings = self.experiment.search
+        self.seeds = self.experiment.reward_seeds
+        self.folder: Path = state.work / "search"
+        self.pool = self._by_task(self.folder / "pool.jsonl")
+        self.tasks = list(self.pool)
+        self.outcomes = np.array([[_outcome(line) for line in lines] for lines in self.pool.values()])
+        self.labels = [model.label for model in self.experiment.reward_models]
+
+    def _by_task(self, path: Path) -> dict[str, list[dict]]:
+        grouped: dict[str, list[dict]] = defaultdict(list)
+        for line in files.read_lines(path):
+            grouped[line["task"]].append(line)
+        return dict(grouped)
+
+    def estimate(self, values) -> dict:
+        return bootstrap(values, samples=self.experiment.bootstrap_samples, seed=self.experiment.seed)
+
+    def guided(self, width: int, actions: int, label: str) -> list[list[dict]]:
+        """Lines of a guided search, [seeds][tasks]."""
+        names = [search_name(width, actions, label, seed) for seed in self.seeds]
+        return [list(files.read_lines(self.folder / f"{name}.jsonl")) for name in names]
+
+    def outcome_table(self, width: int, actions: int, label: str) -> np.ndarray:
+        """Outcomes of a guided search, [seeds, tasks]."""
+        return np.array([[line["outcome"] for line in lines] for lines in self.guided(width, actions, label)])
+
+    def pool_values(self, label: str, seed: int) -> list[list[list[float]]]:
+        """Values of the pool, [tasks][pool][steps]; a trajectory that ended in an error has none."""
+        values = {line["id"]: line["values"] for line in files.read_lines(self.folder / f"values-pool-{label}-{seed}.jsonl")}
+        return [[values.get(line["id"], [-np.inf]) for line in lines] for lines in self.pool.values()]
+
+    def policy(self) -> dict:
+        greedy = [_outcome(lines[0]) for lines in self._by_task(self.folder / "greedy.jsonl").values()]
+        return {"sampled": self.estimate(self.outcomes.mean(1)), "greedy": self.estimate(greedy)}
+
+    def oracle(self) -> dict:
+        sizes = self.settings.best_of_n
+        curve = oracle_curve(self.outcomes, sizes)
+        return {str(n): self.estimate(curve[:, index]) for index, n in enumerate(sizes)}
+
+    def curves(self, label: str) -> dict[str, np.ndarray]:
+        """Expected outcome of the chosen one, [seeds, tasks, sizes]: by final step, and by the first steps alone."""
+        finals, prefixes = [], []
+        for seed in self.seeds:
+            if label == "random":
+                # Choosing blindly is choosing with all scores equal: exact, where drawn scores would add noise.
+                final = prefix = np.zeros(self.outcomes.shape)
+            else:
+                values, cut = self.pool_values(label, seed), self.settings.prefix_steps
+                final = np.array([[steps[-1] for steps in task] for task in values])
+                prefix = np.array([[steps[: cut][-1] for steps in task] for task in values])
+            finals.append(best_of_n_curve(final, self.outcomes, self.settings.best_of_n))
+            prefixes.append(best_of_n_curve(prefix, self.outcomes, self.settings.prefix_best_of_n))
+        return {"best_of_n": np.array(finals), "prefix_best_of_n": np.array(prefixes)}
+
+    def methods(self) -> dict:
+        found = {}
+        for label in [*self.labels, "random"]:
+            curves, settings = self.curves(label), self.settings
+            found[label] = {
+                "best_of_n": self._sized(curves["best_of_n"], settings.best_of_n),
+                "prefix_best_of_n": self._sized(curves["prefix_best_of_n"], settings.prefix_best_of_n),
+                "beam": {f"{n}x{m}": self.estimate(self.outcome_table(n, m, label)) for n, m in settings.beams},
+                "stepwise": {str(k): self.estimate(self.outcome_table(1, k, label)) for k in settings.stepwise},
+            }
+        return found
+
+    def _sized(self, curve: np.ndarray, sizes) -> dict:
+        return {str(n): self.estimate(curve[..., index]) for index, n in enumerate(sizes)}
+
+    def paired(self) -> list[dict]:
+        """Differences by task: every method against the plain policy, random guidance and the other methods."""
+        columns: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
+        for label in [*self.labels, "random"]:
+            for n, m in self.settings.beams:
+                columns[f"beam {n}x{m}"][label] = self.outcome_table(n, m, label)
+            for k in self.settings.stepwise:
+                columns[f"stepwise {k}"][label] = self.outcome_table(1, k, label)
+            curves = self.curves(label)
+            columns[f"prefix_best_of_n {self.settings.prefix_best_of_n[-1]}"][label] = curves["prefix_best_of_n"][..., -1]
+            columns[f"best_of_n {self.settings.best_of_n[-1]}"][label] = curves["best_of_n"][..., -1]
+        rows = []
+        for at, by_label in columns.items():
+            by_label["policy"] = self.outcomes.mean(1)[None]
+            for a in self.labels:
+                others = ["policy", "random", *self.labels[self.labels.index(a) + 1 :]]
+                for b in others:
+                    difference = paired_difference(
+                        by_label[a], by_label[b], samples=self.experiment.bootstrap_samples, seed=self.experiment.seed
+                    )
+                    rows.append({"a": a, "b": b, "at": at} | difference)
+            difference = paired_difference(by_label["random"], by_label["policy"], samples=self.experiment.bootstrap_samples)
+            rows.append({"a": "random", "b": "policy", "at": at} | difference)
+        return rows
+
+    def value_quality(self) -> dict[str, dict]:
+        """Step values on the validation trajectories, per reward model over its seeds."""
+        lines = {line["id"]: line for line in files.read_lines(self.state.work / "trajectories/validation.jsonl")}
+        quality: dict[str, dict] = {"value_by_depth": {}, "calibration": {}, "validation": {}}
+        options = {"samples": min(500, self.experiment.bootstrap_samples), "seed": self.experiment.seed}
+        for label in self.labels:
+            records = [self._records(label, seed, lines) for seed in self.seeds]
+            quality["value_by_depth"][label] = value_metrics.value_by_depth(records, **options)
+            quality["calibration"][label] = value_metrics.calibration(records, **options)
+            quality["validation"][label] = value_metrics.validation(records, **options)
+        return quality
+
+    def _records(self, label: str, seed: int, lines: dict[str, dict]) -> value_metrics.StepRecords:
+        columns: dict[str, list] = defaultdict(list)
+        for scored in files.read_lines(self.folder / f"values-validation-{label}-{seed}.jsonl"):
+            line, values = lines[scored["id"]], scored["values"]
+            columns["values"] += values
+            columns["targets"] += _returns(line, len(values))
+            columns["depths"] += range(1, len(values) + 1)
+            columns["tasks"] += [line["task"]] * len(values)
+            columns["weights"] += [1.0] * len(values)
+            columns["success"] += [line["success"]] * len(values)
+        return value_metrics.StepRecords(**{name: np.array(column) for name, column in columns.items()})
+
+    def training(self) -> dict:
+        curves: dict[str, dict] = {}
+        for model, seed in self.state.trained():
+            path = self.state.model_directory(model.label, seed) / "metrics.jsonl"
+            curves.setdefault(model.label, {})[str(seed)] = list(files.read_lines(path))
+        return curves
+
+    def compute(self) -> dict:
+        """Counted per task, means over tasks and seeds; FLOPs by formula from the counts."""
+        per_token = flops_per_token(huggingface.read_config(self.state.policy_directory)[0])
+        sampled = [line for lines in self.pool.values() for line in lines]
+        mean = np.mean([line["meta"]["tokens"] for line in sampled])
+        steps = np.mean([sum(m["role"] == "assistant" for m in line["messages"]) for line in sampled])
+        table: dict[str, Any] = {"unit": "per task", "flops_per_token": per_token, "methods": {}}
+        table["methods"]["policy"] = {"1": _cost(mean, 0, steps, per_token)}
+        for label in [*self.labels, "random"]:
+            sizes = {}
+            for n, m in [*self.settings.beams, *((1, k) for k in self.settings.stepwise)]:
+                lines = [line for seed in self.guided(n, m, label) for line in seed]
+                reward = 0.0 if label == "random" else np.mean([line["reward_tokens"] for line in lines])
+                generated = np.mean([line["policy_tokens"] for line in lines])
+                acted = np.mean([line["environment_steps"] for line in lines])
+                sizes[f"{n}x{m}"] = _cost(generated, reward, acted, per_token)
+                sizes[f"{n}x{m}"]["duplicates_merged"] = float(np.mean([line["merged"] / line["proposed"] for line in lines]))
+                sizes[f"{n}x{m}"]["errors"] = int(sum(line["errors"] for line in lines))
+            table["methods"][label] = sizes
+        return table
+
+    def data(self) -> dict:
+        train = list(files.read_lines(self.state.work / "trajectories/train.jsonl"))
+        validation = list(files.read_lines(self.state.work / "trajectories/validation.jsonl"))
+        unique = len({(line["task"], files.line(line["messages"])) for line in train})
+        splits = {"train": train, "validation": validation, self.settings.split: [x for v in self.pool.values() for x in v]}
+        return {
+            "trajectories": len(train),
+            "unique": unique,
+            "success_rate": float(np.mean([_outcome(line) for line in train])),
+            "errors": sum(line.get("ended") == "error" for line in train),
+            "tasks": {name: len({line["task"] for line in lines}) for name, lines in splits.items()},
+        }
+
+    def provenance(self) -> dict:
+        prints = {"policy": self.state.policy_identity, "config": config_lib.fingerprint(config_lib.to_dict(self.experiment))}
+        prints["trajectories"] = files.sha256(self.state.work / "trajectories/train.jsonl")
+        for model, seed in self.state.trained():
+            path = self.state.model_directory(model.label, seed) / "model/model.safetensors"
+            prints[f"{model.label}/{seed}"] = files.sha256(path)
+        return {
+            "config": config_lib.to_dict(self.experiment),
+            "seeds": list(self.seeds),
+            "versions": {"python": platform.python_version()}
+            | {name: importlib.metadata.version(name) for name in PACKAGES},
+            "fingerprints": prints,
+        }
+
+
+def write_results(state) -> Path:
+    """Computes and writes WORKDIR/results.json, and the trees that the report shows."""
+    results = Results(state)
+    value = {
+        "name": state.experiment.name,
+        "policy": results.policy(),
+        "oracle": results.oracle(),
+        "methods": results.methods(),
+        "paired": results.paired(),
+        **results.value_quality(),
+        "training": results.training(),
+        "data": results.data(),
+        "compute": results.compute(),
+        "seconds": state.work.seconds(),
+        "provenance": results.provenance(),
+    }
+    files.write_json(state.work / "results.json", _finite(value))
+    trees = []
+    for path in sorted((state.work / "search").glob("*.jsonl")):
+        if path.name.startswith(("beam-", "stepwise-")):
+            trees += [line["tree"] for line in files.read_lines(path) if "tree" in line]
+    files.write_atomic(state.work / "search/trees.json", json.dumps(trees, ensure_ascii=False))
+    return state.work / "results.json"
+
+
+def _outcome(line: dict) -> float:
+    """An episode that ended in an error did not succeed, whoever searched for it."""
+    return float(line.get("outcome") or 0.0)
+
+
+def _returns(line: dict, steps: int) -> list[float]:
+    rewards = line.get("rewards")
+    return np.cumsum(rewards[::-1])[::-1].tolist() if rewards else [line["outcome"]] * steps
+
+
+def _cost(policy_tokens: float, reward_tokens: float, steps: float, per_token: float) -> dict:
+    return {
+        "policy_tokens": float(policy_tokens),
+        "reward_tokens": float(reward_tokens),
+        "environment_steps": float(steps),
+        "flops": float((policy_tokens + reward_tokens) * per_token),
+    }
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: what is not defined is null."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value

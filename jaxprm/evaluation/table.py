@@ -1,0 +1,42 @@
+"""The results as a table for the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jaxprm import files
+
+
+def results_table(path: Path) -> str:
+    """Success of every method, mean and 95 % interval, from a results.json."""
+    results = files.read_json(path)
+    methods = results["methods"]
+    columns = [("beam", name) for name in _names(methods, "beam")]
+    columns += [("stepwise", name) for name in _names(methods, "stepwise")]
+    columns += [(kind, names[-1]) for kind in ("prefix_best_of_n", "best_of_n") if (names := _names(methods, kind))]
+    titles = {"beam": "beam {}", "stepwise": "best of {} steps", "prefix_best_of_n": "best of {} prefixes", "best_of_n": "best of {}"}
+    header = ["success, %", *(titles[kind].format(name) for kind, name in columns)]
+    rows = [header]
+    for label, found in methods.items():
+        rows.append([label, *(_cell(found.get(kind, {}).get(name)) for kind, name in columns)])
+    widths = [max(len(row[index]) for row in rows) for index in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "-" * len(lines[0]))
+    policy = results["policy"]
+    oracle = list(results["oracle"].items())[-1]
+    lines += [
+        "",
+        f"plain policy {_cell(policy['sampled'])}   greedy {_cell(policy['greedy'])}   any of {oracle[0]} succeeds {_cell(oracle[1])}",
+    ]
+    return "\n".join(lines)
+
+
+def _names(methods: dict, kind: str) -> list[str]:
+    return list(dict.fromkeys(name for found in methods.values() for name in found.get(kind, {})))
+
+
+def _cell(estimate: dict | None) -> str:
+    if estimate is None or estimate["mean"] is None:
+        return "-"
+    mean, low, high = (f"{100 * estimate[key]:.1f}" for key in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"

@@ -1,0 +1,203 @@
+"""The whole loop in one work directory: collect, build, train, search, report. Each stage resumes by itself."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxprm import config as config_lib
+from jaxprm import environments, files
+from jaxprm.errors import UserError
+from jaxprm.progress import bar
+from jaxprm.stages import WorkDirectory, identity
+
+STAGES = ("collect", "build", "train", "search", "report")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every stage needs to know; models are loaded when first used."""
+
+    experiment: config_lib.Experiment
+    work: WorkDirectory
+
+    @functools.cached_property
+    def policy(self):
+        from jaxprm.policies import language_model
+
+        settings = self.experiment.policy
+        return language_model.load(settings.path, seed=self.experiment.seed, settings=settings)
+
+    @functools.cached_property
+    def policy_directory(self) -> Path:
+        from jaxprm.policies import language_model
+
+        path = self.experiment.policy.path
+        directory = language_model.default_directory() if path == "default" else Path(path)
+        if not (directory / "config.json").is_file():
+            raise UserError(f"policy {directory}: no config.json; set policy.path to a model directory, or to default")
+        return directory
+
+    @functools.cached_property
+    def policy_identity(self) -> str:
+        names = ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja")
+        found = [self.policy_directory / name for name in names]
+        return identity([files.sha256(path) for path in found if path.is_file()])
+
+    def make_environment(self) -> environments.Environment:
+        return environments.create(self.experiment.environment.name, self.experiment.environment.arguments)
+
+    def tasks(self, split: str, limit: int | None) -> list[str]:
+        """The first tasks of a split, spread evenly over it: a split may be ordered by difficulty."""
+        environment = self.make_environment()
+        try:
+            tasks = list(environment.tasks(split))
+        finally:
+            environment.close()
+        if not tasks:
+            raise UserError(f"environment {self.experiment.environment.name}: split {split} has no task")
+        if limit is None or limit >= len(tasks):
+            return tasks
+        return [tasks[index * len(tasks) // limit] for index in range(limit)]
+
+    @property
+    def collect_inputs(self) -> dict[str, Any]:
+        plain = config_lib.to_dict(self.experiment)
+        return {
+            "environment": plain["environment"],
+            "policy": plain["policy"] | {"path": self.policy_identity},
+            "collection": plain["collection"],
+            "seed": plain["seed"],
+        }
+
+    @property
+    def build_inputs(self) -> dict[str, Any]:
+        data = config_lib.to_dict(self.experiment)["data"]
+        return {
+            "trajectories": identity(self.collect_inputs),
+            "data": {name: data[name] for name in ("shards", "length", "too_long")},
+        }
+
+    def train_inputs(self, model: config_lib.RewardModel, seed: int) -> dict[str, Any]:
+        plain = config_lib.to_dict(self.experiment)
+        labels = [one.label for one in self.experiment.reward_models]
+        return {
+            "shards": identity(self.build_inputs),
+            "data": plain["data"],
+            "reward_model": plain["reward_models"][labels.index(model.label)],
+            "seed": seed,
+        }
+
+    @property
+    def search_inputs(self) -> dict[str, Any]:
+        plain = config_lib.to_dict(self.experiment)
+        return {
+            "policy_and_environment": identity(
+                {name: value for name, value in self.collect_inputs.items() if name != "collection"}
+            ),
+            "search": plain["search"],
+        }
+
+    def model_directory(self, label: str, seed: int) -> Path:
+        return self.work / f"reward_models/{label}/seed-{seed}"
+
+    def trained(self) -> list[tuple[config_lib.RewardModel, int]]:
+        return [(model, seed) for model in self.experiment.reward_models for seed in self.experiment.reward_seeds]
+
+
+def run(experiment: config_lib.Experiment, workdir: Path, *, until: str = "report", redo: bool = False) -> Path | None:
+    """Runs the stages up to `until`; returns the report's path if it was made."""
+    state = Run(experiment, WorkDirectory(workdir, redo=redo))
+    files.write_json(workdir / "config.json", config_lib.to_dict(experiment))
+    steps: dict[str, Callable[[Run], Any]] = {
+        "collect": collect,
+        "build": build,
+        "train": train,
+        "search": search,
+        "report": report,
+    }
+    result = None
+    for name in STAGES[: STAGES.index(until) + 1]:
+        result = steps[name](state)
+    return result if until == "report" else None
+
+
+def collect(state: Run) -> None:
+    """Trajectories of the training and validation tasks, at the collection's temperature."""
+    from jaxprm.collect import collect as sample
+
+    settings = state.experiment.collection
+    outputs = {split: state.work / f"trajectories/{split}.jsonl" for split in ("train", "validation")}
+    limits = {"train": settings.train_tasks, "validation": settings.validation_tasks}
+    with state.work.stage("collect", state.collect_inputs, list(outputs.values())) as needed:
+        if not needed:
+            return
+        for split, output in outputs.items():
+            sample(
+                state.make_environment,
+                state.policy,
+                state.tasks(split, limits[split]),
+                output,
+                count=settings.trajectories_per_task,
+                temperature=settings.temperature,
+                in_flight=state.experiment.policy.in_flight,
+                split=split,
+                environment=state.experiment.environment.name,
+                seed=state.experiment.seed,
+                label=f"collect {split}",
+            )
+
+
+def build(state: Run) -> None:
+    """Shards of the collected trajectories, encoded with the policy's tokenizer."""
+    from data_pipeline import build as builder
+    from data_pipeline.encode import Encoder
+
+    settings, output = state.experiment.data, state.work / "shards"
+    with state.work.stage("build", state.build_inputs, [output]) as needed:
+        if not needed or (output / "metadata.json").exists():
+            return
+        inputs = {split: [state.work / f"trajectories/{split}.jsonl"] for split in ("train", "validation")}
+        with bar("build shards", None, unit="trajectory") as progress:
+            builder.build(
+                inputs,
+                Encoder.load(state.policy_directory),
+                output,
+                max_length=settings.length,
+                too_long=settings.too_long,
+                shards=settings.shards,
+                progress=progress.update,
+            )
+
+
+def train(state: Run) -> None:
+    """Every reward model with every seed, on the same shards, from the policy's weights."""
+    for model, seed in state.trained():
+        output = state.model_directory(model.label, seed)
+        with state.work.stage(f"train-{model.label}-{seed}", state.train_inputs(model, seed), [output]) as needed:
+            if not needed:
+                continue
+            from jaxprm.training.train import train_reward_model
+
+            train_reward_model(
+                state.experiment, model, seed, shards=state.work / "shards", base=state.policy_directory, output=output
+            )
+
+
+def search(state: Run) -> None:
+    """Pools, their scores, and guided searches on the held-out tasks."""
+    from jaxprm.search import stage
+
+    stage.search(state)
+
+
+def report(state: Run) -> Path:
+    """results.json from the files of all stages, and the page that shows it."""
+    from jaxprm.evaluation.results import write_results
+    from jaxprm.report import build_report
+
+    write_results(state)
+    return build_report(state.work.path)

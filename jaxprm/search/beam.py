@@ -1,0 +1,193 @@
+"""Beam search over actions (AgentPRM, Algorithm 2), many tasks at once.
+
+@NxM keeps N nodes and draws M actions from each; the first expansion draws N * M from the start. Every candidate is
+scored before it is executed; the best N of the new candidates and the finished paths are kept, and only those are
+executed. Step-wise best-of-K is @1xK: it never needs two branches of a task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from jaxprm.policies.protocol import Action, Policy, State
+from jaxprm.search.branches import Branch, Forest
+
+
+class ActionScorer(Protocol):
+    """Promise of candidate actions, one array of scores a state."""
+
+    def score_actions(self, states: Sequence[list[dict]], candidates: Sequence[Sequence[str]]) -> list[np.ndarray]: ...
+
+
+@dataclass
+class Node:
+    """A path: its last action, what that action was worth, and where it led."""
+
+    id: int
+    parent: Node | None
+    branch: Branch
+    messages: list[dict]
+    promise: float | None = None
+    score: float = -np.inf
+    count: int = 1
+    kept: bool = True
+
+    @property
+    def progress(self) -> float | None:
+        """Gain in promise over the step before (METHOD.md, section 2); not defined at the first step."""
+        if self.promise is None or self.parent is None or self.parent.promise is None:
+            return None
+        return self.promise - self.parent.promise
+
+
+@dataclass
+class Tree:
+    """The search of one task."""
+
+    task: str
+    root: Node
+    frontier: list[Node]
+    nodes: list[Node] = field(default_factory=list)
+    proposed: int = 0
+    merged: int = 0
+    cut: int = 0
+    generated: int = 0
+    rounds: int = 0
+
+    @property
+    def finished(self) -> bool:
+        return all(node.branch.done for node in self.frontier)
+
+    @property
+    def best(self) -> Node:
+        """The best-scoring path; among equals the one found first."""
+        return max(self.frontier, key=lambda node: node.score)
+
+
+def keep_best(finished: Sequence[Node], candidates: Sequence[Node], width: int) -> list[Node]:
+    """The `width` best of finished paths and new candidates; among equals finished paths and earlier candidates first."""
+    return sorted([*finished, *candidates], key=lambda node: -node.score)[:width]
+
+
+def merge_duplicates(actions: Sequence[Action]) -> list[tuple[Action, int]]:
+    """Equal texts once, in order of first appearance, with how often each was drawn."""
+    counts: dict[str, list] = {}
+    for action in actions:
+        counts.setdefault(action.text, [action, 0])[1] += 1
+    return [(action, count) for action, count in counts.values()]
+
+
+def beam_search(
+    tasks: Sequence[str],
+    forest: Forest,
+    policy: Policy,
+    scorer: ActionScorer,
+    *,
+    width: int,
+    actions: int,
+    temperature: float,
+    max_rounds: int,
+    progress_weight: float = 0.0,
+    on_round: Callable[[Sequence[Tree]], None] | None = None,
+) -> list[Tree]:
+    """Searches the tasks in lockstep, so that one call to the policy and one to the scorer serve all of them.
+
+    score = promise + progress_weight * progress, progress taken as 0 at the first step.
+    """
+    trees = []
+    for task in tasks:
+        prompt, branch = forest.start(task)
+        root = Node(0, None, branch, [{"role": "user", "content": prompt}])
+        trees.append(Tree(task, root, [root]))
+    for round_number in range(1, max_rounds + 1):
+        open_trees = [tree for tree in trees if not tree.finished]
+        if not open_trees:
+            break
+        draws = width * actions if round_number == 1 else actions
+        parents = [(tree, node) for tree in open_trees for node in tree.frontier if not node.branch.done]
+        proposals = policy.propose([State(node.branch.task, node.messages) for _, node in parents], draws, temperature)
+        candidates = _candidates(parents, proposals)
+        _score(parents, candidates, scorer, progress_weight)
+        for tree in open_trees:
+            new = [node for (owner, _), nodes in zip(parents, candidates, strict=True) if owner is tree for node in nodes]
+            done = [node for node in tree.frontier if node.branch.done]
+            tree.frontier = keep_best(done, new, width)
+            tree.rounds = round_number
+            _execute(tree, new, forest)
+        if on_round is not None:
+            on_round(trees)
+    return trees
+
+
+def _candidates(parents: Iterable[tuple[Tree, Node]], proposals: Sequence[list[Action]]) -> list[list[Node]]:
+    """Distinct candidates of every parent, not yet scored or executed."""
+    found = []
+    for (tree, parent), drawn in zip(parents, proposals, strict=True):
+        nodes = []
+        tree.proposed += len(drawn)
+        tree.generated += sum(action.tokens for action in drawn)
+        for action, count in merge_duplicates(drawn):
+            tree.merged += count - 1
+            tree.cut += count * (action.stop == "length")
+            messages = [*parent.messages, {"role": "assistant", "content": action.text}]
+            node = Node(len(tree.nodes) + 1, parent, parent.branch, messages, count=count, kept=False)
+            tree.nodes.append(node)
+            nodes.append(node)
+        found.append(nodes)
+    return found
+
+
+def _score(parents, candidates: Sequence[list[Node]], scorer: ActionScorer, progress_weight: float) -> None:
+    texts = [[node.messages[-1]["content"] for node in nodes] for nodes in candidates]
+    scores = scorer.score_actions([node.messages for _, node in parents], texts)
+    for nodes, values in zip(candidates, scores, strict=True):
+        for node, value in zip(nodes, values, strict=True):
+            node.promise = float(value)
+            node.score = node.promise + progress_weight * (node.progress or 0.0)
+
+
+def _execute(tree: Tree, new: Sequence[Node], forest: Forest) -> None:
+    """Runs the kept ones among the new candidates, and only those."""
+    kept = {id(node) for node in tree.frontier}
+    for node in new:
+        if id(node) not in kept:
+            continue
+        node.kept = True
+        node.branch = forest.step(node.branch, node.messages[-1]["content"])
+        if not node.branch.done:
+            node.messages = [*node.messages, {"role": "user", "content": node.branch.observations[-1]}]
+
+
+def tree_to_dict(tree: Tree, **about) -> dict:
+    """A tree for the report: every candidate with its promise and progress, kept or not, and how it ended."""
+    return about | {
+        "task": tree.task,
+        "outcome": tree.best.branch.outcome,
+        "prompt": tree.root.messages[0]["content"],
+        "best": tree.best.id,
+        "nodes": [_node_to_dict(node) for node in tree.nodes],
+    }
+
+
+def _node_to_dict(node: Node) -> dict:
+    depth, parent = 0, node.parent
+    while parent is not None:
+        depth, parent = depth + 1, parent.parent
+    return {
+        "id": node.id,
+        "parent": node.parent.id if node.parent else 0,
+        "round": depth,
+        # The action's place in the conversation, whatever was observed after it.
+        "action": node.messages[2 * depth - 1]["content"],
+        "observation": node.branch.observations[depth - 1] if node.kept and len(node.branch.observations) >= depth else None,
+        "promise": node.promise,
+        "progress": node.progress,
+        "kept": node.kept,
+        "count": node.count,
+        "done": node.kept and node.branch.done,
+        "outcome": node.branch.outcome if node.kept else None,
+    }

@@ -1,0 +1,105 @@
+"""Every search of a run, each to its own file of one line a task: resumed by task, never done twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jaxprm import config as config_lib
+from jaxprm import files
+from jaxprm.environments import Environment
+from jaxprm.policies.protocol import Policy
+from jaxprm.progress import bar
+from jaxprm.search.beam import ActionScorer, Tree, beam_search, tree_to_dict
+from jaxprm.search.branches import Forest, check_can_fork
+
+# Tasks searched together: enough to fill a batch, few enough that a kill costs little.
+TASKS_AT_ONCE = 24
+
+
+def guided_search(
+    make_environment: Callable[[], Environment],
+    policy: Policy,
+    scorer: ActionScorer,
+    tasks: Sequence[str],
+    output: Path,
+    *,
+    settings: config_lib.Search,
+    width: int,
+    actions: int,
+    label: str,
+    about: dict,
+) -> Path:
+    """Beam search @width x actions (step-wise best-of-`actions` when width is 1) of every task.
+
+    A line: {"task", "outcome", "score", "rounds", "proposed", "merged", "cut", "errors", "policy_tokens",
+    "reward_tokens", "environment_steps", "tree"?}; the first `settings.trees` tasks carry their tree.
+    """
+    if output.exists():
+        return output
+    partial = output.with_name(output.name + ".partial")
+    done = {line["task"] for line in files.whole_lines(partial)}
+    missing = [task for task in tasks if task not in done]
+    with_tree = set(tasks[:: max(1, len(tasks) // settings.trees)][: settings.trees]) if settings.trees else set()
+    forest = Forest(make_environment)
+    try:
+        if width > 1:
+            check_can_fork(forest.environment, f"beam @{width}x{actions}")
+        with bar(label, len(tasks), initial=len(done), unit="task") as progress, files.appending(partial) as append:
+            successes = [line["outcome"] for line in files.whole_lines(partial)]
+            for start in range(0, len(missing), TASKS_AT_ONCE):
+                chunk = missing[start : start + TASKS_AT_ONCE]
+                trees = beam_search(
+                    chunk,
+                    forest,
+                    policy,
+                    scorer,
+                    width=width,
+                    actions=actions,
+                    temperature=settings.temperature,
+                    max_rounds=forest.environment.max_rounds,
+                    progress_weight=settings.progress_weight,
+                )
+                append([_line(tree, policy, forest, about if tree.task in with_tree else None) for tree in trees])
+                successes += [tree.best.branch.outcome or 0.0 for tree in trees]
+                progress.set_postfix(success=f"{np.mean(successes):.1%}", refresh=False)
+                progress.update(len(chunk))
+    finally:
+        forest.close()
+    ordered = {line["task"]: line for line in files.whole_lines(partial)}
+    files.write_atomic(output, "".join(files.line(ordered[task]) for task in tasks))
+    partial.unlink()
+    return output
+
+
+def _line(tree: Tree, policy: Policy, forest: Forest, about: dict | None) -> dict:
+    best = tree.best
+    line = {
+        "task": tree.task,
+        # A path cut off by the round limit of a search has no outcome of its own: it did not succeed.
+        "outcome": best.branch.outcome if best.branch.outcome is not None else 0.0,
+        "score": best.promise,
+        "rounds": tree.rounds,
+        "proposed": tree.proposed,
+        "merged": tree.merged,
+        "cut": tree.cut,
+        "errors": sum(node.branch.error is not None for node in tree.nodes if node.kept),
+        "policy_tokens": tree.generated,
+        "reward_tokens": _tree_tokens(tree, policy),
+        "environment_steps": sum(node.kept for node in tree.nodes),
+    }
+    if about is not None:
+        line["tree"] = tree_to_dict(tree, **about | forest.describe(tree.task))
+    return line
+
+
+def _tree_tokens(tree: Tree, policy: Policy) -> int:
+    """Tokens of the search tree, every one counted once: what a scorer has to read at the least."""
+    count = policy.count_tokens
+    total = count(tree.root.messages)
+    for node in tree.nodes:
+        parent = node.parent.messages
+        total += count(node.messages) - count(parent)
+    return total

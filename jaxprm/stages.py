@@ -1,0 +1,90 @@
+"""Stages of a work directory: done ones are skipped, interrupted ones go on, changed ones are refused or redone."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jaxprm import files
+from jaxprm.config import fingerprint
+from jaxprm.errors import UserError
+
+
+class WorkDirectory:
+    """A run's files. A stage is recorded with what went into it, in stages/<name>.json."""
+
+    def __init__(self, path: Path, *, redo: bool = False):
+        self.path, self._redo = path, redo
+        if path.exists() and not path.is_dir():
+            raise UserError(f"work directory {path}: is a file; name a directory")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"work directory {path}: cannot be made ({error.strerror})") from None
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @contextmanager
+    def stage(self, name: str, inputs: dict[str, Any], outputs: list[Path]) -> Iterator[bool]:
+        """Enters a stage: yields whether there is work to do, and records it as finished if nothing was raised.
+
+        inputs: everything the outputs depend on. Raises UserError when the stage was begun with other inputs, unless
+        the directory was opened with `redo`, which removes the outputs and begins again.
+        """
+        record_path = self.path / "stages" / f"{name}.json"
+        record = files.read_json(record_path) if record_path.exists() else None
+        if record is not None and record["inputs"] != files.plain(inputs):
+            if not self._redo:
+                raise UserError(
+                    f"work directory {self.path}: stage {name} was made with {_difference(record['inputs'], inputs)}; "
+                    "use another --workdir, or --redo to make it again"
+                )
+            for output in outputs:
+                _remove(output)
+            record = None
+        if record is not None and record.get("finished"):
+            yield False
+            return
+        seconds = record["seconds"] if record else 0.0
+        files.write_json(record_path, {"inputs": inputs, "finished": False, "seconds": seconds})
+        started = time.monotonic()
+        try:
+            yield True
+        finally:
+            seconds = round(seconds + time.monotonic() - started, 2)
+            files.write_json(record_path, {"inputs": inputs, "finished": False, "seconds": seconds})
+        files.write_json(record_path, {"inputs": inputs, "finished": True, "seconds": seconds})
+
+    def seconds(self) -> dict[str, float]:
+        """Wall time of every stage, interruptions added up."""
+        folder = self.path / "stages"
+        records = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime) if folder.exists() else []
+        return {path.stem: files.read_json(path)["seconds"] for path in records}
+
+
+def identity(*parts: Any) -> str:
+    """A short name for inputs, to be part of later stages' inputs."""
+    return fingerprint(parts)[:16]
+
+
+def _remove(path: Path) -> None:
+    for found in [path, path.with_name(path.name + ".partial")]:
+        if found.is_dir():
+            shutil.rmtree(found)
+        else:
+            found.unlink(missing_ok=True)
+
+
+def _difference(before: Any, now: Any, where: str = "") -> str:
+    """The first place where two plain values differ, with both values."""
+    now = files.plain(now)
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in [*before, *now]:
+            if before.get(key) != now.get(key):
+                return _difference(before.get(key), now.get(key), f"{where}.{key}" if where else key)
+    return f"{where} = {before!r}, now {now!r}"
