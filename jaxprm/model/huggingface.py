@@ -66,6 +66,8 @@ def read_config(directory: str | Path) -> tuple[TransformerConfig, dict]:
         )
     except KeyError as error:
         raise UserError(f"{path}: field {error} is missing") from None
+    except ZeroDivisionError:
+        raise UserError(f"{path}: num_attention_heads = 0 must be at least 1") from None
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from None
     return config, source
@@ -73,12 +75,13 @@ def read_config(directory: str | Path) -> tuple[TransformerConfig, dict]:
 
 def _check_supported(source: dict, path: Path) -> None:
     rope = source.get("rope_parameters") or source.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
     rules = [
         ("model_type", source.get("model_type"), source.get("model_type") == "qwen2", "qwen2"),
         ("hidden_act", source.get("hidden_act"), source.get("hidden_act", "silu") == "silu", "silu"),
         ("use_sliding_window", True, not source.get("use_sliding_window"), "false"),
         ("quantization_config", "...", not source.get("quantization_config"), "none"),
-        ("rope type", rope.get("rope_type"), rope.get("rope_type", rope.get("type", "default")) == "default", "default"),
+        ("rope type", rope_type, rope_type == "default", "default"),
     ]
     for field, value, supported, wanted in rules:
         if not supported:
@@ -134,18 +137,16 @@ def _load(directory: Path) -> tuple[TransformerConfig, Any, np.ndarray | None]:
         layers = [_take(tensors, f"model.layers.{i}.{theirs}", shape, directory) for i in range(config.layers)]
         return np.stack([layer.T if transposed else layer for layer in layers])
 
-    state = {"blocks": {name: nnx.Param(jnp.asarray(block(name, leaf[...]))) for name, leaf in abstract["blocks"].items()}}
+    state = {"blocks": {name: nnx.Param(jnp.asarray(block(name, leaf))) for name, leaf in abstract["blocks"].items()}}
     shape = (config.vocab_size, width)
     state["embedding"] = nnx.Param(jnp.asarray(_take(tensors, "model.embed_tokens.weight", shape, directory)))
     state["norm"] = nnx.Param(jnp.asarray(_take(tensors, "model.norm.weight", (width,), directory)))
-    if "lm_head.weight" in tensors:
-        unembedding = _take(tensors, "lm_head.weight", shape, directory)
-        if not config.tie_embeddings:
-            state["unembedding"] = nnx.Param(jnp.asarray(unembedding))
     head = _take(tensors, "score.weight", (1, width), directory) if "score.weight" in tensors else None
-    if not config.tie_embeddings and head is not None:
-        # A classifier has no unembedding; the transformer's is never read by a reward model.
-        state["unembedding"] = nnx.Param(jnp.zeros(shape, jnp.float32))
+    # A classifier has no unembedding; the transformer's is never read by a reward model.
+    needed = head is None and not config.tie_embeddings
+    unembedding = _take(tensors, "lm_head.weight", shape, directory) if needed or "lm_head.weight" in tensors else None
+    if not config.tie_embeddings:
+        state["unembedding"] = nnx.Param(jnp.zeros(shape) if unembedding is None else jnp.asarray(unembedding))
     if tensors:
         raise UserError(f"model {directory}: unknown tensor {sorted(tensors)[0]} ({len(tensors)} in all)")
     return config, nnx.State(state), head
