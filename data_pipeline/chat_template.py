@@ -1,13 +1,18 @@
-"""Conversations to text, with a tokenizer's chat template. Renderings are remembered, so shared prefixes cost nothing."""
+"""A tokenizer's files, and conversations to text with its chat template.
+
+Renderings are remembered: conversations that share a prefix render it once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
 import msgspec
+from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from data_pipeline.errors import DataError
@@ -17,6 +22,7 @@ Messages = Sequence[Message | Mapping[str, Any]]
 Tools = list[dict[str, Any]] | None
 
 _RENDERINGS = 1 << 13
+_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Llama's templates print today's date unless given one; a rendering must not depend on the day it is made.
 _CONSTANTS = {"date_string": "26 Jul 2024"}
 
@@ -100,6 +106,24 @@ class ChatTemplate:
         )
 
 
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
+    """Reads tokenizer.json, tokenizer_config.json and chat_template.jinja; other files and code are left alone."""
+    file = directory / "tokenizer.json"
+    if not file.is_file():
+        raise DataError(f"{directory}: not a tokenizer directory, there is no tokenizer.json in it")
+    config = _read_json(directory / "tokenizer_config.json")
+    named = {name: _token_text(config[name]) for name in _TOKEN_NAMES if config.get(name)}
+    try:
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), **named)
+    except Exception as error:  # the tokenizers library raises nothing more precise
+        raise DataError(f"{file}: cannot be read: {one_line(error)}") from None
+    template = directory / "chat_template.jinja"
+    tokenizer.chat_template = (
+        template.read_text(encoding="utf-8") if template.is_file() else config.get("chat_template")
+    )
+    return tokenizer
+
+
 def as_messages(messages: Messages, row: str) -> list[Message]:
     """Messages given as dictionaries, checked; DataError names `row` and the message."""
     checked = []
@@ -132,3 +156,16 @@ def _default(template: Any) -> str:
         return template
     named = template if isinstance(template, Mapping) else {entry["name"]: entry["template"] for entry in template}
     return named["default"]
+
+
+def _token_text(token: str | Mapping[str, Any]) -> str:
+    return token if isinstance(token, str) else token["content"]
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
+    except msgspec.MsgspecError as error:
+        raise DataError(f"{file}: {error}") from None

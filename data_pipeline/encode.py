@@ -14,22 +14,20 @@ import hashlib
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import msgspec
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from data_pipeline.chat_template import ChatTemplate, Conversation, Messages, Tools, as_messages, freeze, one_line
+from data_pipeline.chat_template import ChatTemplate, Conversation, Messages, Tools, as_messages, freeze, load_tokenizer
 from data_pipeline.errors import DataError
 from data_pipeline.trajectory import Message, steps, text_parts
 
 _PIECES = 1 << 15
-_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class Encoded(NamedTuple):
@@ -84,22 +82,8 @@ class Encoder:
 
     @classmethod
     def load(cls, directory: str | PathLike[str]) -> Encoder:
-        """Reads tokenizer.json, tokenizer_config.json and chat_template.jinja of a local directory, and nothing else."""
-        directory = Path(directory)
-        file = directory / "tokenizer.json"
-        if not file.is_file():
-            raise DataError(f"{directory}: not a tokenizer directory, there is no tokenizer.json in it")
-        config = _read_json(directory / "tokenizer_config.json")
-        named = {name: _token_text(config[name]) for name in _TOKEN_NAMES if config.get(name)}
-        try:
-            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), **named)
-        except Exception as error:  # noqa: BLE001, the tokenizers library raises nothing more precise
-            raise DataError(f"{file}: cannot be read: {one_line(error)}") from None
-        template = directory / "chat_template.jinja"
-        tokenizer.chat_template = (
-            template.read_text(encoding="utf-8") if template.is_file() else config.get("chat_template")
-        )
-        return cls(tokenizer, source=str(directory))
+        """Reads tokenizer.json, tokenizer_config.json and chat_template.jinja of a directory, and nothing else."""
+        return cls(load_tokenizer(Path(directory)), source=str(directory))
 
     @property
     def special_ids(self) -> frozenset[int]:
@@ -291,22 +275,9 @@ class Encoder:
         return conversation
 
 
-def _token_text(token: str | Mapping[str, Any]) -> str:
-    return token if isinstance(token, str) else token["content"]
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        return msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
-    except msgspec.MsgspecError as error:
-        raise DataError(f"{file}: {error}") from None
-
-
 def _differ(one: str, other: str) -> str:
     """Where two texts part, with what follows there in each."""
-    at = next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+    at = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
     return f"at character {at}, {one[at : at + 20]!r} against {other[at : at + 20]!r}"
 
 

@@ -38,7 +38,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Trajectory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One episode. `outcome` in [0, 1] is needed for training only; `rewards`, when given, replace it in the targets."""
+    """One episode. Training needs `outcome`, in [0, 1]; `rewards`, when given, replace it in the targets."""
 
     id: str
     messages: list[Message]

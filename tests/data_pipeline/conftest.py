@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from data_pipeline.build import build
 from data_pipeline.encode import Encoder
-from data_pipeline.trajectory import Message, Trajectory
+from data_pipeline.trajectory import Message, Trajectory, to_line
 
 PLAIN = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
@@ -89,9 +91,9 @@ def make_messages(rounds: int, seed: int = 0) -> list[Message]:
     return messages
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_trajectory() -> Callable[..., Trajectory]:
-    """`make(seed, rounds=..., **fields)`: one episode; equal arguments give equal messages."""
+    """`make(seed, rounds=..., **fields)`: one episode; equal seed and rounds give equal messages."""
 
     def make(seed: int = 0, *, rounds: int = 2, id: str | None = None, **fields) -> Trajectory:
         fields = {"task": f"textcraft/{seed}", "outcome": 1.0, "ended": "done", **fields}
@@ -99,3 +101,28 @@ def make_trajectory() -> Callable[..., Trajectory]:
         return Trajectory(id=id or f"row-{seed}", **fields)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def write_rows() -> Callable[[Path, Iterable[Trajectory]], Path]:
+    """Writes trajectories to a JSONL file and returns its path."""
+
+    def write(path: Path, trajectories: Iterable[Trajectory]) -> Path:
+        path.write_text("".join(to_line(trajectory) + "\n" for trajectory in trajectories))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def dataset_directory(tmp_path_factory, plain_encoder, make_trajectory, write_rows) -> Path:
+    """A dataset of forty training and five validation trajectories; train.jsonl is beside it. Not to be changed."""
+    directory = tmp_path_factory.mktemp("dataset")
+    train = [make_trajectory(seed, rounds=1 + seed % 5, outcome=seed / 40) for seed in range(40)]
+    held_out = [make_trajectory(seed, rounds=2, id=f"held-{seed}") for seed in range(100, 105)]
+    inputs = {
+        "train": [write_rows(directory / "train.jsonl", train)],
+        "validation": [write_rows(directory / "validation.jsonl", held_out)],
+    }
+    build(inputs, plain_encoder, directory / "data", max_length=None)
+    return directory / "data"

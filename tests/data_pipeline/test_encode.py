@@ -52,7 +52,7 @@ def test_step_table_of_the_plain_template_by_hand(plain_encoder):
 
 def test_chatml_is_read_at_the_newline_after_the_turn(chatml_encoder):
     encoded = chatml_encoder.trajectory(CHAT, row="x")
-    for read, state in zip(encoded.read_positions, encoded.state_positions):
+    for read, state in zip(encoded.read_positions, encoded.state_positions, strict=True):
         assert chatml_encoder.decode(encoded.tokens[read - 1 : read + 1]) == "<|im_end|>\n"
         assert chatml_encoder.decode(encoded.tokens[: state + 1]).endswith("<|im_start|>assistant\n")
 
@@ -77,7 +77,7 @@ def test_any_text_encodes_as_transformers_encodes_it(request, contents, name):
     assert encoder.prompt(messages) == naive_ids(encoder, messages, generation=True)
     encoded = encoder.trajectory(messages, row="x")
     assert encoded.tokens.tolist() == naive_ids(encoder, messages)
-    for read, index in zip(encoded.read_positions, encoded.message_indices):
+    for read, index in zip(encoded.read_positions, encoded.message_indices, strict=True):
         assert encoded.tokens[: read + 1].tolist() == naive_ids(encoder, messages[: index + 1])
 
 
@@ -105,7 +105,7 @@ def test_parts_are_steps_read_at_their_own_ends(encoder):
     encoded = encoder.trajectory(messages, row="x")
     joined = [messages[0], {"role": "assistant", "content": "2 + 2 = 4\n4 + 1 = 5\nso 5"}]
     assert encoded.tokens.tolist() == naive_ids(encoder, joined)
-    spans = zip(encoded.action_starts, encoded.read_positions)
+    spans = zip(encoded.action_starts, encoded.read_positions, strict=True)
     texts = [encoder.decode(encoded.tokens[start : end + 1]) for start, end in spans]
     assert texts[:2] == ["2 + 2 = 4\n", "4 + 1 = 5\n"] and texts[2].startswith("so 5")
     assert encoded.message_indices.tolist() == [1, 1, 1]
@@ -175,7 +175,8 @@ def test_special_token_in_the_arguments_of_a_call_is_refused(chatml_encoder):
 
 def test_tool_calls_reach_the_template_as_objects_and_are_missed_when_dropped(with_template, chatml_encoder):
     template = chatml_encoder.tokenizer.chat_template.replace(
-        "message['content'] +", "message['content'] + (message['tool_calls'] | tojson if message['tool_calls'] else '') +"
+        "message['content'] +",
+        "message['content'] + (message['tool_calls'] | tojson if message['tool_calls'] else '') +",
     )
     call = {"type": "function", "function": {"name": "look", "arguments": '{"at": "chest"}'}}
     messages = [CHAT[0], {"role": "assistant", "content": "", "tool_calls": [call]}]

@@ -1,0 +1,188 @@
+"""Trajectories to a TFDS dataset in TFRecord.
+
+python -m data_pipeline.build --input train=train.jsonl --input validation=validation.jsonl \
+    --tokenizer DIR --output DIR [--max-length 1024] [--too-long error|drop|window]
+
+Duplicates are stored once and carry their number as a weight: dropping them would change the values being estimated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.encode import Encoder
+from data_pipeline.errors import DataError
+from data_pipeline.metadata import FILE, Metadata, shard_of, verify
+from data_pipeline.records import Rows, SplitRecords, TooLong
+from data_pipeline.trajectory import read_numbered
+
+Inputs = Mapping[str | None, Sequence[str | PathLike[str]]]
+
+__all__ = ["Metadata", "build", "verify"]
+
+
+def build(
+    inputs: Inputs,
+    encoder: Encoder,
+    output: str | PathLike[str],
+    *,
+    max_length: int | None,
+    too_long: TooLong = "error",
+    shards: int = 4,
+    progress: Callable[[int, int], None] | None = None,
+) -> Metadata:
+    """Encodes trajectories and writes the dataset directory `output`, whole or not at all.
+
+    Args:
+      inputs: JSONL files by split. Under None, every row goes to the split it names, or to "train".
+      encoder: the only encoder; the shards carry its fingerprint.
+      output: a directory that is absent, empty, or a dataset, which is replaced.
+      max_length: tokens a trajectory may have; None for no bound.
+      too_long: what is done with a longer one: an error, dropped, or cut at the last step that fits and closed with the
+        return from there (its Monte Carlo value). What was dropped or cut is counted.
+      shards: TFRecord files per split, fewer when the smallest split has fewer trajectories.
+      progress: called with (rows done, rows in all).
+
+    Raises:
+      DataError: names the row, or the directory that cannot be written.
+    """
+    output = Path(output)
+    _check_output(output)
+    paths = [path for files in inputs.values() for path in files]
+    total = sum(_count_lines(path) for path in paths) if progress else 0
+    rows = Rows(encoder, max_length, too_long)
+    done = 0
+    for split, files in inputs.items():
+        for path in files:
+            for where, trajectory in read_numbered(path):
+                rows.add(trajectory, split, where)
+                done += 1
+                if progress:
+                    progress(done, total)
+    _check_not_empty(rows.splits, inputs)
+    return _write(rows.splits, encoder, output, max_length=max_length, too_long=too_long, shards=shards)
+
+
+def _check_not_empty(splits: Mapping[str, SplitRecords], inputs: Inputs) -> None:
+    missing = [split for split in inputs if split is not None and split not in splits]
+    if missing or not splits:
+        raise DataError(f"no row was given for split {missing[0] if missing else 'train'}")
+    for split, found in splits.items():
+        if not found.records:
+            raise DataError(
+                f"split {split}: no trajectory is left of {found.rows} rows; {found.errors} ended in an error, "
+                f"{found.dropped} were too long"
+            )
+
+
+def _write(splits: Mapping[str, SplitRecords], encoder: Encoder, output: Path, **settings: Any) -> Metadata:
+    from data_pipeline import shards  # imports TensorFlow
+
+    temporary = output.with_name(f".{output.name}.building")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a build that was killed
+        temporary.mkdir(parents=True)
+        records = {split: found.records for split, found in splits.items()}
+        written = shards.write(records, temporary, shards=settings.pop("shards"))
+        metadata = Metadata(
+            tokenizer=encoder.fingerprint, pad_id=encoder.pad_id, **settings,
+            splits={split: found.metadata() for split, found in splits.items()},
+            shards={file.name: shard_of(file) for file in sorted(written.glob("*.tfrecord*"))},
+        )
+        metadata.save(written)
+        _replace(written, output)
+    except OSError as error:
+        raise DataError(f"{output}: the dataset cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return metadata
+
+
+def _replace(written: Path, output: Path) -> None:
+    """Puts `written` in the place of `output`, an empty directory or a dataset that is removed only afterwards."""
+    previous = output.with_name(f".{output.name}.previous")
+    shutil.rmtree(previous, ignore_errors=True)
+    if output.exists():
+        output.rename(previous)
+    written.rename(output)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def _check_output(output: Path) -> None:
+    if output.is_dir():
+        if any(output.iterdir()) and not (output / FILE).is_file():
+            raise DataError(f"{output}: not empty and not a dataset; name another directory or empty this one")
+        if (output / FILE).is_file():
+            Metadata.load(output)  # somebody else's metadata.json is an error
+    elif output.exists():
+        raise DataError(f"{output}: a file; name a directory")
+
+
+def _count_lines(path: str | PathLike[str]) -> int:
+    try:
+        with open(path, "rb") as file:
+            return sum(1 for line in file if line.strip())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _parse_inputs(arguments: Sequence[str]) -> dict[str | None, list[str]]:
+    inputs: dict[str | None, list[str]] = {}
+    for argument in arguments:
+        split, equals, path = argument.partition("=")
+        named = equals and split.isidentifier() and not Path(argument).exists()
+        inputs.setdefault(split if named else None, []).append(path if named else argument)
+    return inputs
+
+
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m data_pipeline.build", description="Trajectories to TFRecord.")
+    parser.add_argument(
+        "--input", action="append", required=True, metavar="[SPLIT=]FILE",
+        help="JSONL, may be repeated; without SPLIT every row goes to its own split, or to train",
+    )
+    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="tokenizer.json and chat template")
+    parser.add_argument("--output", required=True, metavar="DIR", help="dataset directory to write")
+    parser.add_argument("--max-length", type=int, metavar="TOKENS", help="bound on a trajectory (default: none)")
+    parser.add_argument("--too-long", choices=("error", "drop", "window"), default="error")
+    parser.add_argument("--shards", type=int, default=4, metavar="N", help="files per split (default: 4)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; prints the counts of every split. 2 for a user's mistake, 130 for Ctrl-C."""
+    options = _arguments(arguments)
+    from tqdm import tqdm
+
+    try:
+        with tqdm(unit=" rows", desc="build") as bar:
+            def progress(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            metadata = build(
+                _parse_inputs(options.input), Encoder.load(options.tokenizer), options.output,
+                max_length=options.max_length, too_long=options.too_long, shards=options.shards, progress=progress,
+            )
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+    for split, counts in metadata.splits.items():
+        print(
+            f"{split}: {counts.rows} rows, {counts.trajectories} trajectories, {counts.tokens} tokens "
+            f"({counts.merged} merged, {counts.errors} errors, {counts.dropped} dropped, {counts.windowed} cut)"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

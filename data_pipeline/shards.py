@@ -1,0 +1,171 @@
+"""Encoded trajectories in TFRecord shards, written and read by TensorFlow Datasets."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from data_pipeline.errors import DataError
+from data_pipeline.metadata import Metadata, verify
+
+_TOKEN_FIELDS = {"tokens": np.int32}
+_STEP_FIELDS = {
+    "read_positions": np.int32, "state_positions": np.int32, "rewards": np.float32, "step_labels": np.float32,
+}
+_SCALARS = {"weight": np.int64, "outcome": np.float32}
+_TEXTS = ("id", "task")
+
+
+class Trajectories(tfds.core.GeneratorBasedBuilder):
+    """TFDS builder of one dataset directory; a record is the dictionary that `data_pipeline.build` makes."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    pkg_dir_path = Path(__file__).parent  # where TFDS looks for a README; else it searches the module's sources
+    url_infos = None  # nothing is downloaded; TFDS would look for checksums with a package that it forgets to require
+
+    def __init__(self, splits: Mapping[str, Sequence[Mapping[str, Any]]], **arguments: Any):
+        self._records = splits
+        super().__init__(**arguments)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        ragged = {**_TOKEN_FIELDS, **_STEP_FIELDS}
+        features = {name: tfds.features.Tensor(shape=(None,), dtype=dtype) for name, dtype in ragged.items()}
+        features |= _SCALARS | {name: tfds.features.Text() for name in _TEXTS}
+        # order is kept: a trajectory's index in its split is its place in the input
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
+        return {split: self._generate_examples(records) for split, records in self._records.items()}
+
+    def _generate_examples(self, records: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        yield from enumerate(records)
+
+
+def write(splits: Mapping[str, Sequence[Mapping[str, Any]]], directory: Path, *, shards: int) -> Path:
+    """Writes records by split below `directory`; returns the directory of the files. OSError as of a full disk."""
+    smallest = min(len(records) for records in splits.values())  # TFDS refuses a shard without a record
+    config = tfds.download.DownloadConfig(num_shards=min(shards, smallest), try_download_gcs=False)
+    _quiet_tensorflow()
+    tfds.disable_progress_bar()
+    builder = Trajectories(splits, data_dir=str(directory), file_format="tfrecord")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces downloads; there are none
+            builder.download_and_prepare(download_config=config)
+    except RuntimeError as error:  # how TFDS passes on a full disk
+        raise OSError(" ".join(str(error).split())) from error
+    return Path(builder.data_dir)
+
+
+class Split(NamedTuple):
+    """A split in memory, trajectories one after another: N of them, T tokens and S steps in all.
+
+    Trajectory n has tokens[token_starts[n]:token_starts[n + 1]] and steps step_starts[n] to step_starts[n + 1].
+    Positions count from the trajectory's first token; labels are NaN where there is none, outcomes likewise.
+    """
+
+    ids: list[str]
+    tasks: list[str]
+    weights: np.ndarray  # [N] float32, how many equal trajectories this one stands for
+    outcomes: np.ndarray  # [N] float32
+    tokens: np.ndarray  # [T] int32
+    token_starts: np.ndarray  # [N + 1] int64
+    step_starts: np.ndarray  # [N + 1] int64
+    read_positions: np.ndarray  # [S] int32
+    state_positions: np.ndarray  # [S] int32
+    rewards: np.ndarray  # [S] float32
+    step_labels: np.ndarray  # [S] float32
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.token_starts)
+
+    @property
+    def step_counts(self) -> np.ndarray:
+        return np.diff(self.step_starts)
+
+
+class Dataset:
+    """An opened dataset directory. Splits are read when first asked for and stay in memory."""
+
+    def __init__(self, directory: Path, metadata: Metadata):
+        self.directory = directory
+        self.metadata = metadata
+        self._splits: dict[str, Split] = {}
+
+    @cached_property
+    def _builder(self) -> tfds.core.DatasetBuilder:
+        return tfds.builder_from_directory(str(self.directory))
+
+    def split(self, name: str) -> Split:
+        if name not in self.metadata.splits:
+            raise DataError(f"{self.directory}: no split {name!r}, only {', '.join(sorted(self.metadata.splits))}")
+        if name not in self._splits:
+            self._splits[name] = self._read(name)
+        return self._splits[name]
+
+    def _read(self, name: str) -> Split:
+        config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)  # files one after another, in order
+        records = self._builder.as_dataset(split=name, shuffle_files=False, read_config=config)
+        columns: dict[str, list[np.ndarray]] = {}
+        for batch in records.ragged_batch(1024):
+            for field, value in batch.items():
+                if field in _TOKEN_FIELDS or field in _STEP_FIELDS:
+                    columns.setdefault(field, []).append(value.flat_values.numpy())
+                    columns.setdefault(f"{field} lengths", []).append(value.row_lengths().numpy())
+                else:
+                    columns.setdefault(field, []).append(value.numpy())
+        whole = {field: np.concatenate(parts) for field, parts in columns.items()}
+        expected = self.metadata.splits[name].trajectories
+        if len(whole["weight"]) != expected:
+            raise DataError(f"{self.directory}: split {name} has {len(whole['weight'])} records, not {expected}")
+        return Split(
+            ids=[id.decode() for id in whole["id"]],
+            tasks=[task.decode() for task in whole["task"]],
+            weights=whole["weight"].astype(np.float32),
+            outcomes=whole["outcome"],
+            token_starts=_starts(whole["tokens lengths"]),
+            step_starts=_starts(whole["read_positions lengths"]),
+            tokens=whole["tokens"],
+            **{field: whole[field] for field in _STEP_FIELDS},
+        )
+
+
+def open_dataset(directory: str | PathLike[str], *, encoder_fingerprint: str | None = None) -> Dataset:
+    """Verifies a dataset directory and opens it. Splits are read when they are asked for.
+
+    Args:
+      directory: what `data_pipeline.build` wrote.
+      encoder_fingerprint: `Encoder.fingerprint` of the model's tokenizer. Shards of another one are refused.
+
+    Raises:
+      DataError: a shard is missing, truncated or corrupt, or the tokenizer is another one.
+    """
+    _quiet_tensorflow()
+    metadata = verify(directory)
+    if encoder_fingerprint is not None and encoder_fingerprint != metadata.tokenizer:
+        raise DataError(
+            f"{directory}: built with tokenizer {metadata.tokenizer[:12]}, the model's is {encoder_fingerprint[:12]}; "
+            "build the dataset again with the model's tokenizer"
+        )
+    return Dataset(Path(directory), metadata)
+
+
+def _quiet_tensorflow() -> None:
+    """Keeps TensorFlow, which is about to be imported, from filling the terminal; we read records, not compute."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+
+def _starts(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
