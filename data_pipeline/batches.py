@@ -1,0 +1,275 @@
+"""Shards to packed batches: shuffled for training, once through for evaluation.
+
+A split is read into memory, and which trajectories share which row of which batch is planned before the first batch:
+the plan is a function of lengths, seed and epoch. So the position in the data is one number, the batches taken so far.
+Saving it costs nothing, going back to it is exact and takes no time, the whole split is shuffled rather than a buffer
+of it, and batches do not depend on how many hosts share the rows. What it costs is memory, four bytes a token.
+tf.data gathers the planned batches ahead of the training step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from os import PathLike
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from data_pipeline.errors import DataError
+from data_pipeline.packing import plan_epochs
+from data_pipeline.shards import Dataset, Split, open_dataset
+
+Batch = dict[str, np.ndarray]
+
+_PREFETCH = 8
+_TOKEN_FIELDS = {"tokens": np.int32, "segments": np.int32, "positions": np.int32}
+_STEP_FIELDS = {
+    "read_positions": np.int32, "state_positions": np.int32, "step_index": np.int32, "trajectory": np.int32,
+    "example": np.int32, "rewards": np.float32, "step_labels": np.float32, "weights": np.float32,
+    "is_first": np.bool_, "is_last": np.bool_, "valid": np.bool_,
+}
+_FIELDS = _TOKEN_FIELDS | _STEP_FIELDS
+# What a step slot without a step holds; everything else is 0 or False.
+_NO_STEP = {"trajectory": -1, "example": -1, "step_labels": np.nan}
+
+
+class Shape(NamedTuple):
+    """A batch: `rows` rows (B) of `length` tokens (T) and `steps_per_row` steps (S)."""
+
+    rows: int
+    length: int
+    steps_per_row: int
+
+
+class _PackedSplit:
+    """A split, a plan, and the batches they make."""
+
+    def __init__(self, dataset: Dataset, split: str, shape: Shape, **planning: Any):
+        self.split = dataset.split(split)
+        self._pad_id = dataset.metadata.pad_id
+        self.shape = shape
+        _check_fit(self.split, shape)
+        self.plan = plan_epochs(
+            self.split.lengths, self.split.step_counts, capacity=shape.length, slots=shape.steps_per_row, **planning
+        )
+        self.row_count = len(self.plan.starts) - 1
+        self.batch_count = -(-self.row_count // shape.rows)
+
+    @property
+    def fill(self) -> float:
+        used = self.split.lengths[self.plan.members].sum()
+        return float(used / (self.batch_count * self.shape.rows * self.shape.length))
+
+    def gather(self, number: int) -> Batch:
+        """Batch `number`. Rows past the last one of the plan are padding."""
+        first = number * self.shape.rows
+        last = min(first + self.shape.rows, self.row_count)
+        bounds = self.plan.starts[first : last + 1]
+        examples = self.plan.members[bounds[0] : bounds[-1]]
+        row_of = np.repeat(np.arange(last - first), np.diff(bounds))
+        rank = np.arange(len(examples)) - (bounds - bounds[0])[row_of]
+        return {
+            **self._tokens(examples, row_of, rank),
+            **self._steps(examples, row_of, rank),
+        }
+
+    def _tokens(self, examples: np.ndarray, row_of: np.ndarray, rank: np.ndarray) -> Batch:
+        split, rows, length = self.split, self.shape.rows, self.shape.length
+        batch = {name: np.zeros((rows, length), dtype) for name, dtype in _TOKEN_FIELDS.items()}
+        batch["tokens"].fill(self._pad_id)
+        spans = _spans(split.lengths[examples], row_of, length)
+        source = split.token_starts[examples][spans.owner] + spans.within
+        batch["tokens"].reshape(-1)[spans.slots] = split.tokens[source]
+        batch["segments"].reshape(-1)[spans.slots] = rank[spans.owner] + 1
+        batch["positions"].reshape(-1)[spans.slots] = spans.within
+        return batch
+
+    def _steps(self, examples: np.ndarray, row_of: np.ndarray, rank: np.ndarray) -> Batch:
+        split, rows, slots = self.split, self.shape.rows, self.shape.steps_per_row
+        batch = {
+            name: np.full((rows, slots), _NO_STEP.get(name, 0), dtype) for name, dtype in _STEP_FIELDS.items()
+        }
+        counts = split.step_counts[examples]
+        spans = _spans(counts, row_of, slots)
+        source = split.step_starts[examples][spans.owner] + spans.within
+        offset = _offsets(split.lengths[examples], row_of)[spans.owner]  # of the trajectory in its row
+        values = {
+            "read_positions": split.read_positions[source] + offset,
+            "state_positions": split.state_positions[source] + offset,
+            "step_index": spans.within,
+            "trajectory": rank[spans.owner],
+            "example": examples[spans.owner],
+            "rewards": split.rewards[source],
+            "step_labels": split.step_labels[source],
+            "weights": split.weights[examples][spans.owner],
+            "is_first": spans.within == 0,
+            "is_last": spans.within == counts[spans.owner] - 1,
+            "valid": True,
+        }
+        for name, value in values.items():
+            batch[name].reshape(-1)[spans.slots] = value
+        return batch
+
+    def stream(self, start: int) -> Iterator[Batch]:
+        """Batches from `start` on, gathered ahead in the background."""
+
+        def gather(number: np.ndarray) -> list[np.ndarray]:
+            batch = self.gather(int(number))
+            return [batch[name] for name in _FIELDS]
+
+        def gathered(number: tf.Tensor) -> list[tf.Tensor]:
+            return tf.numpy_function(gather, [number], list(_FIELDS.values()), stateful=False)
+
+        batches = tf.data.Dataset.range(start, self.batch_count).map(gathered).prefetch(_PREFETCH)
+        for arrays in batches.as_numpy_iterator():
+            yield dict(zip(_FIELDS, arrays, strict=True))
+
+
+class _Spans(NamedTuple):
+    """Elements of trajectories laid out in rows: flat slot of each, its trajectory, and its index in there."""
+
+    slots: np.ndarray
+    owner: np.ndarray
+    within: np.ndarray
+
+
+def _offsets(counts: np.ndarray, row_of: np.ndarray) -> np.ndarray:
+    """Where each trajectory starts in its row, counted in elements; `row_of` ascends."""
+    before = np.cumsum(counts) - counts
+    return before - before[np.searchsorted(row_of, row_of)]
+
+
+def _spans(counts: np.ndarray, row_of: np.ndarray, width: int) -> _Spans:
+    owner = np.repeat(np.arange(len(counts)), counts)
+    within = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return _Spans((row_of * width + _offsets(counts, row_of))[owner] + within, owner, within)
+
+
+class EvaluationBatches:
+    """Every trajectory of a split exactly once, in packed order; can be iterated again. `len` is the batches of a pass.
+
+    `split` holds the trajectories; a batch's `example` is an index into it. `fill` is tokens used by token slots.
+    """
+
+    def __init__(self, packed: _PackedSplit):
+        self._packed = packed
+        self.split = packed.split
+        self.fill = packed.fill
+
+    def __len__(self) -> int:
+        return self._packed.batch_count
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._packed.stream(0)
+
+
+class TrainingBatches:
+    """The batches of all epochs, once; an iterator whose position can be saved and restored. See `training_batches`."""
+
+    def __init__(self, packed: _PackedSplit, identity: str):
+        self._packed = packed
+        self._identity = identity
+        self._stream: Iterator[Batch] | None = None
+        self.split = packed.split
+        self.fill = packed.fill
+        self.position = 0
+        # a batch may hold the last rows of one epoch and the first of the next; it counts to the earlier
+        self.epoch_ends: list[int] = (-(-packed.plan.ends // packed.shape.rows)).tolist()
+
+    def __len__(self) -> int:
+        return self._packed.batch_count
+
+    def __iter__(self) -> TrainingBatches:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._stream is None:
+            self._stream = self._packed.stream(self.position)
+        batch = next(self._stream)
+        self.position += 1
+        return batch
+
+    def save_state(self) -> dict[str, Any]:
+        """The position after the batches handed out so far, as JSON."""
+        return {"batches": self.position, "plan": self._identity}
+
+    def restore_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on after the batch at which `state` was saved. DataError where data, seed or shape are others."""
+        if state.get("plan") != self._identity:
+            raise DataError(
+                "the saved data position belongs to other batches: the dataset, the seed, the epochs or the batch "
+                "shape have changed; train into another work directory, or restore the old settings"
+            )
+        self.position = int(state["batches"])
+        self._stream = None
+
+
+def training_batches(
+    dataset: Dataset | str | PathLike[str],
+    split: str = "train",
+    *,
+    rows: int,
+    length: int,
+    steps_per_row: int,
+    epochs: int,
+    seed: int,
+    window: int = 256,
+) -> TrainingBatches:
+    """Packed batches of `epochs` passes over a split, shuffled anew each epoch.
+
+    Epochs follow each other without a gap: only the very last batch may have rows of padding. Each is a dictionary of
+
+    tokens, segments, positions    int32[B, T]    segment 0 is padding; positions restart with each trajectory
+    read_positions, state_positions int32[B, S]   indices into the row
+    step_index, trajectory         int32[B, S]    of a step in its trajectory, of a trajectory in its row; from 0
+    example                        int32[B, S]    index of the trajectory in `.split`
+    rewards, step_labels, weights  float32[B, S]  labels NaN where absent; weights how many trajectories were equal
+    is_first, is_last, valid       bool[B, S]
+
+    Slots without a step have valid False, trajectory and example -1, label NaN, and 0 elsewhere.
+
+    Args:
+      dataset: from `open_dataset`, which checks the tokenizer, or a directory.
+      rows, length, steps_per_row: B, T, S. A trajectory beyond T or S is an error.
+      window: trajectories that are packed together.
+
+    Raises:
+      DataError: a trajectory does not fit, there is no such split, or the shards are broken.
+    """
+    dataset = dataset if isinstance(dataset, Dataset) else open_dataset(dataset)
+    shape = Shape(rows, length, steps_per_row)
+    packed = _PackedSplit(dataset, split, shape, window=window, epochs=epochs, seed=seed)
+    digest = hashlib.sha256(f"{dataset.metadata.fingerprint} {dataset.metadata.pad_id} {split} {shape}".encode())
+    for array in packed.plan:
+        digest.update(array.tobytes())
+    return TrainingBatches(packed, digest.hexdigest())
+
+
+def evaluation_batches(
+    dataset: Dataset | str | PathLike[str],
+    split: str = "validation",
+    *,
+    rows: int,
+    length: int,
+    steps_per_row: int,
+    window: int = 1024,
+) -> EvaluationBatches:
+    """One pass over a split in the batches of `training_batches`, not shuffled; the last is filled up with padding."""
+    dataset = dataset if isinstance(dataset, Dataset) else open_dataset(dataset)
+    shape = Shape(rows, length, steps_per_row)
+    return EvaluationBatches(_PackedSplit(dataset, split, shape, window=window, epochs=1, seed=None))
+
+
+def _check_fit(split: Split, shape: Shape) -> None:
+    for what, sizes, bound, field in (
+        ("tokens", split.lengths, shape.length, "length"),
+        ("steps", split.step_counts, shape.steps_per_row, "steps_per_row"),
+    ):
+        largest = int(sizes.argmax())
+        if sizes[largest] > bound:
+            raise DataError(
+                f"trajectory {split.ids[largest]} has {sizes[largest]} {what}, a row holds {bound}; raise {field}, or "
+                "build the dataset with a smaller max_length"
+            )
