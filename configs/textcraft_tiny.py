@@ -26,6 +26,7 @@ config = Experiment(
 quick = msgspec.structs.replace(
     config,
     name="textcraft_quick",
+    policy=msgspec.structs.replace(config.policy, in_flight=16),
     collection=Collection(train_tasks=6, validation_tasks=4, trajectories_per_task=4),
     reward_models=tuple(msgspec.structs.replace(model, epochs=1) for model in config.reward_models),
     search=Search(

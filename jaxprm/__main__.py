@@ -4,4 +4,11 @@ import sys
 
 from jaxprm.cli import main
 
-sys.exit(main())
+
+def run() -> None:
+    """The console script."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    run()

@@ -162,6 +162,11 @@ def build(state: Run) -> None:
             return
         inputs = {split: [state.work / f"trajectories/{split}.jsonl"] for split in ("train", "validation")}
         with bar("build shards", None, unit="trajectory") as progress:
+
+            def show(done: int, total: int) -> None:
+                progress.total = total
+                progress.update(done - progress.n)
+
             builder.build(
                 inputs,
                 Encoder.load(state.policy_directory),
@@ -169,7 +174,7 @@ def build(state: Run) -> None:
                 max_length=settings.length,
                 too_long=settings.too_long,
                 shards=settings.shards,
-                progress=progress.update,
+                progress=show,
             )
 
 

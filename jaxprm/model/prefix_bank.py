@@ -22,22 +22,29 @@ from jaxprm.model.transformer import Cache, TransformerConfig
 
 # Two widths, since each costs seconds of compilation: a turn, and a long prompt.
 CHUNK_WIDTHS = (64, 256)
+# Cached lengths compiled for: a call costs what its bucket costs, not what the longest episode would.
+CAPACITY_BUCKETS = (0, 384, 1024, 4096)
 _HASH_BASE = np.uint64(0x9E3779B97F4A7C15)
 
 
-@functools.partial(jax.jit, static_argnames=("graph",), donate_argnames=("bank",))
-def _extend(graph, parameters, bank: Cache, source, target, starts, tokens, counts) -> Cache:
-    """Encodes `counts[r]` of tokens [R, W] after the first `starts[r]` of slot `source[r]` into slot `target[r]`."""
+@functools.partial(jax.jit, static_argnames=("graph", "capacity"), donate_argnames=("bank",))
+def _extend(graph, parameters, bank: Cache, source, target, starts, tokens, counts, *, capacity: int) -> Cache:
+    """Encodes `counts[r]` of tokens [R, W] after the first `starts[r]` of slot `source[r]` into slot `target[r]`.
+
+    `capacity`, static, is no less than any start: what lies beyond it is neither read nor copied.
+    """
     trunk = nnx.merge(graph, parameters)
-    rows = rows_of(bank, source, starts, bank.keys[0].shape[2])
     width = tokens.shape[1]
+    rows = rows_of(bank, source, starts, capacity + width)
     positions = starts[:, None] + jnp.arange(width)
     segments = (jnp.arange(width) < counts[:, None]).astype(jnp.int32)
-    output = trunk(tokens, positions, segments, rows)
+    output = trunk(tokens, positions, segments, (rows,))
     grown = rows.append(output.keys, output.values, counts)
 
     def put(buffers, new):
-        return tuple(b.at[target].set(n, mode="drop") for b, n in zip(buffers, new, strict=True))
+        return tuple(
+            b.at[target, :, : capacity + width].set(n, mode="drop") for b, n in zip(buffers, new, strict=True)
+        )
 
     return Cache(put(bank.keys, grown.keys), put(bank.values, grown.values), bank.lengths)
 
@@ -68,8 +75,14 @@ class PrefixBank:
         self.tokens_encoded = 0
         self.tokens_reused = 0
 
+    def bucket(self, length: int) -> int:
+        """The capacity to compile for, where `length` cached tokens are read: few, as each costs a compilation."""
+        return next((bucket for bucket in CAPACITY_BUCKETS if length <= bucket <= self.capacity), self.capacity)
+
     def place(self, prefixes: Sequence[np.ndarray]) -> np.ndarray:
-        """A slot for each prefix of tokens, int32 [N]; equal prefixes share one. Holds until the next call.
+        """A slot for each prefix of tokens, int32 [T] each; equal prefixes share one. Holds until the next call.
+
+        Twice as many slots as prefixes are always enough.
 
         Raises UserError for a prefix longer than the capacity.
         """
@@ -80,11 +93,11 @@ class PrefixBank:
                     f"a conversation of {len(prefix)} tokens is longer than the cache of {self.capacity}; "
                     "raise policy.max_tokens or shorten the episode"
                 )
-            hashes = _prefix_hashes(prefix)
-            key = int(hashes[-1]) if len(prefix) else 0
-            if key in pending:
-                slots[index] = pending[key][1]
+            name = prefix.tobytes()
+            if name in pending:
+                slots[index] = pending[name][1]
                 continue
+            hashes = _prefix_hashes(prefix)
             source, length = self._longest(prefix, hashes)
             self.tokens_reused += length
             if length == len(prefix) and length:
@@ -92,14 +105,17 @@ class PrefixBank:
                 pinned.add(source)
                 self._order.move_to_end(source)
                 continue
-            target = self._free(pinned | {source}, len(prefixes))
-            pinned |= {source, target}
+            if length:
+                pinned.add(source)
+            target = self._free(pinned, len(prefixes))
+            pinned.add(target)
             slots[index] = target
-            pending[key] = (source, target, length, prefix)
+            pending[name] = (source, target, length, prefix)
+            self._keys[target] = int(hashes[-1]) if len(prefix) else 0
         self._encode(list(pending.values()))
-        for key, (_, target, _, prefix) in pending.items():
-            self._tokens[target], self._keys[target] = prefix, key
-            self._index[key] = target
+        for _, target, _, prefix in pending.values():
+            self._tokens[target] = prefix
+            self._index[self._keys[target]] = target
         return slots
 
     def _longest(self, prefix: np.ndarray, hashes: np.ndarray) -> tuple[int, int]:
@@ -143,7 +159,8 @@ class PrefixBank:
                 if length + len(chunk) < len(prefix):
                     jobs.append((new, new, length + len(chunk), prefix))
             self.bank = _extend(
-                self._graph, self._parameters, self.bank, source, target, starts, tokens, counts
+                self._graph, self._parameters, self.bank, source, target, starts, tokens, counts,
+                capacity=self.bucket(int(starts.max())),
             )
             self.tokens_encoded += int(counts.sum())
 

@@ -12,10 +12,12 @@ The same forward pass serves three masks:
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxprm.errors import UserError
@@ -37,6 +39,9 @@ class TransformerConfig:
     tie_embeddings: bool = True
 
     def __post_init__(self):
+        for field in ("vocab_size", "hidden_size", "layers", "heads", "kv_heads", "head_dim", "intermediate_size"):
+            if getattr(self, field) < 1:
+                raise UserError(f"model.{field} = {getattr(self, field)} must be at least 1")
         if self.heads % self.kv_heads:
             raise UserError(f"model.heads = {self.heads} is not a multiple of model.kv_heads = {self.kv_heads}")
         if self.head_dim % 2:
@@ -56,8 +61,8 @@ class Cache(NamedTuple):
     @staticmethod
     def empty(config: TransformerConfig, batch: int, capacity: int, dtype=jnp.float32) -> Cache:
         shape = (batch, config.kv_heads, capacity, config.head_dim)
-        zeros = tuple(jnp.zeros(shape, dtype) for _ in range(config.layers))
-        return Cache(zeros, zeros, jnp.zeros((batch,), jnp.int32))
+        zeros = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(config.layers))
+        return Cache(zeros(), zeros(), jnp.zeros((batch,), jnp.int32))
 
     def append(self, keys: tuple[jax.Array, ...], values: tuple[jax.Array, ...], counts: jax.Array) -> Cache:
         """Adds the first `counts[b]` of the chunk's keys and values, [B, K, T, E] a layer, to every row.
@@ -113,12 +118,12 @@ def chunk_mask(segments: jax.Array) -> jax.Array:
     return causal & (segments[:, :, None] == segments[:, None, :])
 
 
-def attention(query, keys, values, mask, cached=None) -> jax.Array:
-    """Grouped-query attention over a chunk and, optionally, a cached prefix.
+def attention(query, keys, values, mask, cached=()) -> jax.Array:
+    """Grouped-query attention over cached tokens and a chunk.
 
     query [B, H, T, E]; keys, values [B, K, T, E]; mask [B, T, T];
-    cached = (keys [B, K, C, E], values [B, K, C, E], filled bool [B, C]). Returns [B, H, T, E].
-    Two score blocks are joined instead of two key blocks, so the cache is never copied.
+    cached: blocks of (keys [B, K, C, E], values [B, K, C, E], filled bool [B, C]). Returns [B, H, T, E].
+    Blocks of scores are joined instead of blocks of keys, so no cache is copied.
     """
     batch, heads, length, head_dim = query.shape
     kv_heads = keys.shape[1]
@@ -129,15 +134,15 @@ def attention(query, keys, values, mask, cached=None) -> jax.Array:
         scores = scores.reshape(batch, kv_heads, heads // kv_heads, length, -1)
         return jnp.where(allowed, scores, -1e30)
 
-    scores = scores_against(keys, mask[:, None, None])
-    if cached is not None:
-        cached_keys, cached_values, filled = cached
-        scores = jnp.concatenate([scores_against(cached_keys, filled[:, None, None, None]), scores], axis=-1)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    blocks = [*cached, (keys, values, None)]
+    scores = [
+        scores_against(these, mask[:, None, None] if filled is None else filled[:, None, None, None])
+        for these, _, filled in blocks
+    ]
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(values.dtype)
     weights = weights.reshape(batch, kv_heads, heads // kv_heads * length, -1)
-    mixed = weights[..., -length:] @ values
-    if cached is not None:
-        mixed += weights[..., :-length] @ cached_values
+    shares = jnp.split(weights, np.cumsum([these.shape[2] for these, _, _ in blocks])[:-1], axis=-1)
+    mixed = sum(share @ those for share, (_, those, _) in zip(shares, blocks, strict=True))
     return mixed.reshape(batch, heads, length, head_dim)
 
 
@@ -161,7 +166,7 @@ class Block(nnx.Module):
         self.up = matrix(width, config.intermediate_size)
         self.down = nnx.Param(matrix(config.intermediate_size, width)[...] * (2 * config.layers) ** -0.5)
 
-    def __call__(self, x, cos, sin, mask, cached=None):
+    def __call__(self, x, cos, sin, mask, cached=()):
         """x [B, T, D] -> (x, keys [B, K, T, E], values [B, K, T, E])."""
         config = self.config
 
@@ -187,7 +192,7 @@ class Transformer(nnx.Module):
         self.config = config
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size)) * 0.02)
         self.blocks = nnx.vmap(lambda keys: Block(config, rngs=keys), in_axes=0, out_axes=0)(
-            rngs.fork(split=config.layers)
+            rngs.split(config.layers)
         )
         self.norm = nnx.Param(jnp.ones((config.hidden_size,)))
         if not config.tie_embeddings:
@@ -200,21 +205,21 @@ class Transformer(nnx.Module):
         tokens: jax.Array,
         positions: jax.Array,
         segments: jax.Array,
-        cache: Cache | None = None,
+        caches: Sequence[Cache] = (),
         *,
         dtype=jnp.float32,
     ) -> Output:
         """Hidden states of every token.
 
         tokens, positions, segments: int32 [B, T]. Tokens read the tokens of their own segment at or before them
-        and, with a cache, the filled part of their row's prefix. The cache itself is not changed: `Cache.append`
-        keeps what the caller wants kept.
+        and the filled part of their row of every cache: a prefix, say, and what was generated after it. The caches
+        are not changed: `Cache.append` keeps what the caller wants kept.
         """
         cos, sin = rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
         mask = chunk_mask(segments)
         x = self.embedding[...].astype(dtype)[tokens]
         graph, stacked = nnx.split(self.blocks)
-        if cache is None:
+        if not caches:
 
             def layer(x, parameters):
                 x, _, _ = nnx.merge(graph, parameters)(x, cos, sin, mask)
@@ -222,12 +227,13 @@ class Transformer(nnx.Module):
 
             x, _ = jax.lax.scan(layer, x, stacked)
             return Output(rms_norm(x, self.norm[...], self.config.norm_epsilon), (), ())
-        filled = jnp.arange(cache.keys[0].shape[2]) < cache.lengths[:, None]
+        filled = [jnp.arange(cache.keys[0].shape[2]) < cache.lengths[:, None] for cache in caches]
         keys, values = [], []
         # Unrolled: scanning over the layers would copy each layer's cache once a token.
         for index in range(self.config.layers):
             block = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[index], stacked))
-            x, new_keys, new_values = block(x, cos, sin, mask, (cache.keys[index], cache.values[index], filled))
+            cached = [(c.keys[index], c.values[index], f) for c, f in zip(caches, filled, strict=True)]
+            x, new_keys, new_values = block(x, cos, sin, mask, cached)
             keys.append(new_keys)
             values.append(new_values)
         return Output(rms_norm(x, self.norm[...], self.config.norm_epsilon), tuple(keys), tuple(values))

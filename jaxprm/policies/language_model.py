@@ -16,11 +16,8 @@ from flax import nnx
 from data_pipeline.encode import Encoder
 from jaxprm.model import huggingface
 from jaxprm.model.prefix_bank import PrefixBank, rows_of
+from jaxprm.model.transformer import Cache
 from jaxprm.policies.protocol import Action, State, candidate_seed, prefix_hash
-
-# Cached lengths the decoder is compiled for: a step costs what its bucket costs, not what the longest episode would.
-LENGTH_BUCKETS = (256, 512, 1024, 2048, 4096, 8192)
-
 
 @functools.partial(jax.jit, static_argnames=("graph", "end_id", "steps", "capacity"))
 def _generate(
@@ -33,7 +30,7 @@ def _generate(
     """
     model = nnx.merge(graph, parameters)
     rows = slots.shape[0]
-    cache = rows_of(bank, slots, lengths, capacity)
+    prefix = rows_of(bank, slots, lengths, capacity)
     keys = jax.vmap(jax.random.wrap_key_data)(keys)
 
     def draw(logits, step):
@@ -51,15 +48,15 @@ def _generate(
         return (carry["step"] < steps) & carry["open"].any()
 
     def advance(carry):
-        cache = carry["cache"]
+        turn = carry["turn"]
         ones = jnp.ones((rows, 1), jnp.int32)
-        output = model(carry["last"][:, None], cache.lengths[:, None], ones, cache)
+        output = model(carry["last"][:, None], (lengths + turn.lengths)[:, None], ones, (prefix, turn))
         logits = jnp.where(banned, -jnp.inf, model.logits(output.hidden[:, 0]))
         token, log_probability = draw(logits, carry["step"])
         is_open = carry["open"]
         token = jnp.where(is_open, token, end_id)
         return {
-            "cache": cache.append(output.keys, output.values, is_open.astype(jnp.int32)),
+            "turn": turn.append(output.keys, output.values, is_open.astype(jnp.int32)),
             "last": token,
             "tokens": carry["tokens"].at[:, carry["step"]].set(token),
             "counts": carry["counts"] + is_open,
@@ -69,7 +66,8 @@ def _generate(
         }
 
     start = {
-        "cache": cache,
+        # The prefix stays outside the loop's state: what a loop carries, it may copy at every step.
+        "turn": Cache.empty(model.config, rows, steps + 1),
         "last": last,
         "tokens": jnp.full((rows, steps), end_id, jnp.int32),
         "counts": jnp.zeros((rows,), jnp.int32),
@@ -150,14 +148,11 @@ class LanguageModelPolicy:
         for row, ((task, name, index, _), tokens) in enumerate(jobs):
             lengths[row], last[row] = len(tokens) - 1, tokens[-1]
             seeds[row] = candidate_seed(self._seed, task, name, index)
-        longest = int(lengths.max()) + self._steps + 1
-        room = self.max_tokens + self._steps
-        capacity = next((bucket for bucket in LENGTH_BUCKETS if longest <= bucket <= room), room)
         tokens, counts, ended, log_probabilities = jax.device_get(
             _generate(
                 self._graph, self._parameters, self._bank.bank, slots, lengths, last, seeds,
                 np.arange(rows) < count, np.float32(temperature), self._banned,
-                end_id=self._encoder.end_id, steps=self._steps, capacity=min(capacity, self._bank.bank.keys[0].shape[2]),
+                end_id=self._encoder.end_id, steps=self._steps, capacity=self._bank.bucket(int(lengths.max())),
             )
         )
         for row, (key, _) in enumerate(jobs):

@@ -40,7 +40,7 @@ def _values_after(graph, parameters, bank, slots, lengths, tokens, positions, se
     """Values [R, W] of packed candidates, each after its row's cached prefix and blind to its neighbours."""
     model = nnx.merge(graph, parameters)
     cache = rows_of(bank, slots, lengths, capacity)
-    return model.value(model.transformer(tokens, lengths[:, None] + positions, segments, cache).hidden)
+    return model.value(model.transformer(tokens, lengths[:, None] + positions, segments, (cache,)).hidden)
 
 
 class Scorer:
@@ -165,12 +165,10 @@ class Scorer:
                 place = slice(used, used := used + len(rest))
                 tokens[row, place], positions[row, place], segments[row, place] = rest, np.arange(len(rest)), number + 1
                 ends[-1].append(used - 1)
-        capacity = next(bucket for bucket in (*LENGTH_BUCKETS, lengths.max()) if lengths.max() <= bucket)
-        capacity = min(capacity, self._bank.bank.keys[0].shape[2])
         values = np.asarray(
             _values_after(
                 self._graph, self._parameters, self._bank.bank, slots, lengths, tokens, positions, segments,
-                capacity=capacity,
+                capacity=self._bank.bucket(int(lengths.max())),
             )
         )
         self._encoded += int((segments > 0).sum())

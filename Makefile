@@ -1,0 +1,42 @@
+# `make demo` and `make test` need Python 3.11 or 3.12 and nothing else: each makes .venv, installs, and runs.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := $(BIN)/python -m jaxprm
+
+.PHONY: demo demo-quick test test-all lint browser clean
+
+demo: $(VENV)/.runtime
+	$(RUN) run configs/textcraft_tiny.py --workdir runs/demo
+
+demo-quick: $(VENV)/.runtime
+	$(RUN) run configs/textcraft_tiny.py --quick --workdir runs/quick
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -m "not slow" -n 2
+
+test-all: $(VENV)/.dev lint browser
+	$(BIN)/python -m pytest -q -m "not slow" -n 2
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check jaxprm data_pipeline configs tests
+
+browser:
+	@command -v chromium >/dev/null || bash tests/install_browser.sh
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in [(3, 11), (3, 12)])' \
+		|| { echo "jaxprm needs Python 3.11 or 3.12; name one with: make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.runtime: $(VENV)/bin/python requirements.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime requirements-dev.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs
