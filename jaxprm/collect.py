@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from jaxprm import files
-from jaxprm.environments import Environment
+from jaxprm.environments import Environment, pool
+from jaxprm.errors import UserError
 from jaxprm.policies.protocol import Policy, State
 from jaxprm.progress import bar
 
@@ -20,10 +23,12 @@ class Episode:
     number: int
     environment: Environment
     messages: list[dict]
+    about: dict = field(default_factory=dict)
     rewards: list[float] = field(default_factory=list)
     tokens: int = 0
     cut: int = 0
     observation: str = ""
+    outcome: float | None = None
     error: str | None = None
     done: bool = False
 
@@ -38,62 +43,69 @@ def rollouts(
 ) -> Iterator[Episode]:
     """Finished episodes for (task, number) jobs, in the order in which they end.
 
-    An environment that raises ends its episode with `error` set. Every environment is closed, also on errors.
+    An environment that raises ends its episode with `error` set and is not used again; one that goes on past its
+    max_rounds is cut there. Every environment is closed, also on errors.
     """
-    jobs, idle, active = iter(jobs), [], []
-    made: list[Environment] = []
-    try:
+    jobs, active = iter(jobs), []
+    with closing(pool.Pool(make_environment)) as environments:
         while True:
             while len(active) < in_flight and (job := next(jobs, None)) is not None:
-                if not idle:
-                    made.append(make_environment())
-                    idle.append(made[-1])
-                active.append(_start(idle.pop(), *job))
+                active.append(_start(environments.take(), *job))
             if not active:
                 return
-            waiting = [episode for episode in active if not episode.done]
-            states = [State(episode.task, episode.messages, episode.number) for episode in waiting]
-            for episode, (action,) in zip(waiting, policy.propose(states, 1, temperature), strict=True):
-                episode.tokens += action.tokens
-                episode.cut += action.stop == "length"
-                _act(episode, action.text)
+            if waiting := [episode for episode in active if not episode.done]:
+                states = [State(episode.task, episode.messages, episode.number) for episode in waiting]
+                for episode, (action,) in zip(waiting, policy.propose(states, 1, temperature), strict=True):
+                    episode.tokens += action.tokens
+                    episode.cut += action.stop == "length"
+                    _act(episode, action.text)
             for episode in [episode for episode in active if episode.done]:
-                idle.append(episode.environment)
+                if episode.error is None:
+                    environments.give_back(episode.environment)
+                else:
+                    environments.discard(episode.environment)
                 yield episode
             active = [episode for episode in active if not episode.done]
-    finally:
-        for environment in made:
-            environment.close()
+
+
+@contextmanager
+def _errors_end(episode: Episode) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        # A user's environment may raise anything; the episode is reported as failed, never lost.
+        episode.error, episode.done = f"{type(error).__name__}: {error}", True
 
 
 def _start(environment: Environment, task: str, number: int) -> Episode:
-    try:
-        messages = [{"role": "user", "content": environment.reset(task)}]
-        return Episode(task, number, environment, messages)
-    except Exception as error:
-        # A user's environment may raise anything; the episode is reported as failed, never lost.
-        return Episode(task, number, environment, [], error=f"{type(error).__name__}: {error}", done=True)
+    # The format wants a message: an episode without a prompt has an empty one.
+    episode = Episode(task, number, environment, [{"role": "user", "content": ""}])
+    with _errors_end(episode):
+        episode.messages = [{"role": "user", "content": pool.reset(environment, task)}]
+        if hasattr(environment, "describe"):
+            episode.about = files.plain(environment.describe(task))
+    return episode
 
 
 def _act(episode: Episode, text: str) -> None:
     episode.messages = [*episode.messages, {"role": "assistant", "content": text}]
-    try:
-        result = episode.environment.step(text)
-    except Exception as error:
-        episode.error, episode.done = f"{type(error).__name__}: {error}", True
-        return
-    episode.rewards.append(result.reward)
-    episode.observation, episode.done = result.observation, result.done
-    if not result.done:
-        episode.messages = [*episode.messages, {"role": "user", "content": result.observation}]
+    with _errors_end(episode):
+        result = pool.step(episode.environment, text)
+        episode.rewards.append(result.reward)
+        episode.observation = result.observation
+        if result.done or len(episode.rewards) >= episode.environment.max_rounds:
+            episode.outcome, episode.done = pool.outcome(episode.environment), True
+        else:
+            episode.messages = [*episode.messages, {"role": "user", "content": result.observation}]
 
 
 def trajectory(episode: Episode, *, split: str, environment: str, temperature: float, seed: int) -> dict:
     """A finished episode as a line of the trajectory format."""
-    described = getattr(episode.environment, "describe", None)
-    meta = {"final_observation": episode.observation, "tokens": episode.tokens, "actions_cut": episode.cut}
-    if described is not None:
-        meta |= described(episode.task)
+    meta = episode.about | {
+        "final_observation": episode.observation,
+        "tokens": episode.tokens,
+        "actions_cut": episode.cut,
+    }
     line = {
         "id": f"{episode.task}#{episode.number}",
         "environment": environment,
@@ -105,9 +117,8 @@ def trajectory(episode: Episode, *, split: str, environment: str, temperature: f
     }
     if episode.error is not None:
         return line | {"ended": "error", "meta": meta | {"error": episode.error}}
-    outcome = float(episode.environment.outcome())
-    ended = "done" if len(episode.rewards) < episode.environment.max_rounds or outcome > 0 else "max_rounds"
-    return line | {"outcome": outcome, "success": outcome > 0.5, "ended": ended}
+    ended = "done" if len(episode.rewards) < episode.environment.max_rounds or episode.outcome > 0 else "max_rounds"
+    return line | {"outcome": episode.outcome, "success": episode.outcome > 0.5, "ended": ended}
 
 
 def collect(
@@ -127,25 +138,45 @@ def collect(
     """`count` trajectories for every task, as JSON Lines sorted by task and number.
 
     Killed and called again it goes on: what was finished is in OUTPUT.partial, what was in flight is sampled again,
-    the same, because a draw depends on nothing but seed, task, conversation and number.
+    the same, because a draw depends on nothing but seed, task, conversation and number. Raises UserError when a task
+    is given twice, or when not one episode ended without an error.
     """
-    if output.exists():
-        return output
     partial = output.with_name(output.name + ".partial")
+    if output.exists():
+        partial.unlink(missing_ok=True)
+        return output
+    tasks = list(tasks)
+    if len(set(tasks)) < len(tasks):
+        twice = next(task for task, times in Counter(tasks).items() if times > 1)
+        raise UserError(f"{label}: task {twice} is given twice; the tasks of a split must differ")
     done = {line["id"]: line for line in files.whole_lines(partial)}
     wanted = [(task, number) for task in tasks for number in range(count)]
     missing = [job for job in wanted if f"{job[0]}#{job[1]}" not in done]
-    with bar(label, len(wanted), initial=len(wanted) - len(missing), unit="episode") as progress:
-        with files.appending(partial) as append:
-            succeeded = sum(line.get("success", False) for line in done.values())
-            for episode in rollouts(make_environment, policy, missing, temperature=temperature, in_flight=in_flight):
-                line = trajectory(episode, split=split, environment=environment, temperature=temperature, seed=seed)
-                append([line])
-                done[line["id"]] = line
-                succeeded += line.get("success", False)
-                progress.set_postfix(success=f"{succeeded / len(done):.1%}", refresh=False)
-                progress.update()
+    episodes = rollouts(make_environment, policy, missing, temperature=temperature, in_flight=in_flight)
+    with (
+        bar(label, len(wanted), initial=len(wanted) - len(missing), unit="episode") as progress,
+        files.appending(partial) as append,
+        closing(episodes),
+    ):
+        succeeded = sum(line.get("success", False) for line in done.values())
+        errors = sum(line["ended"] == "error" for line in done.values())
+        for episode in episodes:
+            line = trajectory(episode, split=split, environment=environment, temperature=temperature, seed=seed)
+            append([line])
+            done[line["id"]] = line
+            succeeded += line.get("success", False)
+            errors += line["ended"] == "error"
+            shown = {"success": f"{succeeded / len(done):.1%}"} | ({"errors": errors} if errors else {})
+            progress.set_postfix(shown, refresh=False)
+            progress.update()
     ordered = [done[f"{task}#{number}"] for task, number in wanted]
+    if ordered and all(line["ended"] == "error" for line in ordered):
+        # Not kept: once the environment is mended, the same command has to sample them anew.
+        partial.unlink()
+        raise UserError(
+            f"{label}: all {len(ordered)} episodes ended in an error, the first: {ordered[0]['meta']['error']}; "
+            f"mend the environment {environment}"
+        )
     files.write_atomic(output, "".join(files.line(one) for one in ordered))
     partial.unlink(missing_ok=True)
     return output

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 import runpy
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 
@@ -21,6 +24,7 @@ Whole = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 NotNegative = Annotated[float, msgspec.Meta(ge=0)]
 Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Counts = Annotated[tuple[Count, ...], msgspec.Meta(min_length=1)]
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -115,7 +119,7 @@ class RewardModel(Section):
 class Mesh(Section):
     """Devices along each axis; -1 takes what is left."""
 
-    data: int = -1
+    data: Annotated[int, msgspec.Meta(ge=-1)] = -1
     fsdp: Count = 1
 
 
@@ -126,9 +130,9 @@ class Search(Section):
     tasks: Count | None = None
     temperature: Positive = 0.7
     pool: Count = 32
-    best_of_n: tuple[Count, ...] = (1, 2, 4, 8, 16, 32)
+    best_of_n: Counts = (1, 2, 4, 8, 16, 32)
     prefix_steps: Count = 3
-    prefix_best_of_n: tuple[Count, ...] = (1, 2, 4, 8, 16)
+    prefix_best_of_n: Counts = (1, 2, 4, 8, 16)
     beams: tuple[tuple[Count, Count], ...] = ((2, 2), (4, 4))
     stepwise: tuple[Count, ...] = (4,)
     progress_weight: NotNegative = 0.0
@@ -145,7 +149,7 @@ class Experiment(Section):
     collection: Collection = Collection()
     data: Data = Data()
     reward_models: tuple[RewardModel, ...] = (RewardModel(label="agentprm"),)
-    reward_seeds: tuple[Whole, ...] = (0,)
+    reward_seeds: Annotated[tuple[Whole, ...], msgspec.Meta(min_length=1)] = (0,)
     mesh: Mesh = Mesh()
     search: Search = Search()
     bootstrap_samples: Count = 2_000
@@ -167,18 +171,23 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, quick: bool = False
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"config {path}: {type(error).__name__}: {error}") from error
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f"{path}:{lines[-1]}" if lines else str(path)
+        raise UserError(f"config {where}: {type(error).__name__}: {error}") from error
     if not isinstance(found.get(name), Experiment):
         raise UserError(f"config {path}: must define `{name}`, a jaxprm.config.Experiment")
-    plain = to_dict(found[name])
+    try:
+        plain = to_dict(found[name])
+    except TypeError as error:
+        raise UserError(f"config {path}: {error}; a config holds numbers, text, lists and dicts alone") from None
     for override in overrides:
         _apply(plain, override)
     return from_dict(plain, where=str(path))
 
 
 def to_dict(experiment: Experiment) -> dict:
-    """Plain JSON types."""
-    return msgspec.to_builtins(experiment)
+    """Plain JSON types: what comes back from a config.json."""
+    return json.loads(json.dumps(msgspec.to_builtins(experiment, str_keys=True)))
 
 
 def from_dict(plain: dict, *, where: str) -> Experiment:
@@ -187,11 +196,22 @@ def from_dict(plain: dict, *, where: str) -> Experiment:
         experiment = msgspec.convert(plain, Experiment)
     except msgspec.ValidationError as error:
         raise UserError(f"config {where}: {_with_value(plain, str(error))}") from None
+    for field, value in _floats(plain, ""):
+        if not math.isfinite(value):
+            raise UserError(f"config {where}: {field} = {value}: expected a finite number")
     labels = [model.label for model in experiment.reward_models]
     if len(set(labels)) != len(labels):
         raise UserError(f"config {where}: reward_models: labels must differ, got {labels}")
-    if "random" in labels:
-        raise UserError(f"config {where}: reward_models: `random` is the label of the control; choose another")
+    if taken := {"random", "policy", "oracle"} & set(labels):
+        raise UserError(f"config {where}: reward_models: label {min(taken)!r} is a control's; choose another")
+    if len(set(experiment.reward_seeds)) != len(experiment.reward_seeds):
+        raise UserError(f"config {where}: reward_seeds must differ, got {list(experiment.reward_seeds)}")
+    for index, model in enumerate(experiment.reward_models):
+        if model.objective == "agentprm" and model.beta > 0 and model.discount != 1:
+            raise UserError(
+                f"config {where}: reward_models[{index}].discount = {model.discount} with beta = {model.beta}: "
+                "progress needs discount 1; set that, or beta to 0"
+            )
     if experiment.search.pool < max(experiment.search.best_of_n + experiment.search.prefix_best_of_n):
         raise UserError(
             f"config {where}: search.pool = {experiment.search.pool} is smaller than the largest best-of-N; "
@@ -212,32 +232,61 @@ def _apply(plain: dict, override: str) -> None:
     *path, last = name.split(".")
     node: Any = plain
     for part in path:
-        node = node[int(part)] if isinstance(node, (list, tuple)) and part.isdigit() and int(part) < len(node) else (
-            node.get(part) if isinstance(node, dict) else None
-        )
+        node = _child(node, part)
         if node is None:
             raise UserError(f"override {override!r}: the config has no section {part!r}")
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
         value = text
-    if not isinstance(node, dict):
-        raise UserError(f"override {override!r}: {'.'.join(path)} has no fields")
-    node[last] = value
+    if isinstance(node, dict):
+        node[last] = value
+    elif _child(node, last) is not None:
+        node[int(last)] = value
+    else:
+        have = f"items 0 to {len(node) - 1}" if isinstance(node, list) and node else "no fields"
+        raise UserError(f"override {override!r}: {'.'.join(path)} has {have}, not {last!r}")
+
+
+def _child(node: Any, name: str) -> Any:
+    """A dict's field or a list's item; None where there is none."""
+    if isinstance(node, list):
+        return node[int(name)] if name.isdecimal() and int(name) < len(node) else None
+    return node.get(name) if isinstance(node, dict) else None
+
+
+def _floats(node: Any, where: str) -> Iterator[tuple[str, float]]:
+    if isinstance(node, float):
+        yield where, node
+    elif isinstance(node, dict):
+        for name, value in node.items():
+            yield from _floats(value, f"{where}.{name}" if where else name)
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from _floats(value, f"{where}[{index}]")
 
 
 def _with_value(plain: dict, message: str) -> str:
-    """msgspec says what and where; a reader also wants the value."""
-    what, separator, where = message.partition(" - at `$.")
-    if not separator:
-        return message
+    """msgspec says what and where; a reader also wants the value and what would do."""
+    what, _, where = message.partition(" - at `$.")
     where = where.rstrip("`")
-    node: Any = plain
-    for part in where.replace("[", ".").replace("]", "").split("."):
-        if part == "...":
-            return f"{where}: {what}"
-        try:
-            node = node[int(part)] if isinstance(node, (list, tuple)) else node[part]
-        except (KeyError, IndexError, ValueError, TypeError):
-            return f"{where}: {what}"
-    return f"{where} = {json.dumps(node)}: {what[0].lower()}{what[1:]}"
+    parts = where.replace("[", ".").replace("]", "").split(".") if where else []
+    node, kind = plain, Experiment
+    for part in parts:
+        node, kind = _child(node, part), _kind_of(kind, part)
+    unknown = re.fullmatch(r"Object contains unknown field `(.*)`", what)
+    if unknown:
+        fields = ", ".join(field.name for field in msgspec.structs.fields(kind))
+        return f"{where}{where and '.'}{unknown[1]}: no such field; {where or 'an experiment'} has {fields}"
+    if what.startswith("Invalid enum value"):
+        what = f"must be one of {', '.join(map(str, get_args(kind)))}"
+    value = f"{where} = {json.dumps(node)}: " if where else ""
+    return f"{value}{what[0].lower()}{what[1:]}"
+
+
+def _kind_of(kind: Any, part: str) -> Any:
+    """The type of a struct's field, or of a tuple's items."""
+    found = get_args(kind)[0] if part.isdecimal() else next(
+        field.type for field in msgspec.structs.fields(kind) if field.name == part
+    )
+    return get_args(found)[0] if get_origin(found) is Annotated else found

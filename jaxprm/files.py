@@ -10,16 +10,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from jaxprm.errors import UserError
+
 
 def write_atomic(path: Path, text: str) -> None:
     """The file holds `text` or what it held before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        # A full disk should not be left fuller.
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -36,14 +43,16 @@ def read_json(path: Path) -> Any:
 
 
 def read_lines(path: Path) -> Iterator[dict]:
-    """The objects of a JSON Lines file of our own."""
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            yield json.loads(line)
+    """The objects of a JSON Lines file of our own. Raises UserError, naming the line that is none."""
+    with path.open("rb") as file:
+        yield from _objects(file, path)
 
 
 def whole_lines(path: Path) -> list[dict]:
-    """What an interrupted writer left behind; a torn last line is cut off the file."""
+    """What an interrupted writer left behind; a torn last line is cut off the file.
+
+    Raises UserError, naming the line, where one before it is broken: that is no kill's work.
+    """
     if not path.exists():
         return []
     content = path.read_bytes()
@@ -51,7 +60,15 @@ def whole_lines(path: Path) -> list[dict]:
     if end < len(content):
         with path.open("r+b") as file:
             file.truncate(end)
-    return [json.loads(line) for line in content[:end].splitlines()]
+    return list(_objects(content[:end].splitlines(), path))
+
+
+def _objects(lines: Iterable[bytes], path: Path) -> Iterator[dict]:
+    for number, text in enumerate(lines, start=1):
+        try:
+            yield json.loads(text)
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: not JSON ({error}); mend the line, or remove the file") from None
 
 
 @contextmanager

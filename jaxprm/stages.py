@@ -33,8 +33,9 @@ class WorkDirectory:
     def stage(self, name: str, inputs: dict[str, Any], outputs: list[Path]) -> Iterator[bool]:
         """Enters a stage: yields whether there is work to do, and records it as finished if nothing was raised.
 
-        inputs: everything the outputs depend on. Raises UserError when the stage was begun with other inputs, unless
-        the directory was opened with `redo`, which removes the outputs and begins again.
+        inputs: everything the outputs depend on. A finished stage that lost an output has work to do again. Raises
+        UserError when the stage was begun with other inputs, unless the directory was opened with `redo`, which removes
+        the outputs and begins again.
         """
         record_path = self.path / "stages" / f"{name}.json"
         record = files.read_json(record_path) if record_path.exists() else None
@@ -47,7 +48,7 @@ class WorkDirectory:
             for output in outputs:
                 _remove(output)
             record = None
-        if record is not None and record.get("finished"):
+        if record is not None and record["finished"] and all(output.exists() for output in outputs):
             yield False
             return
         seconds = record["seconds"] if record else 0.0
@@ -74,7 +75,7 @@ def identity(*parts: Any) -> str:
 
 def _remove(path: Path) -> None:
     for found in [path, path.with_name(path.name + ".partial")]:
-        if found.is_dir():
+        if found.is_dir() and not found.is_symlink():
             shutil.rmtree(found)
         else:
             found.unlink(missing_ok=True)
@@ -85,6 +86,9 @@ def _difference(before: Any, now: Any, where: str = "") -> str:
     now = files.plain(now)
     if isinstance(before, dict) and isinstance(now, dict):
         for key in [*before, *now]:
-            if before.get(key) != now.get(key):
-                return _difference(before.get(key), now.get(key), f"{where}.{key}" if where else key)
+            name = f"{where}.{key}" if where else key
+            if key not in now or key not in before:
+                return f"{name} = {before[key]!r}, now without it" if key in before else f"no {name}, now {now[key]!r}"
+            if before[key] != now[key]:
+                return _difference(before[key], now[key], name)
     return f"{where} = {before!r}, now {now!r}"

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
+from jaxprm.errors import UserError
 from jaxprm.policies.protocol import Action, Policy, State
 from jaxprm.search.branches import Branch, Forest
 
@@ -69,7 +70,7 @@ class Tree:
 
 
 def keep_best(finished: Sequence[Node], candidates: Sequence[Node], width: int) -> list[Node]:
-    """The `width` best of finished paths and new candidates; among equals finished paths and earlier candidates first."""
+    """The `width` best of all; among equals finished paths come first, then candidates in the order they were drawn."""
     return sorted([*finished, *candidates], key=lambda node: -node.score)[:width]
 
 
@@ -96,7 +97,9 @@ def beam_search(
 ) -> list[Tree]:
     """Searches the tasks in lockstep, so that one call to the policy and one to the scorer serve all of them.
 
-    score = promise + progress_weight * progress, progress taken as 0 at the first step.
+    score = promise + progress_weight * progress, progress taken as 0 at the first step. A branch whose environment
+    raised ranks behind all others: it is chosen where nothing else is left. Raises UserError for a score that is not
+    a finite number.
     """
     trees = []
     for task in tasks:
@@ -112,8 +115,9 @@ def beam_search(
         proposals = policy.propose([State(node.branch.task, node.messages) for _, node in parents], draws, temperature)
         candidates = _candidates(parents, proposals)
         _score(parents, candidates, scorer, progress_weight)
+        grown = list(zip(parents, candidates, strict=True))
         for tree in open_trees:
-            new = [node for (owner, _), nodes in zip(parents, candidates, strict=True) if owner is tree for node in nodes]
+            new = [node for (owner, _), nodes in grown if owner is tree for node in nodes]
             done = [node for node in tree.frontier if node.branch.done]
             tree.frontier = keep_best(done, new, width)
             tree.rounds = round_number
@@ -144,7 +148,9 @@ def _candidates(parents: Iterable[tuple[Tree, Node]], proposals: Sequence[list[A
 def _score(parents, candidates: Sequence[list[Node]], scorer: ActionScorer, progress_weight: float) -> None:
     texts = [[node.messages[-1]["content"] for node in nodes] for nodes in candidates]
     scores = scorer.score_actions([node.messages for _, node in parents], texts)
-    for nodes, values in zip(candidates, scores, strict=True):
+    for (tree, _), nodes, values in zip(parents, candidates, scores, strict=True):
+        if not np.isfinite(values).all():
+            raise UserError(f"search of {tree.task}: the scorer gave {values}; a model that diverged ranks nothing")
         for node, value in zip(nodes, values, strict=True):
             node.promise = float(value)
             node.score = node.promise + progress_weight * (node.progress or 0.0)
@@ -158,6 +164,8 @@ def _execute(tree: Tree, new: Sequence[Node], forest: Forest) -> None:
             continue
         node.kept = True
         node.branch = forest.step(node.branch, node.messages[-1]["content"])
+        if node.branch.error is not None:
+            node.score = -np.inf
         if not node.branch.done:
             node.messages = [*node.messages, {"role": "user", "content": node.branch.observations[-1]}]
 
@@ -177,17 +185,19 @@ def _node_to_dict(node: Node) -> dict:
     depth, parent = 0, node.parent
     while parent is not None:
         depth, parent = depth + 1, parent.parent
+    # A dropped candidate's branch is its parent's, which is open and one observation shorter.
+    observations = node.branch.observations
     return {
         "id": node.id,
         "parent": node.parent.id if node.parent else 0,
         "round": depth,
         # The action's place in the conversation, whatever was observed after it.
         "action": node.messages[2 * depth - 1]["content"],
-        "observation": node.branch.observations[depth - 1] if node.kept and len(node.branch.observations) >= depth else None,
+        "observation": observations[depth - 1] if len(observations) >= depth else None,
         "promise": node.promise,
         "progress": node.progress,
         "kept": node.kept,
         "count": node.count,
-        "done": node.kept and node.branch.done,
-        "outcome": node.branch.outcome if node.kept else None,
+        "done": node.branch.done,
+        "outcome": node.branch.outcome,
     }

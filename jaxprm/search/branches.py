@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from jaxprm.environments import Environment
+from jaxprm.environments import Environment, pool
 from jaxprm.errors import UserError
 
 
@@ -25,72 +25,98 @@ class Branch:
     done: bool = False
     outcome: float | None = None
     error: str | None = None
+    prompt: str = ""
 
 
 class Forest:
     """Runs branches of many tasks on as few environments as their way of forking needs."""
 
     def __init__(self, make_environment: Callable[[], Environment]):
-        self._make = make_environment
-        self.environment = make_environment()
+        self._pool = pool.Pool(make_environment)
+        self.environment = self._pool.take()
         self._own: dict[str, Environment] = {}
         self.fork = self.environment.fork
         self.steps = 0
         self.errors = 0
 
     def start(self, task: str) -> tuple[str, Branch]:
-        """The prompt of a task and its first branch."""
+        """The prompt of a task and its first branch, which is over at once, with its error, if there is no prompt."""
         environment = self._environment(task)
-        prompt = environment.reset(task)
-        return prompt, Branch(task, snapshot=environment.snapshot() if self.fork == "clone" else None)
+        try:
+            prompt = pool.reset(environment, task)
+            snapshot = environment.snapshot() if self.fork == "clone" else None
+            return prompt, Branch(task, snapshot=snapshot, prompt=prompt)
+        except Exception as error:
+            # As in `step`: what a user's environment raises costs what was asked of it, and nothing else.
+            return "", self._failed(Branch(task), (), error)
 
     def step(self, branch: Branch, action: str) -> Branch:
-        """The branch after an action. What the environment raises becomes the new branch's error, and is counted."""
+        """The branch after an action. What the environment raises becomes the new branch's error, and is counted.
+
+        A branch is done when its environment says so, or after the environment's max_rounds.
+        """
         environment = self._environment(branch.task)
         actions = (*branch.actions, action)
         try:
             self._return_to(environment, branch)
-            result = environment.step(action)
+            result = pool.step(environment, action)
             self.steps += 1
-            return Branch(
+            done = result.done or len(actions) >= environment.max_rounds
+            after = Branch(
                 branch.task,
                 actions,
                 (*branch.observations, result.observation),
-                environment.snapshot() if self.fork == "clone" and not result.done else None,
-                result.done,
-                float(environment.outcome()) if result.done else None,
+                environment.snapshot() if self.fork == "clone" and not done else None,
+                done,
+                pool.outcome(environment) if done else None,
+                prompt=branch.prompt,
             )
         except Exception as error:
             # A user's environment may raise anything: that branch is over, with the reason, and the search goes on.
-            self.errors += 1
-            reason = f"{type(error).__name__}: {error}"
-            return Branch(branch.task, actions, branch.observations, None, True, 0.0, reason)
+            return self._failed(branch, actions, error)
+        if done and self.fork == "none":
+            self._pool.give_back(self._own.pop(branch.task))
+        return after
 
     def describe(self, task: str) -> dict:
         """What the environment says of a task, where it does."""
         return self.environment.describe(task) if hasattr(self.environment, "describe") else {}
 
     def close(self) -> None:
-        for environment in [self.environment, *self._own.values()]:
-            environment.close()
+        self._pool.close()
 
     def _environment(self, task: str) -> Environment:
         if self.fork != "none":
             return self.environment
         if task not in self._own:
-            self._own[task] = self._make()
+            self._own[task] = self._pool.take()
         return self._own[task]
+
+    def _failed(self, branch: Branch, actions: tuple[str, ...], error: Exception) -> Branch:
+        self.errors += 1
+        if self.fork == "none":
+            self._pool.discard(self._own.pop(branch.task))
+        elif self.fork == "replay":
+            # Clones stay where they are: their snapshots may belong to them.
+            self._pool.discard(self.environment)
+            self.environment = self._pool.take()
+        reason = f"{type(error).__name__}: {error}"
+        return Branch(branch.task, actions, branch.observations, None, True, 0.0, reason, branch.prompt)
 
     def _return_to(self, environment: Environment, branch: Branch) -> None:
         if self.fork == "clone":
             environment.restore(branch.snapshot)
         elif self.fork == "replay":
-            environment.reset(branch.task)
+            _compare(pool.reset(environment, branch.task), branch.prompt)
             for action, expected in zip(branch.actions, branch.observations, strict=True):
-                observed = environment.step(action).observation
+                observed = pool.step(environment, action).observation
                 self.steps += 1
-                if observed != expected:
-                    raise RuntimeError(f"replay diverged: {observed[:80]!r} where {expected[:80]!r} was seen before")
+                _compare(observed, expected)
+
+
+def _compare(observed: str, expected: str) -> None:
+    if observed != expected:
+        raise RuntimeError(f"replay diverged: {observed[:80]!r} where {expected[:80]!r} was seen before")
 
 
 def check_can_fork(environment: Environment, what: str) -> None:

@@ -27,4 +27,5 @@ class RandomScorer:
 
     def _uniform(self, name: str, text: str) -> float:
         digest = hashlib.sha256(f"{self._seed}\x1f{name}\x1f{text}".encode()).digest()
-        return int.from_bytes(digest[:8], "big") / 2**64
+        # As many bits as float32 holds, so that no score is rounded up to 1.
+        return int.from_bytes(digest[:3], "big") / 2**24

@@ -1,0 +1,246 @@
+"""The three ways to fork, what goes wrong in them, and that nothing is left open."""
+
+import pytest
+
+from jaxprm.environments import StepResult
+from jaxprm.errors import UserError
+from jaxprm.search.branches import Forest, check_can_fork
+from tests.search.fakes import Factory, TreeGame, Walk
+
+GAME = {
+    "t": {"a": {"x": 1.0, "y": {"z": 0.5}}, "b": {"x": 0.0}, "bad": RuntimeError("fell over")},
+    "u": {"a": 0.75},
+    "never": OSError("no such task today"),
+}
+
+
+def forest_of(fork, **options):
+    factory = Factory(lambda: TreeGame(GAME, fork, **options))
+    return Forest(factory), factory
+
+
+@pytest.mark.parametrize("fork", ["clone", "replay"])
+def test_a_branch_can_be_continued_twice_and_in_any_order(fork):
+    forest, factory = forest_of(fork)
+    prompt, root = forest.start("t")
+    a, b = forest.step(root, "a"), forest.step(root, "b")
+    other_prompt, other = forest.start("u")
+    other = forest.step(other, "a")
+    ax, bx, ay = forest.step(a, "x"), forest.step(b, "x"), forest.step(a, "y")
+    assert (prompt, other_prompt) == ("play t", "play u")
+    assert (a.actions, a.observations, a.done, a.outcome) == (("a",), ("at a",), False, None)
+    assert (ax.done, ax.outcome, bx.outcome, other.outcome) == (True, 1.0, 0.0, 0.75)
+    assert (ay.actions, ay.observations, ay.done) == (("a", "y"), ("at a", "at a/y"), False)
+    # The first branches are what they were.
+    assert forest.step(a, "x") == ax
+    assert len(factory.made) == 1
+    assert forest.errors == 0
+    forest.close()
+    assert factory.closes == [1]
+
+
+def test_steps_are_counted_with_those_of_replays():
+    for fork, expected in (("clone", 3), ("replay", 1 + 2 + 3)):
+        forest, factory = forest_of(fork)
+        _, branch = forest.start("t")
+        for action in ("a", "y", "z"):
+            branch = forest.step(branch, action)
+        assert branch.outcome == 0.5
+        assert forest.steps == len(factory.made[0].executed) == expected
+
+
+def test_a_clone_has_its_own_state():
+    forest = Forest(lambda: Walk(tasks=1))
+    _, root = forest.start("walk/test/0")
+    up = forest.step(root, "up")
+    for _ in range(2):
+        forest.step(up, "down")
+    assert forest.step(up, "up").observations == ("you are at 1", "you are at 2")
+
+
+def test_without_forks_every_task_has_an_environment_while_it_lasts():
+    forest, factory = forest_of("none")
+    branches = [forest.start(task)[1] for task in ("t", "u")]
+    t = forest.step(branches[0], "a")
+    u = forest.step(branches[1], "a")
+    t = forest.step(t, "x")
+    assert (t.outcome, u.outcome) == (1.0, 0.75)
+    assert sum(bool(environment.executed) for environment in factory.made) == 2
+    made = len(factory.made)
+    # The next tasks take over the environments of those that are done.
+    for task in ("t", "u", "t"):
+        assert forest.step(forest.start(task)[1], "a").error is None
+    assert len(factory.made) == made
+    forest.close()
+    assert set(factory.closes) == {1}
+
+
+@pytest.mark.parametrize("fork", ["clone", "replay", "none"])
+def test_an_environment_that_raises_costs_that_branch_only(fork):
+    forest, factory = forest_of(fork)
+    _, root = forest.start("t")
+    bad = forest.step(root, "bad")
+    assert (bad.done, bad.outcome, bad.error) == (True, 0.0, "RuntimeError: fell over")
+    assert (bad.actions, bad.observations) == (("bad",), ())
+    _, again = forest.start("t")
+    good = forest.step(forest.step(again, "a"), "x")
+    assert (good.outcome, good.error, forest.errors) == (1.0, None, 1)
+    forest.close()
+    assert set(factory.closes) == {1}
+
+
+@pytest.mark.parametrize("fork", ["clone", "replay", "none"])
+def test_a_task_that_cannot_start_is_a_branch_that_is_over(fork):
+    forest, factory = forest_of(fork)
+    prompt, branch = forest.start("never")
+    assert (prompt, branch.done, branch.outcome) == ("", True, 0.0)
+    assert branch.error == "OSError: no such task today"
+    assert forest.errors == 1
+    assert forest.start("t")[0] == "play t"
+    forest.close()
+    assert set(factory.closes) == {1}
+
+
+class Fickle:
+    """Replays, but says something else every time the counter passes `at`; broken for good once `dies` is reached."""
+
+    fork, max_rounds = "replay", 5
+    resets = 0
+
+    def __init__(self, prompt_changes=False, diverge_on=99):
+        self._prompt_changes, self._diverge_on, self.closes = prompt_changes, diverge_on, 0
+
+    def reset(self, task):
+        Fickle.resets += 1
+        return f"prompt {Fickle.resets}" if self._prompt_changes else "prompt"
+
+    def step(self, action):
+        extra = "!" if Fickle.resets >= self._diverge_on else ""
+        return StepResult(f"did {action}{extra}", 0.0, False)
+
+    def outcome(self):
+        return 0.0
+
+    def close(self):
+        self.closes += 1
+
+
+@pytest.fixture(autouse=True)
+def _no_resets():
+    Fickle.resets = 0
+
+
+def test_a_replay_that_diverges_ends_the_branch_with_a_counted_error():
+    factory = Factory(lambda: Fickle(diverge_on=4))
+    forest = Forest(factory)
+    _, root = forest.start("t")  # reset 1
+    one = forest.step(root, "go")  # reset 2
+    two = forest.step(one, "on")  # reset 3
+    assert two.observations == ("did go", "did on")
+    lost = forest.step(two, "end")  # reset 4 sees "did go!"
+    assert lost.done
+    assert lost.outcome == 0.0
+    assert lost.error == "RuntimeError: replay diverged: 'did go!' where 'did go' was seen before"
+    assert forest.errors == 1
+    forest.close()
+    assert set(factory.closes) == {1}
+
+
+def test_a_replay_whose_prompt_diverges_ends_the_branch():
+    forest = Forest(lambda: Fickle(prompt_changes=True))
+    _, root = forest.start("t")
+    assert "replay diverged: 'prompt 2'" in forest.step(root, "go").error
+
+
+class Fragile(TreeGame):
+    """Of no use after it raised, and cannot even be closed without an error."""
+
+    broken = False
+
+    def step(self, action):
+        if self.broken:
+            raise RuntimeError("still broken")
+        try:
+            return super().step(action)
+        except RuntimeError:
+            self.broken = True
+            raise
+
+    def close(self):
+        super().close()
+        if self.broken:
+            raise RuntimeError("cannot close")
+
+
+@pytest.mark.parametrize("fork", ["replay", "none"])
+def test_a_broken_environment_is_closed_and_replaced(fork):
+    factory = Factory(lambda: Fragile(GAME, fork))
+    forest = Forest(factory)
+    _, root = forest.start("t")
+    forest.step(root, "bad")
+    _, again = forest.start("t")
+    assert forest.step(again, "a").error is None
+    assert sum(environment.broken for environment in factory.made) == 1
+    assert [environment.closes for environment in factory.made if environment.broken] == [1]
+    forest.close()
+    assert set(factory.closes) == {1}
+
+
+def test_one_that_cannot_be_closed_does_not_keep_the_others_open():
+    factory = Factory(lambda: Fragile(GAME, "none"))
+    forest = Forest(factory)
+    for task in ("t", "u"):
+        forest.start(task)
+    factory.made[1].broken = True
+    with pytest.raises(RuntimeError, match="cannot close"):
+        forest.close()
+    assert factory.closes == [1, 1, 1]
+
+
+@pytest.mark.parametrize("fork", ["clone", "replay", "none"])
+def test_a_branch_is_cut_at_the_round_limit_and_graded(fork):
+    forest, _ = forest_of(fork, max_rounds=2)
+    _, branch = forest.start("t")
+    branch = forest.step(forest.step(branch, "a"), "y")
+    assert (branch.done, branch.outcome, branch.error) == (True, 0.25, None)
+
+
+class Odd(TreeGame):
+    """Returns what it must not."""
+
+    answer = StepResult("fine", 0.0, True)
+    grade = 1.0
+
+    def step(self, action):
+        return self.answer
+
+    def outcome(self):
+        return self.grade
+
+
+@pytest.mark.parametrize(
+    ("answer", "grade", "error"),
+    [
+        ((None, 0.0, False), 1.0, "TypeError: step() returned a NoneType for the observation; it must be text"),
+        (("fine", 0.0, True), 1.5, "ValueError: outcome() returned 1.5; it must be in [0, 1]"),
+        (("fine", 0.0, True), float("nan"), "ValueError: outcome() returned nan; it must be in [0, 1]"),
+    ],
+)
+def test_what_an_environment_must_not_return_is_its_error(answer, grade, error):
+    Odd.answer, Odd.grade = answer, grade
+    forest = Forest(lambda: Odd(GAME))
+    assert forest.step(forest.start("t")[1], "a").error == error
+
+
+def test_a_plain_tuple_will_do_for_a_result():
+    Odd.answer, Odd.grade = ("fine", 0, 1), 1
+    forest = Forest(lambda: Odd(GAME))
+    branch = forest.step(forest.start("t")[1], "a")
+    assert (branch.observations, branch.done, branch.outcome) == (("fine",), True, 1.0)
+
+
+def test_beams_are_refused_where_the_environment_does_not_fork():
+    check_can_fork(TreeGame(GAME, "clone"), "beam @2x2")
+    check_can_fork(TreeGame(GAME, "replay"), "beam @2x2")
+    with pytest.raises(UserError, match=r'beam @2x2.*fork = "none".*search\.stepwise'):
+        check_can_fork(TreeGame(GAME, "none"), "beam @2x2")

@@ -1,0 +1,264 @@
+"""Configs: every mistake is one line that names field, value and bound."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxprm import config
+from jaxprm.config import Experiment, RewardModel, Search
+from jaxprm.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "configs").glob("*.py"))
+
+SOURCE = """
+import msgspec
+from jaxprm.config import Environment, Experiment, RewardModel, Search
+
+config = Experiment(
+    name="mine",
+    environment=Environment(name="my_module:Game", arguments={"distractors": (0, 4), "names": {"a": "b"}}),
+    reward_models=(RewardModel(label="agentprm"), RewardModel(label="pvm", objective="pvm")),
+)
+small = Search(pool=4, best_of_n=(1, 4), prefix_best_of_n=(1,))
+quick = msgspec.structs.replace(config, name="mine_quick", search=small)
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(SOURCE)
+    return path
+
+
+def message(load, *arguments, **options):
+    """The one line of the mistake."""
+    with pytest.raises(UserError) as error:
+        load(*arguments, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_file_is_loaded_with_its_defaults(recipe):
+    found = config.load(recipe)
+    assert (found.name, found.seed, found.search) == ("mine", 0, Search())
+    assert [model.label for model in found.reward_models] == ["agentprm", "pvm"]
+    # Arguments are what they are after a round trip through config.json.
+    assert found.environment.arguments == {"distractors": [0, 4], "names": {"a": "b"}}
+    assert config.load(str(recipe)) == found
+
+
+def test_quick_is_the_files_quick(recipe):
+    assert config.load(recipe, quick=True).name == "mine_quick"
+    assert config.load(recipe, ["seed=4"], quick=True).search.pool == 4
+    recipe.write_text(SOURCE.replace("quick =", "fast ="))
+    assert message(config.load, recipe, quick=True) == (
+        f"config {recipe}: must define `quick`, a jaxprm.config.Experiment"
+    )
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_that_ships_loads(path):
+    found = config.load(path)
+    assert found.name == ("mine" if path.stem == "forkme" else path.stem)
+    assert config.from_dict(config.to_dict(found), where="a round trip") == found
+    assert "python -m jaxprm" in path.read_text().split('"""')[1]
+    if "\nquick =" in path.read_text():
+        assert config.load(path, quick=True) != found
+
+
+def test_there_are_recipes():
+    assert "textcraft_tiny" in [path.stem for path in RECIPES]
+
+
+@pytest.mark.parametrize(
+    ("override", "read"),
+    [
+        ("seed=7", lambda found: found.seed == 7),
+        ("name=other name", lambda found: found.name == "other name"),
+        ('name="7"', lambda found: found.name == "7"),
+        ("search.temperature=1", lambda found: found.search.temperature == 1.0),
+        ("search.tasks=5", lambda found: found.search.tasks == 5),
+        ("search.beams=[[2,3]]", lambda found: found.search.beams == ((2, 3),)),
+        ("search.beams=[]", lambda found: found.search.beams == ()),
+        ("search.beams.1.0=3", lambda found: found.search.beams == ((2, 2), (3, 4))),
+        ("search.best_of_n.5=31", lambda found: found.search.best_of_n == (1, 2, 4, 8, 16, 31)),
+        ("reward_models.1.beta=0.5", lambda found: [one.beta for one in found.reward_models] == [1.0, 0.5]),
+        ("reward_models.0.label=first", lambda found: found.reward_models[0].label == "first"),
+        ("environment.arguments.distractors=9", lambda found: found.environment.arguments["distractors"] == 9),
+        ("environment.arguments.names.a=c", lambda found: found.environment.arguments["names"] == {"a": "c"}),
+        ('environment.arguments.new={"a": [1]}', lambda found: found.environment.arguments.get("new") == {"a": [1]}),
+        ("policy.path=runs/a=b", lambda found: found.policy.path == "runs/a=b"),
+    ],
+)
+def test_an_override_changes_one_field(recipe, override, read):
+    found = config.load(recipe, [override])
+    assert read(found)
+    assert not read(config.load(recipe))
+    assert config.fingerprint(config.to_dict(found)) != config.fingerprint(config.to_dict(config.load(recipe)))
+
+
+def test_later_overrides_win(recipe):
+    assert config.load(recipe, ["seed=1", "seed=2"]).seed == 2
+    assert config.load(recipe, ["search.tasks=3", "search.tasks=null"]).search.tasks is None
+
+
+@pytest.mark.parametrize(
+    ("override", "wanted"),
+    [
+        # bounds
+        ("search.pool=0", "search.pool = 0: expected `int` >= 1"),
+        ("seed=-1", "seed = -1: expected `int` >= 0"),
+        ("search.temperature=0", "search.temperature = 0: expected `float` > 0.0"),
+        ("reward_models.1.gae_lambda=1.5", "reward_models[1].gae_lambda = 1.5: expected `float` <= 1.0"),
+        ("reward_models.1.beta=-1", "reward_models[1].beta = -1: expected `float` >= 0.0"),
+        ("reward_models.0.beta=NaN", "reward_models[0].beta = NaN: expected `float` >= 0.0"),
+        ("reward_models.0.learning_rate=Infinity", "reward_models[0].learning_rate = inf: expected a finite number"),
+        ("environment.arguments.names.a=NaN", "environment.arguments.names.a = nan: expected a finite number"),
+        ("search.best_of_n=[4,0]", "search.best_of_n[1] = 0: expected `int` >= 1"),
+        ("search.best_of_n=[]", "search.best_of_n = []: expected `array` of length >= 1"),
+        ("search.prefix_best_of_n=[]", "search.prefix_best_of_n = []: expected `array` of length >= 1"),
+        ("search.beams.0.1=0", "search.beams[0][1] = 0: expected `int` >= 1"),
+        ("search.beams=[[2]]", "search.beams[0] = [2]: expected `array` of length 2, got 1"),
+        ("reward_seeds=[]", "reward_seeds = []: expected `array` of length >= 1"),
+        ("mesh.data=-2", "mesh.data = -2: expected `int` >= -1"),
+        ("reward_models.0.label=A B", "reward_models[0].label = \"A B\": expected `str` matching regex '^[a-z0-9_]+$'"),
+        ("data.too_long=cut", 'data.too_long = "cut": must be one of error, drop, window'),
+        ("reward_models.1.objective=mc", 'reward_models[1].objective = "mc": must be one of agentprm, pvm, orm'),
+        # types
+        ("search.pool=many", 'search.pool = "many": expected `int`, got `str`'),
+        ("search.pool=2.5", "search.pool = 2.5: expected `int`, got `float`"),
+        ("search.pool=true", "search.pool = true: expected `int`, got `bool`"),
+        ("search=3", "search = 3: expected `object`, got `int`"),
+        ("search.best_of_n=8", "search.best_of_n = 8: expected `array`, got `int`"),
+        ("environment.name=3", "environment.name = 3: expected `str`, got `int`"),
+        ("policy=null", "policy = null: expected `object`, got `null`"),
+        ('reward_models=[{"beta": 1}]', 'reward_models[0] = {"beta": 1}: object missing required field `label`'),
+        # names
+        ("mesh.fdsp=2", "mesh.fdsp: no such field; mesh has data, fsdp"),
+        ("reward_models.1.betta=1", "reward_models[1].betta: no such field; reward_models[1] has label, objective,"),
+        ("sead=1", "sead: no such field; an experiment has name, seed,"),
+        # one against another
+        ("search.pool=8", "search.pool = 8 is smaller than the largest best-of-N"),
+        ("reward_seeds=[1,1]", "reward_seeds must differ, got [1, 1]"),
+        ("reward_models.1.label=agentprm", "reward_models: labels must differ, got ['agentprm', 'agentprm']"),
+        ("reward_models.1.label=random", "reward_models: label 'random' is a control's"),
+        ("reward_models.1.label=policy", "reward_models: label 'policy' is a control's"),
+        ("reward_models.0.discount=0.9", "reward_models[0].discount = 0.9 with beta = 1.0: progress needs discount 1"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_bound(recipe, override, wanted):
+    assert message(config.load, recipe, [override]).startswith(f"config {recipe}: {wanted}")
+
+
+@pytest.mark.parametrize(
+    ("override", "wanted"),
+    [
+        ("seed", "write it as section.field=value"),
+        ("searhc.pool=3", "the config has no section 'searhc'"),
+        ("search.pools.x=3", "the config has no section 'pools'"),
+        ("reward_models.2.beta=3", "the config has no section '2'"),
+        ("reward_models.-1.beta=3", "the config has no section '-1'"),
+        ("reward_models.agentprm.beta=3", "the config has no section 'agentprm'"),
+        ("search.best_of_n.6=3", "search.best_of_n has items 0 to 5, not '6'"),
+        ("seed.x=3", "seed has no fields, not 'x'"),
+    ],
+)
+def test_a_wrong_override_is_quoted(recipe, override, wanted):
+    assert message(config.load, recipe, [override]) == f"override {override!r}: {wanted}"
+
+
+@pytest.mark.parametrize(
+    ("source", "wanted"),
+    [
+        ("x = 1", "must define `config`, a jaxprm.config.Experiment"),
+        ("config = {'name': 'x'}", "must define `config`, a jaxprm.config.Experiment"),
+        (SOURCE.replace('name="mine",', 'nam="mine",'), "TypeError: "),
+        (SOURCE.replace("Model(label", "Model(betta=1, label"), "TypeError: Unexpected keyword argument 'betta'"),
+        ("import no_such_module_xyz", "ModuleNotFoundError: No module named 'no_such_module_xyz'"),
+        ("config = (", "SyntaxError: "),
+        (SOURCE.replace('{"a": "b"}', "object()"), "Encoding objects of type object is unsupported"),
+        (SOURCE.replace("(0, 4)", 'float("nan")'), "environment.arguments.distractors = nan: expected a finite number"),
+        (SOURCE.replace('"agentprm"', "3"), "reward_models[0].label = 3: expected `str`, got `int`"),
+    ],
+)
+def test_a_broken_file_is_one_line(recipe, source, wanted):
+    recipe.write_text(source)
+    found = message(config.load, recipe)
+    assert found.startswith(f"config {recipe}")
+    assert wanted in found
+
+
+def test_a_mistake_in_the_file_has_its_line(recipe):
+    recipe.write_text("from jaxprm.config import Experiment\n\nconfig = Experiment(name='x', sead=3)\n")
+    assert message(config.load, recipe) == f"config {recipe}:3: TypeError: Unexpected keyword argument 'sead'"
+
+
+def test_a_missing_file_is_named(tmp_path):
+    for path in (tmp_path / "none.py", tmp_path):
+        assert message(config.load, path) == f"config {path}: no such file; configs/ holds the recipes that ship"
+
+
+def test_an_experiment_cannot_be_changed():
+    with pytest.raises(AttributeError):
+        Experiment(name="x").seed = 3
+
+
+MODELS = st.lists(
+    st.builds(
+        RewardModel,
+        label=st.text("abc_019", min_size=1, max_size=8),
+        objective=st.sampled_from(["agentprm", "pvm", "orm"]),
+        beta=st.floats(0, 10),
+        gae_lambda=st.floats(0, 1),
+    ),
+    max_size=3,
+    unique_by=lambda model: model.label,
+).map(tuple)
+VALUES = st.integers() | st.text(max_size=4) | st.lists(st.integers(0, 3), max_size=3)
+ARGUMENTS = st.dictionaries(st.text(max_size=4), VALUES, max_size=3)
+
+
+@given(MODELS, ARGUMENTS, st.integers(0), st.lists(st.integers(0), min_size=1, max_size=3, unique=True))
+@settings(max_examples=50, deadline=None)
+def test_a_config_json_gives_the_experiment_back(models, arguments, seed, reward_seeds):
+    first = Experiment(
+        name="x",
+        seed=seed,
+        environment=config.Environment(arguments=arguments),
+        reward_models=models,
+        reward_seeds=tuple(reward_seeds),
+    )
+    plain = json.loads(json.dumps(config.to_dict(first)))
+    assert plain == config.to_dict(first)
+    assert config.from_dict(plain, where="config.json") == first
+
+
+def test_a_config_json_that_was_edited_is_refused_by_name():
+    plain = config.to_dict(Experiment(name="x"))
+    plain["data"]["rows"] = 0
+    assert message(config.from_dict, plain, where="runs/a/config.json") == (
+        "config runs/a/config.json: data.rows = 0: expected `int` >= 1"
+    )
+
+
+def test_a_fingerprint_is_that_of_the_value():
+    assert config.fingerprint({"a": 1, "b": [2]}) == config.fingerprint({"b": [2], "a": 1})
+    first, second = Experiment(name="x"), msgspec.structs.replace(Experiment(name="x"), seed=1)
+    assert config.fingerprint(config.to_dict(first)) != config.fingerprint(config.to_dict(second))
+
+
+def test_a_config_needs_neither_jax_nor_tensorflow():
+    code = (
+        "import sys; from jaxprm import config; config.load('configs/textcraft_tiny.py'); "
+        "print([name for name in ('jax', 'tensorflow', 'torch', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
