@@ -1,6 +1,6 @@
 """One decoder-only transformer (Qwen2 architecture) for training, sampling and scoring.
 
-Letters: B batch, T tokens, C cached tokens, L layers, D model, H heads, K kv heads, G = H / K, E head dim, F ffn, V vocab.
+Letters: B batch, T tokens, C cached tokens, L layers, D model, H heads, K kv heads, E head dim, F ffn, V vocab.
 
 The same forward pass serves three masks:
 
@@ -231,7 +231,7 @@ class Transformer(nnx.Module):
         keys, values = [], []
         # Unrolled: scanning over the layers would copy each layer's cache once a token.
         for index in range(self.config.layers):
-            block = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[index], stacked))
+            block = nnx.merge(graph, jax.tree.map(lambda leaf, index=index: leaf[index], stacked))
             cached = [(c.keys[index], c.values[index], f) for c, f in zip(caches, filled, strict=True)]
             x, new_keys, new_values = block(x, cos, sin, mask, cached)
             keys.append(new_keys)

@@ -29,9 +29,14 @@ def write(directory, state, config=tiny.CONFIG):
 
 
 def logits(state, tokens, config) -> np.ndarray:
-    model = nnx.merge(huggingface.transformer_graph(config), state)
     positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-    return np.asarray(model.logits(model(tokens, positions, np.ones_like(tokens)).hidden))
+
+    @jax.jit
+    def forward(state):
+        model = nnx.merge(huggingface.transformer_graph(config), state)
+        return model.logits(model(tokens, positions, np.ones_like(tokens)).hidden)
+
+    return np.asarray(forward(state))
 
 
 def randomise(model: torch.nn.Module) -> torch.nn.Module:
@@ -162,9 +167,9 @@ def broken(tmp_path, change, config=tiny.CONFIG, state=None):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda tensors: tensors.pop("model.layers.1.self_attn.k_proj.bias"), "layers.1.self_attn.k_proj.bias is missing"),
-        (lambda tensors: tensors.update({"model.norm.weight": np.ones(3, np.float32)}), r"shape \[3\], expected \[40\]"),
-        (lambda tensors: tensors.update({"model.layers.3.mlp.up_proj.weight": np.ones((56, 40), np.float32)}), "unknown"),
+        (lambda tensors: tensors.pop("model.layers.1.self_attn.k_proj.bias"), r"layers.1.self_attn.k_proj.bias is"),
+        (lambda tensors: tensors.update({"model.norm.weight": np.ones(3)}), r"shape \[3\], expected \[40\]"),
+        (lambda tensors: tensors.update({"model.layers.3.mlp.up_proj.weight": np.ones((56, 40))}), "unknown"),
     ],
 )
 def test_missing_misshapen_and_unknown_tensors_are_refused_by_name(tmp_path, change, named):
@@ -175,13 +180,13 @@ def test_missing_misshapen_and_unknown_tensors_are_refused_by_name(tmp_path, cha
 
 def test_an_untied_language_model_without_its_unembedding_is_refused(tmp_path):
     broken(tmp_path, lambda tensors: tensors.pop("lm_head.weight"), tiny.UNTIED, tiny.transformer(tiny.UNTIED))
-    with pytest.raises(UserError, match="lm_head.weight is missing"):
+    with pytest.raises(UserError, match=r"lm_head\.weight is missing"):
         huggingface.load_transformer(tmp_path)
 
 
 def test_a_language_model_is_no_reward_model(tmp_path):
     write(tmp_path, tiny.transformer())
-    with pytest.raises(UserError, match="score.weight"):
+    with pytest.raises(UserError, match=r"score\.weight"):
         huggingface.load_reward_model(tmp_path)
 
 

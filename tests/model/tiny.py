@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -40,7 +42,7 @@ def randomised(state, seed: int):
     def near(leaf):
         return leaf + 0.3 * jnp.asarray(rng.normal(size=leaf.shape), jnp.float32)
 
-    is_vector = [leaf.ndim == 1 or leaf.ndim == 2 and leaf.shape[0] == CONFIG.layers for leaf in leaves]
+    is_vector = [leaf.ndim == 1 or (leaf.ndim == 2 and leaf.shape[0] == CONFIG.layers) for leaf in leaves]
     return jax.tree.unflatten(treedef, [near(x) if v else draw(x) for x, v in zip(leaves, is_vector, strict=True)])
 
 
@@ -117,6 +119,22 @@ def values(state, tokens, positions=None, segments=None, config: TransformerConf
 def _values(graph, state, tokens, positions, segments):
     model = nnx.merge(graph, state)
     return model.value(model.transformer(tokens, positions, segments).hidden)
+
+
+@contextmanager
+def compilations() -> Iterator[list[str]]:
+    """What XLA compiles inside the block: a list that grows by the name of the event."""
+    seen: list[str] = []
+
+    def listen(event: str, *_, **__) -> None:
+        if "backend_compile" in event:
+            seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def assert_close(ours, reference) -> float:

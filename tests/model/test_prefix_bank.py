@@ -1,0 +1,142 @@
+"""The prefix bank: what is found again equals what would be computed, whatever was forked, dropped or cut in chunks."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxprm.errors import UserError
+from jaxprm.model import huggingface
+from jaxprm.model.prefix_bank import PrefixBank
+from jaxprm.scoring.scorer import _values_after
+from tests.model import tiny
+
+STATE = tiny.reward_model()
+GRAPH = huggingface.reward_model_graph(tiny.CONFIG)
+TRUNK = huggingface.transformer_graph(tiny.CONFIG)
+# One shape for all tests, since each is compiled: six slots, which three prefixes at a time keep evicting.
+SLOTS, CAPACITY, ROWS, REST = 6, 340, 2, 8
+
+
+def new_bank(slots: int = SLOTS) -> PrefixBank:
+    return PrefixBank(TRUNK, STATE["transformer"], tiny.CONFIG, slots=slots, capacity=CAPACITY, rows=ROWS)
+
+
+def random_tokens(seed: int, length: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, tiny.CONFIG.vocab_size, size=length).astype(np.int32)
+
+
+def values_after(bank: PrefixBank, prefixes, rests) -> np.ndarray:
+    """Values [N, REST] of one rest of REST tokens after each prefix, with the bank, in rows of three."""
+    slots = bank.place(prefixes)
+    padding = [(0, 3 - len(prefixes))]
+    lengths = np.pad(np.array([len(prefix) for prefix in prefixes], np.int32), padding)
+    tokens = np.pad(np.stack(rests), [*padding, (0, 0)])
+    positions = np.broadcast_to(np.arange(REST, dtype=np.int32), tokens.shape)
+    values = _values_after(
+        GRAPH, STATE, bank.bank, np.pad(slots, padding), lengths, tokens, positions, np.ones_like(tokens),
+        capacity=CAPACITY,
+    )  # fmt: skip
+    return np.asarray(values)[: len(prefixes)]
+
+
+def uncached(prefixes, rests) -> np.ndarray:
+    """The same by one forward pass over every whole sequence, padded to one length."""
+    rows, segments = np.zeros((2, 3, CAPACITY + REST), np.int32)
+    for row, tokens in enumerate(map(np.concatenate, zip(prefixes, rests, strict=True))):
+        rows[row, : len(tokens)], segments[row, : len(tokens)] = tokens, 1
+    values = tiny.values(STATE, rows, segments=segments)
+    return np.stack([values[row, len(prefix) : len(prefix) + REST] for row, prefix in enumerate(prefixes)])
+
+
+@st.composite
+def searches(draw) -> list[list[np.ndarray]]:
+    """Rounds of one to three prefixes, each a fork or an extension of one placed before, or new."""
+    known, rounds = [np.empty(0, np.int32)], []
+    for _ in range(draw(st.integers(2, 5))):
+        prefixes = []
+        for _ in range(draw(st.integers(1, 3))):
+            parent = draw(st.sampled_from(known))
+            parent = parent[: draw(st.sampled_from([len(parent), len(parent) // 2]))]
+            growth = draw(st.sampled_from([0, 1, 30, 64, 65, 150, 300]))
+            tokens = np.concatenate([parent, random_tokens(draw(st.integers(0, 9)), growth)])[:CAPACITY]
+            prefixes.append(tokens.astype(np.int32))
+        known.extend(prefixes)
+        rounds.append(prefixes)
+    return rounds
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(searches())
+def test_cached_equals_uncached_for_trees_forks_evictions_and_chunks(rounds):
+    bank = new_bank()
+    for number, prefixes in enumerate(rounds):
+        rests = [random_tokens(100 + number, REST) for _ in prefixes]
+        tiny.assert_close(values_after(bank, prefixes, rests), uncached(prefixes, rests))
+
+
+def test_only_what_is_new_is_encoded_and_counted():
+    bank = new_bank()
+    prompt = random_tokens(1, 100)
+    left, right = np.append(prompt, 5).astype(np.int32), np.append(prompt, 6).astype(np.int32)
+    bank.place([prompt])
+    assert (bank.tokens_encoded, bank.tokens_reused) == (100, 0)
+    slots = bank.place([left, right, left])
+    assert (bank.tokens_encoded, bank.tokens_reused) == (102, 200)
+    assert slots[0] == slots[2] != slots[1]
+    bank.place([prompt])
+    assert (bank.tokens_encoded, bank.tokens_reused) == (102, 300)
+
+
+def test_the_prefix_used_longest_ago_is_dropped_and_encoded_again():
+    bank = new_bank()
+    prefixes = [random_tokens(seed, 20) for seed in range(SLOTS + 1)]
+    for prefix in prefixes[:SLOTS]:
+        bank.place([prefix])
+    bank.place([prefixes[0]])
+    bank.place([prefixes[SLOTS]])  # takes the place of prefixes[1]
+    encoded = bank.tokens_encoded
+    for kept in (0, *range(2, SLOTS + 1)):
+        bank.place([prefixes[kept]])
+    assert bank.tokens_encoded == encoded
+    bank.place([prefixes[1]])
+    assert bank.tokens_encoded == encoded + 20
+
+
+def test_a_prefix_longer_than_the_bank_is_refused_and_leaves_it_whole():
+    bank = new_bank()
+    known = random_tokens(1, 50)
+    bank.place([known])
+    with pytest.raises(UserError, match=f"{CAPACITY + 1} tokens is longer than the cache of {CAPACITY}"):
+        bank.place([random_tokens(2, 30), random_tokens(3, CAPACITY + 1)])
+    rests = [random_tokens(9, REST)] * 2
+    prefixes = [known, random_tokens(2, 30)]
+    tiny.assert_close(values_after(bank, prefixes, rests), uncached(prefixes, rests))
+
+
+def test_twice_as_many_slots_as_prefixes_are_enough_and_fewer_are_refused_in_words():
+    grown = [np.append(random_tokens(seed, 10), seed).astype(np.int32) for seed in range(3)]
+    bank = new_bank(SLOTS)
+    bank.place([prefix[:-1] for prefix in grown])
+    bank.place(grown)
+    with pytest.raises(UserError, match="2 slots, too few for 3 prefixes"):
+        new_bank(2).place(grown)
+
+
+def test_prefixes_are_told_apart_by_their_tokens_where_hashes_collide(monkeypatch):
+    monkeypatch.setattr("jaxprm.model.prefix_bank._prefix_hashes", lambda tokens: np.full(len(tokens), 7, np.uint64))
+    bank = new_bank()
+    prefixes = [random_tokens(seed, 12) for seed in range(3)]
+    rests = [random_tokens(9, REST)] * 3
+    reference = uncached(prefixes, rests)
+    for _ in range(2):
+        tiny.assert_close(values_after(bank, prefixes, rests), reference)
+
+
+def test_a_slot_of_another_prefix_moves_the_score():
+    """The comparisons above would see a wrong slot."""
+    bank, rests = new_bank(), [random_tokens(9, REST)] * 2
+    prefixes = [random_tokens(1, 40), random_tokens(2, 40)]
+    right = values_after(bank, prefixes, rests)
+    bank.place = lambda prefixes: PrefixBank.place(bank, prefixes)[::-1]
+    assert np.abs(values_after(bank, prefixes, rests) - right).min() > 1e-2
