@@ -10,6 +10,7 @@ from tests.search.fakes import Factory, TreeGame, Walk
 GAME = {
     "t": {"a": {"x": 1.0, "y": {"z": 0.5}}, "b": {"x": 0.0}, "bad": RuntimeError("fell over")},
     "u": {"a": 0.75},
+    **{task: {"a": 0.5} for task in "vwx"},
     "never": OSError("no such task today"),
 }
 
@@ -68,8 +69,8 @@ def test_without_forks_every_task_has_an_environment_while_it_lasts():
     assert sum(bool(environment.executed) for environment in factory.made) == 2
     made = len(factory.made)
     # The next tasks take over the environments of those that are done.
-    for task in ("t", "u", "t"):
-        assert forest.step(forest.start(task)[1], "a").error is None
+    for task in ("v", "w", "x"):
+        assert forest.step(forest.start(task)[1], "a").outcome == 0.5
     assert len(factory.made) == made
     forest.close()
     assert set(factory.closes) == {1}
