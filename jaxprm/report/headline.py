@@ -1,0 +1,108 @@
+"""The result in words, computed from the results alone: it says so when there is no gain, or none that is certain."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal, NamedTuple
+
+from jaxprm.report.blocks import sample_words
+from jaxprm.report.labels import ALIASES, THIN_SPACE, name, percent, plural, search_name, signed_points, split_search
+from jaxprm.report.results import Estimate, Results
+
+PREFERRED = ("agentprm", "pvm", "orm", "mc")
+PREFERRED_BEAM = "4x4"
+FEW_TASKS = 50
+
+
+class Headline(NamedTuple):
+    """`claim` is the title, `detail` the sentence below; `label` and `size` say which guided search they speak of."""
+
+    claim: str
+    detail: str
+    verdict: Literal["better", "unclear", "worse", "unknown"]
+    label: str | None = None
+    size: str | None = None
+
+
+def headline(results: Results) -> Headline:
+    """Plain policy against beam search with AgentPRM at 4x4; where that was not run, the next method and size that was.
+
+    The order of preference is fixed, so no result chooses its own headline.
+    """
+    plain = results.baseline("sampled")
+    guided = _guided(results)
+    if guided is None:
+        alone = f"The policy alone solves {percent(plain.mean)} of unseen tasks. " if plain else ""
+        return Headline(f"{alone}No guided search was measured in this run.", "", "unknown")
+    label, size, found = guided
+    if plain is None:
+        claim = f"Guided by {name(label)}, the policy solves {percent(found.mean)} of unseen tasks."
+        return Headline(claim, "The policy alone was not measured in this run.", "unknown", label, size)
+    difference = paired_with_policy(results, label, size)
+    verdict = _verdict(difference)
+    detail = _detail(verdict, size, difference, results)
+    return Headline(_claim(verdict, label, plain, found), detail, verdict, label, size)
+
+
+def paired_with_policy(results: Results, label: str, size: str) -> Estimate | None:
+    """Mean of (`label` with this beam minus plain policy) over the same tasks, None when it was not computed."""
+    for pair in results.paired:
+        if pair.mean is None or split_search(pair.at) != ("beam", size):
+            continue
+        a, b = (ALIASES.get(side, side) for side in (pair.a, pair.b))
+        if (a, b) == (label, "policy"):
+            return pair.estimate
+        if (a, b) == ("policy", label):
+            return pair.estimate.negated()
+    return None
+
+
+def _guided(results: Results) -> tuple[str, str, Estimate] | None:
+    measured = [label for label in results.with_search("beam") if label != "random"]
+    for label in sorted(measured, key=lambda each: PREFERRED.index(each) if each in PREFERRED else len(PREFERRED)):
+        curve = results.curve(label, "beam")
+        size = PREFERRED_BEAM if PREFERRED_BEAM in curve else next(iter(curve))
+        return label, size, curve[size]
+    return None
+
+
+def _verdict(difference: Estimate | None) -> Literal["better", "unclear", "worse", "unknown"]:
+    if difference is None or not difference.has_interval:
+        return "unknown"
+    if difference.low > 0:
+        return "better"
+    return "worse" if difference.high < 0 else "unclear"
+
+
+def _claim(verdict: str, label: str, plain: Estimate, found: Estimate) -> str:
+    alone, guided, model = percent(plain.mean), percent(found.mean), name(label)
+    return {
+        "better": f"Guided by {model}, the policy solves {guided} of unseen tasks. Alone it solves {alone}.",
+        "worse": f"Guided by {model}, the policy solves fewer unseen tasks: {guided}. Alone it solves {alone}.",
+        "unclear": f"The policy alone solves {alone} of unseen tasks, guided by {model} {guided}: no clear difference.",
+        "unknown": f"The policy alone solves {alone} of unseen tasks, guided by {model} {guided}.",
+    }[verdict]
+
+
+def _detail(verdict: str, size: str, difference: Estimate | None, results: Results) -> str:
+    if difference is None:
+        return f"{_sentence(search_name(f'beam {size}'))}. The paired difference was not computed."
+    interval = ""
+    if difference.has_interval:
+        interval = f", 95{THIN_SPACE}% interval {signed_points(difference.low)} to {signed_points(difference.high)}"
+    meaning = {
+        "better": "The interval is clear of zero.",
+        "worse": "The interval lies below zero: in this run guidance hurt.",
+        "unclear": "The interval includes zero: this run does not show that guidance helps.",
+        "unknown": "No interval was computed, so this difference may be chance.",
+    }[verdict]
+    small = difference.n is not None and difference.n < FEW_TASKS
+    caution = f" Only {plural(difference.n, 'task')}: enough to see that it runs, not to conclude." if small else ""
+    return (
+        f"{_sentence(search_name(f'beam {size}'))} against one plain sample, paired by task"
+        f"{sample_words(results, [difference])}: {signed_points(difference.mean)} points{interval}. {meaning}{caution}"
+    )
+
+
+def _sentence(text: str) -> str:
+    return re.sub(r"^\w", lambda first: first[0].upper(), text)

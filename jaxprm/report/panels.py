@@ -1,0 +1,220 @@
+"""Which panels a run's results give. A panel holds only what was measured; a panel without points is left out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from jaxprm.report.figures import Level, Panel, Series, shared_limits
+from jaxprm.report.labels import METRICS, name
+from jaxprm.report.results import Estimate, Results, size_key
+
+T = TypeVar("T")
+SCALING = (
+    ("best_of_n", "Best of N whole trajectories", "N trajectories"),
+    ("prefix_best_of_n", "Best of N prefixes", "N half-finished trajectories"),
+    ("stepwise", "Best of K at every step", "K actions"),
+)
+CURVES = ("value_loss", "progress_loss", "validation_loss", "explained_variance")
+MAX_TICKS = 8
+MAX_POINTS = 200
+
+
+def present(panels: Iterable[Panel]) -> list[Panel]:
+    """The panels that have something to show."""
+    return [panel for panel in panels if not panel.empty]
+
+
+def levels(results: Results) -> list[Level]:
+    """The plain and the greedy policy, as far as they were measured."""
+    found = {"policy": results.baseline("sampled"), "greedy": results.baseline("greedy")}
+    return [Level(label=label, value=value) for label, value in found.items() if value]
+
+
+def beam_panel(results: Results) -> Panel:
+    """Success by beam size, one dodged mark per method."""
+    sizes = sorted({size for label in results.methods for size in results.curve(label, "beam")}, key=size_key)
+    place = {size: float(index) for index, size in enumerate(sizes)}
+    return _with_limits(
+        Panel(
+            title="Beam search",
+            x_label="beam: kept × actions tried for each",
+            y_label="tasks solved",
+            series=[
+                _series(label, {place[size]: point for size, point in results.curve(label, "beam").items()})
+                for label in results.with_search("beam")
+            ],
+            levels=levels(results),
+            ticks=[(place[size], size.replace("x", "×")) for size in sizes],
+            bars=True,
+            unit="beam",
+        )
+    )
+
+
+def scaling_panels(results: Results) -> list[Panel]:
+    """Success against N, for every search that takes the best of N; the oracle stands with whole trajectories."""
+    panels = present(_scaling_panel(results, *search) for search in SCALING)
+    limits = shared_limits(panels)
+    return [replace(panel, limits=limits) for panel in panels]
+
+
+def _scaling_panel(results: Results, search: str, title: str, x_label: str) -> Panel:
+    curves = {label: results.curve(label, search) for label in results.with_search(search)}
+    if search == "best_of_n" and results.oracle_curve():
+        curves["oracle"] = results.oracle_curve()
+    sizes = sorted({size for curve in curves.values() for size in curve if _is_count(size)}, key=size_key)
+    return Panel(
+        title=title,
+        x_label=x_label,
+        y_label="tasks solved",
+        series=[
+            _series(label, {math.log2(int(size)): point for size, point in curve.items() if _is_count(size)})
+            for label, curve in curves.items()
+        ],
+        levels=levels(results),
+        ticks=[(math.log2(int(size)), size) for size in sizes],
+    )
+
+
+def value_panels(results: Results) -> list[Panel]:
+    """Mean step value of successful (filled) and failed (hollow) trajectories by step, one panel per method."""
+    panels = []
+    for label, rows in results.value_by_depth.items():
+        success = {row.depth: row.success for row in rows}
+        failure = {row.depth: row.failure for row in rows}
+        panels.append(
+            Panel(
+                title=name(label),
+                x_label="step of the trajectory",
+                y_label="mean promise",
+                series=[
+                    _series(label, success, note="succeeded"),
+                    _series(label, failure, variant="hollow", note="failed"),
+                ],
+                ticks=_depth_ticks([row.depth for row in rows]),
+                fractions=False,
+                unit="step",
+            )
+        )
+    panels = present(panels)
+    limits = shared_limits(panels)
+    return [replace(panel, limits=limits) for panel in panels]
+
+
+def auroc_panels(results: Results) -> list[Panel]:
+    """How well step values tell success from failure by step, over all steps and within a task."""
+    kinds = (("auroc", "Over all tasks"), ("auroc_within_task", "Within a task"))
+    panels = present(
+        Panel(
+            title=title,
+            x_label="step of the trajectory",
+            y_label="AUROC",
+            series=[
+                _series(label, {row.depth: getattr(row, kind) for row in rows})
+                for label, rows in results.value_by_depth.items()
+            ],
+            ticks=_depth_ticks([row.depth for rows in results.value_by_depth.values() for row in rows]),
+            fractions=False,
+            chance=0.5,
+            unit="step",
+        )
+        for kind, title in kinds
+    )
+    limits = shared_limits(panels)
+    return [replace(panel, limits=(min(limits[0], 0.4), max(limits[1], 0.6))) for panel in panels]
+
+
+def calibration_panel(results: Results) -> Panel:
+    """Observed against predicted success, in bins of the prediction."""
+    curves = {label: {row.predicted: row.observed for row in rows} for label, rows in results.calibration.items()}
+    series = [_series(label, curve) for label, curve in curves.items()]
+    reach = [x for each in series for x in each.xs]
+    return Panel(
+        title="Calibration",
+        x_label="promise (predicted success)",
+        y_label="observed success",
+        series=series,
+        diagonal=True,
+        limits=(min([0.0, *reach]) - 0.02, max([1.0, *reach]) + 0.02),
+        unit="predicted",
+    )
+
+
+def training_panels(results: Results) -> list[Panel]:
+    """One panel per logged quantity, one line per method and seed, each thinned to MAX_POINTS."""
+    return present(
+        Panel(
+            title=METRICS[metric],
+            x_label="training step",
+            y_label="",
+            series=[
+                _series(label, _logged(rows, metric), faint=True, note=f"seed {seed}")
+                for label, seeds in results.training.items()
+                for seed, rows in seeds.items()
+            ],
+            fractions=False,
+            unit="step",
+        )
+        for metric in CURVES
+    )
+
+
+def thin(items: Sequence[T], most: int) -> list[T]:
+    """At most `most` of `items`, evenly spaced, the first and the last among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]
+
+
+def _logged(rows: Sequence[Mapping[str, float | None]], metric: str) -> dict[float, Estimate]:
+    known = [(row["step"], row[metric]) for row in rows if row.get("step") is not None and row.get(metric) is not None]
+    return {step: Estimate(value) for step, value in thin(known, MAX_POINTS)}
+
+
+def compute_panel(results: Results) -> Panel:
+    """Success of beam search against the tokens it read and wrote, where both were counted."""
+    per = results.compute.get("per") if isinstance(results.compute, Mapping) else None
+    return _with_limits(
+        Panel(
+            title="Success for tokens spent",
+            x_label="tokens of policy and reward model" + (f" per {per}" if isinstance(per, str) else ""),
+            y_label="tasks solved",
+            series=[_series(label, dict(_spent(results, label))) for label in results.with_search("beam")],
+            levels=levels(results),
+            log_x=True,
+            unit="tokens",
+        )
+    )
+
+
+def _spent(results: Results, label: str) -> Iterator[tuple[float, Estimate]]:
+    counts = results.compute if isinstance(results.compute, Mapping) else {}
+    for size, point in results.curve(label, "beam").items():
+        found: Any = counts
+        for key in (label, "beam", size):
+            found = found.get(key) if isinstance(found, Mapping) else None
+        tokens = [found.get(kind) for kind in ("policy_tokens", "reward_tokens")] if isinstance(found, Mapping) else []
+        if tokens and all(isinstance(count, (int, float)) for count in tokens) and sum(tokens) > 0:
+            yield float(sum(tokens)), point
+
+
+def _series(label: str, curve: Mapping[float, Estimate | None], **how: Any) -> Series:
+    known = {x: curve[x] for x in sorted(curve) if curve[x] is not None and curve[x].mean is not None}
+    return Series(label=label, xs=list(known), points=list(known.values()), **how)
+
+
+def _with_limits(panel: Panel) -> Panel:
+    return replace(panel, limits=shared_limits([panel]))
+
+
+def _is_count(size: str) -> bool:
+    return size.isdigit() and int(size) > 0
+
+
+def _depth_ticks(depths: Iterable[float]) -> list[tuple[float, str]]:
+    known = sorted(set(depths))
+    stride = max(1, math.ceil(len(known) / MAX_TICKS))
+    return [(depth, f"{depth:g}") for depth in known[::stride]]

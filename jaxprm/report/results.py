@@ -1,0 +1,195 @@
+"""Read `results.json` and `search/trees.json`: what is missing is tolerated, what is wrong is not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from jaxprm.errors import UserError
+
+T = TypeVar("T")
+SEARCHES = ("best_of_n", "prefix_best_of_n", "stepwise", "beam")
+
+
+class Estimate(msgspec.Struct, frozen=True):
+    """A measured mean with its 95 % interval over n units; any part may be unknown."""
+
+    mean: float | None = None
+    low: float | None = None
+    high: float | None = None
+    n: float | None = None
+
+    @property
+    def has_interval(self) -> bool:
+        return self.low is not None and self.high is not None
+
+    def negated(self) -> Estimate:
+        return Estimate(*(None if v is None else -v for v in (self.mean, self.high, self.low)), self.n)
+
+
+Curve = dict[str, Estimate | None]
+
+
+class Paired(msgspec.Struct, frozen=True):
+    """Mean over tasks of (a minus b), both measured at the same search."""
+
+    a: str
+    b: str
+    at: str = ""
+    mean: float | None = None
+    low: float | None = None
+    high: float | None = None
+    n: float | None = None
+
+    @property
+    def estimate(self) -> Estimate:
+        return Estimate(self.mean, self.low, self.high, self.n)
+
+
+class DepthRow(msgspec.Struct, frozen=True):
+    depth: float
+    success: Estimate | None = None
+    failure: Estimate | None = None
+    auroc: Estimate | None = None
+    auroc_within_task: Estimate | None = None
+
+
+class CalibrationRow(msgspec.Struct, frozen=True):
+    predicted: float
+    observed: Estimate | None = None
+
+
+class Results(msgspec.Struct, frozen=True):
+    """What one run measured. Every part is optional: a page shows the parts that exist.
+
+    `methods[label][search][size]`, `search` one of SEARCHES; other keys of a method are kept out.
+    """
+
+    policy: Curve = {}
+    oracle: Curve = {}
+    methods: dict[str, dict[str, Any]] = {}
+    paired: list[Paired] = []
+    value_by_depth: dict[str, list[DepthRow]] = {}
+    calibration: dict[str, list[CalibrationRow]] = {}
+    validation: dict[str, Any] = {}
+    training: dict[str, dict[str, list[dict[str, float | None]]]] = {}
+    compute: Any = None
+    seconds: dict[str, Any] = {}
+    data: Any = None
+    provenance: Any = None
+
+    def curve(self, label: str, search: str) -> dict[str, Estimate]:
+        """Measured points of one method under one search, by size in ascending order; empty when it was not run."""
+        return _measured(self.methods.get(label, {}).get(search) or {})
+
+    def at(self, label: str, search: str, size: str) -> Estimate | None:
+        return self.curve(label, search).get(size)
+
+    def with_search(self, search: str) -> list[str]:
+        """Labels of the methods that were measured under `search`, in the file's order."""
+        return [label for label in self.methods if self.curve(label, search)]
+
+    def oracle_curve(self) -> dict[str, Estimate]:
+        return _measured(self.oracle)
+
+    def baseline(self, name: str) -> Estimate | None:
+        """`sampled` or `greedy` policy, None when it was not measured."""
+        return _measured(self.policy).get(name)
+
+
+class Node(msgspec.Struct, frozen=True):
+    """One candidate action of a search tree; parent 0 is the prompt."""
+
+    id: int
+    parent: int = 0
+    round: int | None = None
+    action: str = ""
+    observation: str | None = None
+    promise: float | None = None
+    progress: float | None = None
+    kept: bool = True
+    count: int = 1
+    done: bool = False
+    outcome: float | None = None
+
+
+class Tree(msgspec.Struct, frozen=True):
+    """One searched task: every candidate that was scored, and which of them was returned."""
+
+    task: str
+    nodes: list[Node] = []
+    method: str = ""
+    beam: str = ""
+    seed: int | str | None = None
+    goal: str | None = None
+    depth: float | None = None
+    outcome: float | None = None
+    prompt: str = ""
+    best: int | None = None
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def size_key(size: str) -> tuple:
+    """Sort key of a search size: "4" before "16", "2x2" before "4x4", anything else last."""
+    numbers = [int(part) for part in re.findall(r"\d+", size)]
+    return (not numbers, numbers, size)
+
+
+def load_results(path: Path) -> Results:
+    """Read results.json. Raises UserError when it is missing or does not have the documented form."""
+    results = _decode(path, Results)
+    methods = {
+        label: {search: _convert(path, label, search, found[search]) for search in SEARCHES if found.get(search)}
+        for label, found in results.methods.items()
+    }
+    return msgspec.structs.replace(results, methods=methods)
+
+
+def load_trees(path: Path) -> list[Tree]:
+    """Read trees.json; no file means no trees. Raises UserError for another form or a node whose parent is unknown."""
+    if not path.exists():
+        return []
+    trees = _decode(path, list[Tree])
+    for index, tree in enumerate(trees):
+        for node in _orphans(tree):
+            raise UserError(
+                f"{path}: tree {index} (task {tree.task}): node {node.id} has parent {node.parent}, "
+                "expected 0 or the id of a node listed before it; search this task again"
+            )
+    return trees
+
+
+def _decode(path: Path, form: type[T]) -> T:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=form)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run the evaluation and search stages of this work directory") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {error}; write it again with the evaluation and search stages") from None
+
+
+def _convert(path: Path, label: str, search: str, curve: Any) -> Curve:
+    try:
+        return msgspec.convert(curve, Curve)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{path}: methods.{label}.{search}: {error}; evaluate this method again") from None
+
+
+def _measured(curve: Curve) -> dict[str, Estimate]:
+    known = {size: found for size, found in curve.items() if found is not None and found.mean is not None}
+    return dict(sorted(known.items(), key=lambda item: size_key(item[0])))
+
+
+def _orphans(tree: Tree) -> Iterator[Node]:
+    seen = {0}
+    for node in tree.nodes:
+        if node.parent not in seen or node.id in seen:
+            yield node
+        seen.add(node.id)

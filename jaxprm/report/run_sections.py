@@ -1,0 +1,105 @@
+"""What the run cost, and everything needed to make it again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from html import escape
+from typing import Any
+
+import msgspec
+
+from jaxprm.report import html, panels
+from jaxprm.report.blocks import BAND, figure, level_words, panel_sample, section, side
+from jaxprm.report.labels import duration, search_name
+from jaxprm.report.results import Results, is_number
+
+FOLD_ROWS = 10
+SHORT_TEXT = 60
+
+
+def cost(results: Results) -> str:
+    """Tokens and environment steps spent, and the time of each stage."""
+    spent = panels.present([panels.compute_panel(results)])
+    drawn = ""
+    if spent:
+        words = (
+            "Beam search, small to large, against the tokens it read and wrote. "
+            f"Bands: {BAND}{panel_sample(results, spent)}.{level_words(results)}"
+        )
+        drawn = figure(spent, "cost", words)
+    body = side(drawn, _seconds_table(results.seconds)) + _compute_table(results.compute)
+    return section("cost", "What it cost", "Counted, not estimated.", body) if body else ""
+
+
+def _compute_table(compute: Any) -> str:
+    counted = list(_counts(compute, ()))
+    if not counted:
+        return ""
+    columns = list(dict.fromkeys(key for _, values in counted for key in values))
+    heads = ["Spent by", *(escape(column.replace("_", " ")) for column in columns)]
+    rows = []
+    for path, values in counted:
+        cells = [html.count(values[column]) if column in values else html.NOT_MEASURED for column in columns]
+        how = escape(search_name(" ".join(path[1:])))
+        rows.append([f'{html.method(path[0]) if path else "All"} <span class="how">{how}</span>', *cells])
+    per = compute.get("per")
+    unit = f"per {per}" if isinstance(per, str) else "as counted"
+    caption = f"Tokens and environment steps, {unit}"
+    counts = html.table(heads, rows, caption=caption)
+    if len(rows) <= FOLD_ROWS:
+        return counts
+    return f'<details class="numbers"><summary>{escape(caption)}: all {len(rows)} rows</summary>{counts}</details>'
+
+
+def _counts(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], dict[str, float]]]:
+    """Every object with numbers in it, however deep, with its path."""
+    if not isinstance(node, Mapping):
+        return
+    if values := {key: value for key, value in node.items() if is_number(value)}:
+        yield path, values
+    for key, value in node.items():
+        yield from _counts(value, (*path, key))
+
+
+def _seconds_table(seconds: Mapping[str, Any]) -> str:
+    known = {stage: float(value) for stage, value in seconds.items() if is_number(value)}
+    if not known:
+        return ""
+    longest = max(known.values()) or 1.0
+    rows = [
+        [escape(stage.replace("_", " ")), html.bar(value / longest), html.data(value, duration(value))]
+        for stage, value in known.items()
+    ]
+    total = sum(known.values())
+    heads = ["Stage", "", "Time"]
+    rows.append(["together", "", html.data(total, duration(total))])
+    return html.table(heads, rows, caption="Wall-clock time of each stage.", numeric_from=2)
+
+
+def provenance(results: Results) -> str:
+    """Short facts at once; config, versions and fingerprints folded away."""
+    if not results.provenance:
+        return ""
+    found = results.provenance if isinstance(results.provenance, Mapping) else {"provenance": results.provenance}
+    short = {key: text for key, value in found.items() if (text := _short(value)) is not None}
+    folded = "".join(
+        f"<details><summary>{escape(str(key))}</summary><pre>{escape(_pretty(value))}</pre></details>"
+        for key, value in found.items()
+        if key not in short
+    )
+    body = html.facts((key, escape(text)) for key, text in short.items()) + f'<div class="provenance">{folded}</div>'
+    return section("provenance", "Provenance", "Everything needed to make these numbers again.", body)
+
+
+def _short(value: Any) -> str | None:
+    if isinstance(value, list) and all(is_number(item) for item in value):
+        return ", ".join(f"{item:g}" for item in value)
+    if is_number(value):
+        return f"{value:g}"
+    return value if isinstance(value, str) and len(value) < SHORT_TEXT and "\n" not in value else None
+
+
+def _pretty(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return msgspec.json.format(msgspec.json.encode(value), indent=2).decode()

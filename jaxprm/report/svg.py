@@ -1,0 +1,112 @@
+"""Turn a matplotlib figure into SVG that follows the page's theme and its Content-Security-Policy.
+
+The figure is drawn in marker colours, one per role, which become `var(--role)`. Inline style attributes and style
+elements become presentation attributes, since the policy allows only the page's own stylesheet.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import TYPE_CHECKING
+from xml.etree import ElementTree
+
+from jaxprm.report.labels import COLOURS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SVG = "http://www.w3.org/2000/svg"
+XLINK = "http://www.w3.org/1999/xlink"
+FONTS = "ui-sans-serif, system-ui, -apple-system, 'Segoe UI', Roboto, Helvetica, Arial, sans-serif"
+MARKERS = {role: f"#fe00{index:02x}" for index, role in enumerate(COLOURS)}
+ROLE_OF = {colour: role for role, colour in MARKERS.items()}
+
+
+def themed_colour(role: str) -> str:
+    """The colour to draw `role` in when the figure is to follow the page's theme."""
+    return MARKERS[role]
+
+
+def light_colour(role: str) -> str:
+    """The colour to draw `role` in when the figure has to be a bitmap."""
+    return COLOURS[role][0]
+
+
+def inline_svg(figure: Figure, prefix: str, label: str, titles: dict[str, list[str]]) -> str:
+    """SVG for the inside of an HTML page.
+
+    `prefix` keeps ids unique on the page, `label` is read aloud for the image, `titles[gid][k]` is the tooltip of
+    the k-th marker of the artist with that gid.
+    """
+    root = _themed(figure, prefix, titles)
+    for name in ("width", "height"):
+        root.attrib.pop(name, None)
+    root.set("role", "img")
+    root.set("aria-label", label)
+    for element in root.iter():
+        element.tag = element.tag.removeprefix(f"{{{SVG}}}")
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def standalone_svg(figure: Figure, label: str) -> str:
+    """SVG as a file of its own: light, or dark where the viewer prefers it."""
+    root = _themed(figure, "f", {})
+    root.set("role", "img")
+    root.set("aria-label", label)
+    style = ElementTree.Element(f"{{{SVG}}}style")
+    light, dark = (" ".join(f"--{role}: {pair[i]};" for role, pair in COLOURS.items()) for i in (0, 1))
+    style.text = f"svg {{ {light} font-family: {FONTS}; }} @media (prefers-color-scheme: dark) {{ svg {{ {dark} }} }}"
+    paper = ElementTree.Element(f"{{{SVG}}}rect", {"width": "100%", "height": "100%", "fill": "var(--paper)"})
+    root.insert(0, paper)
+    root.insert(0, style)
+    ElementTree.register_namespace("", SVG)
+    return ElementTree.tostring(root, encoding="unicode") + "\n"
+
+
+def _themed(figure: Figure, prefix: str, titles: dict[str, list[str]]) -> ElementTree.Element:
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    root = ElementTree.fromstring(buffer.getvalue())
+    _remove(root, f"{{{SVG}}}metadata")
+    _remove(root, f"{{{SVG}}}style")
+    # What matplotlib's style element says for every shape.
+    root.set("stroke-linejoin", "round")
+    for element in root.iter():
+        _title_markers(element, titles.get(element.get("id", ""), []))
+    used = set(re.findall(r"#([\w.-]+)", " ".join(v for e in root.iter() for v in e.attrib.values())))
+    for element in root.iter():
+        _plain_attributes(element, prefix, used)
+    return root
+
+
+def _remove(root: ElementTree.Element, tag: str) -> None:
+    for parent in root.iter():
+        for child in [c for c in parent if c.tag == tag]:
+            parent.remove(child)
+
+
+def _title_markers(group: ElementTree.Element, texts: list[str]) -> None:
+    for use, text in zip(group.iter(f"{{{SVG}}}use"), texts, strict=False):
+        ElementTree.SubElement(use, f"{{{SVG}}}title").text = text
+
+
+def _plain_attributes(element: ElementTree.Element, prefix: str, used: set[str]) -> None:
+    for declaration in element.attrib.pop("style", "").split(";"):
+        name, colon, value = declaration.partition(":")
+        if colon and name.strip() != "font-family":
+            element.set(name.strip(), value.strip().removesuffix("px"))
+    if (link := element.attrib.pop(f"{{{XLINK}}}href", None)) is not None:
+        element.set("href", link)
+    if element.get("id") and element.get("id") not in used:
+        del element.attrib["id"]
+    for name, value in list(element.attrib.items()):
+        if value in ROLE_OF:
+            element.set(name, f"var(--{ROLE_OF[value]})")
+        elif name == "id":
+            element.set(name, f"{prefix}-{value}")
+        elif name == "href" or value.startswith("url(#"):
+            element.set(name, value.replace("#", f"#{prefix}-", 1))

@@ -1,0 +1,109 @@
+"""The headline says what was measured, whichever way it came out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxprm.report.headline import headline
+from jaxprm.report.results import Estimate, Paired, Results
+
+PLAIN = Estimate(0.4125, 0.35, 0.47, 120)
+GUIDED = Estimate(0.583, 0.52, 0.64, 120)
+
+
+def run(mean: float, low: float | None, high: float | None, n: int = 120, **pair: Any) -> Results:
+    paired = {"a": "agentprm", "b": "policy", "at": "beam/4x4", "mean": mean, "low": low, "high": high, "n": n} | pair
+    beams = {"2x2": PLAIN, "4x4": GUIDED, "8x8": PLAIN}
+    return Results(
+        policy={"sampled": PLAIN},
+        methods={"random": {"beam": beams}, "pvm": {"beam": beams}, "agentprm": {"beam": beams}},
+        paired=[Paired(**paired)],
+        provenance={"seeds": [0, 1, 2]},
+    )
+
+
+def plain_text(text: str) -> str:
+    return text.replace("\u202f", " ")
+
+
+def test_a_gain_clear_of_zero_is_stated_with_its_interval() -> None:
+    found = headline(run(0.1705, 0.11, 0.231))
+    assert found.verdict == "better"
+    assert (
+        plain_text(found.claim)
+        == "Guided by AgentPRM, the policy solves 58.3 % of unseen tasks. Alone it solves 41.2 %."
+    )
+    assert plain_text(found.detail) == (
+        "Beam 4×4 against one plain sample, paired by task (120 tasks, 3 seeds): +17.1 points, "
+        "95 % interval +11.0 to +23.1. The interval is clear of zero."
+    )
+
+
+def test_an_interval_with_zero_inside_is_no_finding() -> None:
+    found = headline(run(0.02, -0.03, 0.07))
+    assert found.verdict == "unclear"
+    assert "no clear difference" in found.claim
+    assert "includes zero" in found.detail and "does not show that guidance helps" in found.detail
+
+
+def test_a_loss_is_called_a_loss() -> None:
+    found = headline(run(-0.08, -0.13, -0.03))
+    assert found.verdict == "worse"
+    assert "fewer" in found.claim and "guidance hurt" in found.detail
+    assert "−8.0 points" in found.detail
+
+
+def test_a_pair_written_the_other_way_round_is_turned() -> None:
+    turned = headline(run(-0.17, -0.23, -0.11, a="sampled", b="agentprm"))
+    assert turned.verdict == "better"
+    assert "+17.0 points" in turned.detail and "+11.0 to +23.0" in turned.detail
+
+
+@pytest.mark.parametrize("at", ["beam/4x4", "beam 4x4", "beam:4x4", "4x4"])
+def test_the_search_may_be_written_in_several_ways(at: str) -> None:
+    assert headline(run(0.17, 0.11, 0.23, at=at)).verdict == "better"
+
+
+@pytest.mark.parametrize("pair", [{"at": "beam/2x2"}, {"at": "best_of_n/4"}, {"b": "greedy"}, {"a": "pvm"}])
+def test_another_comparison_does_not_stand_in(pair: dict[str, str]) -> None:
+    found = headline(run(0.17, 0.11, 0.23, **pair))
+    assert found.verdict == "unknown"
+    assert "not computed" in found.detail
+
+
+def test_few_tasks_are_pointed_out() -> None:
+    assert "Only 4 tasks" in headline(run(0.5, 0.25, 0.75, n=4)).detail
+    assert "Only" not in headline(run(0.5, 0.25, 0.75, n=120)).detail
+
+
+def test_a_difference_without_interval_may_be_chance() -> None:
+    found = headline(run(0.17, None, None))
+    assert found.verdict == "unknown" and "may be chance" in found.detail
+
+
+def test_the_method_and_size_are_chosen_by_rule_not_by_result() -> None:
+    found = headline(run(0.1, 0.05, 0.15))
+    assert (found.label, found.size) == ("agentprm", "4x4")
+    without = Results(methods={"random": {"beam": {"4x4": GUIDED}}, "orm": {"beam": {"8x8": GUIDED, "2x2": PLAIN}}})
+    found = headline(without)
+    assert (found.label, found.size) == ("orm", "2x2")
+    assert "The policy alone was not measured" in found.detail
+
+
+def test_random_scores_are_never_the_headline() -> None:
+    found = headline(Results(policy={"sampled": PLAIN}, methods={"random": {"beam": {"4x4": GUIDED}}}))
+    assert found.label is None
+    assert plain_text(found.claim) == (
+        "The policy alone solves 41.2 % of unseen tasks. No guided search was measured in this run."
+    )
+
+
+@given(st.tuples(*[st.floats(-1, 1)] * 3).map(sorted))
+def test_the_verdict_follows_the_sign_of_the_interval(bounds: list[float]) -> None:
+    low, mean, high = bounds
+    expected = "better" if low > 0 else "worse" if high < 0 else "unclear"
+    assert headline(run(mean, low, high)).verdict == expected
