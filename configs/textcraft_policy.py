@@ -1,23 +1,25 @@
-"""Rebuilds the policy that ships with the package: about an hour on two CPU cores.
+"""Rebuilds the policy that ships with the package.
 
-    python -m jaxprm imitate configs/textcraft_policy.py --workdir runs/policy
+python -m jaxprm imitate configs/textcraft_policy.py --workdir runs/policy
 """
 
 from jaxprm.config import Environment, Experiment, Imitation, Model, Policy
 
 config = Experiment(
     name="textcraft_policy",
-    environment=Environment(name="textcraft"),
-    policy=Policy(max_tokens=1024),
-    model=Model(
-        vocab_size=1280, hidden_size=128, layers=4, heads=4, kv_heads=2, head_dim=32, intermediate_size=256
-    ),
+    environment=Environment(name="textcraft", arguments={"distractors": 4}),
+    policy=Policy(in_flight=64, max_action_tokens=40, max_tokens=896),
+    model=Model(vocab_size=1280, hidden_size=128, layers=4, heads=4, kv_heads=2, head_dim=32, intermediate_size=256),
     imitation=Imitation(
-        steps=4_000,
+        steps=1_600,
         rows=6,
         length=640,
-        learning_rate=1.5e-3,
-        warmup_steps=200,
-        demonstrations={"rename": 0.75, "mistakes": 0.3, "mistake_rate": 0.15, "distractors": [0, 6]},
+        learning_rate=1e-3,
+        warmup_steps=100,
+        start_from="runs/policy/policy",
+        checkpoint_every=200,
+        demonstrations={
+            "invented": 0.6, "rename": 0.75, "mistakes": 0.2, "mistake_rate": 0.1, "distractors": [0, 6]
+        },
     ),
 )

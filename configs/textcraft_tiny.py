@@ -1,7 +1,7 @@
 """The demo: a small agent on TextCraft, reward models for it, and what they are worth. Minutes on two CPU cores.
 
-    python -m jaxprm run configs/textcraft_tiny.py --workdir runs/demo
-    python -m jaxprm run configs/textcraft_tiny.py --workdir runs/quick --quick
+python -m jaxprm run configs/textcraft_tiny.py --workdir runs/demo
+python -m jaxprm run configs/textcraft_tiny.py --workdir runs/quick --quick
 """
 
 import msgspec

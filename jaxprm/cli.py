@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("jaxprm: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except Exception as error:
         if (line := _one_line(error)) is None:
             raise
         print(f"jaxprm: {line}", file=sys.stderr)
@@ -75,10 +75,17 @@ def _one_line(error: Exception) -> str | None:
 
     if isinstance(error, (UserError, DataError)):
         return " ".join(str(error).split())
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f" writing {error.filename}" if error.filename else ""
-        return f"no space left on the device{where}; free some and run the same command again: what was finished is kept"
-    if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)) and error.filename:
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    # Checkpoints are written by a library that raises errors of its own.
+    if full or "No space left on device" in str(error):
+        where = f" writing {error.filename}" if getattr(error, "filename", None) else ""
+        return (
+            f"no space left on the device{where}; free some and run the same command again: what was finished is kept"
+        )
+    if (
+        isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError))
+        and error.filename
+    ):
         return f"{error.filename}: {error.strerror}"
     return None
 
@@ -123,4 +130,4 @@ def _export(options) -> int:
     return 0
 
 
-VERBS = {verb: _stages for verb in STAGE_VERBS} | {"imitate": _imitate, "score": _score, "export": _export}
+VERBS = dict.fromkeys(STAGE_VERBS, _stages) | {"imitate": _imitate, "score": _score, "export": _export}

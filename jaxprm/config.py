@@ -63,6 +63,7 @@ class Imitation(Section):
     tokenizer_episodes: Count = 2_000
     checkpoint_every: Count = 500
     demonstrations: dict[str, Any] = {}
+    start_from: str | None = None
 
 
 class Policy(Section):

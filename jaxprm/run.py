@@ -63,12 +63,28 @@ class Run:
             return tasks
         return [tasks[index * len(tasks) // limit] for index in range(limit)]
 
+    def check_can_fork(self) -> None:
+        """Raises UserError where beams are asked for and the environment has a single branch."""
+        from jaxprm.search.branches import check_can_fork
+
+        environment = self.make_environment()
+        try:
+            check_can_fork(environment, "search.beams")
+        finally:
+            environment.close()
+
+    @property
+    def _policy_inputs(self) -> dict[str, Any]:
+        """What its draws depend on; how many are in flight changes the speed alone."""
+        settings = config_lib.to_dict(self.experiment)["policy"]
+        return {name: value for name, value in settings.items() if name != "in_flight"} | {"path": self.policy_identity}
+
     @property
     def collect_inputs(self) -> dict[str, Any]:
         plain = config_lib.to_dict(self.experiment)
         return {
             "environment": plain["environment"],
-            "policy": plain["policy"] | {"path": self.policy_identity},
+            "policy": self._policy_inputs,
             "collection": plain["collection"],
             "seed": plain["seed"],
         }
@@ -93,12 +109,13 @@ class Run:
 
     @property
     def search_inputs(self) -> dict[str, Any]:
+        """What every search depends on; each adds its own."""
         plain = config_lib.to_dict(self.experiment)
         return {
-            "policy_and_environment": identity(
-                {name: value for name, value in self.collect_inputs.items() if name != "collection"}
-            ),
-            "search": plain["search"],
+            "environment": plain["environment"],
+            "policy": self._policy_inputs,
+            "seed": plain["seed"],
+            "search": {name: plain["search"][name] for name in ("split", "tasks", "temperature")},
         }
 
     def model_directory(self, label: str, seed: int) -> Path:
@@ -111,6 +128,10 @@ class Run:
 def run(experiment: config_lib.Experiment, workdir: Path, *, until: str = "report", redo: bool = False) -> Path | None:
     """Runs the stages up to `until`; returns the report's path if it was made."""
     state = Run(experiment, WorkDirectory(workdir, redo=redo))
+    # Before any work is spent: what is there must have been made with this config, and the last stage be possible.
+    state.work.check(stage_inputs(state, until))
+    if STAGES.index(until) >= STAGES.index("search") and any(width > 1 for width, _ in experiment.search.beams):
+        state.check_can_fork()
     files.write_json(workdir / "config.json", config_lib.to_dict(experiment))
     steps: dict[str, Callable[[Run], Any]] = {
         "collect": collect,
@@ -123,6 +144,21 @@ def run(experiment: config_lib.Experiment, workdir: Path, *, until: str = "repor
     for name in STAGES[: STAGES.index(until) + 1]:
         result = steps[name](state)
     return result if until == "report" else None
+
+
+def stage_inputs(state: Run, until: str) -> dict[str, dict[str, Any]]:
+    """What goes into every stage up to `until`, by the stage's name."""
+    found = {"collect": state.collect_inputs}
+    reached = STAGES.index(until)
+    if reached >= STAGES.index("build"):
+        found["build"] = state.build_inputs
+    if reached >= STAGES.index("train"):
+        found |= {f"train-{m.label}-{seed}": state.train_inputs(m, seed) for m, seed in state.trained()}
+    if reached >= STAGES.index("search"):
+        from jaxprm.search import stage
+
+        found |= {f"search-{name}": inputs for name, inputs in stage.stage_inputs(state).items()}
+    return found
 
 
 def collect(state: Run) -> None:

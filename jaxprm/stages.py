@@ -29,6 +29,16 @@ class WorkDirectory:
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
+    def check(self, inputs: dict[str, dict[str, Any]]) -> None:
+        """Raises UserError when one of these stages was begun with other inputs, before any work is spent on it."""
+        for name, given in inputs.items():
+            record = self._record(name)
+            if record is not None and record["inputs"] != files.plain(given) and not self._redo:
+                raise UserError(
+                    f"work directory {self.path}: stage {name} was made with {_difference(record['inputs'], given)}; "
+                    "use another --workdir, or --redo to make it again"
+                )
+
     @contextmanager
     def stage(self, name: str, inputs: dict[str, Any], outputs: list[Path]) -> Iterator[bool]:
         """Enters a stage: yields whether there is work to do, and records it as finished if nothing was raised.
@@ -37,14 +47,9 @@ class WorkDirectory:
         UserError when the stage was begun with other inputs, unless the directory was opened with `redo`, which removes
         the outputs and begins again.
         """
-        record_path = self.path / "stages" / f"{name}.json"
-        record = files.read_json(record_path) if record_path.exists() else None
+        self.check({name: inputs})
+        record_path, record = self._path(name), self._record(name)
         if record is not None and record["inputs"] != files.plain(inputs):
-            if not self._redo:
-                raise UserError(
-                    f"work directory {self.path}: stage {name} was made with {_difference(record['inputs'], inputs)}; "
-                    "use another --workdir, or --redo to make it again"
-                )
             for output in outputs:
                 _remove(output)
             record = None
@@ -60,6 +65,12 @@ class WorkDirectory:
             seconds = round(seconds + time.monotonic() - started, 2)
             files.write_json(record_path, {"inputs": inputs, "finished": False, "seconds": seconds})
         files.write_json(record_path, {"inputs": inputs, "finished": True, "seconds": seconds})
+
+    def _path(self, name: str) -> Path:
+        return self.path / "stages" / f"{name}.json"
+
+    def _record(self, name: str) -> dict[str, Any] | None:
+        return files.read_json(self._path(name)) if self._path(name).exists() else None
 
     def seconds(self) -> dict[str, float]:
         """Wall time of every stage, interruptions added up."""

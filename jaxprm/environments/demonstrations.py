@@ -1,8 +1,9 @@
 """Expert episodes of TextCraft to imitate, free and endlessly varied.
 
-Two things keep a small policy from learning the recipes by heart instead of reading them in its prompt: the words of
-item names are exchanged among themselves, anew for every episode, and the distractors and the order are drawn anew.
-Some episodes contain mistakes, marked `"step": false` so that nobody imitates them: the expert shows how to go on.
+Three things keep a small policy from learning recipes by heart instead of reading them in its prompt: invented recipes,
+of any shape and any amounts; real ones whose item names exchange their words, anew for every episode; and distractors
+and an order drawn anew. Some episodes contain mistakes, marked `"step": false` so that nobody imitates them: the expert
+shows how to go on.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 from functools import lru_cache
 
 from jaxprm.environments import planner
+from jaxprm.environments.invented import invent
 from jaxprm.environments.recipes import spoken
 
 _WORD = re.compile(r"[a-z]+")
@@ -21,8 +23,9 @@ _FIXED = {"craft", "using", "get", "minecraft", "inventory", "needs", "ready", "
 
 @lru_cache(maxsize=4)
 def item_words(environment) -> tuple[str, ...]:
-    """The words of the names in the recipes that lead to training goals."""
+    """The words of the item names that the prompts of training tasks can show, distractors included."""
     recipes = {recipe for goal in training_goals(environment) for recipe in environment.book.tree(goal)}
+    recipes |= {use for recipe in recipes for part in recipe.ingredients for use in environment.book.uses(part.name)}
     names = {name for recipe in recipes for name in (recipe.output, *(part.name for part in recipe.ingredients))}
     words = {word for name in names for word in _WORD.findall(spoken(name))}
     return tuple(sorted(words - _FIXED))
@@ -40,23 +43,29 @@ def exchange_words(messages: list[dict], words: tuple[str, ...], rng: random.Ran
 
 def demonstrate(
     environment, rng: random.Random, *, rename: float = 0.75, mistakes: float = 0.3, mistake_rate: float = 0.15,
-    distractors: tuple[int, int] = (0, 10),
+    distractors: tuple[int, int] = (0, 10), invented: float = 0.6,
 ) -> list[dict]:
-    """One expert episode of a training goal, as messages.
+    """One expert episode, as messages: of invented recipes, or of a training goal.
 
-    rename: share of episodes with exchanged words; mistakes: share of episodes in which the agent is led astray with
-    probability `mistake_rate` a turn. Mistaken turns carry `"step": False`.
+    invented: share of episodes with invented recipes; rename: share of the others with exchanged words; mistakes: share
+    of episodes in which the agent is led astray with probability `mistake_rate` a turn. Mistaken turns carry
+    `"step": False`.
     """
     messages: list[dict] = []
     # A mistake can end a short episode by luck: without an expert turn there is nothing to imitate.
     while all(message.get("step") is False for message in messages if message["role"] == "assistant"):
-        messages = _episode(environment, rng, mistake_rate if rng.random() < mistakes else 0.0, distractors)
-    return exchange_words(messages, item_words(environment), rng) if rng.random() < rename else messages
+        invents = rng.random() < invented
+        if invents:
+            goal, book = invent(rng, item_words(environment))
+        else:
+            goal, book = rng.choice(training_goals(environment)), None
+        prompt = environment.sample_episode(goal, rng, tuple(distractors), book)
+        messages = _episode(environment, prompt, rng, mistake_rate if rng.random() < mistakes else 0.0)
+    renames = not invents and rng.random() < rename
+    return exchange_words(messages, item_words(environment), rng) if renames else messages
 
 
-def _episode(environment, rng: random.Random, astray: float, distractors: tuple[int, int]) -> list[dict]:
-    goals = training_goals(environment)
-    prompt = environment.sample_episode(rng.choice(goals), rng, tuple(distractors))
+def _episode(environment, prompt: str, rng: random.Random, astray: float) -> list[dict]:
     messages = [{"role": "user", "content": prompt}]
     done = False
     while not done:

@@ -56,7 +56,9 @@ class Results:
 
     def pool_values(self, label: str, seed: int) -> list[list[list[float]]]:
         """Values of the pool, [tasks][pool][steps]; a trajectory that ended in an error has none."""
-        values = {line["id"]: line["values"] for line in files.read_lines(self.folder / f"values-pool-{label}-{seed}.jsonl")}
+        values = {
+            line["id"]: line["values"] for line in files.read_lines(self.folder / f"values-pool-{label}-{seed}.jsonl")
+        }
         return [[values.get(line["id"], [-np.inf]) for line in lines] for lines in self.pool.values()]
 
     def policy(self) -> dict:
@@ -78,7 +80,7 @@ class Results:
             else:
                 values, cut = self.pool_values(label, seed), self.settings.prefix_steps
                 final = np.array([[steps[-1] for steps in task] for task in values])
-                prefix = np.array([[steps[: cut][-1] for steps in task] for task in values])
+                prefix = np.array([[steps[:cut][-1] for steps in task] for task in values])
             finals.append(best_of_n_curve(final, self.outcomes, self.settings.best_of_n))
             prefixes.append(best_of_n_curve(prefix, self.outcomes, self.settings.prefix_best_of_n))
         return {"best_of_n": np.array(finals), "prefix_best_of_n": np.array(prefixes)}
@@ -107,7 +109,9 @@ class Results:
             for k in self.settings.stepwise:
                 columns[f"stepwise {k}"][label] = self.outcome_table(1, k, label)
             curves = self.curves(label)
-            columns[f"prefix_best_of_n {self.settings.prefix_best_of_n[-1]}"][label] = curves["prefix_best_of_n"][..., -1]
+            columns[f"prefix_best_of_n {self.settings.prefix_best_of_n[-1]}"][label] = curves["prefix_best_of_n"][
+                ..., -1
+            ]
             columns[f"best_of_n {self.settings.best_of_n[-1]}"][label] = curves["best_of_n"][..., -1]
         rows = []
         for at, by_label in columns.items():
@@ -119,7 +123,9 @@ class Results:
                         by_label[a], by_label[b], samples=self.experiment.bootstrap_samples, seed=self.experiment.seed
                     )
                     rows.append({"a": a, "b": b, "at": at} | difference)
-            difference = paired_difference(by_label["random"], by_label["policy"], samples=self.experiment.bootstrap_samples)
+            difference = paired_difference(
+                by_label["random"], by_label["policy"], samples=self.experiment.bootstrap_samples
+            )
             rows.append({"a": "random", "b": "policy", "at": at} | difference)
         return rows
 
@@ -170,7 +176,9 @@ class Results:
                 generated = np.mean([line["policy_tokens"] for line in lines])
                 acted = np.mean([line["environment_steps"] for line in lines])
                 sizes[f"{n}x{m}"] = _cost(generated, reward, acted, per_token)
-                sizes[f"{n}x{m}"]["duplicates_merged"] = float(np.mean([line["merged"] / line["proposed"] for line in lines]))
+                sizes[f"{n}x{m}"]["duplicates_merged"] = float(
+                    np.mean([line["merged"] / max(1, line["proposed"]) for line in lines])
+                )
                 sizes[f"{n}x{m}"]["errors"] = int(sum(line["errors"] for line in lines))
             table["methods"][label] = sizes
         return table
@@ -179,7 +187,11 @@ class Results:
         train = list(files.read_lines(self.state.work / "trajectories/train.jsonl"))
         validation = list(files.read_lines(self.state.work / "trajectories/validation.jsonl"))
         unique = len({(line["task"], files.line(line["messages"])) for line in train})
-        splits = {"train": train, "validation": validation, self.settings.split: [x for v in self.pool.values() for x in v]}
+        splits = {
+            "train": train,
+            "validation": validation,
+            self.settings.split: [x for v in self.pool.values() for x in v],
+        }
         return {
             "trajectories": len(train),
             "unique": unique,
@@ -189,7 +201,10 @@ class Results:
         }
 
     def provenance(self) -> dict:
-        prints = {"policy": self.state.policy_identity, "config": config_lib.fingerprint(config_lib.to_dict(self.experiment))}
+        prints = {
+            "policy": self.state.policy_identity,
+            "config": config_lib.fingerprint(config_lib.to_dict(self.experiment)),
+        }
         prints["trajectories"] = files.sha256(self.state.work / "trajectories/train.jsonl")
         for model, seed in self.state.trained():
             path = self.state.model_directory(model.label, seed) / "model/model.safetensors"

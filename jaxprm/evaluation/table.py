@@ -14,7 +14,12 @@ def results_table(path: Path) -> str:
     columns = [("beam", name) for name in _names(methods, "beam")]
     columns += [("stepwise", name) for name in _names(methods, "stepwise")]
     columns += [(kind, names[-1]) for kind in ("prefix_best_of_n", "best_of_n") if (names := _names(methods, kind))]
-    titles = {"beam": "beam {}", "stepwise": "best of {} steps", "prefix_best_of_n": "best of {} prefixes", "best_of_n": "best of {}"}
+    titles = {
+        "beam": "beam {}",
+        "stepwise": "best of {} steps",
+        "prefix_best_of_n": "best of {} prefixes",
+        "best_of_n": "best of {}",
+    }
     header = ["success, %", *(titles[kind].format(name) for kind, name in columns)]
     rows = [header]
     for label, found in methods.items():
@@ -24,10 +29,8 @@ def results_table(path: Path) -> str:
     lines.insert(1, "-" * len(lines[0]))
     policy = results["policy"]
     oracle = list(results["oracle"].items())[-1]
-    lines += [
-        "",
-        f"plain policy {_cell(policy['sampled'])}   greedy {_cell(policy['greedy'])}   any of {oracle[0]} succeeds {_cell(oracle[1])}",
-    ]
+    lines += ["", f"plain policy {_cell(policy['sampled'])}   greedy {_cell(policy['greedy'])}"]
+    lines += [f"any of {oracle[0]} samples succeeds {_cell(oracle[1])}"]
     return "\n".join(lines)
 
 

@@ -19,14 +19,16 @@ from jaxprm.model.prefix_bank import PrefixBank, rows_of
 from jaxprm.model.transformer import Cache
 from jaxprm.policies.protocol import Action, State, candidate_seed, prefix_hash
 
+
 @functools.partial(jax.jit, static_argnames=("graph", "end_id", "steps", "capacity"))
 def _generate(
     graph, parameters, bank, slots, lengths, last, keys, active, temperature, banned, *, end_id, steps, capacity
 ):
     """Samples up to `steps` tokens after `last` [R] in a copy of `slots` [R].
 
-    keys: uint32 [R, 2]; active: bool [R], rows to fill; banned: bool [V], never sampled. Returns (tokens int32 [R, steps], counts [R], ended bool [R],
-    log probabilities [R]); the end token counts as generated.
+    keys: uint32 [R, 2]; active: bool [R], rows to fill; banned: bool [V], never sampled. Returns (tokens int32
+    [R, steps], counts [R], ended bool [R], log probabilities [R]); the end token counts as generated. Log probabilities
+    are the model's own, at temperature 1.
     """
     model = nnx.merge(graph, parameters)
     rows = slots.shape[0]
@@ -150,9 +152,19 @@ class LanguageModelPolicy:
             seeds[row] = candidate_seed(self._seed, task, name, index)
         tokens, counts, ended, log_probabilities = jax.device_get(
             _generate(
-                self._graph, self._parameters, self._bank.bank, slots, lengths, last, seeds,
-                np.arange(rows) < count, np.float32(temperature), self._banned,
-                end_id=self._encoder.end_id, steps=self._steps, capacity=self._bank.bucket(int(lengths.max())),
+                self._graph,
+                self._parameters,
+                self._bank.bank,
+                slots,
+                lengths,
+                last,
+                seeds,
+                np.arange(rows) < count,
+                np.float32(temperature),
+                self._banned,
+                end_id=self._encoder.end_id,
+                steps=self._steps,
+                capacity=self._bank.bucket(int(lengths.max())),
             )
         )
         for row, (key, _) in enumerate(jobs):
@@ -160,7 +172,6 @@ class LanguageModelPolicy:
             stop = "end" if ended[row] else "length"
             self._memory[key] = Action(self._text(ids), int(counts[row]), float(log_probabilities[row]), stop)
         self.generated += int(counts[:count].sum())
-
 
     def _text(self, ids: list[int]) -> str:
         text = self._encoder.decode(ids)
@@ -179,4 +190,6 @@ def load(path: str, *, seed: int, settings) -> LanguageModelPolicy:
     """The policy of a model directory, or the shipped one for "default"."""
     directory = default_directory() if path == "default" else Path(path)
     config, parameters = huggingface.load_transformer(directory)
-    return LanguageModelPolicy(config, parameters, Encoder.load(directory), seed=seed, settings=settings)
+    encoder = Encoder.load(directory)
+    huggingface.check_vocabulary(directory, config, encoder.vocabulary_size)
+    return LanguageModelPolicy(config, parameters, encoder, seed=seed, settings=settings)

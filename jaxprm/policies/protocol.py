@@ -42,8 +42,12 @@ class Policy(Protocol):
 
 
 def prefix_hash(messages: Sequence[dict]) -> str:
-    """Names a conversation: roles and contents, nothing else."""
-    plain = [[message["role"], message.get("content"), message.get("tool_calls")] for message in messages]
+    """Names a conversation: whatever a chat template can show, and nothing else."""
+    plain = [
+        [message["role"], message.get("content"), message.get("tool_calls")]
+        + [message[field] for field in ("name", "tool_call_id") if message.get(field) is not None]
+        for message in messages
+    ]
     return hashlib.sha256(json.dumps(plain, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -34,6 +34,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> N
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=PAD, eos_token=END, clean_up_tokenization_spaces=False)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token=PAD, eos_token=END, clean_up_tokenization_spaces=False
+    )
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(directory)

@@ -78,6 +78,10 @@ class Forest:
             self._pool.give_back(self._own.pop(branch.task))
         return after
 
+    def cost(self, branch: Branch) -> int:
+        """Environment steps that reaching a branch from the one before it took."""
+        return len(branch.actions) if self.fork == "replay" else min(1, len(branch.actions))
+
     def describe(self, task: str) -> dict:
         """What the environment says of a task, where it does."""
         return self.environment.describe(task) if hasattr(self.environment, "describe") else {}

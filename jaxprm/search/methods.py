@@ -47,6 +47,7 @@ def guided_search(
     try:
         if width > 1:
             check_can_fork(forest.environment, f"beam @{width}x{actions}")
+        about_trees = {task: about | forest.describe(task) for task in missing if task in with_tree}
         with bar(label, len(tasks), initial=len(done), unit="task") as progress, files.appending(partial) as append:
             successes = [line["outcome"] for line in files.whole_lines(partial)]
             for start in range(0, len(missing), TASKS_AT_ONCE):
@@ -62,7 +63,7 @@ def guided_search(
                     max_rounds=forest.environment.max_rounds,
                     progress_weight=settings.progress_weight,
                 )
-                append([_line(tree, policy, forest, about if tree.task in with_tree else None) for tree in trees])
+                append([_line(tree, policy, forest, about_trees.get(tree.task)) for tree in trees])
                 successes += [tree.best.branch.outcome or 0.0 for tree in trees]
                 progress.set_postfix(success=f"{np.mean(successes):.1%}", refresh=False)
                 progress.update(len(chunk))
@@ -85,13 +86,13 @@ def _line(tree: Tree, policy: Policy, forest: Forest, about: dict | None) -> dic
         "proposed": tree.proposed,
         "merged": tree.merged,
         "cut": tree.cut,
-        "errors": sum(node.branch.error is not None for node in tree.nodes if node.kept),
+        "errors": sum(node.branch.error is not None for node in (tree.root, *tree.nodes) if node.kept),
         "policy_tokens": tree.generated,
         "reward_tokens": _tree_tokens(tree, policy),
-        "environment_steps": sum(node.kept for node in tree.nodes),
+        "environment_steps": sum(forest.cost(node.branch) for node in tree.nodes if node.kept),
     }
     if about is not None:
-        line["tree"] = tree_to_dict(tree, **about | forest.describe(tree.task))
+        line["tree"] = tree_to_dict(tree, **about)
     return line
 
 

@@ -2,72 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from jaxprm import files
 from jaxprm.collect import collect
 from jaxprm.progress import bar
-from jaxprm.scoring.models import load_scorer
+from jaxprm.scoring.loading import load_scorer
 from jaxprm.search.controls import RandomScorer
 from jaxprm.search.methods import guided_search
 from jaxprm.stages import identity
 
 SCORED_AT_ONCE = 256
-
-
-def search(state) -> None:
-    """Fills WORKDIR/search. Every file is whole or absent; a stage of its own guards each."""
-    settings, folder = state.experiment.search, state.work / "search"
-    tasks = state.tasks(settings.split, settings.tasks)
-    _sample(state, tasks, "pool", count=settings.pool, temperature=settings.temperature)
-    _sample(state, tasks, "greedy", count=1, temperature=0.0)
-    sizes = [*settings.beams, *((1, actions) for actions in settings.stepwise)]
-    for seed in state.experiment.reward_seeds:
-        _searches(state, tasks, sizes, "random", seed, {"random_seed": seed}, RandomScorer(seed))
-    for model, seed in state.trained():
-        inputs = {"reward_model": identity(state.train_inputs(model, seed))}
-        scorer = None
-        values = {
-            "pool": state.work / "search/pool.jsonl",
-            "validation": state.work / "trajectories/validation.jsonl",
-        }
-        for name, source in values.items():
-            label = f"values-{name}-{model.label}-{seed}"
-            output = folder / f"{label}.jsonl"
-            upstream = state.search_inputs if name == "pool" else state.collect_inputs
-            with state.work.stage(label, inputs | {"trajectories": identity(upstream)}, [output]) as needed:
-                if needed:
-                    scorer = scorer or _scorer(state, model, seed)
-                    _score_file(scorer, source, output, f"score {name} {model.label}/{seed}")
-        pending = list(_pending(state, sizes, model.label, seed))
-        if pending:
-            _searches(state, tasks, sizes, model.label, seed, inputs, scorer or _scorer(state, model, seed))
-
-
-def _scorer(state, model, seed: int):
-    settings = state.experiment.policy
-    directory = state.model_directory(model.label, seed) / "model"
-    return load_scorer(directory, rows=settings.in_flight // 2, max_tokens=settings.max_tokens + settings.max_action_tokens)
-
-
-def _sample(state, tasks: list[str], name: str, *, count: int, temperature: float) -> None:
-    output = state.work / f"search/{name}.jsonl"
-    with state.work.stage(f"search-{name}", state.search_inputs, [output]) as needed:
-        if needed:
-            collect(
-                state.make_environment,
-                state.policy,
-                tasks,
-                output,
-                count=count,
-                temperature=temperature,
-                in_flight=state.experiment.policy.in_flight,
-                split=state.experiment.search.split,
-                environment=state.experiment.environment.name,
-                seed=state.experiment.seed,
-                label=f"sample {name}",
-            )
 
 
 def search_name(width: int, actions: int, label: str, seed: int) -> str:
@@ -76,46 +22,140 @@ def search_name(width: int, actions: int, label: str, seed: int) -> str:
     return f"{kind}-{label}-{seed}"
 
 
-def _pending(state, sizes, label: str, seed: int) -> Iterator[Path]:
-    for width, actions in sizes:
-        if not (path := state.work / f"search/{search_name(width, actions, label, seed)}.jsonl").exists():
-            yield path
+def sizes(settings) -> list[tuple[int, int]]:
+    """(width, actions) of every guided search."""
+    return [*settings.beams, *((1, actions) for actions in settings.stepwise)]
 
 
-def _searches(state, tasks, sizes, label: str, seed: int, inputs: dict, scorer) -> None:
-    for width, actions in sizes:
-        name = search_name(width, actions, label, seed)
-        output = state.work / f"search/{name}.jsonl"
-        with state.work.stage(f"search-{name}", state.search_inputs | inputs, [output]) as needed:
-            if not needed:
-                continue
-            guided_search(
-                state.make_environment,
-                state.policy,
-                scorer,
-                tasks,
-                output,
-                settings=state.experiment.search,
-                width=width,
-                actions=actions,
-                label=f"{name.rsplit('-', 2)[0]} {label}/{seed}",
-                about={"method": label, "beam": f"{width}x{actions}", "seed": seed},
-            )
+def stage_inputs(state) -> dict[str, dict[str, Any]]:
+    """What goes into each file of WORKDIR/search, by its name without ending."""
+    settings, common = state.experiment.search, state.search_inputs
+    pool = common | {"count": settings.pool}
+    found = {"pool": pool, "greedy": common}
+
+    def guided(label: str, seed: int, judge: dict[str, Any]) -> None:
+        for width, actions in sizes(settings):
+            own = {
+                "width": width,
+                "actions": actions,
+                "progress_weight": settings.progress_weight,
+                "trees": settings.trees,
+            }
+            found[search_name(width, actions, label, seed)] = common | own | judge
+
+    for seed in state.experiment.reward_seeds:
+        guided("random", seed, {"random_seed": seed})
+    for model, seed in state.trained():
+        trained = {"reward_model": identity(state.train_inputs(model, seed))}
+        guided(model.label, seed, trained)
+        for name, upstream in (("pool", pool), ("validation", state.collect_inputs)):
+            found[f"values-{name}-{model.label}-{seed}"] = trained | {"trajectories": identity(upstream)}
+    return found
+
+
+def search(state) -> None:
+    """Fills WORKDIR/search. Every file is whole or absent, and skipped when it is there."""
+    settings = state.experiment.search
+    tasks = state.tasks(settings.split, settings.tasks)
+    stages = _Stages(state)
+    stages.sample(tasks, "pool", count=settings.pool, temperature=settings.temperature)
+    stages.sample(tasks, "greedy", count=1, temperature=0.0)
+    for seed in state.experiment.reward_seeds:
+        stages.guided(tasks, "random", seed, lambda seed=seed: RandomScorer(seed))
+    for model, seed in state.trained():
+        loaded: list = []
+
+        def scorer(model=model, seed=seed, loaded=loaded):
+            if not loaded:
+                loaded.append(_scorer(state, model, seed))
+            return loaded[0]
+
+        for name, source in (("pool", "search/pool.jsonl"), ("validation", "trajectories/validation.jsonl")):
+            stages.values(f"values-{name}-{model.label}-{seed}", state.work / source, scorer)
+        stages.guided(tasks, model.label, seed, scorer)
+
+
+class _Stages:
+    """The kinds of file in WORKDIR/search, each made once."""
+
+    def __init__(self, state):
+        self._state = state
+        self._inputs = stage_inputs(state)
+
+    def _stage(self, name: str) -> tuple[Path, Any]:
+        output = self._state.work / f"search/{name}.jsonl"
+        return output, self._state.work.stage(f"search-{name}", self._inputs[name], [output])
+
+    def sample(self, tasks: list[str], name: str, *, count: int, temperature: float) -> None:
+        """Whole trajectories of the plain policy."""
+        state = self._state
+        output, stage = self._stage(name)
+        with stage as needed:
+            if needed:
+                collect(
+                    state.make_environment,
+                    state.policy,
+                    tasks,
+                    output,
+                    count=count,
+                    temperature=temperature,
+                    in_flight=state.experiment.policy.in_flight,
+                    split=state.experiment.search.split,
+                    environment=state.experiment.environment.name,
+                    seed=state.experiment.seed,
+                    label=f"sample {name}",
+                )
+
+    def values(self, name: str, source: Path, scorer) -> None:
+        """Promise of every step of a trajectory file."""
+        output, stage = self._stage(name)
+        with stage as needed:
+            if needed:
+                _score_file(scorer(), source, output, name.replace("-", " "))
+
+    def guided(self, tasks: list[str], label: str, seed: int, scorer) -> None:
+        """Beam and step-wise searches of every size."""
+        state = self._state
+        for width, actions in sizes(state.experiment.search):
+            name = search_name(width, actions, label, seed)
+            output, stage = self._stage(name)
+            with stage as needed:
+                if needed:
+                    guided_search(
+                        state.make_environment,
+                        state.policy,
+                        scorer(),
+                        tasks,
+                        output,
+                        settings=state.experiment.search,
+                        width=width,
+                        actions=actions,
+                        label=f"{name.rsplit('-', 2)[0]} {label}/{seed}",
+                        about={"method": label, "beam": f"{width}x{actions}", "seed": seed},
+                    )
+
+
+def _scorer(state, model, seed: int):
+    settings = state.experiment.policy
+    directory = state.model_directory(model.label, seed) / "model"
+    return load_scorer(
+        directory, rows=settings.in_flight // 2, max_tokens=settings.max_tokens + settings.max_action_tokens
+    )
 
 
 def _score_file(scorer, source: Path, output: Path, label: str) -> None:
-    """Promise of every step of a trajectory file: {"id", "values"} a line, equal conversations scored once."""
+    """{"id", "values"} a line; equal conversations are scored once."""
     lines = [line for line in files.read_lines(source) if line.get("ended") != "error"]
-    written = []
+    keys = [files.line(line["messages"]) for line in lines]
+    # The last of equal conversations stands for all: only its id is ever shown, and only in an error.
+    distinct = dict(zip(keys, lines, strict=True))
+    unique = list(distinct)
     known: dict[str, list[float]] = {}
-    with bar(label, len(lines), unit="trajectory") as progress:
-        for start in range(0, len(lines), SCORED_AT_ONCE):
-            chunk = lines[start : start + SCORED_AT_ONCE]
-            keys = [files.line(line["messages"]) for line in chunk]
-            new = list(dict.fromkeys(key for key in keys if key not in known))
-            first = {key: line for key, line in zip(reversed(keys), reversed(chunk), strict=True)}
-            scored = scorer.score([first[key]["messages"] for key in new], rows=[first[key]["id"] for key in new])
-            known |= {key: values.tolist() for key, values in zip(new, scored, strict=True)}
-            written += [{"id": line["id"], "values": known[key]} for line, key in zip(chunk, keys, strict=True)]
+    with bar(label, len(unique), unit="trajectory") as progress:
+        for start in range(0, len(unique), SCORED_AT_ONCE):
+            chunk = unique[start : start + SCORED_AT_ONCE]
+            scored = scorer.score([distinct[k]["messages"] for k in chunk], rows=[distinct[k]["id"] for k in chunk])
+            known |= {key: values.tolist() for key, values in zip(chunk, scored, strict=True)}
             progress.update(len(chunk))
-    files.write_atomic(output, "".join(map(files.line, written)))
+    rows = [{"id": line["id"], "values": known[key]} for line, key in zip(lines, keys, strict=True)]
+    files.write_atomic(output, "".join(map(files.line, rows)))

@@ -5,9 +5,9 @@ The expert's episodes are free, so the data are a function of (seed, step): no e
 
 from __future__ import annotations
 
-import json
+import functools
+import hashlib
 import random
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,16 +19,23 @@ from flax import nnx
 
 from data_pipeline.encode import Encoder
 from jaxprm import config as config_lib
-from jaxprm import environments
+from jaxprm import environments, files
+from jaxprm.collect import rollouts
 from jaxprm.errors import UserError
+from jaxprm.evaluation.statistics import bootstrap
 from jaxprm.model import huggingface
 from jaxprm.model.transformer import Transformer, TransformerConfig
+from jaxprm.policies import language_model
 from jaxprm.policies.tokenizer import train_tokenizer
 from jaxprm.progress import bar
 from jaxprm.training.checkpoint import Checkpoints, abstract
 from jaxprm.training.optimizer import adamw
 
 LOOKAHEAD = 3
+LOG_EVERY = 20
+FINGERPRINT_STEPS = 16
+MEASURED_TASKS = 100
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def episode_rows(environment, encoder: Encoder, settings: config_lib.Imitation, seed: int, step: int) -> dict:
@@ -78,7 +85,10 @@ def imitation_loss(model: Transformer, batch: dict) -> tuple[jax.Array, jax.Arra
 
 
 def imitate(experiment: config_lib.Experiment, workdir: Path) -> Path:
-    """Trains a policy by imitation and returns its directory; resumes by itself after a kill."""
+    """Trains a policy by imitation, measures it, and returns its directory; resumes by itself after a kill.
+
+    Raises UserError where the environment has no expert, or the work directory holds another recipe's checkpoints.
+    """
     settings, seed = experiment.imitation, experiment.seed
     environment = environments.create(experiment.environment.name, experiment.environment.arguments)
     if not hasattr(environment, "demonstration"):
@@ -86,16 +96,11 @@ def imitate(experiment: config_lib.Experiment, workdir: Path) -> Path:
             f"environment {experiment.environment.name}: has no demonstration(rng), so there is nothing to imitate; "
             "bring a policy instead (policy.path)"
         )
-    tokenizer = workdir / "tokenizer"
-    if not (tokenizer / "tokenizer.json").exists():
-        rng = random.Random(f"tokenizer/{seed}")
-        episodes = (environment.demonstration(rng, **settings.demonstrations) for _ in range(settings.tokenizer_episodes))
-        train_tokenizer((m["content"] for episode in episodes for m in episode), experiment.model.vocab_size, tokenizer)
+    # Tokenizer and model
+    tokenizer = _tokenizer(experiment, environment, workdir / "tokenizer")
     encoder = Encoder.load(tokenizer)
-    sizes = config_lib.to_dict(experiment)["model"]
-    model_config = TransformerConfig(**sizes)
-
-    graph = huggingface.transformer_graph(model_config)
+    plain = config_lib.to_dict(experiment)
+    model_config = TransformerConfig(**plain["model"])
     optimizer = adamw(
         learning_rate=settings.learning_rate,
         steps=settings.steps,
@@ -103,13 +108,88 @@ def imitate(experiment: config_lib.Experiment, workdir: Path) -> Path:
         weight_decay=settings.weight_decay,
         clip=1.0,
     )
+    init, train_step = _programs(model_config, optimizer, seed)
+    initial = None
+    if settings.start_from is not None:
+        initial_config, initial = huggingface.load_transformer(settings.start_from)
+        if initial_config != model_config:
+            raise UserError(f"imitation.start_from {settings.start_from}: its sizes differ from the config's model")
+
+    # Restore
+    state, start = init(initial), 0
+    recipe = {name: plain[name] for name in ("environment", "model", "imitation", "seed")}
+    identity = {"recipe": config_lib.fingerprint(recipe), "tokenizer": encoder.fingerprint}
+    checkpoints = Checkpoints(workdir / "checkpoints", identity)
+    if (restored := checkpoints.restore(abstract(state))) is not None:
+        start, state, _ = restored
+
+    # Loop: the next batch is made while the device works on this one
+    metrics_path = workdir / "metrics.jsonl"
+    kept = [line for line in files.whole_lines(metrics_path) if line["step"] <= start]
+    files.write_atomic(metrics_path, "".join(map(files.line, kept)))
+    with (
+        ThreadPoolExecutor(1) as pool,
+        files.appending(metrics_path) as append,
+        bar("imitate", settings.steps, initial=start, unit="step") as progress,
+    ):
+
+        def batch_of(step: int) -> dict:
+            return episode_rows(environment, encoder, settings, seed, step)
+
+        ahead = pool.submit(batch_of, start)
+        for step in range(start, settings.steps):
+            batch, ahead = ahead.result(), pool.submit(batch_of, step + 1)
+            state, metrics = train_step(state, batch)
+            last = step + 1 == settings.steps
+            if last or (step + 1) % LOG_EVERY == 0:
+                line = {"step": step + 1} | {name: float(value) for name, value in metrics.items()}
+                if not np.isfinite(line["loss"]):
+                    raise UserError(
+                        f"imitation: loss is {line['loss']} at step {step + 1}; the last good checkpoint is step "
+                        f"{checkpoints.latest_step()}; lower imitation.learning_rate"
+                    )
+                append([line])
+                progress.set_postfix(loss=f"{line['loss']:.3f}", accuracy=f"{line['accuracy']:.3f}", refresh=False)
+            progress.update()
+            if last or (step + 1) % settings.checkpoint_every == 0:
+                checkpoints.save(step + 1, state, {})
+    checkpoints.close()
+
+    # Output
+    output = workdir / "policy"
+    write_policy(output, model_config, state["parameters"], encoder, tokenizer, experiment)
+    about = {"recipe": recipe, "tokenizer": encoder.fingerprint, "data": _fingerprint(environment, encoder, experiment)}
+    files.write_json(output / "recipe.json", about | {"numbers": measure(experiment, output)})
+    return output
+
+
+def _tokenizer(experiment: config_lib.Experiment, environment, directory: Path) -> Path:
+    """The starting policy's, or trained once on demonstrations."""
+    if experiment.imitation.start_from is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name in TOKENIZER_FILES:
+            (directory / name).write_bytes((Path(experiment.imitation.start_from) / name).read_bytes())
+    elif not (directory / "tokenizer.json").exists():
+        settings, rng = experiment.imitation, random.Random(f"tokenizer/{experiment.seed}")
+        episodes = (
+            environment.demonstration(rng, **settings.demonstrations) for _ in range(settings.tokenizer_episodes)
+        )
+        texts = (message["content"] for episode in episodes for message in episode)
+        train_tokenizer(texts, experiment.model.vocab_size, directory)
+    return directory
+
+
+def _programs(model_config: TransformerConfig, optimizer, seed: int):
+    """(init(parameters or None) -> state, train_step(state, batch) -> (state, metrics)), both jitted, the state donated."""
+    graph = huggingface.transformer_graph(model_config)
 
     @jax.jit
-    def init():
-        parameters = nnx.state(Transformer(model_config, rngs=nnx.Rngs(seed)))
+    def init(parameters):
+        if parameters is None:
+            parameters = nnx.state(Transformer(model_config, rngs=nnx.Rngs(seed)))
         return {"parameters": parameters, "optimizer": optimizer.init(parameters)}
 
-    @jax.jit(donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state, batch):
         def loss_of(parameters):
             return imitation_loss(nnx.merge(graph, parameters), batch)
@@ -119,48 +199,45 @@ def imitate(experiment: config_lib.Experiment, workdir: Path) -> Path:
         parameters = optax.apply_updates(state["parameters"], updates)
         return {"parameters": parameters, "optimizer": optimizer_state}, {"loss": loss, "accuracy": accuracy}
 
-    state, start = init(), 0
-    identity = {"config": config_lib.fingerprint({"model": sizes, "imitation": config_lib.to_dict(experiment)["imitation"]})}
-    checkpoints = Checkpoints(workdir / "checkpoints", identity)
-    if (restored := checkpoints.restore(abstract(state))) is not None:
-        start, state, _ = restored
-    log = (workdir / "metrics.jsonl").open("a")
-    with ThreadPoolExecutor(1) as pool, bar("imitate", settings.steps, initial=start, unit="step") as progress:
-
-        def batch_of(step):
-            return episode_rows(environment, encoder, settings, seed, step)
-
-        ahead = pool.submit(batch_of, start)
-        for step in range(start, settings.steps):
-            batch, ahead = ahead.result(), pool.submit(batch_of, step + 1)
-            state, metrics = train_step(state, batch)
-            if (step + 1) % 20 == 0:
-                line = {"step": step + 1, "seconds": round(time.time(), 1), "fill": float((batch["segments"] > 0).mean())}
-                line |= {name: float(value) for name, value in metrics.items()}
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-                progress.set_postfix(loss=f"{line['loss']:.3f}", accuracy=f"{line['accuracy']:.3f}")
-            progress.update()
-            if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps:
-                checkpoints.save(step + 1, state, {})
-    checkpoints.close()
-    log.close()
-    return write_policy(workdir / "policy", model_config, state["parameters"], encoder, tokenizer, experiment)
+    return init, train_step
 
 
-def write_policy(output: Path, model_config, parameters, encoder: Encoder, tokenizer: Path, experiment) -> Path:
-    """The policy as a Hugging Face directory with its recipe beside it."""
+def write_policy(output: Path, model_config, parameters, encoder: Encoder, tokenizer: Path, experiment) -> None:
+    """The policy in Hugging Face format, with its tokenizer."""
     output.mkdir(parents=True, exist_ok=True)
     for source in tokenizer.iterdir():
         (output / source.name).write_bytes(source.read_bytes())
-    huggingface.write_model(
-        output,
-        model_config,
-        parameters,
-        pad_id=encoder.pad_id,
-        end_id=encoder.end_id,
-        max_length=experiment.policy.max_tokens,
-    )
-    recipe = {"recipe": config_lib.to_dict(experiment), "tokenizer_fingerprint": encoder.fingerprint}
-    (output / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
-    return output
+    ids = {"pad_id": encoder.pad_id, "end_id": encoder.end_id}
+    huggingface.write_model(output, model_config, parameters, **ids, max_length=experiment.policy.max_tokens)
+
+
+def _fingerprint(environment, encoder: Encoder, experiment: config_lib.Experiment) -> str:
+    """sha256 over the first batches: the data are a function of seed and step, so these stand for all."""
+    digest = hashlib.sha256()
+    for step in range(FINGERPRINT_STEPS):
+        batch = episode_rows(environment, encoder, experiment.imitation, experiment.seed, step)
+        digest.update(batch["tokens"].tobytes())
+    return digest.hexdigest()
+
+
+def measure(experiment: config_lib.Experiment, policy_directory: Path) -> dict:
+    """Success of a policy on training and validation tasks, sampled at temperature 1 and 0.7, and greedy.
+
+    The environment is the config's; test tasks are not looked at. Each entry is an estimate over tasks.
+    """
+    policy = language_model.load(str(policy_directory), seed=experiment.seed, settings=experiment.policy)
+    make = functools.partial(environments.create, experiment.environment.name, experiment.environment.arguments)
+    numbers: dict[str, dict] = {}
+    for split in ("train", "validation"):
+        tasks = list(make().tasks(split))
+        tasks = tasks[:: max(1, len(tasks) // MEASURED_TASKS)]
+        for name, temperature, count in (("greedy", 0.0, 1), ("0.7", 0.7, 4), ("1.0", 1.0, 4)):
+            jobs = [(task, number) for task in tasks for number in range(count)]
+            outcomes: dict[str, list[float]] = {}
+            with bar(f"measure {split} {name}", len(jobs), unit="episode") as progress:
+                options = {"temperature": temperature, "in_flight": experiment.policy.in_flight}
+                for episode in rollouts(make, policy, jobs, **options):
+                    outcomes.setdefault(episode.task, []).append(episode.outcome or 0.0)
+                    progress.update()
+            numbers.setdefault(split, {})[name] = bootstrap([float(np.mean(one)) for one in outcomes.values()])
+    return numbers

@@ -1,0 +1,124 @@
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jaxprm import cli
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "configs" / "textcraft_tiny.py"
+
+
+def run(capsys, *arguments):
+    """(exit status, what the user reads on stderr)."""
+    code = cli.main([str(one) for one in arguments])
+    return code, capsys.readouterr().err
+
+
+def assert_one_line(err, *parts):
+    assert err.count("\n") == 1 and err.startswith("jaxprm: "), err
+    for part in parts:
+        assert part in err, err
+
+
+@pytest.mark.parametrize("verb", [[], *([verb] for verb in cli.VERBS)])
+def test_help_loads_no_framework(verb):
+    program = (
+        "import sys\nfrom jaxprm import cli\n"
+        f"try: cli.main({[*verb, '--help']!r})\nexcept SystemExit as stop: assert stop.code == 0\n"
+        "print([name for name in ('jax', 'tensorflow', 'torch', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_every_verb_has_a_handler():
+    listed = cli.parser()._subparsers._group_actions[0].choices
+    assert set(listed) == set(cli.VERBS)
+
+
+def test_a_missing_config_is_named(capsys, tmp_path):
+    code, err = run(capsys, "run", tmp_path / "no.py", "--workdir", tmp_path)
+    assert code == 2
+    assert_one_line(err, "no.py", "no such file")
+
+
+def test_an_unknown_field_is_named(capsys, tmp_path):
+    code, err = run(capsys, "run", TINY, "search.pol=3", "--workdir", tmp_path)
+    assert code == 2
+    assert_one_line(err, "pol", "search")
+
+
+def test_a_value_out_of_range_comes_with_its_bound(capsys, tmp_path):
+    code, err = run(capsys, "run", TINY, "collection.trajectories_per_task=0", "--workdir", tmp_path)
+    assert code == 2
+    assert_one_line(err, "collection.trajectories_per_task", "0", ">= 1")
+
+
+def test_a_work_directory_of_another_config_is_refused_before_any_work(capsys, tmp_path):
+    stages = tmp_path / "stages"
+    stages.mkdir()
+    (stages / "collect.json").write_text(json.dumps({"inputs": {"seed": 7}, "finished": True, "seconds": 1.0}))
+    code, err = run(capsys, "run", TINY, "--workdir", tmp_path)
+    assert code == 2
+    assert_one_line(err, "stage collect", "--workdir", "--redo")
+    assert not (tmp_path / "config.json").exists() and not (tmp_path / "trajectories").exists()
+
+
+def test_a_missing_model_and_a_missing_input_are_named(capsys, tmp_path):
+    code, err = run(capsys, "score", "--model", tmp_path / "none", "--input", "x", "--output", "y")
+    assert code == 2
+    assert_one_line(err, "none", "no such directory")
+
+
+def test_a_policy_that_is_not_there_is_named(capsys, tmp_path):
+    code, err = run(capsys, "run", TINY, f"policy.path={tmp_path}/nothing", "--workdir", tmp_path / "w")
+    assert code == 2
+    assert_one_line(err, "nothing", "policy")
+
+
+@pytest.mark.parametrize("verb", ["run", "score"])
+def test_a_full_disk_is_one_line(capsys, monkeypatch, tmp_path, verb):
+    def full(options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "trajectories/train.jsonl")
+
+    monkeypatch.setitem(cli.VERBS, verb, full)
+    where = {"run": [TINY, "--workdir", tmp_path], "score": ["--model", "m", "--input", "i", "--output", "o"]}[verb]
+    code, err = run(capsys, verb, *where)
+    assert code == 2
+    assert_one_line(err, "no space left", "trajectories/train.jsonl", "kept")
+
+
+def test_our_own_mistakes_keep_their_traceback(monkeypatch, tmp_path):
+    def broken(options):
+        raise ValueError("a bug")
+
+    monkeypatch.setitem(cli.VERBS, "run", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        cli.main(["run", str(TINY), "--workdir", str(tmp_path)])
+
+
+@pytest.mark.slow
+def test_control_c_is_one_line_and_the_same_command_goes_on(tmp_path):
+    small = ["collection.train_tasks=4", "collection.validation_tasks=2", "collection.trajectories_per_task=3"]
+    command = [sys.executable, "-m", "jaxprm", "collect", str(TINY), *small, "policy.in_flight=4", "--workdir"]
+    process = subprocess.Popen([*command, tmp_path / "a"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    partial = tmp_path / "a/trajectories/train.jsonl.partial"
+    deadline = time.monotonic() + 240
+    while not (partial.exists() and partial.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert err.strip().splitlines()[-1].startswith("jaxprm: interrupted") and "Traceback" not in err
+    for name in ("a", "b"):
+        subprocess.run([*command, tmp_path / name], cwd=ROOT, check=True, capture_output=True)
+    for split in ("train", "validation"):
+        texts = [(tmp_path / name / f"trajectories/{split}.jsonl").read_text() for name in ("a", "b")]
+        assert texts[0] == texts[1] and texts[0]
