@@ -25,6 +25,11 @@ _SCALARS = {"weight": np.int64, "outcome": np.float32}
 _TEXTS = ("id", "task")
 
 
+class _Info(tfds.core.DatasetInfo):
+    def initialize_from_bucket(self) -> None:
+        """Nothing of ours is in TFDS's bucket, and looking for it leaves a temporary directory behind each time."""
+
+
 class Trajectories(tfds.core.GeneratorBasedBuilder):
     """TFDS builder of one dataset directory; a record is the dictionary that `data_pipeline.build` makes."""
 
@@ -36,14 +41,12 @@ class Trajectories(tfds.core.GeneratorBasedBuilder):
         self._records = splits
         super().__init__(**arguments)
 
-    def _info(self) -> tfds.core.DatasetInfo:
+    def _info(self) -> _Info:
         ragged = {**_TOKEN_FIELDS, **_STEP_FIELDS}
         features = {name: tfds.features.Tensor(shape=(None,), dtype=dtype) for name, dtype in ragged.items()}
         features |= _SCALARS | {name: tfds.features.Text() for name in _TEXTS}
         # order is kept: a trajectory's index in its split is its place in the input
-        return tfds.core.DatasetInfo(
-            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
-        )
+        return _Info(builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True)
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
         return {split: self._generate_examples(records) for split, records in self._records.items()}

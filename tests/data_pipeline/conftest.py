@@ -40,7 +40,8 @@ def make_tokenizer(
     )
     backend.train_from_iterator(LINES, trainer)
     if extra:
-        backend.add_special_tokens(list(extra))
+        for token in extra:
+            (backend.add_special_tokens if token.special else backend.add_tokens)([token])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<|pad|>", eos_token=end, chat_template=template
     )

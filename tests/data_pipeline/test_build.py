@@ -60,6 +60,7 @@ def test_duplicates_are_stored_once_with_their_count_as_weight(build_rows, make_
     same = [make_trajectory(1, id=f"same-{i}") for i in range(3)]
     others = [
         make_trajectory(1, id="other outcome", outcome=0.5),
+        make_trajectory(1, id="equal rewards only", outcome=0.5, rewards=[0.0, 1.0]),
         make_trajectory(1, id="other task", task="else"),
         make_trajectory(1, id="other labels", step_labels=[0.1, None]),
         make_trajectory(2, id="other tokens"),
@@ -68,11 +69,11 @@ def test_duplicates_are_stored_once_with_their_count_as_weight(build_rows, make_
     metadata = build_rows([same[0], *others, *same[1:]])
     split = open_dataset(tmp_path / "data").split("train")
     weights = dict(zip(split.ids, split.weights.tolist(), strict=True))
-    assert weights == {"same-0": 3, "other outcome": 1, "other task": 1, "other labels": 1, "other tokens": 1}
+    assert weights == {"same-0": 3} | {row.id: 1 for row in others[:-1]}
     counts = metadata.splits["train"]
-    assert (counts.rows, counts.errors, counts.merged, counts.trajectories) == (8, 1, 2, 5)
+    assert (counts.rows, counts.errors, counts.merged, counts.trajectories) == (9, 1, 2, 6)
     assert counts.rows == counts.errors + counts.merged + counts.trajectories
-    assert counts.mean_return == pytest.approx((1 * 3 + 0.5 + 1 + 1 + 1) / 7)
+    assert counts.mean_return == pytest.approx((3 + 0.5 + 1 + 1 + 1 + 1) / 8)
 
 
 def test_equal_tokens_with_other_steps_are_not_duplicates(build_rows, make_trajectory, tmp_path):

@@ -216,9 +216,26 @@ def test_text_that_does_not_survive_the_tokenizer_is_refused(with_template):
 
 @pytest.mark.parametrize("flags", [{"lstrip": True}, {"rstrip": True}, {"single_word": True}, {"normalized": True}])
 def test_special_tokens_that_take_in_their_surroundings_are_encoded_as_a_whole(with_template, chatml_encoder, flags):
-    encoder = with_template(chatml_encoder.tokenizer.chat_template, (AddedToken("<|mark|>", special=True, **flags),))
-    assert encoder.trajectory(CHAT, row="x").tokens.tolist() == naive_ids(encoder, CHAT)
+    mark = AddedToken("<|mark|>", special=True, **{"normalized": False, **flags})
+    template = chatml_encoder.tokenizer.chat_template.replace("'<|im_end|>", "' <|mark|> a<|mark|>s<|im_end|>")
+    encoder = with_template(template, (mark,))
     assert encoder.prompt(CHAT[:3]) == naive_ids(encoder, CHAT[:3], generation=True)
+    encoder = with_template(chatml_encoder.tokenizer.chat_template, (mark,))
+    assert encoder.trajectory(CHAT, row="x").tokens.tolist() == naive_ids(encoder, CHAT)
+
+
+def test_step_without_a_token_of_its_own_is_refused(with_template):
+    messages = [*CHAT[:3], {"role": "assistant", "content": ""}]
+    with pytest.raises(DataError, match="x: a step of message 3 adds no token"):
+        with_template("{% for m in messages %}{{ m['content'] }}{% endfor %}").trajectory(messages, row="x")
+
+
+def test_token_that_reaches_from_content_into_the_template_is_refused(with_template, chatml_encoder):
+    reaching = AddedToken("sign<|im_end|>", special=False, normalized=False)
+    encoder = with_template(chatml_encoder.tokenizer.chat_template, (reaching,))
+    assert encoder.trajectory(CHAT[:3], row="x")
+    with pytest.raises(DataError, match=r"^x: test/template encodes the conversation otherwise than its turns one by"):
+        encoder.trajectory(CHAT, row="x")
 
 
 def test_tokenizers_that_mark_the_start_of_a_text_are_encoded_as_a_whole_text_would_be():

@@ -39,6 +39,7 @@ def test_best_fit_by_hand():
     assert sorted(map(len, best_fit([1, 1, 1], [1, 1, 1], capacity=10, slots=2))) == [1, 2]
 
 
+@settings(deadline=None)
 @given(loads())
 def test_every_trajectory_is_in_one_row_and_every_row_holds_what_it_can(load):
     lengths, steps, capacity, slots = load
@@ -66,6 +67,7 @@ def test_rows_are_nearly_as_full_as_first_fit_decreasing_makes_them(seed, kind, 
     assert ours * 0.98 <= len(first_fit_decreasing(lengths, steps, capacity, slots))
 
 
+@settings(deadline=None)
 @given(loads(), st.integers(1, 30), st.integers(1, 3), st.none() | st.integers(0, 5))
 def test_every_epoch_has_every_trajectory_once(load, window, epochs, seed):
     lengths, steps, capacity, slots = load

@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import DataError
@@ -109,6 +109,7 @@ def trajectories(draw) -> Trajectory:
     )
 
 
+@settings(deadline=None)
 @given(trajectories())
 def test_a_line_reads_back_as_it_was_written(trajectory):
     line = to_line(trajectory)
