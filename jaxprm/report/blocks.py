@@ -35,22 +35,23 @@ def figure(
     *,
     labels: Sequence[str] | None = None,
     variants: Sequence[tuple[str, bool]] = (),
+    titled: bool = True,
 ) -> str:
     """Panels under one legend, with a caption in words and the numbers behind them in a table.
 
     `labels` are the methods of the legend (all that are drawn, if not given), `variants` (text, hollow) its other
-    lines. A single panel needs no title below its heading. Panels that stand three in a row are drawn narrower, so
-    that their text keeps its size.
+    lines. A panel that its section's heading describes needs no title. Panels that stand three in a row are drawn
+    narrower, so that their text keeps its size.
     """
     small = len(found) == 3 or len(found) > 4
-    drawings = "".join(_drawing(panel, f"{prefix}{i}", small, len(found) > 1) for i, panel in enumerate(found))
+    drawings = "".join(_drawing(panel, f"{prefix}{i}", small, titled) for i, panel in enumerate(found))
     shape = "thirds" if small else f"count-{len(found)}"
     legend = html.legend(_drawn(found) if labels is None else labels, variants=variants)
     numbers = "".join(_numbers(panel) for panel in found)
     return (
         f'<figure id="figure-{prefix}">{legend}<div class="panels {shape}">{drawings}</div>'
         f"<figcaption>{escape(words.strip())}</figcaption>"
-        f'<details class="numbers"><summary>The numbers in this figure</summary>{numbers}</details></figure>'
+        f"{html.fold('The numbers in this figure', numbers)}</figure>"
     )
 
 

@@ -17,9 +17,9 @@ import msgspec
 
 from jaxprm.report import model_sections, panels, run_sections, search_sections
 from jaxprm.report.figures import canvas, draw_on, legend_on, shared_limits
-from jaxprm.report.headline import headline
+from jaxprm.report.headline import PREFERRED_BEAM, headline
 from jaxprm.report.labels import COLOURS, look, name
-from jaxprm.report.results import Results, Tree, load_results, load_trees
+from jaxprm.report.results import Results, Tree, load_results, load_trees, size_key
 from jaxprm.report.svg import light_colour, standalone_svg, themed_colour
 
 MAX_TREE_BYTES = 8_000_000
@@ -86,19 +86,27 @@ def _viewer(trees: Sequence[Tree]) -> tuple[list[Tree], str]:
         return [], ""
     note = ""
     if len(shown) < len(trees):
-        note = f"This page holds the first {len(shown)} of {len(trees)} searches; all are in search/trees.json."
+        note = f"This page holds {len(shown)} of {len(trees)} searches; all are in search/trees.json."
     return shown, Template(_asset("viewer.html")).substitute(note=escape(note))
 
 
 def _fitting(trees: Sequence[Tree]) -> list[Tree]:
-    """The longest start of `trees` that keeps the page loadable: MAX_TREE_BYTES of JSON."""
-    shown, total = [], 0
-    for tree in trees:
-        total += len(msgspec.json.encode(tree))
+    """As many trees as keep the page loadable: MAX_TREE_BYTES of JSON, in the order given.
+
+    The first seed goes before the others and the headline's beam before other sizes, whatever came out of a search.
+    """
+    seeds = list(dict.fromkeys(tree.seed for tree in trees))
+    wanted = sorted(
+        range(len(trees)),
+        key=lambda at: (seeds.index(trees[at].seed), trees[at].beam != PREFERRED_BEAM, size_key(trees[at].beam)),
+    )
+    chosen, total = set(), 0
+    for at in wanted:
+        total += len(msgspec.json.encode(trees[at]))
         if total > MAX_TREE_BYTES:
             break
-        shown.append(tree)
-    return shown
+        chosen.add(at)
+    return [tree for at, tree in enumerate(trees) if at in chosen]
 
 
 def _looks(results: Results, trees: Sequence[Tree]) -> dict[str, dict[str, str]]:
@@ -131,13 +139,13 @@ def _theme() -> str:
 
 
 def _subject(results: Results) -> str:
-    """What the run was about, as far as its provenance says: environment and date."""
+    """What the run was about, as far as it says: its name, environment and date."""
     about = results.provenance if isinstance(results.provenance, dict) else {}
     config = about.get("config") if isinstance(about.get("config"), dict) else {}
-    found = about.get("environment") or config.get("environment")
-    if isinstance(found, dict):
-        found = found.get("name")
-    words = [word for word in (found, about.get("date")) if isinstance(word, str)]
+    environment = about.get("environment") or config.get("environment")
+    if isinstance(environment, dict):
+        environment = environment.get("name")
+    words = [word for word in (results.name, environment, about.get("date")) if isinstance(word, str)]
     return " · ".join(words)
 
 

@@ -22,13 +22,16 @@ MARGIN = 0.02
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One method's points. `xs` are positions, `points` what was measured there; `variant` "hollow" is the second line
-    of the same method (failed against successful), and `note` tells lines of one method apart in words."""
+    """One method's points. `xs` are positions, `points` what was measured there.
+
+    Two lines of one method are told apart by `variant` (solid with filled marks, dashed with hollow ones) and in words
+    by `note`.
+    """
 
     label: str
     xs: Sequence[float]
     points: Sequence[Estimate]
-    variant: Literal["", "hollow"] = ""
+    variant: Literal["", "solid", "hollow"] = ""
     note: str = ""
     faint: bool = False
 
@@ -43,7 +46,8 @@ class Level:
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """One set of axes. `ticks` names x positions (categories or powers of two); `limits` fixes the y range."""
+    """One set of axes. `ticks` names x positions (categories or powers of two); `limits` fixes the y range, `reach`
+    the x range."""
 
     title: str
     x_label: str
@@ -52,6 +56,7 @@ class Panel:
     levels: Sequence[Level] = ()
     ticks: Sequence[tuple[float, str]] = ()
     limits: tuple[float, float] | None = None
+    reach: tuple[float, float] | None = None
     fractions: bool = True
     diagonal: bool = False
     bars: bool = False
@@ -170,7 +175,7 @@ def _draw_line(axes: Axes, series: Series, gid: str, colour: Colour, _: float) -
     style = look(series.label)
     tint = colour(style.role)
     points = series.points
-    dash = (3, 2.5) if series.variant == "hollow" else style.dash if not series.variant else ()
+    dash = {"hollow": (3, 2.5), "solid": ()}.get(series.variant, style.dash)
     if len(points) > 1 and all(point.has_interval for point in points):
         lows, highs = [point.low for point in points], [point.high for point in points]
         axes.fill_between(series.xs, lows, highs, color=tint, alpha=0.11, linewidth=0, zorder=2)
@@ -210,7 +215,7 @@ def _draw_markers(axes: Axes, series: Series, xs: Sequence[float], gid: str, col
         markersize=8 if style.marker in "X^vP*" else 7,
         markerfacecolor=face,
         markeredgecolor=edge,
-        markeredgewidth=1.2 if series.variant else 0.8,
+        markeredgewidth=1.2 if series.variant == "hollow" else 0.8,
         zorder=4,
         gid=gid,
     )
@@ -232,13 +237,16 @@ def _finish(axes: Axes, panel: Panel, colour: Colour) -> None:
         axes.minorticks_off()
     if panel.log_x:
         _log_ticks(axes)
+    elif not panel.ticks and not panel.diagonal:
+        _whole_ticks(axes, {x for series in panel.series for x in series.xs})
     if panel.bars:
         positions = [x for x, _ in panel.ticks]
         axes.set_xlim(min(positions) - 0.5, max(positions) + 0.5)
     if panel.limits and panel.limits[0] < panel.limits[1]:
         axes.set_ylim(*panel.limits)
+    if panel.reach:
+        axes.set_xlim(*panel.reach)
     if panel.diagonal:
-        axes.set_xlim(*(panel.limits or (0, 1)))
         axes.xaxis.set_major_formatter(lambda value, _: percent(value, 0))
     if panel.fractions:
         axes.yaxis.set_major_formatter(lambda value, _: percent(value, 0))
@@ -247,6 +255,13 @@ def _finish(axes: Axes, panel: Panel, colour: Colour) -> None:
 def _literal(text: str) -> str:
     """Names come from users: a dollar sign in one is no formula."""
     return text.replace("$", r"\$")
+
+
+def _whole_ticks(axes: Axes, places: set[float]) -> None:
+    if len(places) == 1:
+        axes.set_xticks(list(places))
+    else:
+        axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _log_ticks(axes: Axes) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
-from jaxprm.report.labels import Look, look, number, percent, signed_points
+from jaxprm.report.labels import Look, decimal, look, number, percent, signed_points
 from jaxprm.report.results import Estimate
 
 NOT_MEASURED = '<span class="absent" title="not measured">–</span>'
@@ -35,7 +35,7 @@ def share(estimate: Estimate | None) -> str:
 
 def plain(estimate: Estimate | None) -> str:
     """A cell's content: mean and 95 % interval as plain numbers."""
-    return _with_interval(estimate, "{:.3f}".format, "{:.3f}".format)
+    return _with_interval(estimate, decimal, decimal)
 
 
 def difference(estimate: Estimate | None) -> str:
@@ -91,6 +91,11 @@ def _row(row: Sequence[str], kinds: Sequence[str]) -> str:
     first, *rest = row
     cells = "".join(f'<td class="{kind}">{cell}</td>' for kind, cell in zip(kinds[1:], rest, strict=True))
     return f'<th scope="row">{first}</th>{cells}'
+
+
+def fold(title: str, body: str) -> str:
+    """Something that opens on demand."""
+    return f'<details class="fold"><summary>{escape(title)}</summary>{body}</details>'
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> str:

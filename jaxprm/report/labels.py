@@ -84,6 +84,8 @@ def name(label: str) -> str:
 def search_name(at: str) -> str:
     """A search in words: "beam/4x4" -> "beam 4×4", "best_of_n 16" -> "best of 16", anything else unchanged."""
     kind, size = split_search(at)
+    if kind == "beam" and size.startswith("1x"):
+        kind, size = "stepwise", size[2:]
     readable = size_name(size)
     forms = {
         "beam": f"beam {readable}",
@@ -119,9 +121,14 @@ def signed_points(value: float, digits: int = 1) -> str:
     return f"{value * 100:+.{digits}f}".replace("-", MINUS)
 
 
+def decimal(value: float) -> str:
+    """A plain number with three decimals: -0.2984 -> "−0.298"."""
+    return f"{value:.3f}".replace("-", MINUS)
+
+
 def number(value: float) -> str:
     """A count or a small real number for a table: 12345 -> "12,345", 0.12345 -> "0.123", 3.2e12 -> "3.20×10¹²"."""
-    if abs(value) >= 1e9:
+    if abs(value) >= 1e7:
         digits, exponent = f"{value:.2e}".split("e")
         return f"{digits}×10{str(int(exponent)).translate(RAISED)}".replace("-", MINUS)
     if float(value).is_integer() or abs(value) >= 1000:

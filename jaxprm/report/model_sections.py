@@ -60,7 +60,7 @@ def _calibration(results: Results) -> str:
         "Steps grouped by predicted success, against how often their trajectories did succeed; on the dotted line "
         f"a promise of 0.3 means 30 %. Bands: {BAND}{panel_sample(results, found)}."
     )
-    return figure(found, "calibration", words)
+    return figure(found, "calibration", words, titled=False)
 
 
 def _validation_table(results: Results) -> str:

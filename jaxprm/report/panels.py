@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from jaxprm.report.figures import Level, Panel, Series, shared_limits
 from jaxprm.report.labels import METRICS, name
-from jaxprm.report.results import Estimate, Results, size_key
+from jaxprm.report.results import Estimate, Results, is_number, size_key
 
 T = TypeVar("T")
 SCALING = (
@@ -91,15 +91,14 @@ def value_panels(results: Results) -> list[Panel]:
                 x_label="step of the trajectory",
                 y_label="mean promise",
                 series=[
-                    _series(label, success, note="succeeded"),
+                    _series(label, success, variant="solid", note="succeeded"),
                     _series(label, failure, variant="hollow", note="failed"),
                 ],
-                ticks=_depth_ticks([row.depth for row in rows]),
                 fractions=False,
                 unit="step",
             )
         )
-    panels = present(panels)
+    panels = [_with_depth_ticks(panel) for panel in present(panels)]
     limits = shared_limits(panels)
     return [replace(panel, limits=limits) for panel in panels]
 
@@ -116,7 +115,6 @@ def auroc_panels(results: Results) -> list[Panel]:
                 _series(label, {row.depth: getattr(row, kind) for row in rows})
                 for label, rows in results.value_by_depth.items()
             ],
-            ticks=_depth_ticks([row.depth for rows in results.value_by_depth.values() for row in rows]),
             fractions=False,
             chance=0.5,
             unit="step",
@@ -124,22 +122,28 @@ def auroc_panels(results: Results) -> list[Panel]:
         for kind, title in kinds
     )
     limits = shared_limits(panels)
-    return [replace(panel, limits=(min(limits[0], 0.4), max(limits[1], 0.6))) for panel in panels]
+    return [replace(_with_depth_ticks(panel), limits=(min(limits[0], 0.4), max(limits[1], 0.6))) for panel in panels]
 
 
 def calibration_panel(results: Results) -> Panel:
     """Observed against predicted success, in bins of the prediction."""
     curves = {label: {row.predicted: row.observed for row in rows} for label, rows in results.calibration.items()}
     series = [_series(label, curve) for label, curve in curves.items()]
-    reach = [x for each in series for x in each.xs]
-    return Panel(
+    panel = Panel(
         title="Calibration",
         x_label="promise (predicted success)",
         y_label="observed success",
         series=series,
         diagonal=True,
-        limits=(min([0.0, *reach]) - 0.02, max([1.0, *reach]) + 0.02),
         unit="predicted",
+    )
+    reach = [x for each in series for x in each.xs]
+    low, high = shared_limits([panel]) or (0.0, 1.0)
+    margin = 0.02
+    return replace(
+        panel,
+        reach=(min([0.0, *reach]) - margin, max([1.0, *reach]) + margin),
+        limits=(min(0.0, low) - margin, max(1.0, high) + margin),
     )
 
 
@@ -175,14 +179,18 @@ def _logged(rows: Sequence[Mapping[str, float | None]], metric: str) -> dict[flo
 
 
 def compute_panel(results: Results) -> Panel:
-    """Success of beam search against the tokens it read and wrote, where both were counted."""
-    per = results.compute.get("per") if isinstance(results.compute, Mapping) else None
+    """Success of the plain policy and of beam search against the tokens read and written, where they were counted."""
+    compute = results.compute if isinstance(results.compute, Mapping) else {}
+    unit = compute.get("unit")
+    curves = {label: results.curve(label, "beam") for label in results.with_search("beam")}
+    if plain := results.baseline("sampled"):
+        curves = {"policy": {"1": plain}, **curves}
     return _with_limits(
         Panel(
             title="Success for tokens spent",
-            x_label="tokens of policy and reward model" + (f" per {per}" if isinstance(per, str) else ""),
+            x_label="tokens of policy and reward model" + (f" {unit}" if isinstance(unit, str) else ""),
             y_label="tasks solved",
-            series=[_series(label, dict(_spent(results, label))) for label in results.with_search("beam")],
+            series=[_series(label, dict(_spent(compute, label, curve))) for label, curve in curves.items()],
             levels=levels(results),
             log_x=True,
             unit="tokens",
@@ -190,14 +198,13 @@ def compute_panel(results: Results) -> Panel:
     )
 
 
-def _spent(results: Results, label: str) -> Iterator[tuple[float, Estimate]]:
-    counts = results.compute if isinstance(results.compute, Mapping) else {}
-    for size, point in results.curve(label, "beam").items():
-        found: Any = counts
-        for key in (label, "beam", size):
+def _spent(compute: Mapping[str, Any], label: str, curve: dict[str, Estimate]) -> Iterator[tuple[float, Estimate]]:
+    for size, point in curve.items():
+        found: Any = compute
+        for key in ("methods", label, size):
             found = found.get(key) if isinstance(found, Mapping) else None
         tokens = [found.get(kind) for kind in ("policy_tokens", "reward_tokens")] if isinstance(found, Mapping) else []
-        if tokens and all(isinstance(count, (int, float)) for count in tokens) and sum(tokens) > 0:
+        if tokens and all(is_number(count) for count in tokens) and sum(tokens) > 0:
             yield float(sum(tokens)), point
 
 
@@ -214,7 +221,7 @@ def _is_count(size: str) -> bool:
     return size.isdigit() and int(size) > 0
 
 
-def _depth_ticks(depths: Iterable[float]) -> list[tuple[float, str]]:
-    known = sorted(set(depths))
+def _with_depth_ticks(panel: Panel) -> Panel:
+    known = sorted({depth for series in panel.series for depth in series.xs})
     stride = max(1, math.ceil(len(known) / MAX_TICKS))
-    return [(depth, f"{depth:g}") for depth in known[::stride]]
+    return replace(panel, ticks=[(depth, f"{depth:g}") for depth in known[::stride]])

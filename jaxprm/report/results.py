@@ -69,6 +69,7 @@ class Results(msgspec.Struct, frozen=True):
     `methods[label][search][size]`, `search` one of SEARCHES; other keys of a method are kept out.
     """
 
+    name: str | None = None
     policy: Curve = {}
     oracle: Curve = {}
     methods: dict[str, dict[str, Any]] = {}

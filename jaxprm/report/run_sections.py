@@ -24,31 +24,34 @@ def cost(results: Results) -> str:
     if spent:
         words = (
             "Beam search, small to large, against the tokens it read and wrote. "
-            f"Bands: {BAND}{panel_sample(results, spent)}.{level_words(results)}"
+            f"Bands and bars: {BAND}{panel_sample(results, spent)}.{level_words(results)}"
         )
-        drawn = figure(spent, "cost", words)
+        drawn = figure(spent, "cost", words, titled=False)
     body = side(drawn, _seconds_table(results.seconds)) + _compute_table(results.compute)
     return section("cost", "What it cost", "Counted, not estimated.", body) if body else ""
 
 
 def _compute_table(compute: Any) -> str:
-    counted = list(_counts(compute, ()))
-    if not counted:
+    """Counts by method and size, `compute["methods"]` in results.json; what else is a number there as facts."""
+    if not isinstance(compute, Mapping):
         return ""
+    facts = html.facts((key, html.count(value)) for key, value in compute.items() if is_number(value))
+    counted = [(path, values) for path, values in _counts(compute.get("methods"), ()) if path]
+    if not counted:
+        return facts
     columns = list(dict.fromkeys(key for _, values in counted for key in values))
     heads = ["Spent by", *(escape(column.replace("_", " ")) for column in columns)]
     rows = []
-    for path, values in counted:
+    for (label, *search), values in counted:
         cells = [html.count(values[column]) if column in values else html.NOT_MEASURED for column in columns]
-        how = escape(search_name(" ".join(path[1:])))
-        rows.append([f'{html.method(path[0]) if path else "All"} <span class="how">{how}</span>', *cells])
-    per = compute.get("per")
-    unit = f"per {per}" if isinstance(per, str) else "as counted"
-    caption = f"Tokens and environment steps, {unit}"
+        how = "one sample" if label == "policy" else search_name(" ".join(search))
+        rows.append([f'{html.method(label)} <span class="how">{escape(how)}</span>', *cells])
+    unit = compute.get("unit")
+    caption = f"Counts {unit}" if isinstance(unit, str) else "Counts"
     counts = html.table(heads, rows, caption=caption)
-    if len(rows) <= FOLD_ROWS:
-        return counts
-    return f'<details class="numbers"><summary>{escape(caption)}: all {len(rows)} rows</summary>{counts}</details>'
+    if len(rows) > FOLD_ROWS:
+        counts = html.fold(f"{caption}, for {len(rows)} ways of acting", counts)
+    return counts + facts
 
 
 def _counts(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], dict[str, float]]]:
@@ -62,18 +65,29 @@ def _counts(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...],
 
 
 def _seconds_table(seconds: Mapping[str, Any]) -> str:
-    known = {stage: float(value) for stage, value in seconds.items() if is_number(value)}
-    if not known:
+    """Time by kind of stage ("train" holds train-agentprm-0 and the like), and every stage on demand."""
+    stages = {stage: float(value) for stage, value in seconds.items() if is_number(value)}
+    if not stages:
         return ""
-    longest = max(known.values()) or 1.0
+    kinds: dict[str, float] = {}
+    for stage, value in stages.items():
+        kind = stage.split("-")[0]
+        kinds[kind] = kinds.get(kind, 0.0) + value
+    body = _bars(kinds, "Wall-clock time of each stage.")
+    if len(kinds) < len(stages):
+        body += html.fold(f"All {len(stages)} parts", _bars(stages, "Wall-clock time of each part."))
+    return body
+
+
+def _bars(seconds: Mapping[str, float], caption: str) -> str:
+    longest = max(seconds.values()) or 1.0
     rows = [
         [escape(stage.replace("_", " ")), html.bar(value / longest), html.data(value, duration(value))]
-        for stage, value in known.items()
+        for stage, value in seconds.items()
     ]
-    total = sum(known.values())
-    heads = ["Stage", "", "Time"]
+    total = sum(seconds.values())
     rows.append(["together", "", html.data(total, duration(total))])
-    return html.table(heads, rows, caption="Wall-clock time of each stage.", numeric_from=2)
+    return html.table(["Stage", "", "Time"], rows, caption=caption, numeric_from=2)
 
 
 def provenance(results: Results) -> str:

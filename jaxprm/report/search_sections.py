@@ -11,11 +11,12 @@ from html import escape
 from jaxprm.report import html, panels
 from jaxprm.report.blocks import BAND, figure, level_words, panel_sample, sample_words, section, side
 from jaxprm.report.headline import headline
-from jaxprm.report.labels import ALIASES, look, name, search_name, size_name
+from jaxprm.report.labels import ALIASES, look, name, plural, search_name, size_name, split_search
 from jaxprm.report.results import Estimate, Paired, Results, size_key
 
 AXIS_STEP = 0.2
 MIN_REACH = 0.05
+ONE_TABLE = 12
 BASELINES = ("policy", "greedy", "random", "oracle")
 
 
@@ -84,7 +85,7 @@ def beam(results: Results) -> str:
     )
     numbers = html.table(heads, rows, caption=caption, totals=_references(results))
     intro = "More guided search, more tasks solved? Random scores are the control: the same search without judgement."
-    return section("beam", "Beam search", intro, side(figure([panel], "beam", words), numbers))
+    return section("beam", "Beam search", intro, side(figure([panel], "beam", words, titled=False), numbers))
 
 
 def _references(results: Results) -> list[tuple[str, str]]:
@@ -116,14 +117,32 @@ def pairs(results: Results) -> str:
     known = [pair for pair in results.paired if pair.mean is not None]
     if not known:
         return ""
+    intro = "The same tasks under two ways of acting. A difference whose interval includes zero is not a finding."
+    first, *others = _by_search(results, known)
+    body = _pair_table(results, first)
+    for group in others:
+        title = f"{search_name(group[0].at)}: {plural(len(group), 'difference')}"
+        body += html.fold(title, _pair_table(results, group))
+    return section("pairs", "Differences, paired by task", intro, body)
+
+
+def _by_search(results: Results, known: list[Paired]) -> list[list[Paired]]:
+    """Few differences in one table; many in one for each search, the headline's search first."""
+    if len(known) <= ONE_TABLE:
+        return [known]
+    groups: dict[tuple[str, str], list[Paired]] = {}
+    for pair in known:
+        groups.setdefault(split_search(pair.at), []).append(pair)
+    headlined = ("beam", headline(results).size)
+    return [groups[search] for search in sorted(groups, key=lambda search: search != headlined)]
+
+
+def _pair_table(results: Results, known: list[Paired]) -> str:
     bounds = [bound for pair in known for bound in (pair.mean, pair.low, pair.high) if bound is not None]
     reach = max(MIN_REACH, *(abs(bound) for bound in bounds))
     heads = ["Difference", "Points [interval]", "Zero", "below zero | above", "Tasks"]
-    sample = sample_words(results, [])
-    caption = f"Mean difference in percentage points{sample}, with the {BAND}."
-    intro = "The same tasks under two ways of acting. A difference whose interval includes zero is not a finding."
-    body = html.table(heads, [_pair_row(pair, reach) for pair in known], caption=caption)
-    return section("pairs", "Differences, paired by task", intro, body)
+    caption = f"Mean difference in percentage points{sample_words(results, [])}, with the {BAND}."
+    return html.table(heads, [_pair_row(pair, reach) for pair in known], caption=caption)
 
 
 def _pair_row(pair: Paired, reach: float) -> list[str]:

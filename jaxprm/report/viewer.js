@@ -32,7 +32,12 @@
     return outcome <= 0 ? words[2] : `outcome ${outcome.toFixed(2)}`;
   }
   const mark = (outcome) => ending(outcome, ["?", "✓", "✕"]).replace("outcome ", "");
-  const searchKey = (t) => `${t.beam || "search"}${t.seed === null ? "" : ` · seed ${t.seed}`}`.replace("x", "×");
+  function searchKey(found) {
+    const size = /^(\d+)x(\d+)$/.exec(found.beam);
+    let search = size ? `beam ${size[1]}×${size[2]}` : found.beam || "search";
+    if (size && size[1] === "1") search = `best of ${size[2]} at every step`;
+    return found.seed === null ? search : `${search}, seed ${found.seed}`;
+  }
 
   /* The line a reader wants of a turn: what follows the last "Action:", else the last line with text. */
   function gist(text) {
@@ -294,7 +299,7 @@
   function fillControls() {
     taskSelect.value = String(tasks.indexOf(tree.task));
     const here = trees.filter((each) => each.task === tree.task);
-    const methods = [...new Set(here.map((each) => each.method))];
+    const methods = Object.keys(names).filter((label) => here.some((each) => each.method === label));
     methodsBox.replaceChildren(methodsBox.querySelector("legend"), ...methods.map((label) => {
       const box = make("label", "choice");
       const input = make("input");
@@ -323,7 +328,7 @@
     const proposed = all.reduce((sum, node) => sum + node.count, 0);
     const kept = all.filter((node) => node.kept).length;
     const rounds = all.reduce((most, node) => Math.max(most, node.round), 0);
-    const text = `${methodName(tree.method)}, beam ${searchKey(tree)}: ${ending(tree.outcome)}. `
+    const text = `${methodName(tree.method)}, ${searchKey(tree)}: ${ending(tree.outcome)}. `
       + `${proposed} actions proposed in ${rounds} rounds, ${all.length} different ones scored, ${kept} kept.`;
     byId("summary").textContent = text;
   }

@@ -59,6 +59,7 @@ def make_results(seed: int = 0) -> dict[str, Any]:
     methods = {label: _method(rng, label, share) for label in LABELS}
     judges = [label for label in LABELS if label != "random"]
     return {
+        "name": "textcraft_test",
         "policy": {"sampled": estimate(rng, 0.41), "greedy": estimate(rng, 0.43)},
         "oracle": {size: estimate(rng, 0.41 + 0.38 * share[size]) for size in SIZES},
         "methods": methods,
@@ -71,10 +72,14 @@ def make_results(seed: int = 0) -> dict[str, Any]:
         },
         "training": {label: {str(run): _training(rng, label) for run in range(3)} for label in judges},
         "compute": {
-            "per": "task",
-            **{label: {"beam": {beam: _spent(rng, int(beam[0])) for beam in BEAMS}} for label in LABELS},
+            "unit": "per task",
+            "flops_per_token": 1179648.0,
+            "methods": {"policy": {"1": _spent(rng, 1)}}
+            | {label: {beam: _spent(rng, int(beam[0])) for beam in BEAMS} for label in LABELS},
         },
-        "seconds": {"collect": 71.2, "build": 8.4, "train": 201.7, "evaluate": 40.0, "search": 160.3},
+        "seconds": {"collect": 71.2, "build": 8.4}
+        | {f"train-{label}-{run}": 16.5 for label in judges for run in range(3)}
+        | {"search-pool": 40.0, "search-beam-4x4-agentprm-0": 120.3},
         "data": {
             "trajectories": 6400,
             "unique": 3121,

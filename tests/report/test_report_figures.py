@@ -133,6 +133,7 @@ def test_numbers_are_written_for_people() -> None:
     assert labels.number(12345) == "12,345"
     assert labels.number(0.12345) == "0.123"
     assert labels.number(3.2e12) == "3.20×10¹²"
+    assert labels.decimal(-0.2984) == "−0.298"
     assert [labels.duration(s) for s in (8.4, 59.97, 71.2, 7300)] == ["8.4 s", "1 min 0 s", "1 min 11 s", "2 h 1 min"]
     assert [labels.compact(c) for c in (500, 20000, 3e6)] == ["500", "20k", "3M"]
     assert labels.search_name("prefix_best_of_n/16") == "best of 16 prefixes"

@@ -33,7 +33,8 @@ class Page(HTMLParser):
         self.raw: dict[str, list[str]] = {"script": [], "style": []}
         self.section = ""
         self.words: dict[str, str] = {}
-        self._raw_tag = ""
+        self.titles: list[str] = []
+        self._raw_tag = self._tag = ""
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -47,16 +48,22 @@ class Page(HTMLParser):
             self.rows[-1][1].append("")
         if tag == "data":
             self.values.append(float(found["value"]))
+        self._tag = tag
+        if tag == "title":
+            self.titles.append("")
         self._raw_tag = tag if tag in self.raw else ""
         if self._raw_tag:
             self.raw[tag].append("")
 
     def handle_endtag(self, tag: str) -> None:
-        self._raw_tag = ""
+        self._raw_tag = self._tag = ""
         if tag in ("tbody", "thead", "tfoot"):
             self.rows.append((self.section, []))
 
     def handle_data(self, data: str) -> None:
+        if self._tag == "title" and self.titles:
+            self.titles[-1] += data
+            return
         if self._raw_tag:
             self.raw[self._raw_tag][-1] += data
             return
@@ -137,6 +144,35 @@ def test_paired_differences_say_whether_zero_is_inside(leave: Callable[..., Path
     assert page.table_row("pairs", "PVM")[0] == "PVM against plain policybeam 4×4"
 
 
+def test_many_differences_are_grouped_by_search_the_headline_s_first(leave: Callable[..., Path]) -> None:
+    searches = ("beam 2x2", "best_of_n 16", "beam 4x4")
+    labels = ("agentprm", "pvm", "orm", "random", "mc")
+    paired = [
+        {"a": a, "b": "policy", "at": at, "mean": 0.1, "low": 0.0, "high": 0.2} for at in searches for a in labels
+    ]
+    beams = {"4x4": {"mean": 0.5}}
+    page = Page(build_report(leave({"paired": paired, "methods": {"agentprm": {"beam": beams}}})).read_text())
+    firsts = [cells[0] for where, cells in page.rows if where == "pairs" and cells and "AgentPRM" in cells[0]]
+    assert [first.split("policy")[1] for first in firsts] == ["beam 4×4", "beam 2×2", "best of 16"]
+    assert "best of 16: 5 differences" in page.words["pairs"]
+
+
+def test_the_time_of_parts_is_added_up_by_stage(leave: Callable[..., Path]) -> None:
+    seconds = {"collect": 30.0, "train-agentprm-0": 40.0, "train-pvm-0": 50.5}
+    page = Page(build_report(leave({"seconds": seconds})).read_text())
+    assert page.table_row("cost", "train") == ["train", "", "1 min 30 s"]
+    assert page.table_row("cost", "together") == ["together", "", "2 min 0 s"]
+    assert page.table_row("cost", "train-pvm-0") == ["train-pvm-0", "", "50.5 s"]
+
+
+def test_compute_is_shown_for_each_way_of_acting(page: Page, results: dict[str, Any]) -> None:
+    _, policy, reward, *_ = page.table_row("cost", "PVM beam 4×4")
+    spent = results["compute"]["methods"]["pvm"]["4x4"]
+    assert (policy, reward) == (f"{spent['policy_tokens']:,}", f"{spent['reward_tokens']:,}")
+    drawn = [title for title in page.titles if title.startswith("PVM, tokens")]
+    assert len(drawn) == 3
+
+
 def test_nothing_is_loaded_from_anywhere(page: Page, built: Path) -> None:
     assert not page.attributes("src")
     assert all(link.startswith(("#", "data:,")) for link in page.attributes("href"))
@@ -177,7 +213,7 @@ def test_untrusted_text_stays_text(
             "pvm": [{"depth": 1, "success": results["policy"]["sampled"]}],
         },
         "training": {HOSTILE: {HOSTILE: [{"step": 1, "value_loss": 0.5}]}},
-        "compute": {HOSTILE: {HOSTILE: 3}},
+        "compute": {"unit": HOSTILE, HOSTILE: 3, "methods": {HOSTILE: {HOSTILE: {HOSTILE: 3}}}},
         "seconds": {HOSTILE: 1.0},
         "data": {HOSTILE: HOSTILE},
         "provenance": {HOSTILE: HOSTILE, "config": {"x": HOSTILE}, "date": HOSTILE},
@@ -265,11 +301,13 @@ def test_a_method_unknown_here_is_shown_under_its_own_name(leave: Callable[..., 
 def test_trees_beyond_the_budget_are_left_out_and_counted(
     leave: Callable[..., Path], trees: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "MAX_TREE_BYTES", 40_000)
+    size = sum(len(json.dumps(tree)) for tree in trees if tree["beam"] == "4x4")
+    monkeypatch.setattr(build, "MAX_TREE_BYTES", size)
     page = Page(build_report(leave({}, trees)).read_text())
     shown = json.loads(page.raw["script"][0])
-    assert 0 < len(shown) < len(trees)
-    assert f"holds the first {len(shown)} of {len(trees)} searches" in page.words["viewer"]
+    assert len([tree for tree in shown if tree["beam"] == "4x4"]) == len(trees) / 2
+    assert len(trees) / 2 <= len(shown) < len(trees)
+    assert f"holds {len(shown)} of {len(trees)} searches" in page.words["viewer"]
 
 
 def test_the_same_results_give_the_same_page(leave: Callable[..., Path], results: dict[str, Any]) -> None:
