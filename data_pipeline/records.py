@@ -80,7 +80,10 @@ class Rows:
             return
         steps = _steps(trajectory, self._encode(trajectory, row), row)
         if self._max_length is not None and len(steps.tokens) > self._max_length:
-            if self._too_long == "drop":
+            # A window needs one whole step: a prompt that fills it leaves nothing to train on.
+            if self._too_long == "drop" or (
+                self._too_long == "window" and steps.read_positions[0] >= self._max_length
+            ):
                 records.dropped += 1
                 return
             steps = self._window(steps, row)
@@ -113,11 +116,6 @@ class Rows:
                 'raise it, or set too_long to "drop" or "window"'
             )
         kept = int(np.searchsorted(steps.read_positions, self._max_length))
-        if not kept:
-            raise DataError(
-                f"{row}: the first step ends at token {steps.read_positions[0]}, max_length is {self._max_length}; "
-                'raise it, or set too_long to "drop"'
-            )
         rewards = steps.rewards[:kept].copy()
         rewards[-1] = steps.rewards[kept - 1 :].sum(dtype=np.float64)
         return _Steps(

@@ -12,7 +12,7 @@ from data_pipeline.encode import Encoder
 from data_pipeline.errors import DataError
 from data_pipeline.metadata import Metadata
 from data_pipeline.shards import open_dataset
-from data_pipeline.trajectory import read
+from data_pipeline.trajectory import Message, read
 
 
 @pytest.fixture
@@ -140,8 +140,13 @@ def test_window_ends_with_a_step_and_is_closed_with_the_return_to_go(
     assert counts.windowed == 2 and split.step_counts.tolist() == [2, 2] and counts.longest == bound
     assert split.tokens[:bound].tolist() == encoded.tokens[:bound].tolist()
     np.testing.assert_allclose(split.rewards, [0, 0.7, 0.1, 0.9], atol=1e-7)
-    with pytest.raises(DataError, match="the first step ends at token"):
-        build_rows([sparse], max_length=5, too_long="window")
+
+
+def test_a_window_too_small_for_the_first_step_drops_and_counts(build_rows, make_trajectory):
+    short, wide = make_trajectory(0, rounds=1), make_trajectory(1, rounds=4)
+    wide.messages[0] = Message(role="user", content="word " * 200)
+    counts = build_rows([short, wide], max_length=150, too_long="window").splits["train"]
+    assert (counts.rows, counts.dropped, counts.windowed, counts.trajectories) == (2, 1, 0, 1)
 
 
 def test_nothing_left_is_an_error_with_the_counts(build_rows, make_trajectory):
