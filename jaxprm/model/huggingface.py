@@ -215,6 +215,15 @@ def write_model(directory: Path, config: TransformerConfig, state: Any, *, pad_i
     save_file(tensors_of(jax.device_get(state)), directory / "model.safetensors", metadata={"format": "pt"})
 
 
+def check_vocabulary(directory: str | Path, config: TransformerConfig, tokens: int) -> None:
+    """Raises UserError where a tokenizer has ids that the embedding has not; JAX would read some other row."""
+    if tokens > config.vocab_size:
+        raise UserError(
+            f"model {directory}: its tokenizer has {tokens} tokens, its embedding {config.vocab_size}; "
+            "put the tokenizer it was trained with beside it"
+        )
+
+
 def reward_model_graph(config: TransformerConfig):
     """Static definition of a RewardModel, to be merged with its state inside jit."""
     return nnx.split(nnx.eval_shape(lambda: RewardModel(config, rngs=nnx.Rngs(0))))[0]

@@ -1,12 +1,13 @@
 """Promise of every step, jitted in a few fixed shapes: finished trajectories in one pass, candidates after a cache.
 
-A number does not depend on what else is in the batch: a row reads nothing but itself, and its shape follows from its own
-length alone.
+A number does not depend on what else is in the batch: a row reads nothing but itself, and its shape follows from its
+own length alone.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,7 +64,9 @@ class Scorer:
         """Tokens encoded so far, padding not counted."""
         return {"encoded": self._encoded + (self._bank.tokens_encoded if self._bank else 0)}
 
-    def score(self, trajectories: Sequence[Sequence], *, tools: Sequence | None = None, rows: Sequence[str] | None = None):
+    def score(
+        self, trajectories: Sequence[Sequence], *, tools: Sequence | None = None, rows: Sequence[str] | None = None
+    ) -> list[np.ndarray]:
         """Promise of every step of finished conversations: a list of float32 [S].
 
         Raises DataError for a conversation that cannot be encoded, UserError for one longer than the largest bucket.
@@ -80,7 +83,7 @@ class Scorer:
         """As `score`, for conversations that are encoded already."""
         buckets: dict[int, list[int]] = {}
         for index, (one, name) in enumerate(zip(encoded, names, strict=True)):
-            buckets.setdefault(_bucket(len(one.tokens), name), []).append(index)
+            buckets.setdefault(bucket_of(len(one.tokens), name), []).append(index)
         values: list[np.ndarray] = [np.empty(0, np.float32)] * len(encoded)
         for bucket, indices in sorted(buckets.items()):
             rows = max(1, TOKENS_A_CALL // bucket)
@@ -96,49 +99,59 @@ class Scorer:
                     values[index] = result[row, encoded[index].read_positions]
         return values
 
-    def score_actions(self, states: Sequence[list[dict]], candidates: Sequence[Sequence[str]]) -> list[np.ndarray]:
-        """Promise of candidate actions: for each conversation a float32 [N], the value if that text were the next turn."""
-        names = [prefix_hash(messages) for messages in states]
-        prefixes: dict[str, np.ndarray] = {}
-        cached: list[tuple[str, str, np.ndarray]] = []
-        whole: list[tuple[str, str, Any]] = []
-        seen: set[tuple[str, str]] = set()
-        for messages, name, texts in zip(states, names, candidates, strict=True):
-            for text in texts:
-                if (name, text) in self._memory or (name, text) in seen:
-                    continue
-                seen.add((name, text))
-                if name not in prefixes:
-                    prefixes[name] = np.asarray(self.encoder.prompt(messages), np.int32)
-                self._sort_out(messages, name, text, prefixes[name], cached, whole)
-        scores = self.score_encoded([one for _, _, one in whole], ["candidate"] * len(whole))
-        for (name, text, _), values in zip(whole, scores, strict=True):
-            self._memory[name, text] = float(values[-1])
-        self._score_cached(prefixes, cached)
-        return [
-            np.asarray([self._memory[name, text] for text in texts], np.float32)
-            for name, texts in zip(names, candidates, strict=True)
-        ]
+    def score_actions(
+        self,
+        states: Sequence[Sequence[dict]],
+        candidates: Sequence[Sequence[str | dict]],
+        *,
+        tools: Sequence[list[dict] | None] | None = None,
+    ) -> list[np.ndarray]:
+        """Promise of candidate actions: for each conversation a float32 [N], the value if that were the next turn.
 
-    def _sort_out(self, messages, name, text, prefix, cached, whole) -> None:
+        A candidate is the text of an assistant message, or the message itself. tools: those of each conversation.
+        """
+        tools = tools or [None] * len(states)
+        actions = [[_as_message(candidate) for candidate in some] for some in candidates]
+        names = [_state_name(messages, tool) for messages, tool in zip(states, tools, strict=True)]
+        keys = [[(name, _action_name(action)) for action in some] for name, some in zip(names, actions, strict=True)]
+        prefixes: dict[str, np.ndarray] = {}
+        cached: list[tuple[tuple[str, str], np.ndarray]] = []
+        whole: list[tuple[tuple[str, str], Any]] = []
+        seen: set[tuple[str, str]] = set()
+        for messages, tool, name, some, some_keys in zip(states, tools, names, actions, keys, strict=True):
+            for action, key in zip(some, some_keys, strict=True):
+                if key in self._memory or key in seen:
+                    continue
+                seen.add(key)
+                if name not in prefixes:
+                    prefixes[name] = np.asarray(self.encoder.prompt(messages, tools=tool), np.int32)
+                one = self.encoder.trajectory([*messages, action], row="candidate", tools=tool)
+                self._sort_out(key, one, prefixes[name], cached, whole)
+        scores = self.score_encoded([one for _, one in whole], ["candidate"] * len(whole))
+        for (key, _), values in zip(whole, scores, strict=True):
+            self._memory[key] = float(values[-1])
+        self._score_cached(prefixes, cached)
+        return [np.asarray([self._memory[key] for key in some], np.float32) for some in keys]
+
+    def _sort_out(self, key, one, prefix, cached, whole) -> None:
         """A candidate that continues its prompt token by token goes after the cache; any other is scored whole."""
-        one = self.encoder.trajectory([*messages, {"role": "assistant", "content": text}], row="candidate")
         rest = one.tokens[len(prefix) :]
         continues = np.array_equal(one.tokens[: len(prefix)], prefix) and 0 < len(rest) <= CANDIDATE_WIDTHS[-1]
         if continues and len(one.tokens) <= self.max_tokens:
-            cached.append((name, text, rest))
+            cached.append((key, rest))
         else:
-            whole.append((name, text, one))
+            whole.append((key, one))
 
     def _score_cached(self, prefixes: dict[str, np.ndarray], candidates: list) -> None:
-        """Packs candidates into rows of their state, first fit, and scores them some rows at a time."""
+        """Packs candidates into rows of their state, as they come, and scores them some rows at a time."""
         # Rows of alike prefixes share a length bucket.
-        candidates.sort(key=lambda item: (len(prefixes[item[0]]), item[0]))
+        candidates.sort(key=lambda item: (len(prefixes[item[0][0]]), item[0][0]))
         rows: list[tuple[str, list]] = []
-        for name, text, rest in candidates:
-            if not rows or rows[-1][0] != name or sum(len(r) for _, r in rows[-1][1]) + len(rest) > CANDIDATE_WIDTHS[-1]:
+        for key, rest in candidates:
+            name, used = key[0], sum(len(other) for _, other in rows[-1][1]) if rows else 0
+            if not rows or rows[-1][0] != name or used + len(rest) > CANDIDATE_WIDTHS[-1]:
                 rows.append((name, []))
-            rows[-1][1].append((text, rest))
+            rows[-1][1].append((key, rest))
         width_of = {
             id(row): next(w for w in CANDIDATE_WIDTHS if sum(len(rest) for _, rest in row[1]) <= w) for row in rows
         }
@@ -172,12 +185,27 @@ class Scorer:
             )
         )
         self._encoded += int((segments > 0).sum())
-        for row, (name, candidates) in enumerate(group):
-            for (text, _), end in zip(candidates, ends[row], strict=True):
-                self._memory[name, text] = float(values[row, end])
+        for row, (_, candidates) in enumerate(group):
+            for (key, _), end in zip(candidates, ends[row], strict=True):
+                self._memory[key] = float(values[row, end])
 
 
-def _bucket(length: int, name: str) -> int:
+def _as_message(candidate: str | dict) -> dict:
+    return {"role": "assistant", "content": candidate} if isinstance(candidate, str) else candidate
+
+
+def _state_name(messages: Sequence[dict], tools: list[dict] | None) -> str:
+    return prefix_hash(messages) if not tools else f"{prefix_hash(messages)} {json.dumps(tools, sort_keys=True)}"
+
+
+def _action_name(message: dict) -> str:
+    """A plain text names itself; any other message, with its calls of tools or its parts, is named by its hash."""
+    plain = message.keys() == {"role", "content"} and isinstance(message["content"], str)
+    return "text " + message["content"] if plain else "message " + prefix_hash([message])
+
+
+def bucket_of(length: int, name: str) -> int:
+    """The padded length a conversation is scored at. Raises UserError, with its name, for one that is too long."""
     for bucket in LENGTH_BUCKETS:
         if length <= bucket:
             return bucket

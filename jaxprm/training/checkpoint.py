@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,9 @@ class Checkpoints:
     """The latest checkpoints of one run. `identity` is what a checkpoint must agree with to be resumed from."""
 
     def __init__(self, directory: Path, identity: dict[str, Any], *, keep: int = 2):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
+        )
         self._manager = ocp.CheckpointManager(Path(directory).absolute(), options=options)
         self._identity = identity
         self._directory = directory
@@ -45,15 +50,30 @@ class Checkpoints:
         return step, restored["state"], meta["position"]
 
     def save(self, step: int, state: Any, position: dict) -> None:
-        """Writes in the background; an unfinished write is never visible as a checkpoint."""
+        """Writes in the background; an unfinished write is never visible as a checkpoint.
+
+        Raises OSError (ENOSPC), here or in the next call, when the disk is full.
+        """
         meta = {"identity": self._identity, "position": position}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-        self._manager.save(step, args=args)
+        with self._full_disk():
+            self._manager.save(step, args=args)
 
     def close(self) -> None:
         """Waits for the last write."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        with self._full_disk():
+            self._manager.wait_until_finished()
+            self._manager.close()
+
+    @contextmanager
+    def _full_disk(self) -> Iterator[None]:
+        """Storage errors arrive as ValueError from a background thread; a full disk is one that users can mend."""
+        try:
+            yield
+        except ValueError as error:
+            if "No space left on device" not in str(error):
+                raise
+            raise OSError(errno.ENOSPC, "No space left on device", str(self._directory)) from error
 
 
 def abstract(state: Any) -> Any:

@@ -9,9 +9,18 @@ import optax
 
 
 def adamw(
-    *, learning_rate: float, steps: int, warmup_steps: int, weight_decay: float, clip: float, head_multiplier: float = 1.0
+    *,
+    learning_rate: float,
+    steps: int,
+    warmup_steps: int,
+    weight_decay: float,
+    clip: float,
+    head_multiplier: float = 1.0,
 ) -> optax.GradientTransformation:
-    """Decays matrices only. Updates of the parameter called `head` are multiplied by `head_multiplier`."""
+    """Decays matrices only: no norm, bias or head. Vectors under `blocks` have a layer axis; they are still vectors.
+
+    Updates of the parameter called `head` are multiplied by `head_multiplier`.
+    """
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=learning_rate,
@@ -21,7 +30,11 @@ def adamw(
     )
 
     def matrices(parameters: Any) -> Any:
-        return jax.tree.map(lambda leaf: leaf.ndim >= 2, parameters)
+        def is_matrix(path, leaf):
+            stacked = any(getattr(key, "key", None) == "blocks" for key in path)
+            return leaf.ndim - stacked >= 2
+
+        return jax.tree_util.tree_map_with_path(is_matrix, parameters)
 
     def speed_up(updates, state, parameters=None):
         del parameters

@@ -1,0 +1,125 @@
+"""A reward model before and after training: made from a policy, written as a directory with its recipe beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import msgspec
+from flax import nnx
+
+from jaxprm import config as config_lib
+from jaxprm import files
+from jaxprm.errors import UserError
+from jaxprm.model import huggingface
+from jaxprm.model.transformer import RewardModel, TransformerConfig
+from jaxprm.training.step import progress_beta
+
+RECIPE = "reward_model.json"
+READ_POSITION = "last token of the chat rendering that ends with the assistant message"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+)  # fmt: skip
+
+# How often a run is looked at or saved changes nothing in what it computes.
+_CADENCE = ("evaluate_every", "checkpoint_every")
+
+
+def from_policy(base: Path, seed: int) -> tuple[TransformerConfig, nnx.State]:
+    """(config, parameters): the policy's transformer and a head drawn from the seed."""
+    config, trunk = huggingface.load_transformer(base)
+    if not config.tie_embeddings:
+        # No token is predicted: an unembedding would be memory, and three times that with the optimizer's moments.
+        config = dataclasses.replace(config, tie_embeddings=True)
+        trunk = nnx.State({name: part for name, part in trunk.items() if name != "unembedding"})
+    head = jax.jit(lambda: nnx.state(RewardModel(config, rngs=nnx.Rngs(seed)))["head"])()
+    return config, nnx.State({"transformer": trunk, "head": head})
+
+
+def identity(
+    settings: config_lib.RewardModel, data: config_lib.Data, seed: int, *, base: Path, dataset: str, tokenizer: str
+) -> dict[str, Any]:
+    """What a training run's result is a function of, given the code; the mesh changes it by rounding only."""
+    section = {name: value for name, value in msgspec.to_builtins(settings).items() if name not in _CADENCE}
+    batch = {"rows": data.rows, "length": data.length, "steps_per_row": data.steps_per_row}
+    return {
+        "config": config_lib.fingerprint({"reward_model": section, "batch": batch}),
+        "base model": config_lib.fingerprint(
+            [files.sha256(path) for path in (base / "config.json", base / "model.safetensors") if path.is_file()]
+        ),
+        "dataset": dataset,
+        "tokenizer": tokenizer,
+        "seed": seed,
+    }
+
+
+def is_written(directory: Path, expected: dict[str, Any]) -> bool:
+    """Whether the model is there, complete.
+
+    Raises UserError when it is there but of another identity, or when the directory is something else.
+    """
+    if not directory.exists():
+        return False
+    recipe = directory / RECIPE
+    if not recipe.is_file():
+        raise UserError(f"{directory}: exists and is no trained reward model ({RECIPE} is missing); move it away")
+    found = files.read_json(recipe)["fingerprints"]
+    for name, value in expected.items():
+        if found.get(name) != value:
+            raise UserError(
+                f"{directory}: trained with another {name} ({_short(found.get(name))}, now {_short(value)}); "
+                "use another work directory or --redo"
+            )
+    return True
+
+
+def write(
+    directory: Path, config: TransformerConfig, parameters: Any, *, base: Path, pad_id: int, end_id: int, recipe: dict
+) -> None:
+    """The model in Hugging Face format, the policy's tokenizer and the recipe; whole, or not at all."""
+    _, source = huggingface.read_config(base)
+    beside = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed
+    beside.mkdir(parents=True)
+    for name in TOKENIZER_FILES:
+        if (base / name).is_file():
+            shutil.copyfile(base / name, beside / name)
+    length = int(source.get("max_position_embeddings") or recipe["max_tokens"])
+    huggingface.write_model(beside, config, parameters, pad_id=pad_id, end_id=end_id, max_length=length)
+    files.write_json(beside / RECIPE, recipe)
+    beside.rename(directory)
+
+
+def recipe(
+    settings: config_lib.RewardModel,
+    seed: int,
+    *,
+    base: Path,
+    max_tokens: int,
+    value_range: tuple[float, float],
+    **found: Any,
+) -> dict[str, Any]:
+    """reward_model.json: how the model was trained and how to read it; `found` is what came out."""
+    targets = ("gae_lambda", "discount", "bootstrap", "progress_gradient", "target_update")
+    return {
+        "format": "jaxprm-reward-model",
+        "version": 1,
+        "label": settings.label,
+        "objective": settings.objective,
+        "read_position": READ_POSITION,
+        "value_range": list(value_range),
+        "max_tokens": max_tokens,
+        "targets": {"beta": progress_beta(settings)} | {name: getattr(settings, name) for name in targets},
+        "config": msgspec.to_builtins(settings),
+        "base": str(base),
+        "seed": seed,
+        **found,
+    }
+
+
+def _short(value: Any) -> str:
+    return str(value)[:12]

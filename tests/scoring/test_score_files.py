@@ -1,0 +1,280 @@
+"""The `score` verb: line k out is about line k in, and an interrupted run ends with the same bytes."""
+
+import errno
+import json
+
+import numpy as np
+import pytest
+
+from jaxprm.errors import UserError
+from jaxprm.scoring import files as score_files
+from jaxprm.scoring import loading
+from jaxprm.scoring.files import Counts, score_file
+from jaxprm.scoring.scorer import Scorer
+from tests.model import tiny
+
+STATE = tiny.reward_model()
+CHUNK = 4
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.write_reward_model(tmp_path_factory.mktemp("model"), STATE)
+
+
+@pytest.fixture(autouse=True)
+def one_scorer(monkeypatch, model):
+    """Loading is tested below; sharing what was compiled keeps these tests fast."""
+    monkeypatch.setattr(score_files.loading, "load_scorer", lambda directory: shared_scorer())
+
+
+_SCORERS: list[Scorer] = []
+
+
+def shared_scorer() -> Scorer:
+    if not _SCORERS:
+        _SCORERS.append(Scorer(tiny.CONFIG, STATE, tiny.encoder(), rows=2))
+    return _SCORERS[0]
+
+
+def line(number: int, **fields) -> str:
+    return json.dumps({"id": f"row-{number}", "messages": tiny.conversation(number, turns=number % 4 + 1)} | fields)
+
+
+def write_lines(path, lines) -> None:
+    path.write_text("".join(one + "\n" for one in lines), encoding="utf-8")
+
+
+@pytest.fixture
+def paths(tmp_path):
+    """An input of ten good lines, and where its scores go."""
+    write_lines(tmp_path / "in.jsonl", [line(number) for number in range(10)])
+    return tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+
+
+def read(path) -> list[dict]:
+    return [json.loads(one) for one in path.read_text().splitlines()]
+
+
+def leftovers(output) -> list[str]:
+    return sorted(path.name for path in output.parent.iterdir() if path.name not in ("in.jsonl", "out.jsonl"))
+
+
+def test_every_step_has_its_message_promise_and_progress(model, paths):
+    input, output = paths
+    assert score_file(model, input, output, chunk=CHUNK) == Counts(scored=10, errors=0)
+    results = read(output)
+    assert [result["id"] for result in results] == [f"row-{number}" for number in range(10)]
+    for number, result in enumerate(results):
+        messages = tiny.conversation(number, turns=number % 4 + 1)
+        encoded = tiny.encoder().trajectory(messages, row="")
+        expected = tiny.values(STATE, encoded.tokens[None])[0, encoded.read_positions]
+        promises = [step["promise"] for step in result["steps"]]
+        tiny.assert_close(promises, expected)
+        assert [step["message"] for step in result["steps"]] == list(range(1, len(messages), 2))
+        assert result["steps"][0]["progress"] is None
+        np.testing.assert_allclose([s["progress"] for s in result["steps"][1:]], np.diff(promises), atol=1e-6)
+        assert result["score"] == promises[-1]
+        assert result.keys() == {"id", "steps", "score"}
+    assert leftovers(output) == []
+
+
+def test_steps_that_are_none_and_steps_that_are_parts_are_told_by_their_message(model, paths):
+    input, output = paths
+    messages = tiny.conversation(3, turns=3)
+    messages[1]["step"] = False
+    messages[5]["content"] = [{"type": "text", "text": "first I look.\n"}, {"type": "text", "text": "get 1 stick"}]
+    write_lines(input, [line(0, messages=messages)])
+    score_file(model, input, output)
+    assert [step["message"] for step in read(output)[0]["steps"]] == [3, 5, 5]
+
+
+BAD = {
+    "not json": ('{"id": "row-1", ', None, "truncated"),
+    "no object": ("[1, 2]", None, "object"),
+    "no messages": ('{"id": "row-1"}', "row-1", "messages"),
+    "unknown field": (line(1, score=1.0), "row-1", "score"),
+    "id is a number": ('{"id": 7, "messages": []}', None, "id"),
+    "no step": (line(1, messages=tiny.conversation(0)[:1]), "row-1", "no assistant message"),
+    "special token": (
+        line(1, messages=[*tiny.conversation(0), {"role": "user", "content": "a <|end|>"}]), "row-1", "<|end|>",
+    ),
+    "too long": (line(1, messages=[{"role": "user", "content": "get 1 stick " * 20000}, *tiny.conversation(0)[1:]]),
+                 "row-1", "tokens, more than"),
+    "empty": ("", None, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_line_is_answered_in_its_place_and_counted(model, paths, kind):
+    input, output = paths
+    bad, id, reason = BAD[kind]
+    write_lines(input, [line(0), bad, line(2)])
+    assert score_file(model, input, output) == Counts(scored=2, errors=1)
+    first, second, third = read(output)
+    assert (first["id"], third["id"]) == ("row-0", "row-2")
+    assert second["id"] == id
+    assert reason in second["error"]
+    assert "\n" not in second["error"]
+    assert second.get("line") == (2 if id is None else None)
+    assert second.keys() == ({"id", "error"} if id else {"id", "line", "error"})
+
+
+def test_bytes_that_are_no_text_and_a_last_line_without_newline(model, paths):
+    input, output = paths
+    input.write_bytes(b'{"id": "\xff"}\n' + line(1).encode())
+    assert score_file(model, input, output) == Counts(scored=1, errors=1)
+    assert [result["id"] for result in read(output)] == [None, "row-1"]
+
+
+def test_an_empty_input_gives_an_empty_output(model, paths):
+    input, output = paths
+    input.write_text("")
+    assert score_file(model, input, output) == Counts(0, 0)
+    assert output.read_text() == ""
+
+
+class Interrupt:
+    """Lets `calls` chunks pass, then raises; counts the chunks that were scored."""
+
+    def __init__(self, monkeypatch, calls: float, error: BaseException | None = None):
+        self.seen, original = 0, Scorer.score_encoded
+
+        def score_encoded(scorer, encoded, names):
+            if self.seen >= calls:
+                raise error
+            self.seen += 1
+            return original(scorer, encoded, names)
+
+        monkeypatch.setattr(Scorer, "score_encoded", score_encoded)
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"id": "row-8", "st', b'{"id":"row-8","error":"whole"}\n'])
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(model, paths, monkeypatch, torn):
+    input, output = paths
+    lines = [line(number) for number in range(11)]
+    lines[2] = "broken"
+    write_lines(input, lines)
+    score_file(model, input, output, chunk=CHUNK)
+    uninterrupted = output.read_bytes()
+    output.write_text("an earlier result\n")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        Interrupt(patch, 2, KeyboardInterrupt())
+        score_file(model, input, output, chunk=CHUNK)
+    assert output.read_text() == "an earlier result\n"
+    partial = output.with_name("out.jsonl.partial")
+    assert partial.read_bytes() == b"".join(uninterrupted.splitlines(keepends=True)[:8])
+    with partial.open("ab") as file:
+        file.write(torn)
+    rest = Interrupt(monkeypatch, np.inf)
+    assert score_file(model, input, output, chunk=CHUNK) == Counts(scored=10, errors=1)
+    assert rest.seen == 1
+    assert output.read_bytes() == uninterrupted
+    assert leftovers(output) == []
+
+
+@pytest.mark.parametrize("change", ["input", "model", "chunk", "partial"])
+def test_a_run_of_another_input_or_model_starts_anew(model, paths, monkeypatch, tmp_path, change):
+    input, output = paths
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        Interrupt(patch, 2, KeyboardInterrupt())
+        score_file(model, input, output, chunk=CHUNK)
+    if change == "input":
+        write_lines(input, [line(number) for number in range(9)])
+    elif change == "model":
+        model = tiny.write_reward_model(tmp_path / "other", tiny.reward_model(seed=1))
+    elif change == "partial":
+        output.with_name("out.jsonl.partial").write_text("of something else\n")
+    everything = Interrupt(monkeypatch, np.inf)
+    score_file(model, input, output, chunk=5 if change == "chunk" else CHUNK)
+    assert everything.seen == {"input": 3, "model": 3, "chunk": 2, "partial": 3}[change]
+    assert len(read(output)) == (9 if change == "input" else 10)
+
+
+@pytest.mark.parametrize("taken", [0, 700])
+def test_a_full_disk_is_one_line_and_what_was_written_is_kept(model, paths, monkeypatch, taken):
+    input, output = paths
+    score_file(model, input, output, chunk=CHUNK)
+    uninterrupted = output.read_bytes()
+    output.unlink()
+    original = score_files._write
+
+    def write_until_full(target, data):
+        """The first chunk fits; of the second `taken` bytes, as a short write leaves them."""
+        if target.tell() == 0:
+            return original(target, data)
+        target.write(data[:taken])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(score_files, "_write", write_until_full)
+        with pytest.raises(UserError, match=r"out.jsonl.partial: no space left .* after 4 of 10 lines") as caught:
+            score_file(model, input, output, chunk=CHUNK)
+    assert "\n" not in str(caught.value)
+    assert not output.exists()
+    rest = Interrupt(monkeypatch, np.inf)
+    assert score_file(model, input, output, chunk=CHUNK) == Counts(10, 0)
+    assert rest.seen == 2
+    assert output.read_bytes() == uninterrupted
+
+
+def test_short_writes_are_finished():
+    class Stubborn:
+        """Takes three bytes at a time, as a pipe or a nearly full disk may."""
+
+        written = b""
+
+        def write(self, data):
+            self.written += bytes(data[:3])
+            return len(data[:3])
+
+    target = Stubborn()
+    score_files._write(target, b"0123456789")
+    assert target.written == b"0123456789"
+
+
+def test_memory_holds_a_chunk_at_a_time(model, paths, monkeypatch):
+    input, output = paths
+    write_lines(input, [line(number % 4) for number in range(41)])
+    sizes, original = [], Scorer.score_encoded
+
+    def score_encoded(scorer, encoded, names):
+        sizes.append(len(encoded))
+        return original(scorer, encoded, names)
+
+    monkeypatch.setattr(Scorer, "score_encoded", score_encoded)
+    score_file(model, input, output, chunk=10)
+    assert sizes == [10, 10, 10, 10, 1]
+
+
+def test_paths_that_cannot_be_are_refused(model, paths, tmp_path):
+    input, output = paths
+    with pytest.raises(UserError, match="no such file"):
+        score_file(model, tmp_path / "missing.jsonl", output)
+    with pytest.raises(UserError, match="is a directory"):
+        score_file(model, input, tmp_path)
+    with pytest.raises(UserError, match="is the input"):
+        score_file(model, input, input)
+    with pytest.raises(UserError, match="no such directory"):
+        score_file(tmp_path / "missing", input, output)
+    score_file(model, input, tmp_path / "new" / "folder" / "out.jsonl")
+    assert len(read(tmp_path / "new" / "folder" / "out.jsonl")) == 10
+
+
+def test_a_discounted_model_has_no_progress(paths, tmp_path):
+    input, output = paths
+    discounted = tiny.write_reward_model(tmp_path / "discounted", STATE, targets={"discount": 0.9})
+    score_file(discounted, input, output)
+    assert {step["progress"] for result in read(output) for step in result["steps"]} == {None}
+
+
+def test_scores_that_are_not_finite_are_an_error():
+    with pytest.raises(UserError, match="not finite"):
+        loading.step_table([1], np.array([np.nan], np.float32), progress=True)
+
+
+def test_numbers_have_the_digits_of_float32():
+    table = loading.step_table([1, 3], np.array([0.1, 0.3], np.float32), progress=True)
+    assert table["steps"][0]["promise"] == 0.1
+    assert table["score"] == 0.3
+    assert table["steps"][1]["progress"] == pytest.approx(0.2, abs=1e-7)

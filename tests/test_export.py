@@ -1,0 +1,270 @@
+"""An exported reward model: others read the same scores from it; it is whole or absent, and overwrites nothing else."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import jaxprm
+from data_pipeline.errors import DataError
+from jaxprm import export as export_module
+from jaxprm import model_card
+from jaxprm.errors import UserError
+from jaxprm.export import MARKER, export
+from tests.model import tiny
+
+STATE = tiny.reward_model()
+RECIPE = {
+    "label": "agentprm",
+    "trained_on": {"trajectories": 1234, "tokens": 56789},
+    "validation": {"loss": 0.0625, "auroc": 0.75, "by_depth": {"1": 0.5}, "note": "text"},
+    "seed": 3,
+    "max_tokens": 1024,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.write_reward_model(tmp_path_factory.mktemp("model"), STATE, **RECIPE)
+
+
+@pytest.fixture(scope="module")
+def trajectories(tmp_path_factory):
+    """Six conversations, one of which has steps that are parts, and an episode that failed before its first action."""
+    path = tmp_path_factory.mktemp("data") / "trajectories.jsonl"
+    conversations = [tiny.conversation(seed, turns=turns) for seed, turns in enumerate((1, 2, 7, 3, 10, 5))]
+    conversations[1][1]["content"] = [{"type": "text", "text": "I look.\n"}, {"type": "text", "text": "get 1 stick"}]
+    lines = [json.dumps({"id": str(index), "messages": one}) for index, one in enumerate(conversations)]
+    lines.append(json.dumps({"id": "failed", "messages": tiny.conversation(0)[:1], "ended": "error"}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(model, trajectories, tmp_path_factory):
+    """(directory, what export returned), verified by transformers on the trajectories."""
+    output = tmp_path_factory.mktemp("hub") / "agentprm"
+    return output, export(model, output, verify=True, trajectories=trajectories)
+
+
+def names(directory) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
+def test_transformers_scores_every_read_position_the_same(exported):
+    output, made = exported
+    assert made["trajectories"] == 6
+    assert made["read_positions"] == 1 + 3 + 7 + 3 + 10 + 5
+    assert 0 < made["largest_difference"] <= made["bound"] == pytest.approx(1e-5 * max(1, made["rms"]))
+    assert made["rms"] > 0.3
+    assert names(output) == {*made["files"], MARKER}
+    assert names(output.parent) == {"agentprm"}
+
+
+def test_the_config_says_what_consumers_look_for(exported):
+    config = json.loads((exported[0] / "config.json").read_text())
+    assert config["architectures"] == ["Qwen2ForSequenceClassification"]
+    assert (config["num_labels"], config["problem_type"], config["id2label"]) == (1, "regression", {"0": "value"})
+    encoder = tiny.encoder()
+    assert config["pad_token_id"] == encoder.pad_id
+    read = encoder.trajectory(tiny.conversation(0), row="").tokens[-1]
+    assert config["pad_token_id"] not in (config["eos_token_id"], read)
+
+
+def test_the_code_of_the_model_card_runs_and_gives_our_scores(exported):
+    output, _ = exported
+    blocks = re.findall(r"```python\n(.*?)```", (output / "README.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) == 2
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(blocks)], cwd=output, capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": str(Path(jaxprm.__file__).parents[1])},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second, steps, actions = done.stdout.strip().splitlines()
+    theirs = [ast.literal_eval(line) for line in (first, second)]
+    ours = ast.literal_eval(steps)
+    assert [step["message"] for step in theirs] == [step["message"] for step in ours] == [1, 3]
+    tiny.assert_close([step["promise"] for step in ours], [step["promise"] for step in theirs])
+    assert theirs[0]["progress"] is ours[0]["progress"] is None
+    assert ours[1]["progress"] == pytest.approx(theirs[1]["progress"], abs=2e-5)
+    # The first candidate is the action that was taken.
+    assert float(re.search(r"promise=([-\d.e]+)", actions)[1]) == pytest.approx(ours[1]["promise"], abs=1e-5)
+
+
+def test_the_model_card_tells_what_it_is_and_what_was_checked(exported):
+    output, made = exported
+    card = (output / "README.md").read_text()
+    for words in (
+        "pipeline_tag: text-classification", "base_model: policies/tiny", "AgentPRM (arXiv 2511.08325)",
+        "1,234 trajectories", "[0, 1]", "gae_lambda 0.95", "Read position: last token", "Seed: 3",
+        f"all {made['read_positions']} read positions of 6 conversations", f"{made['largest_difference']:.1e}",
+        "were not run", "| validation auroc | 0.75 |", "| validation by_depth 1 | 0.5 |",
+        "head_dim is not hidden_size / heads",
+    ):  # fmt: skip
+        assert words in card
+    assert "note" not in card
+
+
+def test_an_exported_model_is_one_of_ours(exported, model):
+    conversation = [tiny.conversation(4, turns=5)]
+    ours, theirs = (jaxprm.load(directory).score(conversation) for directory in (model, exported[0]))
+    assert ours == theirs
+
+
+@pytest.fixture
+def plain(model, tmp_path):
+    """An export that was not verified."""
+    export(model, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def test_an_export_that_was_not_checked_says_so(plain):
+    assert "Nothing: exported without `--verify`" in (plain / "README.md").read_text()
+
+
+def test_an_earlier_export_is_replaced_and_nothing_is_left_beside_it(plain, tmp_path):
+    other = tiny.write_reward_model(tmp_path / "other", tiny.reward_model(seed=1))
+    before = (plain / "model.safetensors").read_bytes()
+    export(other, plain)
+    assert (plain / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes() != before
+    assert names(tmp_path) == {"out", "other"}
+
+
+def test_a_directory_with_anything_else_in_it_is_refused_and_left_alone(model, plain, tmp_path):
+    (plain / ".git").mkdir()
+    before = names(plain)
+    with pytest.raises(UserError, match=r"holds \.git, which export did not write"):
+        export(model, plain)
+    assert names(plain) == before
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").touch()
+    with pytest.raises(UserError, match="not empty and was not made by export"):
+        export(model, foreign)
+    assert names(foreign) == {"thesis.tex"}
+    with pytest.raises(UserError, match="is a file"):
+        export(model, foreign / "thesis.tex")
+    (tmp_path / ".new.partial").mkdir()
+    (tmp_path / ".new.partial" / "mine").touch()
+    with pytest.raises(UserError, match="is in the way"):
+        export(model, tmp_path / "new")
+
+
+def test_an_empty_directory_is_filled(model, tmp_path):
+    (tmp_path / "out").mkdir()
+    made = export(model, tmp_path / "out")
+    assert names(tmp_path / "out") == {*made["files"], MARKER}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_an_export_that_fails_leaves_what_was_there(model, plain, tmp_path, monkeypatch, error):
+    before = {path.name: path.read_bytes() for path in plain.iterdir()}
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(export_module, "model_card", fail)
+    for output in (plain, tmp_path / "new"):
+        with pytest.raises(type(error)):
+            export(model, output)
+    assert {path.name: path.read_bytes() for path in plain.iterdir()} == before
+    assert names(tmp_path) == {"out"}
+
+
+def test_what_a_killed_export_left_is_cleared_away(model, plain, tmp_path):
+    """Killed while writing, and killed between the two renames."""
+    for name in (".out.partial", ".out.old"):
+        leftover = tmp_path / name
+        leftover.mkdir()
+        (leftover / (MARKER + ".tmp")).touch()
+        (leftover / "model.safetensors").write_bytes(b"half")
+    export(model, plain)
+    assert names(tmp_path) == {"out"}
+    plain.rename(tmp_path / ".out.old")
+    export(model, plain)
+    assert names(tmp_path) == {"out"}
+
+
+@pytest.mark.parametrize("broken", ["value", "nan"])
+def test_scores_that_differ_are_an_error_and_nothing_is_exported(model, trajectories, tmp_path, monkeypatch, broken):
+    def wrong(_, cases):
+        values = [tiny.values(STATE, np.array([case["tokens"]]))[0, case["read_positions"]].tolist() for case in cases]
+        values[2][4] = np.nan if broken == "nan" else values[2][4] + 2e-5
+        return {"values": values, "transformers": "5", "torch": "2"}
+
+    monkeypatch.setattr(export_module, "_their_scores", wrong)
+    with pytest.raises(UserError, match=r"scores differ by .* in .*trajectories.jsonl:3, bound 1.00e-05"):
+        export(model, tmp_path / "out", verify=True, trajectories=trajectories)
+    assert names(tmp_path) == set()
+
+
+def test_a_directory_that_transformers_cannot_read_is_told_in_its_words(plain):
+    (plain / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"transformers does not read the export: .") as caught:
+        export_module._their_scores(plain, [])
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_torch_is_told_with_the_line_that_installs_it(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install torch==.*whl/cpu"):
+        export(model, tmp_path / "out", verify=True)
+    assert names(tmp_path) == set()
+    export(model, tmp_path / "out")
+
+
+def test_trajectories_that_cannot_be_read_are_named(model, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"id": "x"}\n')
+    for path, words in ((bad, r"bad\.jsonl:1"), (tmp_path / "missing.jsonl", r"missing\.jsonl: cannot be read")):
+        with pytest.raises(DataError, match=words):
+            export(model, tmp_path / "out", verify=True, trajectories=path)
+    bad.write_text("")
+    with pytest.raises(UserError, match="no trajectory to verify on"):
+        export(model, tmp_path / "out", verify=True, trajectories=bad)
+    with pytest.raises(UserError, match="add --verify"):
+        export(model, tmp_path / "out", trajectories=bad)
+    assert names(tmp_path) == {"bad.jsonl"}
+
+
+def test_a_pad_token_that_ends_messages_is_refused(tmp_path):
+    directory = tiny.write_reward_model(tmp_path / "model", STATE)
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": "<|end|>"}))
+    with pytest.raises(UserError, match=r"pad_token is '<\|end\|>', which also ends a message"):
+        export(directory, tmp_path / "out")
+    assert names(tmp_path) == {"model"}
+
+
+def test_a_tokenizer_that_transformers_would_rebuild_otherwise_is_refused(tmp_path):
+    """GPT-2's words keep the space before a number, Qwen2's do not: AutoTokenizer reads the latter for this family."""
+    directory = tiny.write_reward_model(tmp_path / "model", STATE)
+    path = directory / "tokenizer.json"
+    settings = json.loads(path.read_text())
+    byte_level = settings["pre_tokenizer"]["pretokenizers"][1]
+    settings["pre_tokenizer"] = byte_level | {"use_regex": True}
+    settings["model"]["merges"].append(["\u0120", "1"])
+    settings["model"]["vocab"]["\u01201"] = settings["model"]["vocab"].pop("~")
+    path.write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="AutoTokenizer does not give the tokens it was trained on"):
+        export(directory, tmp_path / "out")
+    assert names(tmp_path) == {"model"}
+
+
+@pytest.mark.parametrize(
+    ("base", "shown"),
+    [("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B"), ("/home/someone/policies/mine", "mine"), (None, "unknown")],
+)
+def test_the_base_model_is_named_without_anybodys_paths(base, shown):
+    assert export_module.base_name({"base": base}) == shown
+    card = model_card.model_card({"base": shown}, {"head_dim": 1, "num_attention_heads": 1, "hidden_size": 1,
+                                                   "max_position_embeddings": 8}, None)  # fmt: skip
+    assert f"Base model: {shown}" in card
+    assert ("base_model:" in card) == ("/" in shown)
+    assert "Data: not recorded" in card

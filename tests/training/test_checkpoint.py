@@ -1,0 +1,80 @@
+"""What a checkpoint gives back, and what it refuses."""
+
+from __future__ import annotations
+
+import errno
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxprm.errors import UserError
+from jaxprm.training.checkpoint import Checkpoints, abstract
+
+IDENTITY = {"config": "c", "base model": "b", "dataset": "d", "tokenizer": "t", "seed": 3}
+
+
+def state_of(value: float) -> dict:
+    return {"parameters": {"head": jnp.full(3, value)}, "step": jnp.int32(value)}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """Three checkpoints, of which the last two are kept."""
+    directory = tmp_path_factory.mktemp("checkpoints")
+    checkpoints = Checkpoints(directory, IDENTITY, keep=2)
+    for step in (10, 20, 30):
+        checkpoints.save(step, state_of(step), {"batches": step})
+    checkpoints.close()
+    return directory
+
+
+def test_the_newest_comes_back_with_its_position(directory):
+    checkpoints = Checkpoints(directory, IDENTITY)
+    step, state, position = checkpoints.restore(abstract(state_of(0)))
+    checkpoints.close()
+    assert (step, position, int(state["step"])) == (30, {"batches": 30}, 30)
+    np.testing.assert_array_equal(state["parameters"]["head"], np.full(3, 30, np.float32))
+    assert sorted(path.name for path in directory.iterdir()) == ["20", "30"]
+
+
+def test_an_empty_directory_has_nothing_to_restore(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "none", IDENTITY)
+    assert checkpoints.restore(abstract(state_of(0))) is None
+    assert checkpoints.latest_step() is None
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("name", IDENTITY)
+def test_another_identity_is_refused_by_name(directory, name):
+    checkpoints = Checkpoints(directory, IDENTITY | {name: "other"})
+    with pytest.raises(UserError, match=f"its {name} differs") as raised:
+        checkpoints.restore(abstract(state_of(0)))
+    checkpoints.close()
+    assert "\n" not in str(raised.value)
+
+
+def test_a_full_disk_is_an_error_of_the_system(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path / "full", IDENTITY)
+    message = "RESOURCE_EXHAUSTED: ... Failed to write 9 bytes to file 4: No space left on device [os_error_code='28']"
+
+    def fail(*_, **__):
+        raise ValueError(message)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints._manager, "save", fail)
+        with pytest.raises(OSError) as raised:
+            checkpoints.save(1, state_of(1), {})
+        assert raised.value.errno == errno.ENOSPC and raised.value.filename == str(tmp_path / "full")
+        message = "another mistake"
+        with pytest.raises(ValueError, match="another mistake"):
+            checkpoints.save(1, state_of(1), {})
+    checkpoints.close()
+
+
+def test_what_a_killed_process_left_unfinished_is_cleaned_up(directory):
+    unfinished = directory / "40.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    checkpoints = Checkpoints(directory, IDENTITY)
+    assert checkpoints.latest_step() == 30 and not unfinished.exists()
+    checkpoints.close()

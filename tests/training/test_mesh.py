@@ -1,0 +1,32 @@
+"""Any mesh gives the same gradients as one device."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_gradients_do_not_depend_on_the_mesh(toy):
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    }
+    command = [sys.executable, str(Path(__file__).with_name("mesh_gradients.py")), str(toy.shards), str(toy.base)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert set(report) == {"1x1", "8x1", "2x4", "4x2"}
+    for mesh, found in report.items():
+        assert found["gradient"] < 1e-5, (mesh, found)
+        assert found["parameters"] < 1e-4, (mesh, found)
+        # With fsdp every parameter but the odd ones is split; without it none is.
+        assert (found["split"] > 10) == (mesh in ("2x4", "4x2")), (mesh, found)

@@ -1,0 +1,174 @@
+"""The whole step against naive loops: weights, targets from a target network, state values, their losses."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from jaxprm import config as config_lib
+from jaxprm.model import huggingface
+from jaxprm.model.transformer import RewardModel, TransformerConfig
+from jaxprm.training.step import initial_state, make_train_step, readouts, reward_loss
+
+CONFIG = TransformerConfig(
+    vocab_size=20, hidden_size=16, layers=1, heads=2, kv_heads=1, head_dim=8, intermediate_size=24
+)
+GRAPH = huggingface.reward_model_graph(CONFIG)
+ROWS, LENGTH, SLOTS = 2, 48, 12
+BETA, LAMBDA = 0.5, 0.8
+
+
+def pack(rows: list[list[dict]]) -> dict[str, np.ndarray]:
+    """Trajectories {"tokens", "reads", "states", "outcome", "weight"} in the rows they are given in."""
+    batch = {name: np.zeros((ROWS, LENGTH), np.int32) for name in ("tokens", "segments", "positions")}
+    batch |= {name: np.zeros((ROWS, SLOTS), np.int32) for name in ("read_positions", "state_positions")}
+    batch |= {name: np.zeros((ROWS, SLOTS), np.float32) for name in ("rewards", "weights")}
+    batch |= {name: np.zeros((ROWS, SLOTS), bool) for name in ("is_first", "is_last", "valid")}
+    for row, trajectories in enumerate(rows):
+        token = slot = 0
+        for number, one in enumerate(trajectories, start=1):
+            length, steps = len(one["tokens"]), len(one["reads"])
+            span, slots = slice(token, token + length), slice(slot, slot + steps)
+            batch["tokens"][row, span], batch["segments"][row, span] = one["tokens"], number
+            batch["positions"][row, span] = np.arange(length)
+            batch["read_positions"][row, slots] = np.array(one["reads"]) + token
+            batch["state_positions"][row, slots] = np.array(one["states"]) + token
+            batch["weights"][row, slots], batch["valid"][row, slots] = one["weight"], True
+            batch["is_first"][row, slot], batch["is_last"][row, slot + steps - 1] = True, True
+            batch["rewards"][row, slot + steps - 1] = one["outcome"]
+            token, slot = token + length, slot + steps
+    return batch
+
+
+def trajectory(seed: int, steps: int, outcome: float, weight: float = 1.0) -> dict:
+    rng = np.random.default_rng(seed)
+    reads = [3 + 3 * step for step in range(steps)]
+    tokens = rng.integers(1, CONFIG.vocab_size, reads[-1] + 1)
+    return {
+        "tokens": tokens, "reads": reads, "states": [read - 2 for read in reads], "outcome": outcome, "weight": weight
+    }
+
+
+def parameters(seed: int):
+    """A model whose values spread: a head of unit scale."""
+    state = jax.jit(lambda: nnx.state(RewardModel(CONFIG, rngs=nnx.Rngs(seed))))()
+    head = np.random.default_rng(seed).normal(size=CONFIG.hidden_size) * CONFIG.hidden_size**-0.5
+    return nnx.State({"transformer": state["transformer"], "head": nnx.Param(jax.numpy.asarray(head, np.float32))})
+
+
+def settings(**changes) -> config_lib.RewardModel:
+    return config_lib.RewardModel(label="step", beta=BETA, gae_lambda=LAMBDA, **changes)
+
+
+@pytest.fixture(scope="module")
+def copy_step():
+    """An online-like step: its target network is a copy every second step. Plain gradient descent."""
+    chosen = settings(target_update="copy", target_every=2)
+    step = jax.jit(make_train_step(GRAPH, optax.sgd(0.1), chosen))
+    return step, initial_state(parameters(0), optax.sgd(0.1), chosen)
+
+
+def naive_loss(values, state_values, target_values, target_states, batch, chosen, objective) -> dict[str, float]:
+    """Loops over the steps of every trajectory; sums divided by the weight of the steps trained."""
+    sums = {"value": 0.0, "progress": 0.0, "state": 0.0, "weight": 0.0}
+    for row in range(ROWS):
+        slots = np.flatnonzero(batch["valid"][row])
+        for begin in slots[batch["is_first"][row, slots]]:
+            end = begin + int(np.flatnonzero(batch["is_last"][row, begin:])[0])
+            outcome, weight = batch["rewards"][row, end], batch["weights"][row, begin]
+            targets = {end: outcome}
+            for t in range(end - 1, begin - 1, -1):
+                if objective != "agentprm":
+                    targets[t] = outcome
+                elif chosen.bootstrap == "action":
+                    targets[t] = (1 - LAMBDA) * target_values[row, t] + LAMBDA * targets[t + 1]
+                else:
+                    targets[t] = (1 - LAMBDA) * target_states[row, t + 1] + LAMBDA * targets[t + 1]
+            for t in [end] if objective == "orm" else range(begin, end + 1):
+                sums["weight"] += weight
+                sums["value"] += weight * (values[row, t] - targets[t]) ** 2 / 2
+                if state_values is not None:
+                    sums["state"] += weight * (state_values[row, t] - targets[t]) ** 2 / 2
+                if t > begin and objective == "agentprm":
+                    change = values[row, t] - values[row, t - 1] - (targets[t] - targets[t - 1])
+                    sums["progress"] += weight * change**2 / 2
+    return {f"{name}_loss": sums[name] / sums["weight"] for name in ("value", "progress", "state")}
+
+
+ROWS_OF_TWO = [
+    [trajectory(1, 3, 1.0, weight=3.0), trajectory(2, 2, 0.0)],
+    [trajectory(3, 4, 0.25, weight=2.0), trajectory(4, 1, 1.0)],
+]
+
+
+def test_a_weight_is_a_repetition_through_the_whole_step(copy_step):
+    step, state = copy_step
+    thrice, once = trajectory(1, 3, 1.0, weight=3.0), trajectory(2, 4, 0.0)
+    weighted = pack([[once], [thrice]])
+    repeated = pack([[thrice | {"weight": 1.0}, once], [thrice | {"weight": 1.0}] * 2])
+    one, metrics = step(state, weighted)
+    other, expected = step(state, repeated)
+    assert float(metrics["weight"]) == float(expected["weight"]) == 13
+    for name in ("loss", "value_loss", "progress_loss", "gradient_norm"):
+        assert float(metrics[name]) == pytest.approx(float(expected[name]), rel=1e-5)
+    moved = jax.tree.map(lambda after, before: after - before, one["parameters"], state["parameters"])
+    difference = jax.tree.map(lambda a, b: a - b, one["parameters"], other["parameters"])
+    assert float(optax.tree.norm(difference)) < 1e-5 * float(optax.global_norm(moved))
+    # The test can fail: without its weight the trajectory counts otherwise.
+    _, unweighted = step(state, pack([[once], [thrice | {"weight": 1.0}]]))
+    assert abs(float(unweighted["loss"]) - float(metrics["loss"])) > 1e-2 * float(metrics["loss"])
+
+
+def test_a_copied_target_network_stands_still_between_copies(copy_step):
+    step, state = copy_step
+    batch, states = pack(ROWS_OF_TWO), [state]
+    for _ in range(3):
+        states.append(step(states[-1], batch)[0])
+    heads = [np.asarray(one["parameters"]["head"][...]) for one in states]
+    targets = [np.asarray(one["target"]["head"][...]) for one in states]
+    assert [int(one["step"]) for one in states] == [0, 1, 2, 3]
+    assert not np.array_equal(heads[0], heads[1])
+    for target, source in zip(targets, (0, 0, 2, 2), strict=True):
+        np.testing.assert_array_equal(target, heads[source])
+
+
+def test_targets_come_from_the_moving_average_and_state_values_are_trained():
+    chosen = settings(bootstrap="state", target_update="ema", target_decay=0.75)
+    optimizer, batch = optax.sgd(0.1), pack(ROWS_OF_TWO)
+    state = initial_state(parameters(0), optimizer, chosen) | {"target": parameters(5)}
+    read = jax.jit(lambda parameters: readouts(nnx.merge(GRAPH, parameters), batch, states=True))
+    values, state_values = map(np.asarray, read(state["parameters"]))
+    target_values, target_states = map(np.asarray, read(state["target"]))
+    assert np.std(values[batch["valid"]]) > 0.3 and np.std((target_states - state_values)[batch["valid"]]) > 0.3
+
+    new, metrics = jax.jit(make_train_step(GRAPH, optimizer, chosen))(state, batch)
+    expected = naive_loss(values, state_values, target_values, target_states, batch, chosen, "agentprm")
+    for name, value in expected.items():
+        assert float(metrics[name]) == pytest.approx(value, rel=1e-5), name
+    total = expected["value_loss"] + BETA * expected["progress_loss"] + expected["state_loss"]
+    assert float(metrics["loss"]) == pytest.approx(total, rel=1e-5)
+    assert int(metrics["tokens"]) == np.count_nonzero(batch["segments"])
+    mixed = jax.tree.map(lambda old, now: 0.75 * old + 0.25 * now, state["target"], new["parameters"])
+    for found, wanted in zip(jax.tree.leaves(new["target"]), jax.tree.leaves(mixed), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("objective", ["agentprm", "pvm", "orm"])
+def test_every_objective_is_its_naive_loss(objective):
+    chosen, batch, state = settings(objective=objective), pack(ROWS_OF_TWO), parameters(0)
+
+    @jax.jit
+    def compute(state):
+        values, _ = readouts(nnx.merge(GRAPH, state), batch, states=False)
+        return values, *reward_loss(GRAPH, state, None, batch, chosen)
+
+    values, loss, metrics = compute(state)
+    expected = naive_loss(np.asarray(values), None, np.asarray(values), None, batch, chosen, objective)
+    assert float(metrics["value_loss"]) == pytest.approx(expected["value_loss"], rel=1e-5)
+    if objective == "agentprm":
+        assert float(metrics["progress_loss"]) == pytest.approx(expected["progress_loss"], rel=1e-5)
+    beta = BETA if objective == "agentprm" else 0.0  # the baselines have no progress loss
+    assert float(loss) == pytest.approx(expected["value_loss"] + beta * expected["progress_loss"], rel=1e-5)

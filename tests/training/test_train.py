@@ -1,0 +1,256 @@
+"""A reward model trained on the toy: what it learns, what it leaves behind, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import msgspec
+import numpy as np
+import pytest
+from flax import nnx
+
+from data_pipeline.batches import training_batches
+from data_pipeline.encode import Encoder
+from data_pipeline.errors import DataError
+from jaxprm import files
+from jaxprm.errors import UserError
+from jaxprm.model import huggingface
+from jaxprm.training import train
+from jaxprm.training.evaluate import evaluate_model, summary
+from jaxprm.training.reward_model import from_policy
+from jaxprm.training.train import train_reward_model
+
+
+class Trained(NamedTuple):
+    output: Path
+    model: Path
+    lines: list[dict]
+    compiled: Counter
+
+    @property
+    def losses(self) -> list[float]:
+        return [line["loss"] for line in self.lines if "loss" in line]
+
+    @property
+    def validations(self) -> list[dict]:
+        return [line for line in self.lines if "validation_loss" in line]
+
+
+@pytest.fixture(scope="session")
+def compilations() -> Counter:
+    """How often each jitted function was compiled in this process."""
+    counts: Counter = Counter()
+
+    def listen(event: str, duration: float, **details) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            counts[details.get("fun_name", "")] += 1
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return counts
+
+
+@pytest.fixture(scope="module")
+def train_toy(toy, tmp_path_factory, compilations):
+    def run(output: Path | None = None, **changes) -> Trained:
+        output = output or tmp_path_factory.mktemp("training")
+        before = compilations.copy()
+        model = train_reward_model(
+            toy.experiment, toy.settings(**changes), 0, shards=toy.shards, base=toy.base, output=output
+        )
+        return Trained(output, model, list(files.read_lines(output / "metrics.jsonl")), compilations - before)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(train_toy) -> Trained:
+    return train_toy()
+
+
+def refused(error: type[Exception], match: str, toy, output: Path, **changes) -> None:
+    arguments = {"experiment": toy.experiment, "settings": toy.settings(), "shards": toy.shards, "base": toy.base}
+    with pytest.raises(error, match=match) as raised:
+        train_reward_model(**arguments | changes, seed=0, output=output)
+    assert "\n" not in str(raised.value)
+
+
+def test_the_loss_falls_and_values_tell_success_from_failure(trained, toy):
+    assert np.mean(trained.losses[-8:]) < 0.8 * np.mean(trained.losses[:8])
+    last = trained.validations[-1]
+    assert last["auroc"] > 0.75 and last["explained_variance"] > 0.1
+    assert last["validation_loss"] < trained.validations[0]["validation_loss"]
+
+
+def test_promise_grows_towards_the_goal(trained):
+    """The value of going to 5 from 4 is above that of going to 3, and far above that of the failing move to 0."""
+    config, parameters = huggingface.load_reward_model(trained.model)
+    graph, encoder = huggingface.reward_model_graph(config), Encoder.load(trained.model)
+
+    @jax.jit
+    def values_of(tokens, reads):
+        return nnx.merge(graph, parameters)(tokens, jnp.arange(64)[None], jnp.ones_like(tokens), reads)
+
+    def promise(*places: int) -> float:
+        messages = [{"role": "user", "content": f"start at {places[0]}, reach 6"}]
+        for place in places[1:]:
+            messages += [{"role": "assistant", "content": f"go to {place}"}, {"role": "user", "content": f"at {place}"}]
+        encoded = encoder.trajectory(messages[:-1], row="walk")
+        tokens = np.full((1, 64), encoder.pad_id, np.int32)
+        tokens[0, : len(encoded.tokens)] = encoded.tokens
+        return float(values_of(tokens, encoded.read_positions[None, -1:])[0, 0])
+
+    assert promise(4, 5) > promise(4, 3)
+    assert promise(4, 5, 6) > promise(2, 1, 0) + 0.3
+
+
+def test_every_step_and_every_validation_is_logged_once(trained, toy):
+    steps = len(training_batches(toy.shards, rows=8, length=128, steps_per_row=32, epochs=4, seed=0))
+    assert [line["step"] for line in trained.lines if "loss" in line] == list(range(1, steps + 1))
+    assert [line["step"] for line in trained.validations] == [*range(20, steps, 20), steps]
+    assert {"value_loss", "progress_loss", "gradient_norm", "tokens", "weight"} <= set(trained.lines[0])
+    assert {"explained_variance", "auroc", "auroc_within_task"} <= set(trained.validations[0])
+
+
+def test_nothing_is_compiled_twice(trained):
+    for step in ("train_step", "evaluation_step"):
+        assert sum(count for name, count in trained.compiled.items() if step in name) == 1, step
+
+
+def test_the_model_directory_is_complete_and_says_how_it_was_made(trained, toy):
+    recipe = json.loads((trained.model / "reward_model.json").read_text())
+    assert recipe["label"] == "toy" and recipe["objective"] == "agentprm" and recipe["seed"] == 0
+    assert recipe["targets"]["gae_lambda"] == 0.95 and recipe["targets"]["beta"] == 1.0
+    assert recipe["value_range"] == [0.0, 1.0]
+    assert recipe["validation"]["auroc"] == pytest.approx(trained.validations[-1]["auroc"])
+    assert recipe["steps"] == len(trained.losses)
+    assert recipe["trained_on"]["tokens"] == sum(line["tokens"] for line in trained.lines if "loss" in line)
+    assert Encoder.load(trained.model).fingerprint == Encoder.load(toy.base).fingerprint
+    config = json.loads((trained.model / "config.json").read_text())
+    assert config["architectures"] == ["Qwen2ForSequenceClassification"] and config["max_position_embeddings"] == 256
+    assert not list(trained.output.glob("*.partial"))
+
+
+def test_a_written_model_scores_as_it_did_in_training(trained, toy):
+    records = evaluate_model(trained.model, toy.shards, "validation", toy.experiment.data)
+    last = trained.validations[-1]
+    found = summary(records)
+    assert found.pop("loss") == pytest.approx(last["validation_loss"], rel=1e-5)
+    assert found == pytest.approx({name: last[name] for name in found}, rel=1e-5)
+    # Half of the trajectories are duplicates; records count them by weight.
+    assert records.weights.sum() > len(records.weights)
+    assert set(records.tasks) == {f"validation/{task}" for task in range(12)}
+
+
+def test_a_finished_model_is_returned_at_once(trained, toy, monkeypatch):
+    monkeypatch.setattr(train, "training_batches", None)
+    arguments = {"shards": toy.shards, "base": toy.base, "output": trained.output}
+    assert train_reward_model(toy.experiment, toy.settings(), 0, **arguments) == trained.model
+    # Looking at it more often is no other model.
+    assert train_reward_model(toy.experiment, toy.settings(evaluate_every=7), 0, **arguments) == trained.model
+
+
+def test_a_finished_model_of_another_config_is_refused(trained, toy):
+    refused(UserError, "another config", toy, trained.output, settings=toy.settings(gae_lambda=0.5))
+    data = msgspec.structs.replace(toy.experiment.data, rows=4)
+    other = msgspec.structs.replace(toy.experiment, data=data)
+    refused(UserError, "another config", toy, trained.output, experiment=other)
+
+
+def test_a_checkpoint_of_another_config_or_seed_is_refused(trained, toy, tmp_path):
+    shutil.copytree(trained.output / "checkpoints", tmp_path / "checkpoints")
+    refused(UserError, "its config differs", toy, tmp_path, settings=toy.settings(learning_rate=1e-4))
+    with pytest.raises(UserError, match="its seed differs"):
+        train_reward_model(toy.experiment, toy.settings(), 1, shards=toy.shards, base=toy.base, output=tmp_path)
+    assert (tmp_path / "checkpoints").is_dir() and not (tmp_path / "model").exists()
+
+
+def test_shards_of_another_tokenizer_are_refused(toy, tmp_path):
+    shutil.copytree(toy.base, tmp_path / "base")
+    template = tmp_path / "base" / "chat_template.jinja"
+    template.write_text(template.read_text() + "{# another #}")
+    refused(DataError, "built with tokenizer", toy, tmp_path / "output", base=tmp_path / "base")
+
+
+def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused(toy, tmp_path):
+    shutil.copytree(toy.base, tmp_path / "base")
+    config, trunk = huggingface.load_transformer(toy.base)
+    small = dataclasses.replace(config, vocab_size=200)
+    trunk["embedding"] = nnx.Param(trunk["embedding"][:200])
+    huggingface.write_model(tmp_path / "base", small, trunk, pad_id=0, end_id=1, max_length=256)
+    refused(UserError, "its embedding 200", toy, tmp_path / "output", base=tmp_path / "base")
+
+
+def test_a_directory_that_is_no_reward_model_is_left_alone(toy, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "thesis.txt").write_text("mine")
+    refused(UserError, "no trained reward model", toy, tmp_path)
+    assert (tmp_path / "model" / "thesis.txt").read_text() == "mine"
+
+
+def test_settings_that_train_nothing_are_refused_before_any_file_is_read(toy, tmp_path):
+    settings = toy.settings(gae_lambda=0.0)
+    refused(UserError, "gae_lambda is 0", toy, tmp_path, settings=settings, base=tmp_path / "nowhere")
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_last_good_checkpoint(toy, tmp_path, monkeypatch):
+    def make_train_step(graph, optimizer, settings):
+        def train_step(state, batch):
+            step = state["step"] + 1
+            loss = jnp.where(step == 8, jnp.nan, 1.0)
+            return state | {"step": step}, {"loss": loss, "gradient_norm": jnp.float32(1)}
+
+        return train_step
+
+    monkeypatch.setattr(train, "make_train_step", make_train_step)
+    settings = toy.settings(checkpoint_every=5, evaluate_every=1000)
+    where = rf"loss is nan at step 8; last good checkpoint: .*{tmp_path.name}/checkpoints/5;"
+    refused(UserError, where, toy, tmp_path, settings=settings)
+    assert [line["step"] for line in files.read_lines(tmp_path / "metrics.jsonl")] == list(range(1, 8))
+    assert not (tmp_path / "model").exists()
+    # The same again, from the checkpoint: neither a line is doubled nor a bad state was saved.
+    refused(UserError, where, toy, tmp_path, settings=settings)
+    assert [line["step"] for line in files.read_lines(tmp_path / "metrics.jsonl")] == list(range(1, 8))
+
+
+def test_an_interrupted_run_writes_its_model_from_the_last_checkpoint(trained, train_toy, tmp_path):
+    """Killed between the last checkpoint and the model, with a half-written model beside it."""
+    shutil.copytree(trained.output, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "model")
+    (tmp_path / "run" / "model.partial").mkdir()
+    again = train_toy(tmp_path / "run")
+    for name in ("model.safetensors", "reward_model.json", "config.json", "tokenizer.json"):
+        assert (again.model / name).read_bytes() == (trained.model / name).read_bytes(), name
+    assert again.lines == trained.lines
+    assert not any("train_step" in name for name in again.compiled)
+
+
+@pytest.mark.parametrize("objective", ["pvm", "orm"])
+def test_the_baselines_train_on_the_same_shards(train_toy, objective):
+    found = train_toy(objective=objective, epochs=2)
+    assert np.mean(found.losses[-5:]) < np.mean(found.losses[:5])
+    assert found.validations[-1]["auroc"] > 0.7
+    assert json.loads((found.model / "reward_model.json").read_text())["targets"]["beta"] == 0.0
+
+
+def test_a_reward_model_starts_from_the_policy_and_its_head_from_the_seed(toy, tmp_path):
+    config, trunk = huggingface.load_transformer(toy.base)
+    untied = dataclasses.replace(config, tie_embeddings=False)
+    policy = nnx.State(dict(trunk.items()) | {"unembedding": nnx.Param(trunk["embedding"][...] + 1)})
+    huggingface.write_model(tmp_path, untied, policy, pad_id=0, end_id=1, max_length=256)
+    made, first = from_policy(tmp_path, 0)
+    _, again = from_policy(tmp_path, 0)
+    _, other = from_policy(tmp_path, 1)
+    # It predicts no token, so an unembedding would be dead weight.
+    assert made == config and "unembedding" not in first["transformer"]
+    for found, given in zip(jax.tree.leaves(first["transformer"]), jax.tree.leaves(trunk), strict=True):
+        np.testing.assert_array_equal(found, given)
+    np.testing.assert_array_equal(first["head"][...], again["head"][...])
+    assert np.abs(first["head"][...] - other["head"][...]).max() > 1e-3
+    assert 0.005 < np.std(first["head"][...]) < 0.05
