@@ -72,9 +72,15 @@ def test_a_full_disk_is_an_error_of_the_system(tmp_path, monkeypatch):
     checkpoints.close()
 
 
-def test_what_a_killed_process_left_unfinished_is_cleaned_up(directory):
-    unfinished = directory / "40.orbax-checkpoint-tmp"
+def test_what_a_killed_process_left_unfinished_is_neither_restored_nor_kept(tmp_path):
+    unfinished = tmp_path / "20.orbax-checkpoint-tmp"
     unfinished.mkdir()
-    checkpoints = Checkpoints(directory, IDENTITY)
-    assert checkpoints.latest_step() == 30 and not unfinished.exists()
+    (unfinished / "garbage").write_text("half a tensor")
+    checkpoints = Checkpoints(tmp_path, IDENTITY)
+    assert checkpoints.restore(abstract(state_of(0))) is None
+    checkpoints.save(20, state_of(20), {"batches": 20})
+    checkpoints.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["20"]
+    checkpoints = Checkpoints(tmp_path, IDENTITY)
+    assert checkpoints.restore(abstract(state_of(0)))[0] == 20
     checkpoints.close()
