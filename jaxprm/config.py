@@ -63,7 +63,6 @@ class Imitation(Section):
     tokenizer_episodes: Count = 2_000
     checkpoint_every: Count = 500
     demonstrations: dict[str, Any] = {}
-    start_from: str | None = None
 
 
 class Policy(Section):

@@ -28,7 +28,7 @@ MARKER = ".jaxprm-export"
 _TOKENIZER_EXTRAS = (
     "chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
 )  # fmt: skip
-_TORCH = "pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+_TORCH = "pip install torch==2.13.0 (PyTorch's own index has a CPU build, which is enough)"
 
 
 def export(model_dir: Path, output: Path, *, verify: bool = False, trajectories: Path | None = None) -> dict[str, Any]:

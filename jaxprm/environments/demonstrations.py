@@ -23,9 +23,8 @@ _FIXED = {"craft", "using", "get", "minecraft", "inventory", "needs", "ready", "
 
 @lru_cache(maxsize=4)
 def item_words(environment) -> tuple[str, ...]:
-    """The words of the item names that the prompts of training tasks can show, distractors included."""
+    """The words of the item names in the recipes that lead to training goals."""
     recipes = {recipe for goal in training_goals(environment) for recipe in environment.book.tree(goal)}
-    recipes |= {use for recipe in recipes for part in recipe.ingredients for use in environment.book.uses(part.name)}
     names = {name for recipe in recipes for name in (recipe.output, *(part.name for part in recipe.ingredients))}
     words = {word for name in names for word in _WORD.findall(spoken(name))}
     return tuple(sorted(words - _FIXED))
@@ -43,7 +42,7 @@ def exchange_words(messages: list[dict], words: tuple[str, ...], rng: random.Ran
 
 def demonstrate(
     environment, rng: random.Random, *, rename: float = 0.75, mistakes: float = 0.3, mistake_rate: float = 0.15,
-    distractors: tuple[int, int] = (0, 10), invented: float = 0.6,
+    distractors: tuple[int, int] = (0, 10), invented: float = 0.0,
 ) -> list[dict]:
     """One expert episode, as messages: of invented recipes, or of a training goal.
 
@@ -54,13 +53,14 @@ def demonstrate(
     messages: list[dict] = []
     # A mistake can end a short episode by luck: without an expert turn there is nothing to imitate.
     while all(message.get("step") is False for message in messages if message["role"] == "assistant"):
-        invents = rng.random() < invented
+        astray = mistake_rate if rng.random() < mistakes else 0.0
+        invents = invented > 0 and rng.random() < invented
         if invents:
             goal, book = invent(rng, item_words(environment))
         else:
             goal, book = rng.choice(training_goals(environment)), None
         prompt = environment.sample_episode(goal, rng, tuple(distractors), book)
-        messages = _episode(environment, prompt, rng, mistake_rate if rng.random() < mistakes else 0.0)
+        messages = _episode(environment, prompt, rng, astray)
     renames = not invents and rng.random() < rename
     return exchange_words(messages, item_words(environment), rng) if renames else messages
 

@@ -35,7 +35,6 @@ LOOKAHEAD = 3
 LOG_EVERY = 20
 FINGERPRINT_STEPS = 16
 MEASURED_TASKS = 100
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def episode_rows(environment, encoder: Encoder, settings: config_lib.Imitation, seed: int, step: int) -> dict:
@@ -109,14 +108,9 @@ def imitate(experiment: config_lib.Experiment, workdir: Path) -> Path:
         clip=1.0,
     )
     init, train_step = _programs(model_config, optimizer, seed)
-    initial = None
-    if settings.start_from is not None:
-        initial_config, initial = huggingface.load_transformer(settings.start_from)
-        if initial_config != model_config:
-            raise UserError(f"imitation.start_from {settings.start_from}: its sizes differ from the config's model")
 
     # Restore
-    state, start = init(initial), 0
+    state, start = init(), 0
     recipe = {name: plain[name] for name in ("environment", "model", "imitation", "seed")}
     identity = {"recipe": config_lib.fingerprint(recipe), "tokenizer": encoder.fingerprint}
     checkpoints = Checkpoints(workdir / "checkpoints", identity)
@@ -164,12 +158,8 @@ def imitate(experiment: config_lib.Experiment, workdir: Path) -> Path:
 
 
 def _tokenizer(experiment: config_lib.Experiment, environment, directory: Path) -> Path:
-    """The starting policy's, or trained once on demonstrations."""
-    if experiment.imitation.start_from is not None:
-        directory.mkdir(parents=True, exist_ok=True)
-        for name in TOKENIZER_FILES:
-            (directory / name).write_bytes((Path(experiment.imitation.start_from) / name).read_bytes())
-    elif not (directory / "tokenizer.json").exists():
+    """Trained once, on demonstrations."""
+    if not (directory / "tokenizer.json").exists():
         settings, rng = experiment.imitation, random.Random(f"tokenizer/{experiment.seed}")
         episodes = (
             environment.demonstration(rng, **settings.demonstrations) for _ in range(settings.tokenizer_episodes)
@@ -180,13 +170,12 @@ def _tokenizer(experiment: config_lib.Experiment, environment, directory: Path) 
 
 
 def _programs(model_config: TransformerConfig, optimizer, seed: int):
-    """(init(parameters or None) -> state, train_step(state, batch) -> (state, metrics)), both jitted, the state donated."""
+    """(init() -> state, train_step(state, batch) -> (state, metrics)), both jitted, the state donated."""
     graph = huggingface.transformer_graph(model_config)
 
     @jax.jit
-    def init(parameters):
-        if parameters is None:
-            parameters = nnx.state(Transformer(model_config, rngs=nnx.Rngs(seed)))
+    def init():
+        parameters = nnx.state(Transformer(model_config, rngs=nnx.Rngs(seed)))
         return {"parameters": parameters, "optimizer": optimizer.init(parameters)}
 
     @functools.partial(jax.jit, donate_argnums=0)

@@ -1,3 +1,4 @@
+import itertools
 import random
 from collections import Counter
 
@@ -202,7 +203,7 @@ def test_the_thought_leads_from_the_goal_to_the_action_by_recipes_of_the_prompt(
             chain, ready, end = step.thought.partition(", ready")
             names = [ident(name) for name in (chain if ready else chain.removesuffix(".")).split(" needs ")]
             assert names[0] == env.episode.goal
-            for above, below in zip(names, names[1:], strict=False):
+            for above, below in itertools.pairwise(names):
                 assert (above, below) in uses or (above, BOOK.item_tags[below]) in uses
             command = parse(f"Action: {step.action}")
             assert (names[-1], "craft" if ready else "get") == (command.item, command.kind)

@@ -1,0 +1,113 @@
+"""The whole loop as a user runs it: one quick run, and everything that is then done with its work directory."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxprm import files
+
+ROOT = Path(__file__).parents[1]
+CONFIG = "configs/textcraft_tiny.py"
+pytestmark = pytest.mark.slow
+
+
+def jaxprm(*arguments, check=True):
+    command = [sys.executable, "-m", "jaxprm", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    work = tmp_path_factory.mktemp("quick") / "run"
+    return work, jaxprm("run", CONFIG, "--quick", "--workdir", work)
+
+
+def test_it_ends_with_a_table_and_the_path_of_the_page(quick):
+    work, done = quick
+    assert "agentprm" in done.stdout and "plain policy" in done.stdout
+    assert done.stdout.strip().splitlines()[-1] == f"report: {work / 'report/index.html'}"
+    assert (work / "report/index.html").stat().st_size > 10_000
+
+
+def test_results_have_the_promised_shape(quick):
+    results = json.loads((quick[0] / "results.json").read_text())
+    assert {"policy", "oracle", "methods", "paired", "compute", "seconds", "provenance"} <= set(results)
+    assert set(results["policy"]) == {"sampled", "greedy"}
+    assert set(results["methods"]) == {"agentprm", "pvm", "orm", "random"}
+    for found in results["methods"].values():
+        assert {"best_of_n", "beam", "stepwise"} <= set(found)
+        assert set(found["best_of_n"]) == {"1", "2", "4"} and set(found["beam"]) == {"2x2"}
+        assert all(set(r) == {"mean", "low", "high", "n"} and r["n"] == 4 for r in found["beam"].values())
+    assert all({"a", "b", "at", "mean", "low", "high"} <= set(row) for row in results["paired"])
+    assert set(results["oracle"]) == {"1", "2", "4"}
+
+
+def test_choosing_one_of_one_is_the_plain_policy_and_nothing_beats_the_oracle(quick):
+    results = json.loads((quick[0] / "results.json").read_text())
+    sampled = results["policy"]["sampled"]["mean"]
+    for found in results["methods"].values():
+        assert found["best_of_n"]["1"]["mean"] == pytest.approx(sampled)
+        for n, r in found["best_of_n"].items():
+            assert r["mean"] <= results["oracle"][n]["mean"] + 1e-9
+    assert results["methods"]["random"]["best_of_n"]["4"]["mean"] == pytest.approx(sampled)
+
+
+def test_no_task_is_in_two_splits(quick):
+    splits = [
+        {line["task"] for line in files.read_lines(quick[0] / path)}
+        for path in ("trajectories/train.jsonl", "trajectories/validation.jsonl", "search/pool.jsonl")
+    ]
+    assert not splits[0] & splits[1] and not splits[0] & splits[2] and not splits[1] & splits[2]
+
+
+def test_run_again_it_does_nothing_and_another_config_is_refused(quick):
+    work, _ = quick
+    before = (work / "results.json").read_bytes()
+    jaxprm("run", CONFIG, "--quick", "--workdir", work)
+    assert (work / "results.json").read_bytes() == before
+    refused = jaxprm("run", CONFIG, "--quick", "seed=5", "--workdir", work, check=False)
+    assert refused.returncode == 2 and "seed = 0, now 5" in refused.stderr and refused.stderr.count("\n") == 1
+    assert (work / "results.json").read_bytes() == before
+
+
+def test_a_lost_search_is_made_again_the_same(quick, tmp_path):
+    work = tmp_path / "copy"
+    shutil.copytree(quick[0], work)
+    lost = work / "search/beam-2x2-agentprm-0.jsonl"
+    before = lost.read_bytes()
+    lost.unlink()
+    jaxprm("run", CONFIG, "--quick", "--workdir", work)
+    assert lost.read_bytes() == before
+
+
+def test_scores_of_a_file_are_those_of_the_run_and_a_bad_line_is_reported(quick, tmp_path):
+    work, _ = quick
+    source, output = tmp_path / "in.jsonl", tmp_path / "scores.jsonl"
+    good = (work / "trajectories/validation.jsonl").read_text().splitlines(keepends=True)
+    source.write_text("".join([*good[:2], "{broken\n", *good[2:]]))
+    done = jaxprm(
+        "score", "--model", work / "reward_models/pvm", "--input", source, "--output", output, check=False
+    )
+    assert done.returncode == 1
+    scores = list(files.read_lines(output))
+    assert len(scores) == len(good) + 1 and "error" in scores[2]
+    expected = {line["id"]: line["values"] for line in files.read_lines(work / "search/values-validation-pvm-0.jsonl")}
+    for score in scores[:2] + scores[3:]:
+        assert [step["promise"] for step in score["steps"]] == pytest.approx(expected[score["id"]], abs=1e-5)
+        assert score["steps"][0]["progress"] is None and score["score"] == score["steps"][-1]["promise"]
+
+
+def test_the_export_is_verified_against_transformers(quick, tmp_path):
+    work, _ = quick
+    output = tmp_path / "hf"
+    trajectories = work / "trajectories/validation.jsonl"
+    model = work / "reward_models/agentprm"
+    done = jaxprm("export", "--model", model, "--output", output, "--verify", "--input", trajectories)
+    assert "verified" in done.stdout
+    assert json.loads((output / "config.json").read_text())["architectures"] == ["Qwen2ForSequenceClassification"]
