@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxprm.errors import UserError
 from jaxprm.model import huggingface
-from jaxprm.model.transformer import TransformerConfig
+from jaxprm.model.transformer import TransformerConfig, rotary_tables
 from tests.model import tiny
 
 # Beside JAX's own threads, torch's wait for each other longer than they work.
@@ -77,6 +77,26 @@ def test_a_reward_model_we_wrote_gives_torch_the_same_value_at_every_length(tmp_
             [theirs(torch.tensor(TOKENS[:, : end + 1])).logits[:, 0].numpy() for end in range(TOKENS.shape[1])], axis=1
         )
     tiny.assert_close(ours, reference)
+
+
+def test_long_conversations_do_not_drift_from_torch(tmp_path):
+    """A frequency of the rotary embedding that is one rounding off shows after some hundred tokens."""
+    state = tiny.reward_model()
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(write(tmp_path, state)).eval()
+    tokens = np.random.default_rng(0).integers(4, tiny.CONFIG.vocab_size, size=(2, 900))
+    with torch.no_grad():
+        reference = theirs.score(theirs.model(torch.tensor(tokens)).last_hidden_state)[..., 0].numpy()
+    tiny.assert_close(tiny.values(state, tokens), reference)
+
+
+@pytest.mark.parametrize(("theta", "head_dim"), [(500.0, 12), (1e4, 32), (1e6, 64)])
+def test_rotary_frequencies_are_torchs_bit_for_bit(theta, head_dim):
+    cos, sin = rotary_tables(np.array([[1]]), head_dim, theta)
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    angles = (1.0 / theta**exponents).numpy().astype(np.float64)
+    np.testing.assert_allclose(np.arctan2(np.float64(sin), np.float64(cos))[0, 0], angles, rtol=0, atol=1e-7)
+    cos, sin = rotary_tables(np.array([[4096]]), head_dim, theta)
+    np.testing.assert_allclose(np.float64(cos)[0, 0], np.cos(np.float32(4096 * angles)), rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
