@@ -213,7 +213,7 @@ def test_a_directory_that_transformers_cannot_read_is_told_in_its_words(plain):
 
 def test_missing_torch_is_told_with_the_line_that_installs_it(model, tmp_path, monkeypatch):
     monkeypatch.setattr(export_module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install torch==.*whl/cpu"):
+    with pytest.raises(UserError, match=r"pip install torch=="):
         export(model, tmp_path / "out", verify=True)
     assert names(tmp_path) == set()
     export(model, tmp_path / "out")
