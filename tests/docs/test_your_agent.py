@@ -44,9 +44,7 @@ def test_the_loop_takes_the_candidate_of_highest_promise(capsys):
     model = jaxprm.load(MODEL)
     for index, promise in list(zip(actions, printed, strict=True))[:4]:
         history = found["messages"][:index]
-        scores = [
-            model.score([[*history, {"role": "assistant", "content": text}]])[0]["score"] for text in candidates
-        ]
+        scores = [model.score([[*history, {"role": "assistant", "content": text}]])[0]["score"] for text in candidates]
         assert found["messages"][index]["content"] == candidates[scores.index(max(scores))]
         assert promise == pytest.approx(max(scores), abs=1e-3)
         assert abs(scores[0] - scores[1]) > 2e-3  # or there was nothing to choose
