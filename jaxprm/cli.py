@@ -49,9 +49,21 @@ def _config_verb(verbs, verb: str, text: str) -> argparse.ArgumentParser:
     return one
 
 
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options of a command line; overrides may stand anywhere after the config."""
+    known = parser()
+    options, rest = known.parse_known_args(arguments)
+    late = [one for one in rest if "=" in one and not one.startswith("-")]
+    if len(late) < len(rest) or (late and not hasattr(options, "overrides")):
+        known.error(f"unrecognized arguments: {' '.join(rest)}")
+    if late:
+        options.overrides = [*options.overrides, *late]
+    return options
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a verb; returns the exit status."""
-    options = parser().parse_args(arguments)
+    options = parse(arguments)
     # What TensorFlow and XLA say at start-up drowns the one line that matters.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")

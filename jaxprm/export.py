@@ -28,6 +28,8 @@ MARKER = ".jaxprm-export"
 _TOKENIZER_EXTRAS = (
     "chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
 )  # fmt: skip
+# A tokenizer that declares a class of its own is not rebuilt; the class named here is transformers' plain one, no code.
+_AS_IT_IS = {"auto_map": {"AutoTokenizer": [None, "PreTrainedTokenizerFast"]}}
 _TORCH = "pip install torch==2.13.0 (PyTorch's own index has a CPU build, which is enough)"
 
 
@@ -118,8 +120,7 @@ def _write(model: Path, beside: Path) -> list[str]:
     )
     for name in copied:
         shutil.copyfile(model / name, beside / name)
-    files.write_json(beside / "tokenizer_config.json", _tokenizer_config(model, encoder))
-    _check_tokens(beside, encoder, model)
+    _write_tokenizer_config(beside, encoder, model)
     files.write_json(beside / loading.RECIPE, recipe | {"base": base_name(recipe)})
     _write_card(beside, None)
     return sorted(names)
@@ -127,8 +128,8 @@ def _write(model: Path, beside: Path) -> list[str]:
 
 def _write_card(beside: Path, verified: dict[str, Any] | None) -> None:
     recipe = files.read_json(beside / loading.RECIPE)
-    config = files.read_json(beside / "config.json")
-    files.write_atomic(beside / "README.md", model_card(recipe, config, verified))
+    config, tokenizer = (files.read_json(beside / name) for name in ("config.json", "tokenizer_config.json"))
+    files.write_atomic(beside / "README.md", model_card(recipe, config, tokenizer, verified))
 
 
 def _check_pooling(encoder: Encoder, model: Path) -> None:
@@ -157,19 +158,32 @@ def _tokenizer_config(model: Path, encoder: Encoder) -> dict[str, Any]:
     }
 
 
-def _check_tokens(beside: Path, encoder: Encoder, model: Path) -> None:
-    """Others load the tokenizer by AutoTokenizer, which for some models rebuilds it by rules of its own."""
+def _write_tokenizer_config(beside: Path, encoder: Encoder, model: Path) -> None:
+    """Settings with which AutoTokenizer gives the tokens the model was trained on. UserError where none do."""
+    settings = _tokenizer_config(model, encoder)
+    for extra in ({}, _AS_IT_IS):
+        files.write_json(beside / "tokenizer_config.json", settings | extra)
+        if _same_tokens(beside, encoder):
+            return
+    raise UserError(
+        f"model {model}: transformers' AutoTokenizer does not give the tokens it was trained on; "
+        "train with a tokenizer that transformers reads as it is, such as imitate makes"
+    )
+
+
+def _same_tokens(directory: Path, encoder: Encoder) -> bool:
+    """Others load the tokenizer by AutoTokenizer, which rebuilds that of a qwen2 model by Qwen2's rules."""
     from transformers import AutoTokenizer
 
-    theirs = AutoTokenizer.from_pretrained(beside, local_files_only=True)
+    theirs = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    if len(theirs) != encoder.vocabulary_size:
+        return False
     for messages in _synthetic():
         text = theirs.apply_chat_template(messages, tokenize=False)
         ours = encoder.trajectory(messages, row="example").tokens.tolist()
-        if theirs(text, add_special_tokens=False)["input_ids"] != ours or len(theirs) != encoder.vocabulary_size:
-            raise UserError(
-                f"model {model}: transformers' AutoTokenizer does not give the tokens it was trained on: for the qwen2 "
-                "family it splits words by Qwen2's own pattern; train with a tokenizer that does, such as imitate makes"
-            )
+        if theirs(text, add_special_tokens=False)["input_ids"] != ours:
+            return False
+    return True
 
 
 def base_name(recipe: dict[str, Any]) -> str:

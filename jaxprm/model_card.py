@@ -67,8 +67,13 @@ with transformers' before you rely on them: SGLang's `/v1/classify` applies a so
 and some of its versions give the head a bias that no checkpoint sets.'''
 
 
-def model_card(recipe: Mapping[str, Any], config: Mapping[str, Any], verified: Mapping[str, Any] | None) -> str:
-    """The card of a model with this reward_model.json and config.json, checked or not (`verified`)."""
+def model_card(
+    recipe: Mapping[str, Any],
+    config: Mapping[str, Any],
+    tokenizer: Mapping[str, Any],
+    verified: Mapping[str, Any] | None,
+) -> str:
+    """The card of a model with this reward_model.json, config.json and tokenizer_config.json, checked or not."""
     label = recipe.get("label", "reward model")
     low, high = recipe.get("value_range") or (0.0, 1.0)
     sections = [
@@ -77,7 +82,7 @@ def model_card(recipe: Mapping[str, Any], config: Mapping[str, Any], verified: M
         "For every action (assistant turn) of a conversation it predicts the **promise**: the outcome to expect once "
         f"the action is taken, as a number in [{low:g}, {high:g}] but for errors of estimation. **Progress** is the "
         f"difference between an action's promise and the one before. {_progress_note(recipe)}",
-        "\n".join(["## What it is", "", *_facts(recipe, config)]),
+        "\n".join(["## What it is", "", *_facts(recipe, config, tokenizer)]),
         "\n".join(["## How to call it", "", "With transformers:", "", _TRANSFORMERS, "", _OTHERS]),
         "\n".join(["## What was checked", "", _checked(verified, config)]),
     ]
@@ -101,7 +106,7 @@ def _progress_note(recipe: Mapping[str, Any]) -> str:
     return "This model discounts, so promises of neighbouring steps cannot be compared, and progress is undefined."
 
 
-def _facts(recipe: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[str]:
+def _facts(recipe: Mapping[str, Any], config: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> Iterator[str]:
     objective = recipe.get("objective")
     yield f"- Base model: {recipe.get('base', 'unknown')}"
     yield f"- Target: {_OBJECTIVES.get(objective, objective or 'unknown')}"
@@ -120,6 +125,12 @@ def _facts(recipe: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[str
     if recipe.get("seed") is not None:
         yield f"- Seed: {recipe['seed']}"
     yield "- Chat template: chat_template.jinja, the one it was trained with; scores of another rendering mean nothing"
+    if "auto_map" in tokenizer:
+        yield (
+            "- Tokenizer: it does not split words as Qwen2's does. The `auto_map` in tokenizer_config.json names a "
+            "class of transformers itself and keeps AutoTokenizer from rebuilding it; load it without "
+            "`trust_remote_code`"
+        )
 
 
 def _checked(verified: Mapping[str, Any] | None, config: Mapping[str, Any]) -> str:

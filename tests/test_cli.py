@@ -71,6 +71,18 @@ def test_a_work_directory_of_another_config_is_refused_before_any_work(capsys, t
     assert not (tmp_path / "config.json").exists() and not (tmp_path / "trajectories").exists()
 
 
+def test_overrides_may_follow_the_options():
+    options = cli.parse(["run", "c.py", "a=1", "--workdir", "w", "b.c=2", "--redo", "d=[3]"])
+    assert options.overrides == ["a=1", "b.c=2", "d=[3]"] and options.redo
+
+
+@pytest.mark.parametrize("extra", [["stray"], ["--nothing"], ["--nothing=3"]])
+def test_what_is_no_option_and_no_override_is_refused(extra, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(["run", "c.py", "a=1", "--workdir", "w", *extra])
+    assert stop.value.code == 2 and extra[0] in capsys.readouterr().err
+
+
 def test_a_missing_model_and_a_missing_input_are_named(capsys, tmp_path):
     code, err = run(capsys, "score", "--model", tmp_path / "none", "--input", "x", "--output", "y")
     assert code == 2
@@ -108,7 +120,11 @@ def test_our_own_mistakes_keep_their_traceback(monkeypatch, tmp_path):
 def test_control_c_is_one_line_and_the_same_command_goes_on(tmp_path):
     small = ["collection.train_tasks=4", "collection.validation_tasks=2", "collection.trajectories_per_task=3"]
     command = [sys.executable, "-m", "jaxprm", "collect", str(TINY), *small, "policy.in_flight=4", "--workdir"]
-    process = subprocess.Popen([*command, tmp_path / "a"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    # A shell starts background jobs with Ctrl-C ignored, and so may whatever runs these tests.
+    listens = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(
+        [*command, tmp_path / "a"], cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=listens
+    )
     partial = tmp_path / "a/trajectories/train.jsonl.partial"
     deadline = time.monotonic() + 240
     while not (partial.exists() and partial.stat().st_size) and time.monotonic() < deadline:

@@ -104,10 +104,8 @@ def test_scores_of_a_file_are_those_of_the_run_and_a_bad_line_is_reported(quick,
 
 
 def test_the_export_is_verified_against_transformers(quick, tmp_path):
-    work, _ = quick
-    output = tmp_path / "hf"
-    trajectories = work / "trajectories/validation.jsonl"
-    model = work / "reward_models/agentprm"
+    work, output = quick[0], tmp_path / "hf"
+    trajectories, model = work / "trajectories/validation.jsonl", work / "reward_models/agentprm"
     done = jaxprm("export", "--model", model, "--output", output, "--verify", "--input", trajectories)
     assert "verified" in done.stdout
     assert json.loads((output / "config.json").read_text())["architectures"] == ["Qwen2ForSequenceClassification"]

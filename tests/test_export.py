@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 import jaxprm
+from data_pipeline.encode import Encoder
 from data_pipeline.errors import DataError
 from jaxprm import export as export_module
 from jaxprm import model_card
@@ -242,8 +244,9 @@ def test_a_pad_token_that_ends_messages_is_refused(tmp_path):
     assert names(tmp_path) == {"model"}
 
 
-def test_a_tokenizer_that_transformers_would_rebuild_otherwise_is_refused(tmp_path):
-    """GPT-2's words keep the space before a number, Qwen2's do not: AutoTokenizer reads the latter for this family."""
+@pytest.fixture
+def gpt2_words(tmp_path):
+    """A model whose words keep the space before a number; Qwen2's, which AutoTokenizer wants here, do not."""
     directory = tiny.write_reward_model(tmp_path / "model", STATE)
     path = directory / "tokenizer.json"
     settings = json.loads(path.read_text())
@@ -252,8 +255,27 @@ def test_a_tokenizer_that_transformers_would_rebuild_otherwise_is_refused(tmp_pa
     settings["model"]["merges"].append(["\u0120", "1"])
     settings["model"]["vocab"]["\u01201"] = settings["model"]["vocab"].pop("~")
     path.write_text(json.dumps(settings))
+    return directory
+
+
+def test_a_tokenizer_that_transformers_would_rebuild_is_declared_to_be_read_as_it_is(gpt2_words, tmp_path):
+    export(gpt2_words, tmp_path / "out")
+    text = "<|user|>get 1 stick, 12 in all<|end|>"
+    ours = Encoder.load(gpt2_words).prompt([{"role": "user", "content": "get 1 stick, 12 in all"}])[:-1]
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")(text)["input_ids"] == ours
+    assert AutoTokenizer.from_pretrained(gpt2_words)(text)["input_ids"] != ours
+    assert "without `trust_remote_code`" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_tokenizer_of_the_family_needs_no_declaration(plain):
+    assert "auto_map" not in (plain / "tokenizer_config.json").read_text()
+    assert "trust_remote_code" not in (plain / "README.md").read_text()
+
+
+def test_a_tokenizer_that_transformers_reads_otherwise_all_the_same_is_refused(gpt2_words, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_module, "_AS_IT_IS", {})
     with pytest.raises(UserError, match="AutoTokenizer does not give the tokens it was trained on"):
-        export(directory, tmp_path / "out")
+        export(gpt2_words, tmp_path / "out")
     assert names(tmp_path) == {"model"}
 
 
@@ -263,8 +285,8 @@ def test_a_tokenizer_that_transformers_would_rebuild_otherwise_is_refused(tmp_pa
 )
 def test_the_base_model_is_named_without_anybodys_paths(base, shown):
     assert export_module.base_name({"base": base}) == shown
-    card = model_card.model_card({"base": shown}, {"head_dim": 1, "num_attention_heads": 1, "hidden_size": 1,
-                                                   "max_position_embeddings": 8}, None)  # fmt: skip
+    sizes = {"head_dim": 1, "num_attention_heads": 1, "hidden_size": 1, "max_position_embeddings": 8}
+    card = model_card.model_card({"base": shown}, sizes, {}, None)
     assert f"Base model: {shown}" in card
     assert ("base_model:" in card) == ("/" in shown)
     assert "Data: not recorded" in card

@@ -21,6 +21,9 @@ from jaxprm.search.stage import search_name
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "transformers", "textcraft", "numpy")
 
+# The score of a trajectory that ended in an error: below any model's, and finite, as ranking wants it.
+WORST = -1e9
+
 
 class Results:
     """Reads a finished work directory; each property is a part of results.json."""
@@ -59,7 +62,7 @@ class Results:
         values = {
             line["id"]: line["values"] for line in files.read_lines(self.folder / f"values-pool-{label}-{seed}.jsonl")
         }
-        return [[values.get(line["id"], [-np.inf]) for line in lines] for lines in self.pool.values()]
+        return [[values.get(line["id"], [WORST]) for line in lines] for lines in self.pool.values()]
 
     def policy(self) -> dict:
         greedy = [_outcome(lines[0]) for lines in self._by_task(self.folder / "greedy.jsonl").values()]

@@ -139,7 +139,7 @@ def _scorer(state, model, seed: int):
     settings = state.experiment.policy
     directory = state.model_directory(model.label, seed) / "model"
     return load_scorer(
-        directory, rows=settings.in_flight // 2, max_tokens=settings.max_tokens + settings.max_action_tokens
+        directory, rows=max(1, settings.in_flight // 2), max_tokens=settings.max_tokens + settings.max_action_tokens
     )
 
 
