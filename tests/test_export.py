@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 import jaxprm
 from data_pipeline.encode import Encoder
@@ -244,39 +245,37 @@ def test_a_pad_token_that_ends_messages_is_refused(tmp_path):
     assert names(tmp_path) == {"model"}
 
 
-@pytest.fixture
-def gpt2_words(tmp_path):
-    """A model whose words keep the space before a number; Qwen2's, which AutoTokenizer wants here, do not."""
+TEXT = "get 1 stick, 12 in all"
+
+
+def test_a_tokenizer_that_transformers_would_rebuild_is_declared_to_be_read_as_it_is(model, plain):
+    """Its words keep the space before a number; Qwen2's, by which AutoTokenizer would rebuild it, do not."""
+    ours = tiny.encoder().prompt([{"role": "user", "content": TEXT}])[:-1]
+    assert AutoTokenizer.from_pretrained(model)(f"<|user|>{TEXT}<|end|>")["input_ids"] != ours
+    assert AutoTokenizer.from_pretrained(plain)(f"<|user|>{TEXT}<|end|>")["input_ids"] == ours
+    assert "without `trust_remote_code`" in (plain / "README.md").read_text()
+
+
+def test_a_tokenizer_of_the_models_own_family_needs_no_declaration(tmp_path):
     directory = tiny.write_reward_model(tmp_path / "model", STATE)
     path = directory / "tokenizer.json"
     settings = json.loads(path.read_text())
-    byte_level = settings["pre_tokenizer"]["pretokenizers"][1]
-    settings["pre_tokenizer"] = byte_level | {"use_regex": True}
-    settings["model"]["merges"].append(["\u0120", "1"])
-    settings["model"]["vocab"]["\u01201"] = settings["model"]["vocab"].pop("~")
+    words = {"type": "Split", "pattern": {"Regex": PRETOKENIZE_REGEX}, "behavior": "Isolated", "invert": False}
+    byte_level = settings["pre_tokenizer"] | {"use_regex": False}
+    settings["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [words, byte_level]}
     path.write_text(json.dumps(settings))
-    return directory
+    export(directory, tmp_path / "out")
+    assert "auto_map" not in (tmp_path / "out" / "tokenizer_config.json").read_text()
+    assert "trust_remote_code" not in (tmp_path / "out" / "README.md").read_text()
+    ours = Encoder.load(directory).prompt([{"role": "user", "content": TEXT}])[:-1]
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")(f"<|user|>{TEXT}<|end|>")["input_ids"] == ours
 
 
-def test_a_tokenizer_that_transformers_would_rebuild_is_declared_to_be_read_as_it_is(gpt2_words, tmp_path):
-    export(gpt2_words, tmp_path / "out")
-    text = "<|user|>get 1 stick, 12 in all<|end|>"
-    ours = Encoder.load(gpt2_words).prompt([{"role": "user", "content": "get 1 stick, 12 in all"}])[:-1]
-    assert AutoTokenizer.from_pretrained(tmp_path / "out")(text)["input_ids"] == ours
-    assert AutoTokenizer.from_pretrained(gpt2_words)(text)["input_ids"] != ours
-    assert "without `trust_remote_code`" in (tmp_path / "out" / "README.md").read_text()
-
-
-def test_a_tokenizer_of_the_family_needs_no_declaration(plain):
-    assert "auto_map" not in (plain / "tokenizer_config.json").read_text()
-    assert "trust_remote_code" not in (plain / "README.md").read_text()
-
-
-def test_a_tokenizer_that_transformers_reads_otherwise_all_the_same_is_refused(gpt2_words, tmp_path, monkeypatch):
+def test_a_tokenizer_that_transformers_reads_otherwise_all_the_same_is_refused(model, tmp_path, monkeypatch):
     monkeypatch.setattr(export_module, "_AS_IT_IS", {})
     with pytest.raises(UserError, match="AutoTokenizer does not give the tokens it was trained on"):
-        export(gpt2_words, tmp_path / "out")
-    assert names(tmp_path) == {"model"}
+        export(model, tmp_path / "out")
+    assert names(tmp_path) == set()
 
 
 @pytest.mark.parametrize(

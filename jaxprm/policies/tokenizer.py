@@ -19,22 +19,14 @@ CHAT_TEMPLATE = (
 )
 
 
-# transformers 5 reads the tokenizer of every model of type qwen2 with this pattern, whatever tokenizer.json says. So it
-# has to be ours, or an exported reward model would be given other tokens than it was trained on. Digits stand alone.
-QWEN2_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
 def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> None:
     """Trains on `texts` and writes tokenizer.json, tokenizer_config.json and chat_template.jinja."""
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    words = tokenizers.pre_tokenizers.Split(tokenizers.Regex(QWEN2_PATTERN), behavior="isolated")
-    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([words, byte_level])
+    # GPT-2's words, which keep the space before a number: Qwen2's would make every count two tokens.
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
