@@ -23,7 +23,9 @@ from jaxprm.model.transformer import Cache, TransformerConfig
 # Two widths, since each costs seconds of compilation: a turn, and a long prompt.
 CHUNK_WIDTHS = (64, 256)
 # Cached lengths compiled for: a call costs what its bucket costs, not what the longest episode would.
-CAPACITY_BUCKETS = (0, 384, 1024, 4096)
+CAPACITY_BUCKETS = (0, 192, 384, 640, 1024, 2048, 4096)
+# A call with few rows to fill is made this much smaller: the end of every search is.
+FEW = 4
 _HASH_BASE = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -41,19 +43,23 @@ def _extend(graph, parameters, bank: Cache, source, target, starts, tokens, coun
     output = trunk(tokens, positions, segments, (rows,))
     grown = rows.append(output.keys, output.values, counts)
 
-    def put(buffers, new):
-        return tuple(
-            b.at[target, :, : capacity + width].set(n, mode="drop") for b, n in zip(buffers, new, strict=True)
-        )
-
-    return Cache(put(bank.keys, grown.keys), put(bank.values, grown.values), bank.lengths)
+    filled = slice(capacity + width)
+    keys = (b.at[target, :, :, filled].set(n, mode="drop") for b, n in zip(bank.keys, grown.keys, strict=True))
+    values = (b.at[target, :, filled].set(n, mode="drop") for b, n in zip(bank.values, grown.values, strict=True))
+    return Cache(tuple(keys), tuple(values), bank.lengths)
 
 
 def rows_of(bank: Cache, slots, lengths, capacity: int) -> Cache:
-    """A working copy of slots, [R, K, capacity, E] a layer; `capacity` is static."""
-    keys = tuple(buffer[slots, :, :capacity] for buffer in bank.keys)
+    """A working copy of slots, R of them, cut to `capacity`, which is static."""
+    keys = tuple(buffer[slots, :, :, :capacity] for buffer in bank.keys)
     values = tuple(buffer[slots, :, :capacity] for buffer in bank.values)
     return Cache(keys, values, lengths)
+
+
+def rows_for(count: int, most: int) -> int:
+    """The rows of a call that has `count` to fill: all, or a quarter of them."""
+    few = max(1, most // FEW)
+    return few if count <= few else most
 
 
 class PrefixBank:
@@ -147,7 +153,7 @@ class PrefixBank:
             longest = len(jobs[-1][3]) - jobs[-1][2]
             width = next((w for w in CHUNK_WIDTHS if longest <= w), CHUNK_WIDTHS[-1])
             # Long chunks go a few rows at a time, so that the two shapes do about the same work.
-            rows = max(1, self._rows * CHUNK_WIDTHS[0] // width)
+            rows = rows_for(len(jobs), max(1, self._rows * CHUNK_WIDTHS[0] // width))
             now, jobs = jobs[-rows:], jobs[:-rows]
             source, target = np.zeros(rows, np.int32), np.full(rows, len(self._tokens), np.int32)
             starts, counts = np.zeros(rows, np.int32), np.zeros(rows, np.int32)

@@ -12,6 +12,7 @@ The same forward pass serves three masks:
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,6 +22,9 @@ import numpy as np
 from flax import nnx
 
 from jaxprm.errors import UserError
+
+# Blocks of queries: large enough for a good matrix product, few enough for a quick compilation.
+MIN_QUERY_BLOCK, MAX_QUERY_BLOCKS = 64, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +55,8 @@ class TransformerConfig:
 class Cache(NamedTuple):
     """Keys and values of a shared prefix, one array a layer, and how much of them is filled.
 
-    keys, values: L arrays [B, K, C, E]; lengths: int32 [B], positions 0..length-1 are filled.
+    keys: L arrays [B, K, E, C], values: L arrays [B, K, C, E]; lengths: int32 [B], positions 0..length-1 are filled.
+    With tokens last, a query's scores are sums of whole rows: five times faster on a CPU than the other way round.
     """
 
     keys: tuple[jax.Array, ...]
@@ -60,9 +65,15 @@ class Cache(NamedTuple):
 
     @staticmethod
     def empty(config: TransformerConfig, batch: int, capacity: int, dtype=jnp.float32) -> Cache:
-        shape = (batch, config.kv_heads, capacity, config.head_dim)
-        zeros = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(config.layers))
-        return Cache(zeros(), zeros(), jnp.zeros((batch,), jnp.int32))
+        def zeros(*shape):
+            return tuple(jnp.zeros((batch, config.kv_heads, *shape), dtype) for _ in range(config.layers))
+
+        lengths = jnp.zeros((batch,), jnp.int32)
+        return Cache(zeros(config.head_dim, capacity), zeros(capacity, config.head_dim), lengths)
+
+    @property
+    def capacity(self) -> int:
+        return self.values[0].shape[2]
 
     def append(self, keys: tuple[jax.Array, ...], values: tuple[jax.Array, ...], counts: jax.Array) -> Cache:
         """Adds the first `counts[b]` of the chunk's keys and values, [B, K, T, E] a layer, to every row.
@@ -71,13 +82,13 @@ class Cache(NamedTuple):
         so the capacity must leave room for one chunk.
         """
 
-        def write(buffer, chunk):
-            place = jax.vmap(lambda row, new, start: jax.lax.dynamic_update_slice(row, new, (0, start, 0)))
+        def write(buffer, chunk, axis):
+            place = jax.vmap(lambda row, new, start: jax.lax.dynamic_update_slice_in_dim(row, new, start, axis))
             return place(buffer, chunk.astype(buffer.dtype), self.lengths)
 
         return Cache(
-            tuple(write(b, c) for b, c in zip(self.keys, keys, strict=True)),
-            tuple(write(b, c) for b, c in zip(self.values, values, strict=True)),
+            tuple(write(b, c.swapaxes(2, 3), 2) for b, c in zip(self.keys, keys, strict=True)),
+            tuple(write(b, c, 1) for b, c in zip(self.values, values, strict=True)),
             self.lengths + counts,
         )
 
@@ -126,29 +137,52 @@ def chunk_mask(segments: jax.Array) -> jax.Array:
 def attention(query, keys, values, mask, cached=()) -> jax.Array:
     """Grouped-query attention over cached tokens and a chunk.
 
-    query [B, H, T, E]; keys, values [B, K, T, E]; mask [B, T, T];
-    cached: blocks of (keys [B, K, C, E], values [B, K, C, E], filled bool [B, C]). Returns [B, H, T, E].
-    Blocks of scores are joined instead of blocks of keys, so no cache is copied.
+    query [B, H, T, E]; keys, values [B, K, S, E]; mask [B, T, S];
+    cached: blocks of (keys [B, K, E, C], values [B, K, C, E], filled bool [B, C]). Returns [B, H, T, E].
+    Blocks keep their places: no cache is copied.
     """
-    batch, heads, length, head_dim = query.shape
+    batch, heads, length, head_dim = query_shape = query.shape
     kv_heads = keys.shape[1]
     query = query.reshape(batch, kv_heads, heads // kv_heads * length, head_dim) * (head_dim**-0.5)
 
     def scores_against(these, allowed):
-        scores = jnp.einsum("bkxe,bkse->bkxs", query, these, preferred_element_type=jnp.float32)
+        scores = jnp.einsum("bkxe,bkes->bkxs", query, these, preferred_element_type=jnp.float32)
         scores = scores.reshape(batch, kv_heads, heads // kv_heads, length, -1)
         return jnp.where(allowed, scores, -1e30)
 
-    blocks = [*cached, (keys, values, None)]
+    blocks = [*cached, (keys.swapaxes(2, 3), values, None)]
     scores = [
         scores_against(these, mask[:, None, None] if filled is None else filled[:, None, None, None])
         for these, _, filled in blocks
     ]
-    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(values.dtype)
-    weights = weights.reshape(batch, kv_heads, heads // kv_heads * length, -1)
-    shares = jnp.split(weights, np.cumsum([these.shape[2] for these, _, _ in blocks])[:-1], axis=-1)
-    mixed = sum(share @ those for share, (_, those, _) in zip(shares, blocks, strict=True))
-    return mixed.reshape(batch, heads, length, head_dim)
+    # One softmax over all blocks, each in its place: joining them would copy the scores.
+    peaks = [block.max(axis=-1, keepdims=True) for block in scores]
+    peak = jax.lax.stop_gradient(functools.reduce(jnp.maximum, peaks))
+    weights = [jnp.exp(block - peak) for block in scores]
+    total = sum(block.sum(axis=-1, keepdims=True) for block in weights)
+    mixed = sum(
+        block.astype(those.dtype).reshape(batch, kv_heads, heads // kv_heads * length, -1) @ those
+        for block, (_, those, _) in zip(weights, blocks, strict=True)
+    )
+    return (mixed.reshape((*total.shape[:-1], head_dim)) / total).astype(values.dtype).reshape(query_shape)
+
+
+def packed_attention(query, keys, values, segments) -> jax.Array:
+    """`attention` within a chunk, without caches: shapes as there, segments [B, T].
+
+    A block of queries reads only the keys up to its own end, so no [T, T] array exists and almost half of the products
+    are never made; the backward pass makes a block's weights again instead of keeping them.
+    """
+    length = query.shape[2]
+    size = max(MIN_QUERY_BLOCK, -(-length // MAX_QUERY_BLOCKS))
+    block = jax.checkpoint(attention)
+    mixed = []
+    for start in range(0, length, size):
+        end = min(start + size, length)
+        mask = jnp.arange(end) <= jnp.arange(start, end)[:, None]
+        mask &= segments[:, start:end, None] == segments[:, None, :end]
+        mixed.append(block(query[:, :, start:end], keys[:, :, :end], values[:, :, :end], mask))
+    return jnp.concatenate(mixed, axis=2)
 
 
 class Block(nnx.Module):
@@ -171,7 +205,7 @@ class Block(nnx.Module):
         self.up = matrix(width, config.intermediate_size)
         self.down = nnx.Param(matrix(config.intermediate_size, width)[...] * (2 * config.layers) ** -0.5)
 
-    def __call__(self, x, cos, sin, mask, cached=()):
+    def __call__(self, x, cos, sin, segments, cached=()):
         """x [B, T, D] -> (x, keys [B, K, T, E], values [B, K, T, E])."""
         config = self.config
 
@@ -183,7 +217,11 @@ class Block(nnx.Module):
         query = rotate(heads(y, self.query, self.query_bias, config.heads), cos, sin)
         keys = rotate(heads(y, self.key, self.key_bias, config.kv_heads), cos, sin)
         values = heads(y, self.value, self.value_bias, config.kv_heads)
-        mixed = attention(query, keys, values, mask, cached).swapaxes(1, 2).reshape(*x.shape[:2], -1)
+        if cached:
+            mixed = attention(query, keys, values, chunk_mask(segments), cached)
+        else:
+            mixed = packed_attention(query, keys, values, segments)
+        mixed = mixed.swapaxes(1, 2).reshape(*x.shape[:2], -1)
         x = x + mixed @ self.output[...].astype(x.dtype)
         y = rms_norm(x, self.ffn_norm[...], config.norm_epsilon)
         gated = jax.nn.silu(y @ self.gate[...].astype(y.dtype)) * (y @ self.up[...].astype(y.dtype))
@@ -221,24 +259,23 @@ class Transformer(nnx.Module):
         are not changed: `Cache.append` keeps what the caller wants kept.
         """
         cos, sin = rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
-        mask = chunk_mask(segments)
         x = self.embedding[...].astype(dtype)[tokens]
         graph, stacked = nnx.split(self.blocks)
         if not caches:
 
             def layer(x, parameters):
-                x, _, _ = nnx.merge(graph, parameters)(x, cos, sin, mask)
+                x, _, _ = nnx.merge(graph, parameters)(x, cos, sin, segments)
                 return x, None
 
             x, _ = jax.lax.scan(layer, x, stacked)
             return Output(rms_norm(x, self.norm[...], self.config.norm_epsilon), (), ())
-        filled = [jnp.arange(cache.keys[0].shape[2]) < cache.lengths[:, None] for cache in caches]
+        filled = [jnp.arange(cache.capacity) < cache.lengths[:, None] for cache in caches]
         keys, values = [], []
         # Unrolled: scanning over the layers would copy each layer's cache once a token.
         for index in range(self.config.layers):
             block = nnx.merge(graph, jax.tree.map(lambda leaf, index=index: leaf[index], stacked))
             cached = [(c.keys[index], c.values[index], f) for c, f in zip(caches, filled, strict=True)]
-            x, new_keys, new_values = block(x, cos, sin, mask, cached)
+            x, new_keys, new_values = block(x, cos, sin, segments, cached)
             keys.append(new_keys)
             values.append(new_values)
         return Output(rms_norm(x, self.norm[...], self.config.norm_epsilon), tuple(keys), tuple(values))
