@@ -15,7 +15,7 @@ from flax import nnx
 
 from data_pipeline.encode import Encoder
 from jaxprm.model import huggingface
-from jaxprm.model.prefix_bank import PrefixBank, rows_of
+from jaxprm.model.prefix_bank import FEW, PrefixBank, rows_of
 from jaxprm.model.transformer import Cache
 from jaxprm.policies.protocol import Action, State, candidate_seed, prefix_hash
 
@@ -31,11 +31,9 @@ def _generate(
     are the model's own, at temperature 1.
     """
     model = nnx.merge(graph, parameters)
-    rows = slots.shape[0]
-    prefix = rows_of(bank, slots, lengths, capacity)
-    keys = jax.vmap(jax.random.wrap_key_data)(keys)
+    rows, few = slots.shape[0], max(1, slots.shape[0] // FEW)
 
-    def draw(logits, step):
+    def draw(logits, keys, step):
         # Inverse transform: one uniform number a row, not one a vocabulary entry.
         scaled = logits / jnp.maximum(temperature, 1e-6)
         probabilities = jax.nn.softmax(scaled, axis=-1)
@@ -46,38 +44,51 @@ def _generate(
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), token[:, None], axis=1)[:, 0]
         return token.astype(jnp.int32), chosen
 
-    def more(carry):
-        return (carry["step"] < steps) & carry["open"].any()
-
-    def advance(carry):
-        turn = carry["turn"]
-        ones = jnp.ones((rows, 1), jnp.int32)
-        output = model(carry["last"][:, None], (lengths + turn.lengths)[:, None], ones, (prefix, turn))
-        logits = jnp.where(banned, -jnp.inf, model.logits(output.hidden[:, 0]))
-        token, log_probability = draw(logits, carry["step"])
-        is_open = carry["open"]
-        token = jnp.where(is_open, token, end_id)
-        return {
-            "turn": turn.append(output.keys, output.values, is_open.astype(jnp.int32)),
-            "last": token,
-            "tokens": carry["tokens"].at[:, carry["step"]].set(token),
-            "counts": carry["counts"] + is_open,
-            "log_probability": carry["log_probability"] + jnp.where(is_open, log_probability, 0.0),
-            "open": is_open & (token != end_id),
-            "step": carry["step"] + 1,
-        }
-
-    start = {
+    def sample(given, state, step, until):
+        """Advances the rows until no more than `until` are open: (state, step)."""
         # The prefix stays outside the loop's state: what a loop carries, it may copy at every step.
+        prefix = rows_of(bank, given["slots"], given["lengths"], capacity)
+        ones = jnp.ones((len(given["slots"]), 1), jnp.int32)
+
+        def more(carry):
+            state, step = carry
+            return (step < steps) & (state["open"].sum() > until)
+
+        def advance(carry):
+            state, step = carry
+            turn, is_open = state["turn"], state["open"]
+            positions = (given["lengths"] + turn.lengths)[:, None]
+            output = model(state["last"][:, None], positions, ones, (prefix, turn))
+            logits = jnp.where(banned, -jnp.inf, model.logits(output.hidden[:, 0]))
+            token, log_probability = draw(logits, given["keys"], step)
+            token = jnp.where(is_open, token, end_id)
+            state = {
+                "turn": turn.append(output.keys, output.values, is_open.astype(jnp.int32)),
+                "last": token,
+                "tokens": state["tokens"].at[:, step].set(token),
+                "counts": state["counts"] + is_open,
+                "log_probability": state["log_probability"] + jnp.where(is_open, log_probability, 0.0),
+                "open": is_open & (token != end_id),
+            }
+            return state, step + 1
+
+        return jax.lax.while_loop(more, advance, (state, step))
+
+    given = {"slots": slots, "lengths": lengths, "keys": jax.vmap(jax.random.wrap_key_data)(keys)}
+    state = {
         "turn": Cache.empty(model.config, rows, steps + 1),
         "last": last,
         "tokens": jnp.full((rows, steps), end_id, jnp.int32),
         "counts": jnp.zeros((rows,), jnp.int32),
         "log_probability": jnp.zeros((rows,), jnp.float32),
         "open": active,
-        "step": 0,
     }
-    done = jax.lax.while_loop(more, advance, start)
+    state, step = sample(given, state, 0, few)
+    # The longest turns end among themselves. Where fewer are left than fit, row 0 stands in, and stays what it is.
+    rest = jnp.nonzero(state["open"], size=few, fill_value=0)[0]
+    given, ended = jax.tree.map(lambda leaf: leaf[rest], (given, state))
+    ended, _ = sample(given, ended, step, 0)
+    done = {name: state[name].at[rest].set(ended[name]) for name in ("tokens", "counts", "open", "log_probability")}
     return done["tokens"], done["counts"], ~done["open"], done["log_probability"]
 
 

@@ -19,7 +19,7 @@ from flax import nnx
 from data_pipeline.encode import Encoder
 from jaxprm.errors import UserError
 from jaxprm.model import huggingface
-from jaxprm.model.prefix_bank import PrefixBank, rows_of
+from jaxprm.model.prefix_bank import PrefixBank, rows_for, rows_of
 from jaxprm.policies.protocol import prefix_hash
 
 LENGTH_BUCKETS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -159,7 +159,8 @@ class Scorer:
             group = [row for row in rows if width_of[id(row)] == width]
             size = max(1, self._rows * CANDIDATE_WIDTHS[0] // width)
             for start in range(0, len(group), size):
-                self._score_rows(prefixes, group[start : start + size], size, width)
+                some = group[start : start + size]
+                self._score_rows(prefixes, some, rows_for(len(some), size), width)
 
     def _score_rows(self, prefixes, group: list, rows: int, width: int) -> None:
         if self._bank is None:

@@ -83,6 +83,9 @@ def test_these_candidates_end_differently_and_differ(sampled):
 def test_candidates_are_the_same_whatever_batch_they_are_in(sampled):
     alone = [new_policy().propose([state], 4, 1.0)[0] for state in STATES]
     assert without_log_probability(alone) == without_log_probability(sampled)
+    # The longest turns of a call end in a smaller one: of 2 rows here, of 1 elsewhere.
+    wide = new_policy(in_flight=8).propose(STATES, 4, 1.0)
+    assert without_log_probability(wide) == without_log_probability(sampled)
     policy = new_policy()
     backwards = policy.propose(STATES[::-1], 2, 1.0)[::-1]
     assert without_log_probability(backwards) == without_log_probability([some[:2] for some in sampled])
