@@ -118,9 +118,12 @@ def _stages(options) -> int:
 
 def _imitate(options) -> int:
     from jaxprm import config
+    from jaxprm.stages import WorkDirectory
     from jaxprm.training.imitate import imitate
 
-    print(f"policy: {imitate(config.load(options.config, options.overrides), options.workdir)}")
+    experiment = config.load(options.config, options.overrides)
+    with WorkDirectory(options.workdir).lock():
+        print(f"policy: {imitate(experiment, options.workdir)}")
     return 0
 
 

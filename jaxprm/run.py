@@ -128,22 +128,23 @@ class Run:
 def run(experiment: config_lib.Experiment, workdir: Path, *, until: str = "report", redo: bool = False) -> Path | None:
     """Runs the stages up to `until`; returns the report's path if it was made."""
     state = Run(experiment, WorkDirectory(workdir, redo=redo))
-    # Before any work is spent: what is there must have been made with this config, and the last stage be possible.
-    state.work.check(stage_inputs(state, until))
-    if STAGES.index(until) >= STAGES.index("search") and any(width > 1 for width, _ in experiment.search.beams):
-        state.check_can_fork()
-    files.write_json(workdir / "config.json", config_lib.to_dict(experiment))
-    steps: dict[str, Callable[[Run], Any]] = {
-        "collect": collect,
-        "build": build,
-        "train": train,
-        "search": search,
-        "report": report,
-    }
-    result = None
-    for name in STAGES[: STAGES.index(until) + 1]:
-        result = steps[name](state)
-    return result if until == "report" else None
+    with state.work.lock():
+        # Before any work is spent: what is there must have been made with this config, and the last stage be possible.
+        state.work.check(stage_inputs(state, until))
+        if STAGES.index(until) >= STAGES.index("search") and any(width > 1 for width, _ in experiment.search.beams):
+            state.check_can_fork()
+        files.write_json(workdir / "config.json", config_lib.to_dict(experiment))
+        steps: dict[str, Callable[[Run], Any]] = {
+            "collect": collect,
+            "build": build,
+            "train": train,
+            "search": search,
+            "report": report,
+        }
+        result = None
+        for name in STAGES[: STAGES.index(until) + 1]:
+            result = steps[name](state)
+        return result if until == "report" else None
 
 
 def stage_inputs(state: Run, until: str) -> dict[str, dict[str, Any]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -28,6 +30,28 @@ class WorkDirectory:
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keeps other processes out. The lock falls with its process, however that ends.
+
+        Raises UserError when another process holds it.
+        """
+        with open(self / "lock", "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise UserError(
+                    f"work directory {self.path}: process {file.read() or 'unknown'} works in it; wait until it is "
+                    "done, or use another --workdir"
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
 
     def check(self, inputs: dict[str, dict[str, Any]]) -> None:
         """Raises UserError when one of these stages was begun with other inputs, before any work is spent on it."""

@@ -1,6 +1,9 @@
 """Stages of a work directory: skipped, resumed, refused, redone, timed."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -41,6 +44,21 @@ def run_stage(work, inputs=INPUTS, *, fail=False, name="collect"):
             (work / "out.partial").unlink()
             output.write_text("whole")
     return needed
+
+
+def test_a_work_directory_is_one_process_at_a_time(tmp_path):
+    script = (
+        "import sys; from pathlib import Path; from jaxprm.stages import WorkDirectory\n"
+        "with WorkDirectory(Path(sys.argv[1])).lock(): print('in', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "in\n"
+        with pytest.raises(UserError, match=f"process {other.pid} works in it"), WorkDirectory(tmp_path).lock():
+            pass
+        other.kill()
+    with WorkDirectory(tmp_path).lock():
+        assert (tmp_path / "lock").read_text() == str(os.getpid())
 
 
 def test_a_finished_stage_is_skipped(tmp_path):
