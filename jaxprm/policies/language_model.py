@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,9 @@ from jaxprm.model import huggingface
 from jaxprm.model.prefix_bank import FEW, PrefixBank, rows_of
 from jaxprm.model.transformer import Cache
 from jaxprm.policies.protocol import Action, State, candidate_seed, prefix_hash
+
+# Half of the states each, side by side: one call does not fill two cores, and an accelerator queues them.
+LANES = 2
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "end_id", "steps", "capacity"))
@@ -102,11 +107,13 @@ class LanguageModelPolicy:
     def __init__(self, config, parameters: Any, encoder: Encoder, *, seed: int, settings):
         self._graph = huggingface.transformer_graph(config)
         self._parameters, self._encoder, self._seed = parameters, encoder, seed
-        self._rows = settings.in_flight
+        self._in_flight = settings.in_flight
+        self._rows = -(-settings.in_flight // LANES)
+        self._lanes = ThreadPoolExecutor(LANES, thread_name_prefix="sample")
         self._steps = settings.max_action_tokens
         self.max_tokens = settings.max_tokens
         self._bank = PrefixBank(
-            self._graph, parameters, config, slots=2 * self._rows, capacity=self.max_tokens, rows=self._rows
+            self._graph, parameters, config, slots=2 * self._in_flight, capacity=self.max_tokens, rows=self._in_flight
         )
         self._memory: dict[tuple[str, str, int, float], Action] = {}
         # A turn can end, but not open another message or be padding.
@@ -114,6 +121,7 @@ class LanguageModelPolicy:
         self._banned[sorted(encoder.special_ids - {encoder.end_id})] = True
         self._banned[encoder.vocabulary_size :] = True
         self.generated = 0
+        self._lock = threading.Lock()
 
     @property
     def encoder(self) -> Encoder:
@@ -141,8 +149,8 @@ class LanguageModelPolicy:
             else:
                 jobs.append((key, tokens))
         jobs.sort(key=lambda job: len(job[1]))
-        for start in range(0, len(jobs), self._rows):
-            self._sample(jobs[start : start + self._rows], temperature)
+        for start in range(0, len(jobs), self._in_flight):
+            self._sample(jobs[start : start + self._in_flight], temperature)
         return [
             [self._memory[state.task, name, index, temperature] for index in range(state.first, state.first + n)]
             for state, name in zip(states, names, strict=True)
@@ -153,11 +161,17 @@ class LanguageModelPolicy:
         return len(self._encoder.prompt(messages))
 
     def _sample(self, jobs: list, temperature: float) -> None:
+        # The last token is fed to the decoder: its output is the first distribution to draw from.
+        slots = self._bank.place([tokens[:-1] for _, tokens in jobs])
+        lanes = [slice(start, start + self._rows) for start in range(0, len(jobs), self._rows)]
+        for _ in self._lanes.map(lambda lane: self._sample_lane(jobs[lane], slots[lane], temperature), lanes):
+            pass
+
+    def _sample_lane(self, jobs: list, placed: np.ndarray, temperature: float) -> None:
         rows, count = self._rows, len(jobs)
         slots, lengths, last = np.zeros(rows, np.int32), np.zeros(rows, np.int32), np.zeros(rows, np.int32)
         seeds = np.zeros((rows, 2), np.uint32)
-        # The last token is fed to the decoder: its output is the first distribution to draw from.
-        slots[:count] = self._bank.place([tokens[:-1] for _, tokens in jobs])
+        slots[:count] = placed
         for row, ((task, name, index, _), tokens) in enumerate(jobs):
             lengths[row], last[row] = len(tokens) - 1, tokens[-1]
             seeds[row] = candidate_seed(self._seed, task, name, index)
@@ -182,7 +196,8 @@ class LanguageModelPolicy:
             ids = tokens[row, : counts[row] - int(ended[row])].tolist()
             stop = "end" if ended[row] else "length"
             self._memory[key] = Action(self._text(ids), int(counts[row]), float(log_probabilities[row]), stop)
-        self.generated += int(counts[:count].sum())
+        with self._lock:
+            self.generated += int(counts[:count].sum())
 
     def _text(self, ids: list[int]) -> str:
         text = self._encoder.decode(ids)
