@@ -20,7 +20,7 @@ config = Experiment(
     # `path` is a Qwen2 model directory in Hugging Face format; "default" is the TextCraft policy of the package.
     # An action is cut at `max_action_tokens`, and an episode that outgrows `max_tokens` can only say nothing.
     # `in_flight` episodes are played at once: more is faster until memory or the cores are full.
-    policy=Policy(path="default", max_action_tokens=40, max_tokens=896, in_flight=64),
+    policy=Policy(path="default", max_action_tokens=64, max_tokens=896, in_flight=64),
     # None takes all tasks of a split. The reward model learns from differences between attempts at one task:
     # prefer 16 trajectories of fewer tasks to one of many, and a policy that succeeds in 10 to 90 % of its attempts.
     collection=Collection(train_tasks=120, validation_tasks=30, trajectories_per_task=16, temperature=1.0),

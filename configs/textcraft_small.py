@@ -10,7 +10,7 @@ from jaxprm.config import Collection, Data, Environment, Experiment, Policy, Rew
 config = Experiment(
     name="textcraft_small",
     environment=Environment(name="textcraft", arguments={"distractors": 4}),
-    policy=Policy(path="default", in_flight=128, max_action_tokens=40, max_tokens=896),
+    policy=Policy(path="default", in_flight=128, max_action_tokens=64, max_tokens=896),
     collection=Collection(trajectories_per_task=16),
     data=Data(rows=8, length=512, steps_per_row=32, too_long="window"),
     reward_models=(

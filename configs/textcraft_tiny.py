@@ -12,7 +12,7 @@ config = Experiment(
     name="textcraft_tiny",
     # Minutes, not hours: the same tasks with four distractors instead of AgentGym's ten, and 12 rounds instead of 20.
     environment=Environment(name="textcraft", arguments={"distractors": 4, "max_rounds": 12}),
-    policy=Policy(path="default", in_flight=64, max_action_tokens=40, max_tokens=896),
+    policy=Policy(path="default", in_flight=64, max_action_tokens=64, max_tokens=896),
     collection=Collection(train_tasks=72, validation_tasks=20, trajectories_per_task=16),
     data=Data(rows=8, length=512, steps_per_row=32, too_long="window"),
     reward_models=(

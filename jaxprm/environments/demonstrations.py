@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from jaxprm.environments import planner
 from jaxprm.environments.invented import invent
-from jaxprm.environments.recipes import spoken
+from jaxprm.environments.recipes import Recipe, spoken
 
 _WORD = re.compile(r"[a-z]+")
 # Words of commands, replies and thoughts: exchanged, they would garble what is not a name.
@@ -23,8 +23,11 @@ _FIXED = {"craft", "using", "get", "minecraft", "inventory", "needs", "ready", "
 
 @lru_cache(maxsize=4)
 def item_words(environment) -> tuple[str, ...]:
-    """The words of the item names in the recipes that lead to training goals."""
-    recipes = {recipe for goal in training_goals(environment) for recipe in environment.book.tree(goal)}
+    """The words of the item names in the prompts of the training tasks."""
+    recipes: set[Recipe] = set()
+    for task in environment.tasks("train"):
+        environment.reset(task)
+        recipes.update(environment.episode.recipes)
     names = {name for recipe in recipes for name in (recipe.output, *(part.name for part in recipe.ingredients))}
     words = {word for name in names for word in _WORD.findall(spoken(name))}
     return tuple(sorted(words - _FIXED))
@@ -56,7 +59,7 @@ def demonstrate(
         astray = mistake_rate if rng.random() < mistakes else 0.0
         invents = invented > 0 and rng.random() < invented
         if invents:
-            goal, book = invent(rng, item_words(environment))
+            goal, book = invent(rng, item_words(environment), tuple(distractors))
         else:
             goal, book = rng.choice(training_goals(environment)), None
         prompt = environment.sample_episode(goal, rng, tuple(distractors), book)
@@ -87,10 +90,8 @@ def training_goals(environment) -> tuple[str, ...]:
 def mistake(environment, rng: random.Random) -> str:
     """A plausible wrong turn: a recipe of the prompt that is not due, or an item of one."""
     recipe = rng.choice(environment.episode.recipes)
-    goal = spoken(environment.episode.goal)
-    start = goal if goal == spoken(recipe.output) else f"{goal} needs {spoken(recipe.output)}"
     if rng.random() < 0.5:
-        return f"Thought: {start}, ready.\nAction: {recipe.command}"
+        return f"Thought: {planner.quoted([], ready=True)}\nAction: {recipe.command}"
     part = rng.choice(recipe.ingredients)
     amount = rng.choice([part.count, 1, 2])
-    return f"Thought: {start} needs {spoken(part.name)}.\nAction: get {amount} {spoken(part.name)}"
+    return f"Thought: {planner.quoted([recipe])}\nAction: get {amount} {spoken(part.name)}"

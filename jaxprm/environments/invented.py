@@ -8,19 +8,26 @@ from collections.abc import Sequence
 from jaxprm.environments import planner
 from jaxprm.environments.recipes import PREFIX, Ingredient, Recipe, RecipeBook
 
-AMOUNTS, AMOUNT_WEIGHTS = range(1, 10), (36, 20, 13, 10, 4, 6, 3, 4, 4)
-YIELDS, YIELD_WEIGHTS = (1, 2, 3, 4, 6, 8, 16), (55, 8, 10, 15, 6, 4, 2)
+# About as in the recipes of the training goals, the rare ones less rare.
+AMOUNTS, AMOUNT_WEIGHTS = range(1, 10), (60, 12, 6, 8, 2, 4, 1, 3, 4)
+YIELDS, YIELD_WEIGHTS = (1, 2, 3, 4, 6, 8, 16), (45, 10, 6, 28, 3, 6, 2)
 LONGEST_PLAN = 16
+STRANGE_SHARE = 0.08
 
 
-def invent(rng: random.Random, words: Sequence[str]) -> tuple[str, RecipeBook]:
-    """(goal, book) with a plan of at most LONGEST_PLAN turns; item names are made of `words`."""
+def invent(rng: random.Random, words: Sequence[str], distractors: tuple[int, int]) -> tuple[str, RecipeBook]:
+    """(goal, book) with a plan of at most LONGEST_PLAN turns; item names are made of `words`.
+
+    distractors: the fewest and the most recipes that lead elsewhere.
+
+    Some words are strange, two halves that never met: those of unseen goals, too, come in unknown pieces.
+    """
     while True:
         inventor = _Inventor(rng, words)
         goal = inventor.craftable(rng.choices((1, 2, 3), (30, 45, 25))[0])
         tree = tuple(inventor.recipes)
         if planner.plan(goal, {}, tree).turns <= LONGEST_PLAN:
-            inventor.add_distractors(rng.randint(0, 12))
+            inventor.add_distractors(rng.randint(*distractors))
             return goal, inventor.book()
 
 
@@ -36,12 +43,17 @@ class _Inventor:
         rng = self.rng
         while True:
             parts = rng.sample(self.words, rng.choices((1, 2, 3), (30, 50, 20))[0])
+            parts = [self.strange() if rng.random() < STRANGE_SHARE else part for part in parts]
             if self.names and rng.random() < 0.4:
                 kin = rng.choice(self.names).split("_")
                 parts = rng.choice([[*kin, parts[0]], [*kin[:-1], parts[0]], [parts[0], *kin[1:]]])[:4]
             if (name := "_".join(parts)) not in self.names:
                 self.names.append(name)
                 return name
+
+    def strange(self) -> str:
+        first, second = self.rng.sample(self.words, 2)
+        return first[: (len(first) + 1) // 2] + second[len(second) // 2 :]
 
     def craftable(self, depth: int) -> str:
         """A new item with a recipe, sometimes two, that needs at most `depth` crafts one after another."""

@@ -1,12 +1,12 @@
-"""An expert for TextCraft: the next message from any state, with the chain of subgoals as its thought.
+"""An expert for TextCraft: the next message from any state, with the chain of recipes as its thought.
 
-The thought walks from the goal to what is due, each item the first that the one before still lacks, and the action
-obtains the last:
+The thought walks from the goal's recipe to what is due, each recipe that of the first item the one before still lacks,
+and the action obtains the first item the last recipe lacks, or carries out the next recipe of the chain:
 
-    Thought: dark oak sign needs dark oak planks needs dark oak logs.
+    Thought: 3 dark oak sign using 6 dark oak planks, 1 stick; 4 dark oak planks using 1 dark oak logs.
     Action: get 2 dark oak logs
 
-    Thought: dark oak sign needs dark oak planks, ready.
+    Thought: 3 dark oak sign using 6 dark oak planks, 1 stick; ready.
     Action: craft 4 dark oak planks using 1 dark oak logs
 
 It reads only the goal, the inventory and the recipes in the prompt, so everything it does can be learned from the
@@ -70,21 +70,20 @@ def plan(goal: str, inventory: Mapping[str, int], recipes: Sequence[Recipe]) -> 
     if option is None:
         raise ValueError(f"no recipe of the prompt leads to {goal!r}")
     turns = int(option.cost)
-    chain: list[str] = []
+    chain: list[Recipe] = []
     item, path = goal, frozenset()
     while option is not None:
-        chain.append(spoken(item))
+        chain.append(option.recipe)
         path |= {item}
         repeats = _repeats(option.recipe, item, total, held)
         lacking = _lacking(option.parts, repeats, held)
         if lacking is None:
             recipe = option.recipe
             action = f"craft {recipe.count} {spoken(item)} using {_listed(option.parts)}"
-            return Plan(f"{' needs '.join(chain)}, ready.", action, turns)
+            return Plan(quoted(chain[:-1], ready=True), action, turns)
         item, total = lacking
         option = search.best(item, total, held, path)
-    chain.append(spoken(item))
-    return Plan(f"{' needs '.join(chain)}.", f"get {total - held.get(item, 0)} {spoken(item)}", turns)
+    return Plan(quoted(chain), f"get {total - held.get(item, 0)} {spoken(item)}", turns)
 
 
 class _Search:
@@ -163,6 +162,16 @@ def _repeats(recipe: Recipe, item: str, total: int, held: Mapping[str, int]) -> 
 def _lacking(parts: Parts, repeats: int, held: Mapping[str, int]) -> tuple[str, int] | None:
     """The first ingredient of which there is too little, with the amount that all repeats need."""
     return next(((name, repeats * count) for name, count in parts if held.get(name, 0) < repeats * count), None)
+
+
+def quoted(chain: Sequence[Recipe], *, ready: bool = False) -> str:
+    """A thought: recipes as the prompt has them, then "ready" if the action is to craft what comes next.
+
+    All numbers the action follows from stand in it: a small model copies a line of its prompt long before it can find
+    one number there.
+    """
+    recipes = [recipe.command.removeprefix("craft ") for recipe in chain]
+    return "; ".join([*recipes, "ready"] if ready else recipes) + "."
 
 
 def _listed(parts: Parts) -> str:

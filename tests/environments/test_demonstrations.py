@@ -35,7 +35,7 @@ def test_an_episode_is_a_conversation_of_one_action_a_turn(seed):
 @settings(max_examples=30, deadline=None)
 def test_without_mistakes_every_turn_is_the_experts_and_the_episode_succeeds(seed):
     rng = random.Random(seed)
-    goal, book = invent(rng, item_words(ENV))
+    goal, book = invent(rng, item_words(ENV), (0, 6))
     prompt = ENV.sample_episode(goal, rng, (0, 6), book)
     turns = 0
     done = False

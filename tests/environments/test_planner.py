@@ -1,4 +1,3 @@
-import itertools
 import random
 from collections import Counter
 
@@ -38,8 +37,9 @@ SIGN = (
     recipe("craft 3 dark oak sign using 6 dark oak planks, 1 stick"),
     recipe("craft 4 stick using 2 planks", tags=["planks"]),
 )
-NEEDS_LOGS = "Thought: dark oak sign needs dark oak planks needs dark oak logs."
-PLANKS_READY = "Thought: dark oak sign needs dark oak planks, ready."
+SIGN_THOUGHT = "Thought: 3 dark oak sign using 6 dark oak planks, 1 stick"
+NEEDS_LOGS = f"{SIGN_THOUGHT}; 4 dark oak planks using 1 dark oak logs."
+PLANKS_READY = f"{SIGN_THOUGHT}; ready."
 
 
 @pytest.mark.parametrize(
@@ -54,11 +54,11 @@ PLANKS_READY = "Thought: dark oak sign needs dark oak planks, ready."
         ),
         (  # the tag is the item in hand
             {"dark oak planks": 8},
-            "Thought: dark oak sign needs stick, ready.\nAction: craft 4 stick using 2 dark oak planks",
+            f"{SIGN_THOUGHT}; ready.\nAction: craft 4 stick using 2 dark oak planks",
         ),
         (
             {"dark oak planks": 6, "stick": 4},
-            "Thought: dark oak sign, ready.\nAction: craft 3 dark oak sign using 6 dark oak planks, 1 stick",
+            "Thought: ready.\nAction: craft 3 dark oak sign using 6 dark oak planks, 1 stick",
         ),
         (  # mistakes: goods of no use do not confuse it
             {"oak logs": 7, "stick": 1, "bamboo": 3},
@@ -77,7 +77,8 @@ def test_the_item_of_a_tag_is_the_cheapest_then_the_one_in_hand_then_the_first()
     assert answer("stick", {"dark oak logs": 1}, oak, stick, dark).endswith("using 1 dark oak logs")
     both, mixed = {"oak planks": 2, "dark oak planks": 3}, {"oak planks": 1, "dark oak logs": 1}
     assert answer("stick", both, oak, stick, dark).endswith("using 2 dark oak planks")
-    assert answer("stick", mixed, oak, stick, dark).startswith("Thought: stick needs dark oak planks, ready.")
+    assert answer("stick", mixed, oak, stick, dark).endswith("craft 4 dark oak planks using 1 dark oak logs")
+    assert answer("stick", mixed, oak, stick, dark).startswith("Thought: 4 stick using 2 planks; ready.")
 
 
 def test_the_recipe_with_the_fewest_actions_is_taken_and_the_first_among_equals():
@@ -120,7 +121,7 @@ def test_a_goal_without_a_recipe_is_refused():
 
 def test_a_cycle_in_the_prompt_does_not_trap_it():
     cycle = (recipe("craft 1 a using 1 b"), recipe("craft 1 b using 1 a"), recipe("craft 1 b using 3 c"))
-    assert answer("a", {}, *cycle) == "Thought: a needs b needs c.\nAction: get 3 c"
+    assert answer("a", {}, *cycle) == "Thought: 1 a using 1 b; 1 b using 3 c.\nAction: get 3 c"
 
 
 def solve(env):
@@ -165,10 +166,9 @@ def test_it_recovers_from_any_state(index, seed):
     assert env.outcome() == 1.0 and turns <= expected
 
 
-def renamed_thought(thought, to):
-    chain, ready, _ = thought.removesuffix(".").partition(", ready")
-    names = [recipes.spoken(to[ident(name)]) for name in chain.split(" needs ")]
-    return f"{' needs '.join(names)}{ready}."
+def renamed_thought(thought, renamed):
+    """renamed: recipes as a thought has them, before and after."""
+    return "; ".join(renamed.get(quote, quote) for quote in thought.removesuffix(".").split("; ")) + "."
 
 
 def test_a_renamed_prompt_gets_the_renamed_plan():
@@ -177,6 +177,7 @@ def test_a_renamed_prompt_gets_the_renamed_plan():
     to = dict(zip(BOOK.names, shuffled, strict=True))
     other = BOOK.renamed(to)
     renamed = dict(zip(BOOK.recipes, other.recipes, strict=True))
+    quotes = {one.command.removeprefix("craft "): two.command.removeprefix("craft ") for one, two in renamed.items()}
     env = TextCraft(distractors=4, max_rounds=50)
     for index in range(0, 544, 9):
         env.reset(f"textcraft/{index}")
@@ -188,7 +189,7 @@ def test_a_renamed_prompt_gets_the_renamed_plan():
             one, two = parse(f"Action: {here.action}"), parse(f"Action: {there.action}")
             assert (to[one.item], one.count, one.kind, here.turns) == (two.item, two.count, two.kind, there.turns)
             assert [(to[name], n) for name, n in one.ingredients] == list(two.ingredients)
-            assert renamed_thought(here.thought, to) == there.thought
+            assert renamed_thought(here.thought, quotes) == there.thought
             if env.step(here.message).done:
                 break
 
@@ -197,16 +198,19 @@ def test_the_thought_leads_from_the_goal_to_the_action_by_recipes_of_the_prompt(
     env = TextCraft(max_rounds=50)
     for index in range(0, 544, 5):
         env.reset(f"textcraft/{index}")
-        uses = {(r.output, part.name) for r in env.episode.recipes for part in r.ingredients}
+        quoted = {r.command.removeprefix("craft "): r for r in env.episode.recipes}
         while True:
             step = plan(env.episode.goal, env.inventory, env.episode.recipes)
-            chain, ready, end = step.thought.partition(", ready")
-            names = [ident(name) for name in (chain if ready else chain.removesuffix(".")).split(" needs ")]
-            assert names[0] == env.episode.goal
-            for above, below in itertools.pairwise(names):
-                assert (above, below) in uses or (above, BOOK.item_tags[below]) in uses
+            quotes = step.thought.removesuffix(".").split("; ")
             command = parse(f"Action: {step.action}")
-            assert (names[-1], "craft" if ready else "get") == (command.item, command.kind)
+            if ready := quotes[-1] == "ready":
+                quotes.pop()
+            chain = [quoted[quote] for quote in quotes]
+            items = [*(r.output for r in chain), command.item]
+            assert (items[0], "craft" if ready else "get") == (env.episode.goal, command.kind)
+            for above, below in zip(chain, items[1:], strict=True):
+                parts = {part.name for part in above.ingredients}
+                assert below in parts or BOOK.item_tags[below] in parts
             if env.step(step.message).done:
                 break
 
