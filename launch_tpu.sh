@@ -6,7 +6,7 @@ export LC_ALL=C # [a-z] in the checks below is ASCII
 
 TREE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # Seconds and counts, to be changed by tests and the impatient.
-POLL_SECONDS=${POLL_SECONDS:-30} RETRY_SECONDS=${RETRY_SECONDS:-30} CREATE_TRIES=${CREATE_TRIES:-10} LOOK_TRIES=5
+POLL_SECONDS=${POLL_SECONDS:-30} RETRY_SECONDS=${RETRY_SECONDS:-30} CREATE_TRIES=${CREATE_TRIES:-10} START_POLLS=${START_POLLS:-60}
 MAX_CODE_BYTES=${MAX_CODE_BYTES:-104857600}
 
 # What is shown and said goes past the redirections of the commands it is about; Ctrl-C comes in the middle of one.
@@ -37,13 +37,16 @@ ask() {
 last_error() { tr -s ' \n' ' ' <"$TMP/error" | cut -c 1-300; }
 
 # Before anything is made that costs money. One line each, with what to do.
-check_account() {
+check_project() {
   local found
   [[ -n $DRY ]] || command -v gcloud >/dev/null || die "no gcloud: install the Google Cloud CLI, cloud.google.com/sdk"
   found=$(ask you@example.com gcloud auth list --filter=status:ACTIVE '--format=value(account)') || true
   [[ -n $found ]] || die "no account: gcloud auth login"
   ask ok gcloud projects describe "$PROJECT" '--format=value(projectId)' >/dev/null ||
     die "project $PROJECT: not found, or $found may not see it; \`gcloud projects list\` shows yours ($(last_error))"
+}
+
+check_bucket() {
   ask ok gcloud storage buckets describe "gs://$BUCKET" '--format=value(name)' >/dev/null ||
     die "bucket $BUCKET: not found or closed to you; gcloud storage buckets create gs://$BUCKET --project=$PROJECT \
 --location=${ZONE%-*} ($(last_error))"
@@ -76,7 +79,7 @@ describe() { # describe GROUP FIELD
     if grep -qi 'not_found\|not found' "$TMP/error"; then
       STATE=ABSENT && return 0
     fi
-    ((try == LOOK_TRIES)) || sleep "$POLL_SECONDS" # a network that comes back is no reason to leave a run alone
+    ((try == LOOK_TRIES)) || sleep "$POLL_SECONDS"
   done
   die "cannot see whether $NAME exists and costs money: $(last_error)" 1
 }
@@ -220,14 +223,13 @@ store_secret() {
     die "cannot write secret $SECRET; gcloud services enable secretmanager.googleapis.com --project=$PROJECT" 1
 }
 
-# The end of an earlier run under this name would keep the machine from starting.
+# The end of an earlier run under this name would keep the machine from starting, and its workers have long reported.
 store_command() {
-  local url
+  local url old=()
   for url in $(ask '' gcloud storage ls "$RUN/state/" || true); do
-    case $url in
-      */state/done | */state/failed) run_ gcloud storage rm "$url" || die "cannot remove $url" 1 ;;
-    esac
+    case $url in */state/done | */state/failed | */state/worker-*) old+=("$url") ;; esac
   done
+  ((${#old[@]} == 0)) || run_ gcloud storage rm "${old[@]}" || die "cannot remove ${old[*]}" 1
   {
     echo "$CODE"
     if [[ -n $ENV_FILE ]]; then echo "$SECRET"; else echo none; fi
@@ -269,7 +271,8 @@ need_machine() {
 }
 
 verb_create() {
-  check_account
+  check_project
+  check_bucket
   check_zone
   write_startup
   provision
@@ -277,7 +280,8 @@ verb_create() {
 }
 
 verb_setup() {
-  check_account
+  check_project
+  check_bucket
   need_machine
   pack_code
   persist "copying the script" send_worker_script
@@ -288,7 +292,8 @@ money until: $(again delete)" 1
 }
 
 verb_run() {
-  check_account
+  check_project
+  check_bucket
   need_machine
   pack_code
   store_secret
@@ -300,7 +305,8 @@ verb_run() {
 
 # Without a command: watches, and goes on with the one in the bucket. With one: starts it, on a new machine by itself.
 verb_up() {
-  check_account
+  check_project
+  check_bucket
   check_zone
   look
   if ((${#COMMAND[@]} == 0)); then
@@ -331,14 +337,18 @@ refuse_unfinished() {
 }
 
 watch() {
-  local found
+  local found polls=0
   while :; do
-    provision
-    found=$(ask "$RUN/state/done" gcloud storage ls "$RUN/state/" || true)
+    found=$(ask "${MADE:+$RUN/state/done}" gcloud storage ls "$RUN/state/" || true)
     case $'\n'$found$'\n' in
       */state/failed$'\n'*) finish "failed: $(ask '' gcloud storage cat "$RUN/state/failed" || true)" 1 ;;
       */state/done$'\n'*) finish "done" 0 ;;
+      */state/worker-*) polls=0 ;;
+      *) ((polls++ < START_POLLS)) || finish "failed: no worker has reported; may the machine's service account write to \
+gs://$BUCKET? With --keep you can look: $(again ssh)" 1 ;;
     esac
+    provision
+    LOOK_TRIES=5 # from here on a network that goes and comes back is no reason to leave
     sleep "$POLL_SECONDS"
   done
 }
@@ -369,6 +379,7 @@ remove_all() {
 verb_delete() {
   local answer
   DRY_STATE=READY
+  check_project # in a wrong one there is nothing to delete, and the right one goes on costing money
   look
   if [[ -z $YES && -z $DRY && $STATE != ABSENT ]]; then
     printf 'delete %s (%s) in %s? The bucket is kept. [y/N] ' "$NAME" "$STATE" "$ZONE" >&2
@@ -379,6 +390,7 @@ verb_delete() {
 }
 
 verb_status() {
+  check_project
   look
   echo "machine   $NAME: $STATE${KIND:+ ($KIND)}"
   run_ gcloud storage cat --display-url "$RUN/state/worker-*" 2>/dev/null || echo "workers   none has reported"
@@ -434,7 +446,7 @@ interrupted() {
 
 main() {
   parse "$@"
-  KIND='' STATE='' MADE='' DRY_STATE=ABSENT
+  KIND='' STATE='' MADE='' DRY_STATE=ABSENT LOOK_TRIES=1
   validate
   TMP=$(mktemp -d)
   trap 'rm -rf "$TMP"' EXIT

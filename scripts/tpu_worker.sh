@@ -90,7 +90,7 @@ install_uv() {
 
 make_environment() {
   export UV_PYTHON_INSTALL_DIR=$ROOT/python
-  [[ -x $ROOT/venv/bin/python ]] || "$ROOT/bin/uv" venv --python "$PYTHON_VERSION" "$ROOT/venv"
+  [[ -x $ROOT/venv/bin/python ]] || "$ROOT/bin/uv" venv --clear --python "$PYTHON_VERSION" "$ROOT/venv"
 }
 
 # jax[tpu] at the version that requirements.txt pins: it adds libtpu and changes nothing else.

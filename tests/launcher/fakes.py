@@ -66,7 +66,8 @@ def storage(verb, *rest):
     elif verb == "cp":
         copy(local(paths[0]), local(paths[1])) if os.path.isfile(local(paths[0])) else missing(paths[0])
     elif verb == "rm":
-        os.remove(local(paths[0]))
+        for one in paths:
+            os.remove(local(one))
     elif verb == "rsync":
         source, target = map(local, paths)
         skip = "stages/" if "--exclude=^stages/.*" in flags else "\0"

@@ -62,7 +62,7 @@ def test_a_spot_v6e_16_by_queued_resource_that_is_preempted_once(launch):
     )  # fmt: skip
     unfinished = [0, "gs://my-bucket/prm/state/worker-0\n", ""]
     ended = [0, "gs://my-bucket/prm/state/done\ngs://my-bucket/prm/state/worker-0\n", ""]
-    marks = ["storage ls gs://my-bucket/prm/state/", [GONE, unfinished, ended]]
+    marks = ["storage ls gs://my-bucket/prm/state/", [GONE, GONE, unfinished, ended]]
     launch.cloud.scenario([ACCOUNT, OFFERED, queue, states("tpu-vm", "ABSENT"), marks, NO_SECRET])
     said = launch("up", "--accelerator", "v6e-16", "--spot", "--queued", "--valid-until", "6h", *TRAIN).stderr
     create = (
@@ -81,6 +81,7 @@ def test_a_spot_v6e_16_by_queued_resource_that_is_preempted_once(launch):
         f"storage cp TMP/code.tar.gz gs://my-bucket/prm/job/code-{tree}.tar.gz",
         ls,
         "storage cp TMP/command gs://my-bucket/prm/job/command",
+        ls,
         QUEUE_STATE,
         NODE_STATE,
         create,
@@ -250,13 +251,11 @@ def test_what_is_missing_is_said_before_anything_is_made(launch, rule, line):
 
 
 def test_up_without_a_command_goes_on_with_the_run_of_that_name(launch):
-    launch.cloud.scenario(
-        [ACCOUNT, OFFERED, NOT_QUEUED, states("tpu-vm", "ABSENT", "ABSENT", "READY", "ABSENT"), NO_SECRET]
-    )
+    launch.cloud.scenario([ACCOUNT, OFFERED, NOT_QUEUED, states("tpu-vm", "ABSENT")])
     assert "no command, and none from before" in launch("up", "--accelerator", "v5e-8", code=2).stderr
-    launch.cloud.scenario(
-        [ACCOUNT, OFFERED, NOT_QUEUED, states("tpu-vm", "ABSENT", "ABSENT", "READY", "ABSENT"), NO_SECRET]
-    )
+    found = states("tpu-vm", "ABSENT", "ABSENT", "READY", "ABSENT")
+    marks = ["storage ls gs://my-bucket/prm/state/", [GONE, [0, "gs://my-bucket/prm/state/failed\n", ""]]]
+    launch.cloud.scenario([ACCOUNT, OFFERED, NOT_QUEUED, found, marks, NO_SECRET])
     launch.cloud.put("my-bucket/prm/job/command", "tree\nnone\ntrain\n")
     launch.cloud.put("my-bucket/prm/state/failed", "worker 1: exit code 1\n")
     said = launch("up", "--accelerator", "v5e-8", code=1).stderr
@@ -264,6 +263,29 @@ def test_up_without_a_command_goes_on_with_the_run_of_that_name(launch):
     assert (launch.cloud.bucket / "my-bucket/prm/job/command").read_text() == "tree\nnone\ntrain\n"
     assert [one for one in launch.commands() if "tpu-vm delete" in one] == [
         f"compute tpus tpu-vm delete prm {WHERE} --quiet"
+    ]
+
+
+def test_up_without_a_command_makes_no_machine_for_a_run_that_is_over(launch):
+    launch.cloud.scenario([ACCOUNT, OFFERED, NOT_QUEUED, states("tpu-vm", "ABSENT"), NO_SECRET])
+    launch.cloud.put("my-bucket/prm/job/command", "tree\nnone\ntrain\n")
+    launch.cloud.put("my-bucket/prm/state/done", "exit code 0\n")
+    assert "done; results in" in launch("up", "--accelerator", "v5e-8").stderr
+    assert not [one for one in launch.commands() if " create " in one or " delete " in one]
+
+
+def test_a_machine_whose_workers_never_report_does_not_cost_money_forever(launch):
+    """Workers that may not write to the bucket cannot say so. What an earlier run's said is taken away."""
+    found = states("tpu-vm", "ABSENT", "ABSENT", "READY", "READY", "READY", "ABSENT")
+    launch.cloud.scenario([ACCOUNT, OFFERED, NOT_QUEUED, found, NO_SECRET])
+    launch.cloud.put("my-bucket/prm/state/worker-0", "done\n")
+    launch.cloud.put("my-bucket/prm/state/done", "exit code 0\n")
+    said = launch("up", "--accelerator", "v5e-8", *TRAIN, code=1, START_POLLS="3").stderr
+    assert "no worker has reported; may the machine's service account write to gs://my-bucket?" in said
+    ended = [one for one in launch.commands() if "storage rm" in one or "tpu-vm delete" in one]
+    assert ended == [
+        "storage rm gs://my-bucket/prm/state/done gs://my-bucket/prm/state/worker-0",
+        f"compute tpus tpu-vm delete prm {WHERE} --quiet",
     ]
 
 
@@ -283,7 +305,7 @@ def test_up_keeps_the_machine_when_asked(launch):
 
 
 def test_delete_asks_and_takes_no_for_an_answer(launch):
-    launch.cloud.scenario([states("queued-resources", "ACTIVE")])
+    launch.cloud.scenario([ACCOUNT, states("queued-resources", "ACTIVE")])
     said = launch("delete", text="n\n", code=1).stderr
     assert "delete prm (ACTIVE) in us-west4-a?" in said and "goes on costing money" in said
     assert launch("delete", code=1).stderr  # and nobody there to answer
@@ -294,6 +316,7 @@ def test_delete_asks_and_takes_no_for_an_answer(launch):
 def test_delete_removes_queued_resource_node_and_secret(launch, arguments, text):
     launch.cloud.scenario(
         [
+            ACCOUNT,
             states("queued-resources", "ACTIVE", "ABSENT"),
             states("tpu-vm", "READY"),
             ["secrets describe", [[0, "s", ""]]],
@@ -301,6 +324,7 @@ def test_delete_removes_queued_resource_node_and_secret(launch, arguments, text)
     )
     said = launch("delete", *arguments, text=text).stderr
     assert launch.commands() == [
+        *CHECKS[:2],
         QUEUE_STATE,
         f"compute tpus queued-resources delete prm {WHERE} --force --quiet",
         QUEUE_STATE,
@@ -313,8 +337,16 @@ def test_delete_removes_queued_resource_node_and_secret(launch, arguments, text)
 
 
 def test_a_delete_that_fails_says_that_it_may_cost_money(launch):
-    launch.cloud.scenario([NOT_QUEUED, states("tpu-vm", "READY"), ["tpu-vm delete", [[1, "", "ERROR: no network\n"]]]])
+    launch.cloud.scenario(
+        [ACCOUNT, NOT_QUEUED, states("tpu-vm", "READY"), ["tpu-vm delete", [[1, "", "ERROR: no network\n"]]]]
+    )
     assert "prm is not deleted and may cost money" in launch("delete", "--yes", code=1).stderr
+
+
+@pytest.mark.parametrize("verb", ["delete", "status"])
+def test_a_wrong_project_is_not_an_empty_one(launch, verb):
+    launch.cloud.scenario([ACCOUNT, ["projects describe", [GONE]], ["describe prm", [GONE]]])
+    assert "project my-project: not found" in launch(verb, code=2).stderr
 
 
 def test_a_cloud_that_cannot_be_seen_is_not_an_empty_one(launch):
@@ -349,7 +381,7 @@ def test_ctrl_c_says_what_there_is(launch, found, line):
 
 def test_status_names_machine_workers_and_run(launch):
     launch.cloud.scenario(
-        [NOT_QUEUED, states("tpu-vm", "READY"), ["display-url", [[0, "==> worker-0 <==\nrunning\n", ""]]]]
+        [ACCOUNT, NOT_QUEUED, states("tpu-vm", "READY"), ["display-url", [[0, "==> worker-0 <==\nrunning\n", ""]]]]
     )
     assert launch("status").stdout.splitlines() == [
         "machine   prm: READY (node)", "==> worker-0 <==", "running", "run       not finished",
@@ -364,7 +396,7 @@ def test_logs_print_follow_or_fetch(launch, tmp_path):
     assert "no log yet at gs://my-bucket/prm/logs/worker-0.log" in launch("logs", code=1).stderr
     more = ["range=4-", [[1, "", "ERROR: 416\n"], [0, "two\n", ""]]]
     marks = ["storage ls", [GONE, GONE, [0, "gs://my-bucket/prm/state/done\n", ""]]]
-    launch.cloud.scenario([more, marks])
+    launch.cloud.scenario([ACCOUNT, more, marks])
     assert launch("logs", "--worker", "1", "--follow").stdout == "one\ntwo\n"
     launch.cloud.scenario([])
     launch("logs", "--output", str(tmp_path / "logs"))

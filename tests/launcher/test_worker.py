@@ -77,7 +77,7 @@ def test_a_fresh_machine_sets_up_runs_and_marks_the_end(machine, cloud):
     machine("job", run=SAVE + "mkdir -p stages a; echo 1 >stages/train.json; echo 2 >a/model; echo hello")
     root = machine.folder / "root"
     assert cloud.calls("uv") == [
-        ["venv", "--python", "3.11", f"{root}/venv"],
+        ["venv", "--clear", "--python", "3.11", f"{root}/venv"],
         [
             "pip",
             "install",
