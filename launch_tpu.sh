@@ -6,8 +6,8 @@ export LC_ALL=C # [a-z] in the checks below is ASCII
 
 TREE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # Seconds and counts, to be changed by tests and the impatient.
-POLL_SECONDS=${POLL_SECONDS:-30} RETRY_SECONDS=${RETRY_SECONDS:-30} CREATE_TRIES=${CREATE_TRIES:-10} START_POLLS=${START_POLLS:-60}
-MAX_CODE_BYTES=${MAX_CODE_BYTES:-104857600}
+POLL_SECONDS=${POLL_SECONDS:-30} RETRY_SECONDS=${RETRY_SECONDS:-30} CREATE_TRIES=${CREATE_TRIES:-10}
+START_POLLS=${START_POLLS:-60} MAX_CODE_BYTES=${MAX_CODE_BYTES:-104857600}
 
 # What is shown and said goes past the redirections of the commands it is about; Ctrl-C comes in the middle of one.
 exec 3>&1 4>&2
@@ -126,8 +126,8 @@ create_machine() {
   ((status)) || return 0
   ! grep -qi quota "$TMP/error" ||
     die "create: $(last_error) Ask for quota at console.cloud.google.com/iam-admin/quotas?project=$PROJECT" 1
-  grep -qiE 'no more capacity|resource_exhausted|insufficient|enough resources|internal|unavailable' "$TMP/error" ||
-    die "create: $(last_error)" 1
+  grep -qiE 'no more capacity|reserved capacity|resource_exhausted|enough resources|internal|unavailable' \
+    "$TMP/error" || die "create: $(last_error)" 1
   say "no capacity: $(last_error)"
   return 1
 }
@@ -184,21 +184,20 @@ money. Try --queued, --spot or another zone" 1
 
 # ---- the code and the command, in the bucket, so that a machine made again finds them
 
-# The tree as it lies here: committed or not, without what .gitignore names. A private index leaves yours alone.
+# The tree as it lies here: committed or not, without what .gitignore names and without secrets, whether this call knows
+# them or not. A private index leaves yours alone.
 pack_code() {
+  local without=(rm -r --quiet --cached --ignore-unmatch -- .venv runs "${SECRET_FILES[@]}")
   if [[ -n $DRY ]]; then
     CODE=TREE
     show env GIT_INDEX_FILE=INDEX git -C "$TREE" add --all
-    show env GIT_INDEX_FILE=INDEX git -C "$TREE" rm -r --quiet --cached --ignore-unmatch -- .env .venv runs
+    show env GIT_INDEX_FILE=INDEX git -C "$TREE" "${without[@]}"
     show git -C "$TREE" archive --format=tar.gz "--output=$TMP/code.tar.gz" TREE
   else
     [[ -z $(git -C "$TREE" rev-parse --show-prefix 2>&1 || true) ]] || die "$TREE: no git repository; git init it"
-    local secret=()
-    [[ -z $ENV_FILE || $(cd "$(dirname "$ENV_FILE")" && pwd)/ != "$TREE"/* ]] ||
-      secret=("$(cd "$(dirname "$ENV_FILE")" && pwd)/$(basename "$ENV_FILE")")
     export GIT_INDEX_FILE=$TMP/index
     git -C "$TREE" add --all
-    git -C "$TREE" rm -r --quiet --cached --ignore-unmatch -- .env .venv runs ${secret[@]+"${secret[@]}"}
+    git -C "$TREE" "${without[@]}"
     CODE=$(git -C "$TREE" write-tree)
     unset GIT_INDEX_FILE
     [[ $CODE =~ ^[0-9a-f]{40,64}$ ]] || die "git write-tree: $CODE" 1
@@ -341,16 +340,28 @@ watch() {
   while :; do
     found=$(ask "${MADE:+$RUN/state/done}" gcloud storage ls "$RUN/state/" || true)
     case $'\n'$found$'\n' in
-      */state/failed$'\n'*) finish "failed: $(ask '' gcloud storage cat "$RUN/state/failed" || true)" 1 ;;
+      */state/failed$'\n'*) after_failure ;;
       */state/done$'\n'*) finish "done" 0 ;;
       */state/worker-*) polls=0 ;;
-      *) ((polls++ < START_POLLS)) || finish "failed: no worker has reported; may the machine's service account write to \
-gs://$BUCKET? With --keep you can look: $(again ssh)" 1 ;;
+      *) ((polls++ < START_POLLS)) || finish "failed: no worker has reported; may the machine's service account write \
+to gs://$BUCKET? With --keep you can look: $(again ssh)" 1 ;;
     esac
     provision
     LOOK_TRIES=5 # from here on a network that goes and comes back is no reason to leave
     sleep "$POLL_SECONDS"
   done
+}
+
+# A slice is not taken away all at once: the workers that are left fail without the others. That is no failure of the
+# run, and a machine that is made again shall go on. What fails by itself will fail there too, on a machine that stays.
+after_failure() {
+  local why
+  why=$(ask '' gcloud storage cat "$RUN/state/failed" || true)
+  sleep "$POLL_SECONDS"
+  look
+  case $STATE in READY | ACTIVE | ABSENT) finish "failed: $why" 1 ;; esac
+  say "failed while the machine went away ($STATE), so it goes on: $why"
+  run_ gcloud storage rm "$RUN/state/failed" || die "cannot remove $RUN/state/failed" 1
 }
 
 finish() { # finish WHAT EXIT_CODE

@@ -2,6 +2,7 @@
 # shellcheck disable=SC2034 # what is set here is used there
 # The options of launch_tpu.sh: help, reading, and every check that needs no cloud. Sourced by it.
 
+SECRET_FILES=(':(glob)**/*.env' ':(glob)**/.env*') # stay at home
 VERBS_WITH_WORKDIR=" run collect build train search report imitate "
 
 usage() {
@@ -155,7 +156,11 @@ validate_env_file() {
   ((${#COMMAND[@]})) || die "--env-file: goes with a command after --"
   [[ -f $ENV_FILE ]] || die "--env-file $ENV_FILE: no such file"
   [[ -n $(find "$ENV_FILE" -perm 600) ]] || die "--env-file $ENV_FILE: others may read it; chmod 600 it"
-  local line number=0
+  local line number=0 folder
+  folder=$(cd "$(dirname "$ENV_FILE")" && pwd)
+  [[ $folder/ != "$TREE"/* || $ENV_FILE == *.env || $(basename "$ENV_FILE") == .env* ]] ||
+    git -C "$TREE" check-ignore -q "$folder/$(basename "$ENV_FILE")" ||
+    die "--env-file $ENV_FILE: lies in the tree that is sent to the bucket; call it $(basename "$ENV_FILE").env"
   while IFS= read -r line || [[ -n $line ]]; do
     number=$((number + 1))
     [[ $line =~ ^([A-Za-z_][A-Za-z0-9_]*=|#|$) ]] || die "--env-file $ENV_FILE: line $number is not NAME=value"

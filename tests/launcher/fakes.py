@@ -2,8 +2,8 @@
 
 Every call is written down. Answers come from a scenario, a list of [words, answers]: the answers of the first whose
 words, parted by " & ", are all in the call are used up one by one, the last again and again. An answer is [exit code
-or "hang", output, error]. Without one, `gcloud storage` works on a folder, the secret is a file, and everything else
-succeeds and says nothing.
+or "hang", output, error]. Without one, or with None, `gcloud storage` works on a folder, the secret is a file, and
+everything else succeeds and says nothing.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class Cloud:
         waits = dict.fromkeys(["POLL_SECONDS", "RETRY_SECONDS", "RESTART_SECONDS"], "0")
         path = f"{self.home / 'bin'}:{os.environ['PATH']}"
         plain = {name: value for name, value in os.environ.items() if not name.startswith(("JAXPRM", "CLOUDSDK"))}
-        return plain | waits | {"PATH": path, "FAKE_HOME": str(self.home), "SYNC_SECONDS": "0.05"} | more
+        return plain | waits | {"PATH": path, "FAKE_HOME": str(self.home), "SYNC_SECONDS": "500"} | more
 
 
 def checkout(folder: Path) -> Path:

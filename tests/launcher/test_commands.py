@@ -121,7 +121,8 @@ def test_a_reserved_v5p(launch):
 
 
 def test_a_create_that_finds_no_capacity_twice(launch):
-    create = ["tpu-vm create", [STOCKOUT, STOCKOUT, [0, "", ""]]]
+    reserved = [1, "", "ERROR: (gcloud.compute.tpus.tpu-vm.create) Insufficient reserved capacity.\n"]
+    create = ["tpu-vm create", [STOCKOUT, reserved, [0, "", ""]]]
     found = states("tpu-vm", "ABSENT", "ABSENT", "ABSENT", "READY")
     launch.cloud.scenario([ACCOUNT, OFFERED, NOT_QUEUED, found, create])
     said = launch("create", "--accelerator", "v4-8").stderr
@@ -140,7 +141,7 @@ def test_no_capacity_at_all_gives_up_and_leaves_nothing(launch):
 def test_what_another_try_does_not_mend_is_not_tried_again(launch):
     for message, told in [
         ("Quota 'TPUV5' exhausted. RESOURCE_EXHAUSTED", "quotas?project="),
-        ("PERMISSION_DENIED", ""),
+        ("insufficient authentication scopes", ""),
     ]:
         answers = [[1, "", f"ERROR: {message}\n"]]
         launch.cloud.scenario([ACCOUNT, OFFERED, NOT_QUEUED, states("tpu-vm", "ABSENT"), ["tpu-vm create", answers]])
@@ -216,16 +217,18 @@ def test_the_code_is_the_tree_as_it_lies_there(launch, clone, tmp_path):
     """Committed or not, without what is ignored; the user's own index is left alone."""
     (clone / "ignored").mkdir(exist_ok=True)
     (clone / "ignored" / "large.bin").write_text("x")
-    (clone / ".env").write_text("HF_TOKEN=hidden\n")
+    for name in (".env", "old.env", "configs/.env.local"):  # of this call or of another one
+        (clone / name).write_text("HF_TOKEN=hidden\n")
     before = subprocess.run(["git", "-C", str(clone), "status", "--short"], capture_output=True, text=True).stdout
     launch.cloud.scenario([ACCOUNT, NOT_QUEUED, states("tpu-vm", "READY")])
     launch("run", "--accelerator", "v5e-8", "--", "train", "configs/mine.py")
     after = subprocess.run(["git", "-C", str(clone), "status", "--short"], capture_output=True, text=True).stdout
-    (clone / ".env").unlink()
+    for name in (".env", "old.env", "configs/.env.local"):
+        (clone / name).unlink()
     (code,) = (launch.cloud.bucket / "my-bucket/prm/job").glob("code-*.tar.gz")
     names = subprocess.run(["tar", "-tzf", str(code)], capture_output=True, text=True, check=True).stdout.split()
     assert {"configs/mine.py", "configs/textcraft_tiny.py", "launch_tpu.sh", "requirements.txt"} <= set(names)
-    assert not {".env", "ignored/large.bin"} & set(names)
+    assert not {".env", "old.env", "configs/.env.local", "ignored/large.bin"} & set(names)
     assert before == after
 
 
@@ -253,7 +256,7 @@ def test_what_is_missing_is_said_before_anything_is_made(launch, rule, line):
 def test_up_without_a_command_goes_on_with_the_run_of_that_name(launch):
     launch.cloud.scenario([ACCOUNT, OFFERED, NOT_QUEUED, states("tpu-vm", "ABSENT")])
     assert "no command, and none from before" in launch("up", "--accelerator", "v5e-8", code=2).stderr
-    found = states("tpu-vm", "ABSENT", "ABSENT", "READY", "ABSENT")
+    found = states("tpu-vm", "ABSENT", "ABSENT", "READY", "READY", "ABSENT")
     marks = ["storage ls gs://my-bucket/prm/state/", [GONE, [0, "gs://my-bucket/prm/state/failed\n", ""]]]
     launch.cloud.scenario([ACCOUNT, OFFERED, NOT_QUEUED, found, marks, NO_SECRET])
     launch.cloud.put("my-bucket/prm/job/command", "tree\nnone\ntrain\n")
@@ -287,6 +290,21 @@ def test_a_machine_whose_workers_never_report_does_not_cost_money_forever(launch
         "storage rm gs://my-bucket/prm/state/done gs://my-bucket/prm/state/worker-0",
         f"compute tpus tpu-vm delete prm {WHERE} --quiet",
     ]
+
+
+def test_workers_that_fail_because_the_slice_goes_away_do_not_end_the_run(launch):
+    """The last hosts of a preempted slice lose the others and exit with anything, which would stop the next one."""
+    queue = states(
+        "queued-resources", "ABSENT", "ABSENT", "ACTIVE", "SUSPENDING", "SUSPENDED", "ABSENT", "ACTIVE", "ABSENT"
+    )
+    failed = [0, "gs://my-bucket/prm/state/failed\n", ""]
+    marks = ["storage ls gs://my-bucket/prm/state/", [GONE, GONE, failed, [0, "gs://my-bucket/prm/state/done\n", ""]]]
+    launch.cloud.scenario([ACCOUNT, OFFERED, queue, states("tpu-vm", "ABSENT"), marks, NO_SECRET])
+    launch.cloud.put("my-bucket/prm/state/failed", "worker 1: exit code 134\n")
+    said = launch("up", "--accelerator", "v6e-16", "--spot", "--queued", *TRAIN).stderr
+    assert "failed while the machine went away (SUSPENDING), so it goes on: worker 1: exit code 134" in said
+    assert "storage rm gs://my-bucket/prm/state/failed" in launch.commands()
+    assert sum("queued-resources create" in one for one in launch.commands()) == 2
 
 
 def test_up_does_not_replace_a_run_that_goes_on(launch):

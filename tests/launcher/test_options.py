@@ -146,7 +146,7 @@ def test_a_dry_run_prints_commands_and_gives_none(launch, verb, tmp_path):
 
 
 def test_secrets_are_in_no_command_and_no_output(launch, tmp_path):
-    secrets = launch.clone / "my-secrets"  # inside the tree, and yet not in the code that is sent
+    secrets = launch.clone / "my.env"  # inside the tree, and yet not in the code that is sent
     secrets.write_text("# mine\nHF_TOKEN=hf_secret\n\nURL=https://me:word@host/?a=$(id)")
     secrets.chmod(0o600)
     done = ["storage ls gs://my-bucket/prm/state/", [[0, "", ""], [0, "gs://my-bucket/prm/state/done\n", ""]]]
@@ -163,7 +163,7 @@ def test_secrets_are_in_no_command_and_no_output(launch, tmp_path):
     assert "hf_secret" not in everything and "word@host" not in everything
     assert (launch.cloud.bucket / "my-bucket/prm/job/command").read_text().split("\n")[1] == "jaxprm-prm"
     (code,) = (launch.cloud.bucket / "my-bucket/prm/job").glob("code-*.tar.gz")
-    assert "my-secrets" not in subprocess.run(["tar", "-tzf", str(code)], capture_output=True, text=True).stdout
+    assert "my.env" not in subprocess.run(["tar", "-tzf", str(code)], capture_output=True, text=True).stdout
 
 
 @pytest.mark.parametrize(
@@ -181,6 +181,20 @@ def test_an_env_file_that_is_open_or_malformed_is_refused(launch, tmp_path, mode
     said = launch("up", *UP, "--env-file", str(path), *TRAIN, code=2).stderr
     assert line in said and "hf_secret" not in said
     assert launch.commands() == []
+
+
+def test_a_secret_that_another_call_would_send_is_refused(launch):
+    secrets = launch.clone / "my-secrets"
+    secrets.write_text("A=1\n")
+    secrets.chmod(0o600)
+    said = launch("up", *UP, "--env-file", str(secrets), *TRAIN, code=2).stderr
+    secrets.unlink()
+    assert "lies in the tree that is sent to the bucket; call it my-secrets.env" in said
+    (launch.clone / "ignored").mkdir(exist_ok=True)
+    hidden = launch.clone / "ignored" / "secrets"
+    hidden.write_text("A=1\n")
+    hidden.chmod(0o600)
+    assert launch("up", "--dry-run", *UP, "--env-file", str(hidden), *TRAIN).stdout
 
 
 def test_without_gcloud_the_user_is_told(clone, tmp_path):

@@ -15,6 +15,7 @@ from tests.launcher.fakes import ROOT, Cloud
 
 SAVE = 'cd "${@: -1}"; '  # what FAKE_RUN begins with: its last argument is the work directory
 RUN = "my-bucket/prm"
+OFTEN = {"SYNC_SECONDS": "0.05"}  # copies while the command runs
 
 
 class Machine:
@@ -99,6 +100,16 @@ def test_a_fresh_machine_sets_up_runs_and_marks_the_end(machine, cloud):
     assert "uv brings Python 3.11" in machine.log()
 
 
+def test_the_end_is_marked_only_when_the_last_copy_is_there(machine, cloud):
+    """Whoever sees the mark may delete the machine."""
+    cloud.scenario([["rsync", [[1, "", "503\n"], [1, "", "503\n"], None]]])
+    machine("job", run=SAVE + "echo 1 >a")
+    calls = [" ".join(one) for one in cloud.calls()]
+    copies = [index for index, one in enumerate(calls) if "rsync" in one]
+    assert len(copies) == 4 and copies[-1] < calls.index("storage cp - gs://my-bucket/prm/state/done")
+    assert (cloud.bucket / RUN / "work/a").read_text() == "1\n"
+
+
 @pytest.mark.parametrize("mark", ["done", "failed"])
 def test_a_machine_made_again_after_the_end_does_not_run_again(machine, cloud, mark):
     cloud.put(f"{RUN}/state/{mark}", "x\n")
@@ -171,7 +182,7 @@ def test_only_the_first_worker_writes_the_work_directory(cloud, tmp_path):
     send(cloud, tmp_path)
     second = Machine(cloud, tmp_path / "second", devices=16, workers=4)
     cloud.scenario([["agent-worker-number", [[0, "2", ""]]]])
-    second("job", run=SAVE + "echo 1 >mine")
+    second("job", run=SAVE + "echo 1 >mine; [[ -f ../again ]] || { touch ../again; exit 75; }")
     assert cloud.calls("python")[0][1:] == ["16", "4"]
     assert not (cloud.bucket / RUN / "work").exists()
     assert (state(cloud, "done"), state(cloud, "worker-2")) == (None, "done")
@@ -182,7 +193,7 @@ def test_a_worker_stops_when_another_fails(cloud, tmp_path):
     """A slice that lost a process would wait for it, and cost money."""
     send(cloud, tmp_path)
     machine = Machine(cloud, tmp_path / "machine")
-    process = machine.start("job", run="exec sleep 50")
+    process = machine.start("job", run="exec sleep 50", **OFTEN)
     wait_for(lambda: state(cloud, "worker-0") == "running")
     cloud.put(f"{RUN}/state/failed", "worker 3: exit code 1\n")
     assert process.wait(timeout=20) == 1
@@ -252,7 +263,7 @@ def test_checkpoints_being_written_and_the_lock_are_not_copied(machine, cloud):
 
 
 def test_the_work_directory_is_copied_while_it_runs(machine, cloud):
-    process = machine.start("job", run=SAVE + "echo 1 >a; exec sleep 50")
+    process = machine.start("job", run=SAVE + "echo 1 >a; exec sleep 50", **OFTEN)
     wait_for((cloud.bucket / RUN / "work/a").exists)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=20) == 0
@@ -263,7 +274,7 @@ def test_the_work_directory_is_copied_while_it_runs(machine, cloud):
 def test_a_machine_that_goes_away_lets_the_run_save(machine, cloud):
     """The signal reaches the run, and what it writes then is in the last copy."""
     run = SAVE + "trap 'echo saved >last; exit 75' TERM; echo 1 >a; while :; do sleep 0.05; done"
-    process = machine.start("job", run=run)
+    process = machine.start("job", run=run, **OFTEN)
     wait_for((cloud.bucket / RUN / "work/a").exists)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=20) == 0
