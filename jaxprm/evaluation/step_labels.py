@@ -110,7 +110,7 @@ def best_threshold(verdicts: Verdicts, thresholds: Array, rate: Rate) -> float |
     if not np.isfinite(rates).any():
         return None
     best = np.flatnonzero(rates >= np.nanmax(rates) - 1e-12)
-    return float(thresholds[best[len(best) // 2]])
+    return float(thresholds[best[(len(best) - 1) // 2]])
 
 
 def rate_by_task(verdicts: Verdicts, threshold: float, rate: Rate, count: int) -> TaskStatistic:
