@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -67,41 +67,33 @@ def score_models(
             numbered = enumerate(lines, start=1)
             while some := list(itertools.islice(numbered, chunk)):
                 for one in score_files.score_lines(scorer, some, input.name):
-                    try:
-                        _keep(one, found, bad, place, lambda row: _row(row, input.name, labels, group))
-                    except DataError as error:
-                        bad[one.number] = str(error)
+                    error = one.error
+                    if error is None and one.number not in bad:
+                        try:
+                            row = found[one.number] if place else _row(one, input.name, labels, group)
+                            found[one.number] = _with_promises(row, one.promises)
+                        except DataError as wrong:
+                            error = str(wrong)
+                    if error is not None:
+                        bad.setdefault(one.number, error)
                 shown.set_postfix(errors=len(bad), refresh=False)
                 shown.update(len(some))
     rows = [row for number, row in sorted(found.items()) if number not in bad]
     examples = [error for _, error in sorted(bad.items())[:SHOWN_ERRORS]]
     if not rows:
-        raise UserError(
-            f"input {input}: none of {total} lines could be scored" + "".join(f"; {e}" for e in examples[:1])
-        )
+        why = f"; {examples[0]}" if examples else ""
+        raise UserError(f"input {input}: none of its {total} lines could be scored{why}")
     return ScoredFile(rows, total, digest, len(bad), examples)
 
 
-def _keep(
-    scored: score_files.ScoredLine,
-    found: dict[int, Row],
-    bad: dict[int, str],
-    place: int,
-    make: Callable[[score_files.ScoredLine], Row],
-) -> None:
-    """Files a line under its number, unless it is bad, or was for an earlier model."""
-    if scored.error is not None:
-        bad.setdefault(scored.number, scored.error)
-        return
-    if scored.number in bad:
-        return
-    if not np.isfinite(scored.promises).all():
+def _with_promises(row: Row, promises: np.ndarray) -> Row:
+    if not np.isfinite(promises).all():
         raise UserError("the model's scores are not finite; its weights are broken")
-    row = found[scored.number] if place else make(scored)
-    found[scored.number] = replace(row, promises=(*row.promises, scored.promises.astype(float)))
+    return replace(row, promises=(*row.promises, promises.astype(float)))
 
 
 def _row(scored: score_files.ScoredLine, source: str, labels: str, group: str | None) -> Row:
+    """What is kept of a line, as yet without promises. Raises DataError for labels or a group that are none."""
     trajectory, where = scored.trajectory, f"{source}:{scored.number}"
     found = read_labels(trajectory, labels, where)
     failed = trajectory.ended == "error"
