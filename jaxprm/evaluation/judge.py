@@ -16,7 +16,9 @@ from jaxprm.evaluation import judge_labels, judge_outcomes
 from jaxprm.evaluation.labels import OWN_FIELD, kind_of
 from jaxprm.evaluation.measure import Measure, Resampling
 from jaxprm.evaluation.scored import Row, ScoredFile, score_models, steps_of
+from jaxprm.evaluation.statistics import paired_difference
 from jaxprm.evaluation.step_labels import validation_tasks
+from jaxprm.evaluation.value_metrics import calibration
 from jaxprm.scoring import loading
 
 FORMAT = 1
@@ -148,7 +150,7 @@ def _outcomes(rows: Sequence[Row], models: Sequence[Model], resampling: Resampli
         }
         if by_depth:
             options = {"samples": resampling.samples, "seed": resampling.seed}
-            one["calibration"] = judge_outcomes.calibration([own], bins=judge_outcomes.BINS, **options)
+            one["calibration"] = calibration([own], bins=judge_outcomes.BINS, **options)
             one["by_depth"] = judge_outcomes.by_depth(own, resampling)
             one["by_relative_depth"] = judge_outcomes.by_relative_depth(own, steps.length, resampling)
         found["models"][model.name] = one
@@ -167,7 +169,7 @@ def _outcome_differences(
     tables = [judge_outcomes.choices(rows, place) for place in (a, b)]
     options = {"samples": resampling.samples, "seed": resampling.seed}
     for n in tables[0]:
-        difference = judge_outcomes.paired_difference(tables[0][n]["final"], tables[1][n]["final"], **options)
+        difference = paired_difference(tables[0][n]["final"], tables[1][n]["final"], **options)
         found.append({"metric": f"best_of_{n}"} | difference)
     return found
 
