@@ -163,14 +163,14 @@ def test_steps_without_a_label_are_ignored():
 
 
 def test_progress_is_judged_by_its_own_threshold_and_not_at_all_where_there_is_none():
-    """The promise starts anywhere; what tells a wrong step is that it falls."""
+    """The promise starts anywhere below 0, which is no progress; what tells a wrong step is that it falls."""
     random = np.random.default_rng(1)
     rows = []
     for number in range(40):
         wrong = random.random(4) < 0.4
         wrong[0] = False
         gains = np.where(wrong, -0.2, 0.1)
-        rows.append(make_row(f"t{number}", 3 * random.random() + np.cumsum(gains), 1.0 - wrong))
+        rows.append(make_row(f"t{number}", 3 * random.random() - 3 + np.cumsum(gains), 1.0 - wrong))
     judged = report_of(rows)["step_labels"]["models"]["m"]
     assert means(judged["progress"])["f1"] == 1.0 and -0.2 < judged["progress"]["thresholds"]["f1"] <= 0.1
     assert means(judged["promise"])["f1"] < 0.8

@@ -153,7 +153,7 @@ def test_best_of_n_by_hand():
 
 
 def test_final_mean_and_min_choose_differently_and_n_grows_with_the_pool():
-    pool = [row("a", 0.9, 0.1, 1.0), row("a", 0.6, 0.8, 0.8), row("a", 0.3, 0.7, 0.6), row("a", 0.0, 0.0, 0.1)]
+    pool = [row("a", 0.9, 0.1, 1.0), row("a", 0.6, 0.65, 0.95), row("a", 0.3, 0.7, 0.6), row("a", 0.0, 0.0, 0.1)]
     tables = outcomes.choices([*pool, row("b", 1.0, 0.5)], 0)
     assert list(tables) == [2, 4]
     expected = {"random": 0.45, "oracle": 0.9, "final": 0.9, "mean": 0.6, "min": 0.6}
