@@ -31,12 +31,30 @@ def parser() -> argparse.ArgumentParser:
     score.add_argument("--model", type=Path, required=True, help="a reward model: directory, training output or run")
     score.add_argument("--input", type=Path, required=True, help="trajectories, JSON Lines")
     score.add_argument("--output", type=Path, required=True, help="scores, one line for each line of the input")
+    _evaluate_verb(verbs)
     export = verbs.add_parser("export", help="write a reward model as a Hugging Face directory")
     export.add_argument("--model", type=Path, required=True, help="a reward model: directory, training output or run")
     export.add_argument("--output", type=Path, required=True, help="the directory to write")
     export.add_argument("--verify", action="store_true", help="compare with transformers' scores (needs torch)")
     export.add_argument("--input", type=Path, help="trajectories to verify on; made up when not given")
     return main
+
+
+def _evaluate_verb(verbs) -> None:
+    one = verbs.add_parser("evaluate", help="judge reward models on trajectories with outcomes or step labels")
+    one.add_argument(
+        "--model", type=Path, required=True, action="append", help="a reward model, as for score; again to compare"
+    )
+    one.add_argument("--input", type=Path, required=True, help="trajectories, JSON Lines")
+    one.add_argument("--labels", default="step_labels", metavar="FIELD", help="step_labels, or a path into meta")
+    one.add_argument("--label-kind", choices=("binary", "ternary", "first-error", "soft"), help="found if not given")
+    chosen = one.add_mutually_exclusive_group()
+    chosen.add_argument("--validation-share", type=float, default=0.5, help="of the tasks, to choose thresholds on")
+    chosen.add_argument("--threshold", type=float, help="a step of lower promise is judged wrong; none is chosen then")
+    one.add_argument("--group", metavar="FIELD", help="numbers by environment, split, ..., or by a path into meta")
+    one.add_argument("--json", type=Path, metavar="FILE", help="where to write everything")
+    one.add_argument("--seed", type=int, default=0, help="of the split and the resamples")
+    one.add_argument("--samples", type=int, default=2000, help="bootstrap resamples")
 
 
 def _config_verb(verbs, verb: str, text: str) -> argparse.ArgumentParser:
@@ -71,7 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return VERBS[options.verb](options)
     except KeyboardInterrupt:
-        print("jaxprm: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        again = "starts anew" if options.verb in ("evaluate", "export") else "goes on where it stopped"
+        print(f"jaxprm: interrupted; the same command {again}", file=sys.stderr)
         return 130
     except Exception as error:
         if (line := _one_line(error)) is None:
@@ -135,6 +154,30 @@ def _score(options) -> int:
     return 1 if counts.errors else 0
 
 
+def _evaluate(options) -> int:
+    from jaxprm import files
+    from jaxprm.errors import UserError
+    from jaxprm.evaluation.judge import Settings, evaluate
+    from jaxprm.evaluation.judge_table import judge_table
+    from jaxprm.evaluation.measure import Resampling
+
+    if options.json and (options.json.is_dir() or options.json.resolve() == options.input.resolve()):
+        raise UserError(f"json {options.json}: is a directory, or the input; name another file")
+    settings = Settings(
+        labels=options.labels,
+        label_kind=options.label_kind,
+        validation_share=options.validation_share,
+        threshold=options.threshold,
+        group=options.group,
+        resampling=Resampling(samples=options.samples, seed=options.seed),
+    )
+    report = evaluate(options.model, options.input, settings)
+    print(judge_table(report))
+    if options.json:
+        files.write_json(options.json, report)
+    return 1 if report["input"]["errors"] else 0
+
+
 def _export(options) -> int:
     from jaxprm.export import export
 
@@ -145,4 +188,9 @@ def _export(options) -> int:
     return 0
 
 
-VERBS = dict.fromkeys(STAGE_VERBS, _stages) | {"imitate": _imitate, "score": _score, "export": _export}
+VERBS = dict.fromkeys(STAGE_VERBS, _stages) | {
+    "imitate": _imitate,
+    "score": _score,
+    "evaluate": _evaluate,
+    "export": _export,
+}

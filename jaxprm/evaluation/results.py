@@ -237,7 +237,7 @@ def write_results(state) -> Path:
         "seconds": state.work.seconds(),
         "provenance": results.provenance(),
     }
-    files.write_json(state.work / "results.json", _finite(value))
+    files.write_json(state.work / "results.json", files.without_nan(value))
     trees = []
     for path in sorted((state.work / "search").glob("*.jsonl")):
         if path.name.startswith(("beam-", "stepwise-")):
@@ -263,12 +263,3 @@ def _cost(policy_tokens: float, reward_tokens: float, steps: float, per_token: f
         "environment_steps": float(steps),
         "flops": float((policy_tokens + reward_tokens) * per_token),
     }
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: what is not defined is null."""
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
