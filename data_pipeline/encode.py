@@ -121,12 +121,6 @@ class Encoder:
         found = self._specials.search(text)
         return found.group() if found else None
 
-    def without_specials(self, text: str) -> str:
-        """The text without what spells a special token, so that it can be the content of a message."""
-        while found := self.special_in(text):
-            text = text.replace(found, "")
-        return text
-
     def trajectory(self, messages: Messages, *, row: str, tools: Tools = None) -> Encoded:
         """Tokens and step table of a conversation, verified.
 

@@ -7,7 +7,7 @@ import contextlib
 import json
 import re
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -87,10 +87,22 @@ class _Refused(Exception):
 
 
 class ChatClient:
-    """Asks a server. The key is held here alone: it is in no message, no count and no `repr`."""
+    """Asks a server. The key is held here alone: it is in no message, no count and no `repr`.
 
-    def __init__(self, endpoint: Endpoint, key: str | None, *, pauses: Pauses = Pauses()):
+    template_in: the first special token of a chat template that a text spells, or None. An answer that does is not one
+    message: a server that cannot take its own template apart gives the prompt back along with the answer.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        key: str | None,
+        *,
+        template_in: Callable[[str], str | None] = lambda text: None,
+        pauses: Pauses = Pauses(),
+    ):
         self.counts = Counts()
+        self._template_in = template_in
         self.url = endpoint.base_url.rstrip("/") + "/chat/completions"
         self._endpoint, self._key, self._pauses = endpoint, key, pauses
         self._names = (endpoint.model, endpoint.served_as) if endpoint.served_as else (endpoint.model,)
@@ -208,6 +220,8 @@ class ChatClient:
     def _read(self, content: bytes, content_type: str) -> Completion:
         try:
             found = completion.read(content, content_type, self._names)
+            if special := self._template_in(found.text):
+                raise BadAnswer(f"the answer spells {special}, which no message may contain", found.usage)
         except BadAnswer as error:
             # It may have cost tokens all the same.
             self.counts.add(error.usage)

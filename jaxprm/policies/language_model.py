@@ -193,8 +193,11 @@ class LanguageModelPolicy:
             self.generated += int(counts[:count].sum())
 
     def _text(self, ids: list[int]) -> str:
-        # Plain tokens can still spell a special one.
-        return self._encoder.without_specials(self._encoder.decode(ids))
+        text = self._encoder.decode(ids)
+        # Plain tokens can still spell a special one, which no conversation may contain.
+        while found := self._encoder.special_in(text):
+            text = text.replace(found, "")
+        return text
 
 
 def default_directory() -> Path:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -28,8 +29,8 @@ class OpenAIPolicy:
 
     Args:
       settings: with an `endpoint`.
-      encoder: the base model's tokenizer. It counts tokens, keeps conversations under `settings.max_tokens`, and takes
-        out of answers what would read as one of its special tokens. Without one, tokens are estimated.
+      encoder: the base model's tokenizer. It counts tokens, and keeps conversations under `settings.max_tokens`.
+        Without one, tokens are estimated.
       client: asks the endpoint.
     """
 
@@ -97,8 +98,7 @@ class OpenAIPolicy:
     def _action(self, result: Completion | Failed) -> Action:
         if isinstance(result, Failed):
             return Action("", 0, None, "length") if result.too_long else Action("", 0, None, "error", result.reason)
-        text = self._encoder.without_specials(result.text) if self._encoder is not None else result.text
-        return Action(text, result.usage.generated, result.log_probability, result.stop)
+        return Action(result.text, result.usage.generated, result.log_probability, result.stop)
 
 
 def read_key(endpoint: Endpoint) -> str | None:
@@ -114,7 +114,14 @@ def read_key(endpoint: Endpoint) -> str | None:
     return key
 
 
+def template_reader(encoder: Encoder | None) -> Callable[[str], str | None]:
+    """Finds the first special token that a text spells: a tokenizer's own, or of the form that most have."""
+    if encoder is not None:
+        return encoder.special_in
+    return lambda text: found[0] if (found := re.search(r"<\|\w+\|>", text)) else None
+
+
 def load(settings: Policy, *, seed: int, encoder: Encoder | None) -> OpenAIPolicy:
     """The policy that an endpoint serves."""
-    client = ChatClient(settings.endpoint, read_key(settings.endpoint))
+    client = ChatClient(settings.endpoint, read_key(settings.endpoint), template_in=template_reader(encoder))
     return OpenAIPolicy(settings, seed=seed, encoder=encoder, client=client)
