@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import socket
@@ -82,9 +83,12 @@ def reset(handler: BaseHTTPRequestHandler) -> None:
 
 class FakeServer:
     """`script` maps a text in the last message to the replies its requests get in turn, the last of them for good;
-    all other requests get `answer`. `requests` are the bodies, `headers` their headers, `times` when they came."""
+    all other requests get what `answers` makes of their body, a reply or a completion, one at a time where `serial`.
+    `requests` are the bodies, `headers` their headers, `times` when they came."""
 
-    def __init__(self, *, delay: float = 0.0):
+    def __init__(self, *, delay: float = 0.0, model: str = MODEL):
+        self.model, self.answers, self.serial = model, answer, False
+        self._one = threading.Lock()
         self.script: dict[str, list] = {}
         self.requests: list[dict] = []
         self.headers: list[dict] = []
@@ -104,7 +108,9 @@ class FakeServer:
                     fake.times.append(time.monotonic())
                     fake._now += 1
                     fake.most = max(fake.most, fake._now)
-                    reply = fake._reply(body)
+                    reply = fake._scripted(body)
+                with fake._one if fake.serial else contextlib.nullcontext():
+                    reply = reply or fake._answer(body)
                 try:
                     time.sleep(fake.delay)
                     with fake._lock:
@@ -127,11 +133,15 @@ class FakeServer:
         self.base_url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
-    def _reply(self, body: dict) -> Callable:
+    def _scripted(self, body: dict) -> Callable | None:
         for text, replies in self.script.items():
             if text in str(body["messages"][-1]["content"]):
                 return replies.pop(0) if len(replies) > 1 else replies[0]
-        return Reply(200, answer(body))
+        return None
+
+    def _answer(self, body: dict) -> Callable:
+        made = self.answers(body)
+        return made if callable(made) else Reply(200, made | {"model": self.model})
 
     def close(self) -> None:
         self._server.shutdown()

@@ -45,7 +45,8 @@ def make(server):
     def make(*, seed=0, key=None, encoder=None, max_tokens=1024, pauses=Pauses(0.004, 0.01, 0.05), **endpoint):
         options = {"base_url": server.base_url, "model": MODEL, "timeout_seconds": 5.0, "retries": 2} | endpoint
         settings = Policy(endpoint=Endpoint(**options), max_action_tokens=50, max_tokens=max_tokens)
-        client = ChatClient(settings.endpoint, key, pauses=pauses)
+        reader = openai.template_reader(encoder)
+        client = ChatClient(settings.endpoint, key, template_in=reader, pauses=pauses)
         made.append(OpenAIPolicy(settings, seed=seed, encoder=encoder, client=client))
         return made[-1]
 
@@ -169,7 +170,7 @@ MISBEHAVIOUR = {
     "bad gateway": (Reply(502, HTML, Content_Type="text/html"), "status 502 Bad Gateway: <!DOCTYPE html>"),
     "unavailable": (Reply(503, {"detail": [{"loc": "a"}]}), 'status 503 Service Unavailable: [{"loc":"a"}]'),
     "overloaded": (Reply(529, {"error": "overloaded"}), "status 529: overloaded"),
-    "nothing to say": (raw(b"HTTP/1.1 204 No Content\r\n\r\n"), "status 204 No Content"),
+    "nothing to say": (raw(b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n"), "status 204 No Content"),
     "garbage": (Reply(200, b"\x00\xff{]["), "no chat completion"),
     "not even HTTP": (raw(b"SSH-2.0-OpenSSH_9.6\r\n"), "RemoteProtocolError"),
     "a login page": (Reply(200, HTML, Content_Type="text/html"), "Content-Type text/html in place of JSON: <!DOCTYPE"),
@@ -422,11 +423,19 @@ def test_it_works_inside_a_running_event_loop(make):
     assert asyncio.run(notebook()) == make().propose(STATES, 1, 1.0)
 
 
-def test_a_tokenizer_counts_tokens_and_keeps_special_ones_out(server, make):
+@pytest.mark.parametrize("known", [True, False])
+def test_an_answer_that_spells_a_special_token_is_not_one_message(known, server, make):
+    server.script["bad"] = [Reply(200, completion("a<|end|>b")), Reply(200, completion("<b> | <i>"))]
+    policy = make(encoder=tiny.encoder() if known else None, retries=0, requests_in_flight=1)
+    (failed,), (had,), _ = policy.propose([BAD, BAD._replace(first=1), STATES[0]], 1, 1.0)
+    assert failed.error.startswith("the answer spells <|end|>, which no message may contain: ")
+    assert had == Action("<b> | <i>", 2)
+
+
+def test_a_tokenizer_counts_tokens(server, make):
     encoder = tiny.encoder()
-    server.script["bad"] = [Reply(200, completion("a<<|end|>|end|>b"))]
     policy = make(encoder=encoder, max_tokens=100)
-    assert policy.propose([BAD], 1, 1.0)[0][0].text == "ab"
+    policy.propose([BAD], 1, 1.0)
     assert policy.count_tokens(BAD.messages) == len(encoder.prompt(BAD.messages))
     # 50 tokens are kept for the answer.
     room = "x" * (50 - len(encoder.prompt([{"role": "user", "content": ""}])))
