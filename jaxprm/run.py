@@ -48,7 +48,7 @@ class Run:
         """Lets go of what the policy holds, and says what could not be had from it."""
         if "policy" in vars(self) and hasattr(self.policy, "close"):
             self.policy.close()
-            usage = self.policy.usage
+            usage = getattr(self.policy, "usage", {})
             if usage.get("retries") or usage.get("failures"):
                 counted = ", ".join(f"{value} {name}" for name, value in usage.items())
                 print(f"policy: {counted}", file=sys.stderr)

@@ -114,16 +114,16 @@ class ChatClient:
     def ask(self, bodies: Sequence[dict[str, Any]]) -> list[Completion | Failed]:
         """The answer to each request, in order.
 
-        Raises UserError where going on is of no use: the server wants another key, address or model, has never
-        answered, or has let too many requests in a row down.
+        Raises UserError where going on is of no use: the server wants another key, address or model, has answered
+        nothing yet, not even a greeting, or has let too many requests in a row down.
         """
         if not bodies:
             return []
         if self._thread is None:
             self._thread = _LoopThread()
         results = self._thread.run(self._ask_all(bodies))
-        if not self._answered:
-            # Before the first answer everything failed, for a reason that is likely to be the same for all.
+        # Where nothing was ever answered: is it the server, or these conversations?
+        if not self._answered and not self._thread.run(self._greet(bodies[0])):
             raise self._error(f"not one of {len(bodies)} requests was answered, the first: {results[0].reason}")
         return results
 
@@ -191,6 +191,13 @@ class ChatClient:
         if self._failures_in_a_row >= self._endpoint.give_up_after:
             raise self._error(f"{self._failures_in_a_row} requests in a row failed, the last: {found.reason}")
         return found
+
+    async def _greet(self, body: dict[str, Any]) -> bool:
+        """Whether a request like this one is answered if it says next to nothing."""
+        with contextlib.suppress(_Passing, _Refused):
+            await self._attempt(body | {"messages": [{"role": "user", "content": "Hello"}]})
+            self._answered = True
+        return self._answered
 
     def _wait(self, state: tenacity.RetryCallState) -> float:
         drawn = tenacity.wait_random_exponential(self._pauses.first, self._pauses.longest, min=self._pauses.first / 2)

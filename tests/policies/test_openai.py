@@ -298,12 +298,14 @@ def test_without_a_key_the_line_says_so(server, make):
     assert "it was sent no key; name the variable of a valid one in policy.endpoint.api_key_env" in found
 
 
-def test_a_request_that_is_refused_ends_the_run_before_the_first_answer_and_costs_a_failure_after_it(server, make):
-    server.script["bad"] = [Reply(400, {"error": {"message": "top_q is not a field"}})]
+def test_a_request_that_is_refused_ends_the_run_if_all_are_and_costs_a_failure_otherwise(server, make):
+    refusal = Reply(400, {"error": {"message": "top_q is not a field"}})
+    server.script[""] = [refusal]
     policy = make()
     found = message(policy, [BAD, BAD._replace(first=1)])
     assert "not one of 2 requests was answered, the first: status 400 Bad Request: top_q is not a field" in found
-    assert len(server.requests) == 2  # not tried again
+    assert len(server.requests) == 2 + 1  # not tried again; and a greeting, to see whether it is the server
+    server.script = {"bad": [refusal]}
     actions = policy.propose([BAD, STATES[0]], 1, 1.0)
     assert actions[0] == [Action("", 0, None, "error", "status 400 Bad Request: top_q is not a field")]
     assert actions[1] == make().propose(STATES[:1], 1, 1.0)[0]
@@ -325,8 +327,19 @@ def test_a_conversation_that_the_server_finds_too_long_gets_an_action_without_te
     drawn = policy.propose([BAD, STATES[0]], 1, 1.0)
     assert drawn[0] == [Action("", 0, None, "length")]
     assert policy.usage["failures"] == 0
-    # Where nothing fits, it is the limits that are wrong.
+    # Where nothing fits, not even a greeting, it is the limits that are wrong.
+    assert make().propose([BAD], 1, 1.0) == [[Action("", 0, None, "length")]]
+    server.script = {"": server.script["bad"]}
     assert said in message(make(), [BAD])
+
+
+def test_a_conversation_that_always_fails_does_not_keep_a_run_from_going_on(server, make):
+    """As after a kill: nothing else is left to be asked."""
+    server.script["bad"] = [Reply(400, {"error": "filtered"})]
+    policy = make()
+    for _ in range(2):
+        assert policy.propose([BAD], 1, 1.0) == [[Action("", 0, None, "error", "status 400 Bad Request: filtered")]]
+    assert [body["messages"][0]["content"] for body in server.requests] == ["bad", "Hello", "bad"]
 
 
 def test_a_dead_server_is_one_line(make):
