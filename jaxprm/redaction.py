@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-# The forms of the keys in use, each long enough that no name of a model or file has it.
+# The forms of the keys in use, with a run of letters and digits too long for the names of models and files.
 _VALUES = re.compile(
-    r"(?:^|[^A-Za-z0-9])(?:sk|pk|rk|gsk|xai|nvapi|pplx|fw|r8|hf|gh[pousr])[-_][A-Za-z0-9_-]{16,}"
+    r"(?:^|[^A-Za-z0-9])(?:sk|pk|rk|gsk|xai|nvapi|pplx|fw|r8|hf|gh[pousr])[-_](?:[A-Za-z0-9]+[-_])*[A-Za-z0-9]{20}"
     r"|AIza[A-Za-z0-9_-]{30,}|eyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}|(?i:\bbearer\s+\S{8,})"
     r"|[A-Za-z][A-Za-z0-9+.-]*://[^/?#\s@]*@"
 )
