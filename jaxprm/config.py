@@ -11,13 +11,16 @@ import math
 import re
 import runpy
 import traceback
+import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 
+from jaxprm import redaction
 from jaxprm.errors import UserError
+from jaxprm.policies import endpoint_check
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Whole = Annotated[int, msgspec.Meta(ge=0)]
@@ -65,10 +68,34 @@ class Imitation(Section):
     demonstrations: dict[str, Any] = {}
 
 
+class Endpoint(Section):
+    """An OpenAI-compatible server of chat completions. `base_url` ends where `/chat/completions` begins.
+
+    The key stays in the environment: `api_key_env` names the variable; null sends none. `served_as` is what the server
+    calls the model in its answers, where that is neither `model` nor a version of it. `timeout_seconds` bounds one
+    attempt as a whole, `retries` the further attempts; after `give_up_after` requests in a row that failed all theirs,
+    the run stops. `extra_body` is added to every request; `"seed": null` there leaves the seed out.
+    """
+
+    model: Annotated[str, msgspec.Meta(min_length=1)]
+    base_url: str = "http://127.0.0.1:8000/v1"
+    api_key_env: str | None = None
+    served_as: str | None = None
+    requests_in_flight: Count = 32
+    timeout_seconds: Positive = 120.0
+    retries: Whole = 5
+    give_up_after: Count = 64
+    log_probabilities: bool = False
+    extra_body: dict[str, Any] = {}
+
+
 class Policy(Section):
-    """`path` is a model directory, `default` the one that ships with the package."""
+    """`path` is a model directory, `default` the one that ships with the package, or a user's `module:attribute`, to
+    whose call `arguments` go beside the seed. An `endpoint` is asked in their place."""
 
     path: str = "default"
+    endpoint: Endpoint | None = None
+    arguments: dict[str, Any] = {}
     max_action_tokens: Count = 96
     max_tokens: Count = 1024
     in_flight: Count = 128
@@ -140,12 +167,16 @@ class Search(Section):
 
 
 class Experiment(Section):
-    """A whole run: environment and policy -> trajectories -> shards -> reward models -> search -> report."""
+    """A whole run: environment and policy -> trajectories -> shards -> reward models -> search -> report.
+
+    `base_model` is the directory of the language model that the reward models start from; null is the policy's own.
+    """
 
     name: str
     seed: Whole = 0
     environment: Environment = Environment()
     policy: Policy = Policy()
+    base_model: str | None = None
     collection: Collection = Collection()
     data: Data = Data()
     reward_models: tuple[RewardModel, ...] = (RewardModel(label="agentprm"),)
@@ -191,7 +222,12 @@ def to_dict(experiment: Experiment) -> dict:
 
 
 def from_dict(plain: dict, *, where: str) -> Experiment:
-    """Validates and converts. Raises UserError, naming field, value and bound."""
+    """Validates and converts. Raises UserError, naming field, value and bound, but never the value of a secret."""
+    if secret := redaction.secret_field(plain):
+        raise UserError(
+            f"config {where}: {secret} looks like a key or a password, and configs are written to the work directory; "
+            "take it out, and name an environment variable in policy.endpoint.api_key_env"
+        )
     try:
         experiment = msgspec.convert(plain, Experiment)
     except msgspec.ValidationError as error:
@@ -199,6 +235,8 @@ def from_dict(plain: dict, *, where: str) -> Experiment:
     for field, value in _floats(plain, ""):
         if not math.isfinite(value):
             raise UserError(f"config {where}: {field} = {value}: expected a finite number")
+    if wrong := endpoint_check.wrong(experiment.policy):
+        raise UserError(f"config {where}: {wrong}")
     labels = [model.label for model in experiment.reward_models]
     if len(set(labels)) != len(labels):
         raise UserError(f"config {where}: reward_models: labels must differ, got {labels}")
@@ -289,4 +327,7 @@ def _kind_of(kind: Any, part: str) -> Any:
     found = get_args(kind)[0] if part.isdecimal() else next(
         field.type for field in msgspec.structs.fields(kind) if field.name == part
     )
-    return get_args(found)[0] if get_origin(found) is Annotated else found
+    if get_origin(found) is Annotated:
+        return get_args(found)[0]
+    sections = [one for one in get_args(found) if isinstance(one, type) and issubclass(one, Section)]
+    return sections[0] if sections and get_origin(found) is types.UnionType else found

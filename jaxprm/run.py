@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 from jaxprm import config as config_lib
 from jaxprm import environments, files
 from jaxprm.errors import UserError
+from jaxprm.policies import loading
 from jaxprm.progress import bar
 from jaxprm.stages import WorkDirectory, identity
 
@@ -26,26 +29,29 @@ class Run:
 
     @functools.cached_property
     def policy(self):
-        from jaxprm.policies import language_model
-
-        settings = self.experiment.policy
-        return language_model.load(settings.path, seed=self.experiment.seed, settings=settings)
+        return loading.load(self.experiment)
 
     @functools.cached_property
-    def policy_directory(self) -> Path:
-        from jaxprm.policies import language_model
-
-        path = self.experiment.policy.path
-        directory = language_model.default_directory() if path == "default" else Path(path)
-        if not (directory / "config.json").is_file():
-            raise UserError(f"policy {directory}: no config.json; set policy.path to a model directory, or to default")
-        return directory
+    def base_directory(self) -> Path:
+        """What reward models start from, and whose tokenizer they read with."""
+        return loading.base_directory(self.experiment)
 
     @functools.cached_property
     def policy_identity(self) -> str:
-        names = ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja")
-        found = [self.policy_directory / name for name in names]
-        return identity([files.sha256(path) for path in found if path.is_file()])
+        """Of a directory its files; a policy that is none is what it is called."""
+        settings = self.experiment.policy
+        if loading.is_directory(settings):
+            return _files_identity(loading.policy_directory(settings))
+        return identity(self._policy_inputs)
+
+    def close(self) -> None:
+        """Lets go of what the policy holds, and says what could not be had from it."""
+        if "policy" in vars(self) and hasattr(self.policy, "close"):
+            self.policy.close()
+            usage = getattr(self.policy, "usage", {})
+            if usage.get("retries") or usage.get("failures"):
+                counted = ", ".join(f"{value} {name}" for name, value in usage.items())
+                print(f"policy: {counted}", file=sys.stderr)
 
     def make_environment(self) -> environments.Environment:
         return environments.create(self.experiment.environment.name, self.experiment.environment.arguments)
@@ -73,11 +79,16 @@ class Run:
         finally:
             environment.close()
 
-    @property
+    @functools.cached_property
     def _policy_inputs(self) -> dict[str, Any]:
-        """What its draws depend on; how many are in flight changes the speed alone."""
-        settings = config_lib.to_dict(self.experiment)["policy"]
-        return {name: value for name, value in settings.items() if name != "in_flight"} | {"path": self.policy_identity}
+        """What its draws depend on. How many are in flight, and where a server stands, change the speed alone."""
+        given, settings = config_lib.to_dict(self.experiment)["policy"], self.experiment.policy
+        found = {name: given[name] for name in ("max_action_tokens", "max_tokens")}
+        if loading.is_directory(settings):
+            return found | {"path": self.policy_identity}
+        if settings.endpoint is not None:
+            return found | {"endpoint": {name: given["endpoint"][name] for name in ("model", "extra_body")}}
+        return found | {"path": settings.path, "arguments": given["arguments"]}
 
     @property
     def collect_inputs(self) -> dict[str, Any]:
@@ -95,7 +106,12 @@ class Run:
         return {
             "trajectories": identity(self.collect_inputs),
             "data": {name: data[name] for name in ("shards", "length", "too_long")},
-        }
+        } | self._base_inputs
+
+    @functools.cached_property
+    def _base_inputs(self) -> dict[str, Any]:
+        directory = self.base_directory
+        return {} if self.experiment.base_model is None else {"base_model": _files_identity(directory)}
 
     def train_inputs(self, model: config_lib.RewardModel, seed: int) -> dict[str, Any]:
         plain = config_lib.to_dict(self.experiment)
@@ -142,9 +158,15 @@ def run(experiment: config_lib.Experiment, workdir: Path, *, until: str = "repor
             "report": report,
         }
         result = None
-        for name in STAGES[: STAGES.index(until) + 1]:
-            result = steps[name](state)
+        with closing(state):
+            for name in STAGES[: STAGES.index(until) + 1]:
+                result = steps[name](state)
         return result if until == "report" else None
+
+
+def _files_identity(directory: Path) -> str:
+    names = ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja")
+    return identity([files.sha256(directory / name) for name in names if (directory / name).is_file()])
 
 
 def stage_inputs(state: Run, until: str) -> dict[str, dict[str, Any]]:
@@ -189,7 +211,7 @@ def collect(state: Run) -> None:
 
 
 def build(state: Run) -> None:
-    """Shards of the collected trajectories, encoded with the policy's tokenizer."""
+    """Shards of the collected trajectories, encoded with the base model's tokenizer."""
     from data_pipeline import build as builder
     from data_pipeline.encode import Encoder
 
@@ -206,7 +228,7 @@ def build(state: Run) -> None:
 
             builder.build(
                 inputs,
-                Encoder.load(state.policy_directory),
+                Encoder.load(state.base_directory),
                 output,
                 max_length=settings.length,
                 too_long=settings.too_long,
@@ -216,7 +238,7 @@ def build(state: Run) -> None:
 
 
 def train(state: Run) -> None:
-    """Every reward model with every seed, on the same shards, from the policy's weights."""
+    """Every reward model with every seed, on the same shards, from the base model's weights."""
     for model, seed in state.trained():
         output = state.model_directory(model.label, seed)
         with state.work.stage(f"train-{model.label}-{seed}", state.train_inputs(model, seed), [output]) as needed:
@@ -225,7 +247,7 @@ def train(state: Run) -> None:
             from jaxprm.training.train import train_reward_model
 
             train_reward_model(
-                state.experiment, model, seed, shards=state.work / "shards", base=state.policy_directory, output=output
+                state.experiment, model, seed, shards=state.work / "shards", base=state.base_directory, output=output
             )
 
 
