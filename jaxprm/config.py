@@ -75,12 +75,19 @@ class Policy(Section):
 
 
 class Collection(Section):
-    """Trajectories sampled for training and validation. `tasks` null means all of a split."""
+    """Trajectories for training and validation. `tasks` null means all of a split.
+
+    With `files`, each a FILE or SPLIT=FILE, nothing is sampled. Rows go to the split of their file, or to the one they
+    name, or by a hash of their task, `validation_share` of the tasks to validation. `skip_bad` leaves bad rows out.
+    """
 
     train_tasks: Count | None = None
     validation_tasks: Count | None = None
     trajectories_per_task: Count = 16
     temperature: NotNegative = 1.0
+    files: tuple[str, ...] = ()
+    validation_share: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.1
+    skip_bad: bool = False
 
 
 class Data(Section):

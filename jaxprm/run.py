@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.errors import listed
 from jaxprm import config as config_lib
-from jaxprm import environments, files
+from jaxprm import environments, files, trajectory_files
 from jaxprm.errors import UserError
-from jaxprm.progress import bar
+from jaxprm.progress import absolute
 from jaxprm.stages import WorkDirectory, identity
 
 STAGES = ("collect", "build", "train", "search", "report")
@@ -82,20 +84,30 @@ class Run:
     @property
     def collect_inputs(self) -> dict[str, Any]:
         plain = config_lib.to_dict(self.experiment)
+        collection = plain["collection"]
+        own = {name: collection.pop(name) for name in ("files", "validation_share", "skip_bad")}
+        if self.experiment.collection.files:
+            return own | {"files": self._files_identity, "seed": plain["seed"]}
         return {
             "environment": plain["environment"],
             "policy": self._policy_inputs,
-            "collection": plain["collection"],
+            "collection": collection,
             "seed": plain["seed"],
         }
+
+    @functools.cached_property
+    def _files_identity(self) -> list[dict[str, str | None]]:
+        return trajectory_files.identity(self.experiment.collection.files)
 
     @property
     def build_inputs(self) -> dict[str, Any]:
         data = config_lib.to_dict(self.experiment)["data"]
-        return {
+        found = {
             "trajectories": identity(self.collect_inputs),
             "data": {name: data[name] for name in ("shards", "length", "too_long")},
         }
+        # Sampled trajectories depend on the policy, whose tokenizer encodes them; a user's own do not.
+        return found | ({"policy": self.policy_identity} if self.experiment.collection.files else {})
 
     def train_inputs(self, model: config_lib.RewardModel, seed: int) -> dict[str, Any]:
         plain = config_lib.to_dict(self.experiment)
@@ -172,6 +184,9 @@ def collect(state: Run) -> None:
     with state.work.stage("collect", state.collect_inputs, list(outputs.values())) as needed:
         if not needed:
             return
+        if settings.files:
+            take_files(state, outputs)
+            return
         for split, output in outputs.items():
             sample(
                 state.make_environment,
@@ -188,22 +203,33 @@ def collect(state: Run) -> None:
             )
 
 
+def take_files(state: Run, outputs: dict[str, Path]) -> None:
+    """The user's own trajectories, in the place of sampled ones."""
+    settings = state.experiment.collection
+    taken = trajectory_files.take(
+        settings.files,
+        outputs,
+        validation_share=settings.validation_share,
+        seed=state.experiment.seed,
+        skip_bad=settings.skip_bad,
+    )
+    print("trajectories: " + ", ".join(f"{count} {split}" for split, count in sorted(taken.splits.items())))
+    if unused := sorted(taken.splits.keys() - outputs.keys()):
+        print(f"not used: trajectories of {', '.join(unused)}")
+    print("".join(f"{line}\n" for line in listed(taken.bad)), end="", file=sys.stderr)
+
+
 def build(state: Run) -> None:
     """Shards of the collected trajectories, encoded with the policy's tokenizer."""
     from data_pipeline import build as builder
     from data_pipeline.encode import Encoder
 
-    settings, output = state.experiment.data, state.work / "shards"
+    settings, output, bad = state.experiment.data, state.work / "shards", []
     with state.work.stage("build", state.build_inputs, [output]) as needed:
         if not needed or (output / "metadata.json").exists():
             return
         inputs = {split: [state.work / f"trajectories/{split}.jsonl"] for split in ("train", "validation")}
-        with bar("build shards", None, unit="trajectory") as progress:
-
-            def show(done: int, total: int) -> None:
-                progress.total = total
-                progress.update(done - progress.n)
-
+        with absolute("build shards", unit="trajectory") as show:
             builder.build(
                 inputs,
                 Encoder.load(state.policy_directory),
@@ -212,7 +238,9 @@ def build(state: Run) -> None:
                 too_long=settings.too_long,
                 shards=settings.shards,
                 progress=show,
+                skip_bad=bad.append if state.experiment.collection.skip_bad else None,
             )
+        print("".join(f"{line}\n" for line in listed(bad)), end="", file=sys.stderr)
 
 
 def train(state: Run) -> None:
@@ -227,6 +255,17 @@ def train(state: Run) -> None:
             train_reward_model(
                 state.experiment, model, seed, shards=state.work / "shards", base=state.policy_directory, output=output
             )
+
+
+def validation_lines(experiment: config_lib.Experiment, workdir: Path) -> list[str]:
+    """What the trained reward models are worth on the validation trajectories, one line each."""
+    lines = []
+    state = Run(experiment, WorkDirectory(workdir))
+    for model, seed in state.trained():
+        recipe = files.read_json(state.model_directory(model.label, seed) / "model/reward_model.json")
+        found = ", ".join(f"{name} {value:.4g}" for name, value in recipe["validation"].items() if value is not None)
+        lines.append(f"{model.label}, seed {seed}: {found}")
+    return lines
 
 
 def search(state: Run) -> None:
