@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -31,11 +30,8 @@ _CADENCE = ("evaluate_every", "checkpoint_every")
 
 def from_policy(base: Path, seed: int) -> tuple[TransformerConfig, nnx.State]:
     """(config, parameters): the policy's transformer and a head drawn from the seed."""
-    config, trunk = huggingface.load_transformer(base)
-    if not config.tie_embeddings:
-        # No token is predicted: an unembedding would be memory, and three times that with the optimizer's moments.
-        config = dataclasses.replace(config, tie_embeddings=True)
-        trunk = nnx.State({name: part for name, part in trunk.items() if name != "unembedding"})
+    # No token is predicted: an unembedding would be memory, and three times that with the optimizer's moments.
+    config, trunk = huggingface.load_transformer(base, unembedding=False)
     head = jax.jit(lambda: nnx.state(RewardModel(config, rngs=nnx.Rngs(seed)))["head"])()
     return config, nnx.State({"transformer": trunk, "head": head})
 
@@ -89,7 +85,9 @@ def write(
         if (base / name).is_file():
             shutil.copyfile(base / name, beside / name)
     length = int(source.get("max_position_embeddings") or recipe["max_tokens"])
-    huggingface.write_model(beside, config, parameters, pad_id=pad_id, end_id=end_id, max_length=length)
+    huggingface.write_model(
+        beside, config, parameters, pad_id=pad_id, end_id=end_id, max_length=length, source=source
+    )
     files.write_json(beside / RECIPE, recipe)
     beside.rename(directory)
 
