@@ -111,7 +111,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     file = directory / "tokenizer.json"
     if not file.is_file():
         raise DataError(f"{directory}: not a tokenizer directory, there is no tokenizer.json in it")
-    config = _read_json(directory / "tokenizer_config.json")
+    config = read_tokenizer_config(directory)
     named = {name: _token_text(config[name]) for name in _TOKEN_NAMES if config.get(name)}
     try:
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), **named)
@@ -162,10 +162,12 @@ def _token_text(token: str | Mapping[str, Any]) -> str:
     return token if isinstance(token, str) else token["content"]
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_tokenizer_config(directory: Path) -> dict[str, Any]:
+    """tokenizer_config.json of a directory; nothing where there is none."""
+    file = directory / "tokenizer_config.json"
     if not file.is_file():
         return {}
     try:
         return msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: {error}") from None
