@@ -59,8 +59,8 @@ class Encoder:
     """Encodes conversations with one tokenizer and its chat template.
 
     Args:
-      tokenizer: a fast tokenizer with a chat template and an end-of-sequence token. `pad_id` is its pad token, or another
-        special token where it has none or where that one ends messages.
+      tokenizer: a fast tokenizer with a chat template and an end-of-sequence token. `pad_id` is its pad token, or
+        another special token where it has none or where that one ends messages.
       source: what to call it in error messages.
     """
 
