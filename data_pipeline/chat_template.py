@@ -24,7 +24,8 @@ Tools = list[dict[str, Any]] | None
 _RENDERINGS = 1 << 13
 _TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Llama's templates print today's date unless given one; a rendering must not depend on the day it is made.
-_CONSTANTS = {"date_string": "26 Jul 2024"}
+DATE = "26 Jul 2024"
+_CONSTANTS = {"date_string": DATE}
 
 
 class FrozenMessage(NamedTuple):

@@ -98,6 +98,11 @@ class Encoder:
         return self._fingerprint
 
     @property
+    def template(self) -> str:
+        """The chat template, the default one where the tokenizer has several."""
+        return self._template.text
+
+    @property
     def vocabulary_size(self) -> int:
         return len(self.tokenizer)
 
