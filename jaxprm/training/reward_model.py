@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,11 +33,8 @@ _CADENCE = ("evaluate_every", "checkpoint_every")
 
 def from_policy(base: Path, seed: int) -> tuple[TransformerConfig, nnx.State]:
     """(config, parameters): the policy's transformer and a head drawn from the seed."""
-    config, trunk = huggingface.load_transformer(base)
-    if not config.tie_embeddings:
-        # No token is predicted: an unembedding would be memory, and three times that with the optimizer's moments.
-        config = dataclasses.replace(config, tie_embeddings=True)
-        trunk = nnx.State({name: part for name, part in trunk.items() if name != "unembedding"})
+    # No token is predicted: an unembedding would be memory, and three times that with the optimizer's moments.
+    config, trunk = huggingface.load_transformer(base, unembedding=False)
     head = jax.jit(lambda: nnx.state(RewardModel(config, rngs=nnx.Rngs(seed)))["head"])()
     return config, nnx.State({"transformer": trunk, "head": head})
 
