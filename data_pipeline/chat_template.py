@@ -24,7 +24,8 @@ Tools = list[dict[str, Any]] | None
 _RENDERINGS = 1 << 13
 _TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Llama's templates print today's date unless given one; a rendering must not depend on the day it is made.
-_CONSTANTS = {"date_string": "26 Jul 2024"}
+DATE = "26 Jul 2024"
+_CONSTANTS = {"date_string": DATE}
 
 
 class FrozenMessage(NamedTuple):
@@ -80,7 +81,7 @@ class ChatTemplate:
     """
 
     def __init__(self, template: Any, arguments: Mapping[str, Any], *, source: str):
-        self.text = _default(template)
+        self.text = default_template(template)
         self.source = source
         self._arguments = {**arguments, **_CONSTANTS}
         try:
@@ -151,7 +152,8 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _default(template: Any) -> str:
+def default_template(template: Any) -> str:
+    """The one that is used of a tokenizer's template, or templates by name."""
     if isinstance(template, str):
         return template
     named = template if isinstance(template, Mapping) else {entry["name"]: entry["template"] for entry in template}

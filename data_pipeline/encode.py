@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data_pipeline.chat_template import ChatTemplate, Conversation, Messages, Tools, as_messages, freeze, load_tokenizer
 from data_pipeline.errors import DataError
+from data_pipeline.padding import padding_id
 from data_pipeline.template_choice import OWN, choose, write_tokenizer
 from data_pipeline.trajectory import Message, steps, text_parts
 
@@ -59,18 +60,18 @@ class Encoder:
     """Encodes conversations with one tokenizer and its chat template.
 
     Args:
-      tokenizer: a fast tokenizer with a chat template, a pad token and an end-of-sequence token.
+      tokenizer: a fast tokenizer with a chat template and an end-of-sequence token. `pad_id` is its pad token, or
+        another special token where it has none or where that one ends messages.
       source: what to call it in error messages.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, *, source: str = "the tokenizer"):
         if not tokenizer.chat_template:
             raise DataError(f"{source} has no chat template; add chat_template.jinja beside tokenizer.json")
-        if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
+        if tokenizer.eos_token_id is None:
             raise DataError(f"{source} needs a pad_token and an eos_token; set both in tokenizer_config.json")
         self.tokenizer = tokenizer
         self.source = source
-        self.pad_id: int = tokenizer.pad_token_id
         self.end_id: int = tokenizer.eos_token_id
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
@@ -78,6 +79,7 @@ class Encoder:
         self._template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens_map, source=source)
         self._piece = lru_cache(_PIECES)(self._encode_piece)
         self._prepare_specials()
+        self.pad_id = self._padding()
         canonical = json.dumps(json.loads(self._backend.to_str()), sort_keys=True)
         self._fingerprint = hashlib.sha256(f"{canonical}\0{self._template.text}".encode()).hexdigest()
 
@@ -95,7 +97,7 @@ class Encoder:
 
     def write_tokenizer(self, base: Path, directory: Path) -> None:
         """Writes the tokenizer's files, read from `base`, with the template and the tokens that this encoder uses."""
-        write_tokenizer(self.tokenizer, self._template.text, base, directory)
+        write_tokenizer(self.template, self.tokenizer.eos_token, base, directory)
 
     @property
     def special_ids(self) -> frozenset[int]:
@@ -106,6 +108,11 @@ class Encoder:
     def fingerprint(self) -> str:
         """sha256 of tokenizer.json and the chat template; saving and loading do not change it."""
         return self._fingerprint
+
+    @property
+    def template(self) -> str:
+        """The chat template, the default one where the tokenizer has several."""
+        return self._template.text
 
     @property
     def vocabulary_size(self) -> int:
@@ -262,6 +269,14 @@ class Encoder:
         if first:
             return tuple(self._backend.encode(text, add_special_tokens=False).ids)
         return tuple(self._backend.encode(self._anchor + text, add_special_tokens=False).ids[1:])
+
+    def _padding(self) -> int:
+        tokenizer, declared = self.tokenizer, self.tokenizer.pad_token_id
+        used = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id}
+        found = padding_id(self._special_ids, declared=declared, used=used, template=self._template.text)
+        if found is None and declared is None:
+            raise DataError(f"{self.source} needs a pad_token and an eos_token; set both in tokenizer_config.json")
+        return declared if found is None else found
 
     def _prepare_specials(self) -> None:
         tokens = {id: token for id, token in self._backend.get_added_tokens_decoder().items() if token.special}

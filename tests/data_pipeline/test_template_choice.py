@@ -141,7 +141,7 @@ def test_the_end_of_a_message_and_the_padding_come_with_the_template(named):
     name, directory = named
     encoder = Encoder.load(directory, name)
     assert encoder.decode([encoder.end_id]) == SHIPPED[name].end
-    assert encoder.decode([encoder.pad_id]) == {"chatml": "<|endoftext|>", "llama3": "<|finetune_right_pad_id|>"}[name]
+    assert encoder.decode([encoder.pad_id]) not in SHIPPED[name].tokens
 
 
 def test_what_is_written_is_what_was_used(named, tmp_path):
@@ -172,10 +172,6 @@ def test_a_file_can_be_the_template(named, tmp_path):
     _, directory = named
     path = tmp_path / "mine.jinja"
     path.write_text("{% for m in messages %}{{ m['content'] }}<|endoftext|>{% endfor %}")
-    if "finetune" not in (directory / "tokenizer.json").read_text():  # nothing is left to pad with
-        with pytest.raises(DataError, match="needs a pad_token"):
-            Encoder.load(directory, path)
-        return
     encoder = Encoder.load(directory, path)
     assert encoder.render(CHAT[:2]) == "Be brief.<|endoftext|>What is in the box?<|endoftext|>"
     path.write_text("{% for %}")
