@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from os import PathLike
 from pathlib import Path
@@ -25,6 +25,8 @@ from transformers import PreTrainedTokenizerFast
 
 from data_pipeline.chat_template import ChatTemplate, Conversation, Messages, Tools, as_messages, freeze, load_tokenizer
 from data_pipeline.errors import DataError
+from data_pipeline.padding import padding_id
+from data_pipeline.template_choice import OWN, advice, choose, write_tokenizer
 from data_pipeline.trajectory import Message, check_steps, text_parts
 
 _PIECES = 1 << 15
@@ -58,35 +60,47 @@ class Encoder:
     """Encodes conversations with one tokenizer and its chat template.
 
     Args:
-      tokenizer: a fast tokenizer with a chat template, a pad token and an end-of-sequence token.
+      tokenizer: a fast tokenizer with a chat template and an end-of-sequence token. `pad_id` is its pad token, or
+        another special token where it has none or where that one ends messages.
       source: what to call it in error messages.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, *, source: str = "the tokenizer"):
         if not tokenizer.chat_template:
             raise DataError(f"{source} has no chat template; add chat_template.jinja beside tokenizer.json")
-        if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
+        if tokenizer.eos_token_id is None:
             raise DataError(f"{source} needs a pad_token and an eos_token; set both in tokenizer_config.json")
         self.tokenizer = tokenizer
         self.source = source
-        self.pad_id: int = tokenizer.pad_token_id
         self.end_id: int = tokenizer.eos_token_id
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
         self._piece = lru_cache(_PIECES)(self._encode_piece)
         self._prepare_specials()
-        self._advice = _advice(self._special_ids)
+        self._advice = advice(self._special_ids)
         self._template = ChatTemplate(
             tokenizer.chat_template, tokenizer.special_tokens_map, source=source, advice=self._advice
         )
+        self.pad_id = self._padding()
         canonical = json.dumps(json.loads(self._backend.to_str()), sort_keys=True)
         self._fingerprint = hashlib.sha256(f"{canonical}\0{self._template.text}".encode()).hexdigest()
 
     @classmethod
-    def load(cls, directory: str | PathLike[str]) -> Encoder:
-        """Reads tokenizer.json, tokenizer_config.json and chat_template.jinja of a directory, and nothing else."""
-        return cls(load_tokenizer(Path(directory)), source=str(directory))
+    def load(cls, directory: str | PathLike[str], template: str | PathLike[str] | None = None) -> Encoder:
+        """Reads tokenizer.json, tokenizer_config.json and chat_template.jinja of a directory, and nothing else.
+
+        template: the chat template to use in place of the directory's own: the name of one that ships with the package
+        (template_choice.SHIPPED) or a file; None or "own" for its own.
+        """
+        tokenizer = load_tokenizer(Path(directory))
+        choose(tokenizer, template, source=str(directory))
+        named = "" if template in (None, OWN) else f" (template {template})"
+        return cls(tokenizer, source=f"{directory}{named}")
+
+    def write_tokenizer(self, base: Path, directory: Path) -> None:
+        """Writes the tokenizer's files, read from `base`, with the template and the tokens that this encoder uses."""
+        write_tokenizer(self.template, self.tokenizer.eos_token, base, directory)
 
     @property
     def special_ids(self) -> frozenset[int]:
@@ -97,6 +111,11 @@ class Encoder:
     def fingerprint(self) -> str:
         """sha256 of tokenizer.json and the chat template; saving and loading do not change it."""
         return self._fingerprint
+
+    @property
+    def template(self) -> str:
+        """The chat template, the default one where the tokenizer has several."""
+        return self._template.text
 
     @property
     def vocabulary_size(self) -> int:
@@ -213,7 +232,7 @@ class Encoder:
     def _verify_tools(self, whole: _Pieces, tools: Tools, row: str) -> None:
         for tool in tools or ():
             name = tool.get("function", tool).get("name")
-            if isinstance(name, str) and name not in whole.text:
+            if isinstance(name, str) and not any(form in whole.text for form in (name, json.dumps(name)[1:-1])):
                 raise DataError(
                     f"{row}: the chat template of {self.source} leaves out the tool {_short(name)}{self._advice}"
                 )
@@ -256,6 +275,14 @@ class Encoder:
             return tuple(self._backend.encode(text, add_special_tokens=False).ids)
         return tuple(self._backend.encode(self._anchor + text, add_special_tokens=False).ids[1:])
 
+    def _padding(self) -> int:
+        tokenizer, declared = self.tokenizer, self.tokenizer.pad_token_id
+        used = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id}
+        found = padding_id(self._special_ids, declared=declared, used=used, template=self._template.text)
+        if found is None and declared is None:
+            raise DataError(f"{self.source} needs a pad_token and an eos_token; set both in tokenizer_config.json")
+        return declared if found is None else found
+
     def _prepare_specials(self) -> None:
         tokens = {id: token for id, token in self._backend.get_added_tokens_decoder().items() if token.special}
         self._special_ids = {token.content: id for id, token in tokens.items()}
@@ -278,13 +305,6 @@ class Encoder:
                     "special tokens are never read out of text: remove or rewrite it"
                 )
         return conversation
-
-
-def _advice(specials: Collection[str]) -> str:
-    """Which template to choose instead, one whose tokens the tokenizer has."""
-    markers = {"llama3": "<|start_header_id|>", "chatml": "<|im_start|>"}
-    name = next((name for name, marker in markers.items() if marker in specials), "a template file of your own")
-    return f"; choose one that prints every message as it is: --chat-template {name} (docs/your-trajectories.md)"
 
 
 def _differ(one: str, other: str) -> str:

@@ -19,6 +19,9 @@ STAGE_VERBS = {
     "report": ("report", "... and write results.json and the page"),
 }
 
+_MODEL = "a reward model: its directory, a training's output or checkpoint, or a run with a single one"
+_DTYPES = ("float32", "bfloat16")
+
 
 def parser() -> argparse.ArgumentParser:
     """All verbs and their options. Nothing heavy is imported to show the help."""
@@ -35,12 +38,19 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--skip-bad", action="store_true", help="leave bad rows of --data out (collection.skip_bad)")
     _config_verb(verbs, "imitate", "train a small policy by imitation of the environment's expert")
     score = verbs.add_parser("score", help="score every step of a file of trajectories")
-    score.add_argument("--model", type=Path, required=True, help="a reward model: directory, training output or run")
+    score.add_argument("--model", type=Path, required=True, help=_MODEL)
     score.add_argument("--input", type=Path, required=True, help="trajectories, JSON Lines")
     score.add_argument("--output", type=Path, required=True, help="scores, one line for each line of the input")
+    score.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the arithmetic; default float32")
     export = verbs.add_parser("export", help="write a reward model as a Hugging Face directory")
-    export.add_argument("--model", type=Path, required=True, help="a reward model: directory, training output or run")
+    export.add_argument("--model", type=Path, required=True, help=_MODEL)
     export.add_argument("--output", type=Path, required=True, help="the directory to write")
+    export.add_argument(
+        "--format", choices=("sequence", "token"), default="sequence",
+        help="a value for a conversation (default), or for each of its tokens",
+    )  # fmt: skip
+    export.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the weights; default float32")
+    export.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file of weights; default 5GB")
     export.add_argument("--verify", action="store_true", help="compare with transformers' scores (needs torch)")
     export.add_argument("--input", type=Path, help="trajectories to verify on; made up when not given")
     _import_verb(verbs)
@@ -187,7 +197,7 @@ def _imitate(options) -> int:
 def _score(options) -> int:
     from jaxprm.scoring.files import score_file
 
-    counts = score_file(options.model, options.input, options.output)
+    counts = score_file(options.model, options.input, options.output, dtype=options.dtype)
     print(f"scored {counts.scored} trajectories, {counts.errors} errors: {options.output}")
     return 1 if counts.errors else 0
 
@@ -195,10 +205,23 @@ def _score(options) -> int:
 def _export(options) -> int:
     from jaxprm.export import export
 
-    made = export(options.model, options.output, verify=options.verify, trajectories=options.input)
+    made = export(
+        options.model,
+        options.output,
+        form=options.format,
+        dtype=options.dtype,
+        max_shard_size=options.max_shard_size,
+        verify=options.verify,
+        trajectories=options.input,
+    )
     print(f"exported: {options.output}")
     if options.verify:
-        print(f"verified: largest difference {made['largest_difference']:.2e}, bound {made['bound']:.2e}")
+        print(
+            f"verified: largest difference {made['largest_difference']:.2e}, bound {made['bound']:.2e}, "
+            f"at {made['read_positions']} read positions of {made['trajectories']} conversations"
+        )
+    if "rounding" in made:
+        print(f"rounding the weights to {options.dtype} moved scores by up to {made['rounding']:.2e}")
     return 0
 
 

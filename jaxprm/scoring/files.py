@@ -37,7 +37,7 @@ class _Written(msgspec.Struct):
     error: str | None = None
 
 
-def score_file(model: Path, input: Path, output: Path, *, chunk: int = 256) -> Counts:
+def score_file(model: Path, input: Path, output: Path, *, chunk: int = 256, dtype: str = "float32") -> Counts:
     """Scores every step of every trajectory of `input`; line k of `output` is about line k of `input`.
 
     A line is {"id", "steps": [{"message", "promise", "progress"}], "score"}, or {"id", "error"} where there is nothing
@@ -45,16 +45,15 @@ def score_file(model: Path, input: Path, output: Path, *, chunk: int = 256) -> C
     OUTPUT.partial and goes on from there; with another model or another input it starts anew. OUTPUT is replaced when
     everything is written.
 
-    chunk: trajectories held in memory at a time.
+    chunk: trajectories held in memory at a time; dtype: of the arithmetic, "float32" or "bfloat16".
 
     Raises UserError for a model or a file that cannot be read, and for a full disk.
     """
     model, input, output = loading.find_model(model), Path(input), Path(output)
     _check_paths(input, output)
     digest, total = _digest_and_count(input)
-    hashes = {name: files.sha256(model / name) for name in loading.MODEL_FILES if (model / name).is_file()}
-    identity = {"format": FORMAT, "chunk": chunk, "input": digest, "model": hashes}
-    scorer, progress = loading.load_scorer(model), loading.defines_progress(loading.read_recipe(model))
+    identity = {"format": FORMAT, "chunk": chunk, "dtype": dtype, "input": digest, "model": loading.identity(model)}
+    scorer, progress = loading.load_scorer(model, dtype=dtype), loading.defines_progress(loading.read_recipe(model))
     partial = output.with_name(output.name + ".partial")
     record = output.with_name(output.name + ".partial.json")
     done = errors = 0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from jaxprm import config as config_lib
 from jaxprm import files
 from jaxprm.errors import UserError
 from jaxprm.model import huggingface
+from jaxprm.model.hf_config import hf_config
 from jaxprm.model.transformer import RewardModel, TransformerConfig
 from jaxprm.training.step import progress_beta
 
@@ -31,11 +33,8 @@ _CADENCE = ("evaluate_every", "checkpoint_every")
 
 def from_policy(base: Path, seed: int) -> tuple[TransformerConfig, nnx.State]:
     """(config, parameters): the policy's transformer and a head drawn from the seed."""
-    config, trunk = huggingface.load_transformer(base)
-    if not config.tie_embeddings:
-        # No token is predicted: an unembedding would be memory, and three times that with the optimizer's moments.
-        config = dataclasses.replace(config, tie_embeddings=True)
-        trunk = nnx.State({name: part for name, part in trunk.items() if name != "unembedding"})
+    # No token is predicted: an unembedding would be memory, and three times that with the optimizer's moments.
+    config, trunk = huggingface.load_transformer(base, unembedding=False)
     head = jax.jit(lambda: nnx.state(RewardModel(config, rngs=nnx.Rngs(seed)))["head"])()
     return config, nnx.State({"transformer": trunk, "head": head})
 
@@ -81,17 +80,46 @@ def write(
     directory: Path, config: TransformerConfig, parameters: Any, *, base: Path, pad_id: int, end_id: int, recipe: dict
 ) -> None:
     """The model in Hugging Face format, the policy's tokenizer and the recipe; whole, or not at all."""
-    _, source = huggingface.read_config(base)
+    with _whole(directory) as beside:
+        huggingface.write_model(beside, config, parameters, **_described(base, pad_id, end_id, recipe))
+        _write_companions(beside, base, recipe)
+
+
+def describe(
+    directory: Path, config: TransformerConfig, *, base: Path, pad_id: int, end_id: int, recipe: dict
+) -> None:
+    """All files of the model but its weights: with them a checkpoint can be scored and exported while it is trained.
+
+    Raises OSError for a full disk.
+    """
+    shutil.rmtree(directory, ignore_errors=True)  # of the same run, before it was killed
+    with _whole(directory) as beside:
+        described = hf_config(config, reward=True, **_described(base, pad_id, end_id, recipe))
+        files.write_json(beside / "config.json", described)
+        _write_companions(beside, base, recipe)
+
+
+@contextmanager
+def _whole(directory: Path) -> Iterator[Path]:
+    """A new directory beside it, in its place once it is filled."""
     beside = directory.with_name(directory.name + ".partial")
     shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed
     beside.mkdir(parents=True)
+    yield beside
+    beside.rename(directory)
+
+
+def _described(base: Path, pad_id: int, end_id: int, recipe: dict) -> dict[str, Any]:
+    _, source = huggingface.read_config(base)
+    length = int(source.get("max_position_embeddings") or recipe["max_tokens"])
+    return {"pad_id": pad_id, "end_id": end_id, "max_length": length, "source": source}
+
+
+def _write_companions(directory: Path, base: Path, recipe: dict) -> None:
     for name in TOKENIZER_FILES:
         if (base / name).is_file():
-            shutil.copyfile(base / name, beside / name)
-    length = int(source.get("max_position_embeddings") or recipe["max_tokens"])
-    huggingface.write_model(beside, config, parameters, pad_id=pad_id, end_id=end_id, max_length=length)
-    files.write_json(beside / RECIPE, recipe)
-    beside.rename(directory)
+            shutil.copyfile(base / name, directory / name)
+    files.write_json(directory / RECIPE, recipe)
 
 
 def recipe(

@@ -25,7 +25,7 @@ def model(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def one_scorer(monkeypatch, model):
     """Loading is tested below; sharing what was compiled keeps these tests fast."""
-    monkeypatch.setattr(score_files.loading, "load_scorer", lambda directory: shared_scorer())
+    monkeypatch.setattr(score_files.loading, "load_scorer", lambda directory, dtype: shared_scorer())
 
 
 _SCORERS: list[Scorer] = []
