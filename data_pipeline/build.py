@@ -1,7 +1,7 @@
 """Trajectories to a TFDS dataset in TFRecord.
 
 python -m data_pipeline.build --input train=train.jsonl --input validation=validation.jsonl \
-    --tokenizer DIR --output DIR [--max-length 1024] [--too-long error|drop|window]
+    --tokenizer DIR --output DIR [--chat-template chatml] [--max-length 1024] [--too-long error|drop|window]
 
 Duplicates are stored once and carry their number as a weight: dropping them would change the values being estimated.
 """
@@ -145,6 +145,9 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="JSONL, may be repeated; without SPLIT every row goes to its own split, or to train",
     )
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="tokenizer.json and chat template")
+    parser.add_argument(
+        "--chat-template", default="own", metavar="TEMPLATE", help="own (default), chatml, llama3, or a file"
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="dataset directory to write")
     parser.add_argument("--max-length", type=int, metavar="TOKENS", help="bound on a trajectory (default: none)")
     parser.add_argument("--too-long", choices=("error", "drop", "window"), default="error")
@@ -166,7 +169,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 bar.update(done - bar.n)
 
             metadata = build(
-                parse_inputs(options.input), Encoder.load(options.tokenizer), options.output,
+                parse_inputs(options.input), Encoder.load(options.tokenizer, options.chat_template),
+                options.output,
                 max_length=options.max_length, too_long=options.too_long, shards=options.shards, progress=progress,
                 skip_bad=bad.append if options.skip_bad else None,
             )

@@ -157,7 +157,7 @@ class Encoder:
         conversation = self._conversation(messages, row)
         whole = self._cut(self._template.render(conversation, tools, False, row))
         self._verify_text(whole, conversation, row)
-        self._verify_tools(whole, tools, row)
+        self._verify_tools(whole, conversation, tools, row)
         reads: list[int] = []
         states: list[int] = []
         for index in dict.fromkeys(step.message for step in table):
@@ -229,13 +229,9 @@ class Encoder:
                         f"({message.role}: {_short(forms[0])}){self._advice}"
                     )
 
-    def _verify_tools(self, whole: _Pieces, tools: Tools, row: str) -> None:
-        for tool in tools or ():
-            name = tool.get("function", tool).get("name")
-            if isinstance(name, str) and not any(form in whole.text for form in (name, json.dumps(name)[1:-1])):
-                raise DataError(
-                    f"{row}: the chat template of {self.source} leaves out the tool {_short(name)}{self._advice}"
-                )
+    def _verify_tools(self, whole: _Pieces, conversation: Conversation, tools: Tools, row: str) -> None:
+        if tools and self._template.render(conversation, None, False, row) == whole.text:
+            raise DataError(f"{row}: the chat template of {self.source} leaves out the tools{self._advice}")
 
     def _rewritten(self, whole: _Pieces, rendering: str, index: int, row: str) -> DataError:
         if whole.text.startswith(rendering):

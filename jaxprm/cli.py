@@ -20,6 +20,7 @@ STAGE_VERBS = {
 }
 
 _MODEL = "a reward model: its directory, a training's output or checkpoint, or a run with a single one"
+_TEMPLATE = "own (the tokenizer's, default), chatml, llama3, or a file"
 _DTYPES = ("float32", "bfloat16")
 
 
@@ -35,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
             help="trajectories of your own instead of sampled ones; again for more (collection.files)",
         )
         one.add_argument("--model", metavar="DIR", help="the model to start from (policy.path)")
+        one.add_argument("--chat-template", metavar="TEMPLATE", help=f"{_TEMPLATE} (policy.chat_template)")
         one.add_argument("--skip-bad", action="store_true", help="leave bad rows of --data out (collection.skip_bad)")
     _config_verb(verbs, "imitate", "train a small policy by imitation of the environment's expert")
     score = verbs.add_parser("score", help="score every step of a file of trajectories")
@@ -57,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     validate = verbs.add_parser("validate", help="count what is in files of trajectories, and find every bad row")
     validate.add_argument("files", nargs="+", metavar="[SPLIT=]FILE", help="trajectories, JSON Lines")
     validate.add_argument("--tokenizer", type=Path, metavar="DIR", help="also encode every conversation with this one")
+    validate.add_argument("--chat-template", default="own", metavar="TEMPLATE", help=_TEMPLATE)
     validate.add_argument("--max-length", type=_count, metavar="TOKENS", help="count what is longer")
     validate.add_argument("--json", type=Path, metavar="FILE", help="write everything there, with all bad rows")
     validate.add_argument("--skip-bad", action="store_true", help="bad rows are counted, but no reason to fail")
@@ -180,6 +183,7 @@ def _spelled_out(options) -> list[str]:
     """The options that stand for fields of the config, as overrides."""
     found = [f"collection.files={json.dumps(options.data)}"] if options.data else []
     found += [f"policy.path={json.dumps(str(options.model))}"] if options.model is not None else []
+    found += [f"policy.chat_template={json.dumps(options.chat_template)}"] if options.chat_template is not None else []
     return found + (["collection.skip_bad=true"] if options.skip_bad else [])
 
 
@@ -262,13 +266,13 @@ def _validate(options) -> int:
     from jaxprm import progress
     from jaxprm.errors import UserError
 
-    if options.max_length is not None and options.tokenizer is None:
-        raise UserError("--max-length counts tokens: give a --tokenizer too")
+    if options.tokenizer is None and (options.max_length is not None or options.chat_template != "own"):
+        raise UserError("--max-length and --chat-template are about tokens: give a --tokenizer too")
     encoder = None
     if options.tokenizer is not None:
         from data_pipeline.encode import Encoder
 
-        encoder = Encoder.load(options.tokenizer)
+        encoder = Encoder.load(options.tokenizer, options.chat_template)
     with progress.absolute("validate", unit="row") as show:
         report = validate(parse_inputs(options.files), encoder=encoder, max_length=options.max_length, progress=show)
     _write_report(options.json, report)
