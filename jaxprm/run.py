@@ -91,9 +91,10 @@ class Run:
     def collect_inputs(self) -> dict[str, Any]:
         plain = config_lib.to_dict(self.experiment)
         collection = plain["collection"]
-        own = {name: collection.pop(name) for name in ("files", "validation_share", "skip_bad")}
+        share = collection.pop("validation_share")
+        del collection["files"], collection["skip_bad"]  # what is skipped, nobody could have finished with
         if self.experiment.collection.files:
-            return own | {"files": self._files_identity, "seed": plain["seed"]}
+            return {"files": self._files_identity, "validation_share": share, "seed": plain["seed"]}
         return {
             "environment": plain["environment"],
             "policy": self._policy_inputs,

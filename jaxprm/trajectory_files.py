@@ -45,8 +45,10 @@ def take(
         streams = {split: stack.enter_context(new_file(output)) for split, output in outputs.items()}
 
         def bad(error: DataError) -> None:
-            if not skip_bad or isinstance(error, SplitError):
+            if isinstance(error, SplitError):
                 raise error
+            if not skip_bad:
+                raise DataError(f"{error}; mend the row, or leave bad rows out with --skip-bad")
             taken.bad.append(str(error))
             progress.update()
 
