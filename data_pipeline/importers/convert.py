@@ -191,6 +191,9 @@ class _Converter:
         if not isinstance(made.get("policy", {}), dict):
             used.discard("policy")
             del made["policy"]
+        for name in made.keys() & parsed.fields.keys():
+            if made[name] != parsed.fields[name]:
+                raise DataError(f"`{name}` is given twice, in the row and by its {self._options.format} form; keep one")
         made |= parsed.fields
         found = set()
         for name, paths in self._paths.items():

@@ -37,14 +37,16 @@ def parse(row: dict[str, Any], where: Path, notes: Notes) -> Parsed:
 
 
 def parse_agentgym(row: dict[str, Any], where: Path, notes: Notes) -> Parsed:
-    """As ShareGPT; `item_id` names the attempt and, as "webshop_123", the environment and the task webshop/123."""
+    """As ShareGPT; `item_id` names the attempt and, as "webshop_123", the environment and the task webshop/123.
+
+    It is kept in `meta` as it was.
+    """
     messages, fields, used = parse(row, where, notes)
     if row.get("item_id") is not None:
         item = name(row["item_id"], "item_id")
         known = _ITEM.fullmatch(item)
         fields |= {"environment": known[1], "task": f"{known[1]}/{known[2]}"} if known else {"task": item}
         fields["id"] = fields["task"]
-        used = {*used, "item_id"}
     return Parsed(messages, fields, used)
 
 
@@ -88,4 +90,4 @@ def _learnt(raw: dict[str, Any], where: str) -> bool:
         value = raw.get(key)
         if value is not None and (not isinstance(value, (int, float)) or value not in (0, 1)):
             raise DataError(f"{where}: {key} is {value!r:.40}, not true or false")
-    return raw.get("loss") not in (False,) and raw.get("weight") not in (0,)
+    return raw.get("loss") in (None, True) and raw.get("weight") in (None, 1)

@@ -78,6 +78,9 @@ def test_agentgym_keeps_its_outcome_in_reward_or_score_and_attempts_get_numbers(
         ("webshop/1", "webshop", outcome) for outcome in (0.5, 1.0, None)
     ]
     assert (report.repeated_ids, report.without_outcome) == (2, 1)
+    assert found[0].meta == {"item_id": "webshop_1"}
+    with pytest.raises(DataError, match="`environment` is given twice"):
+        convert([rows[0] | {"environment": "shop"}], format="agentgym")
 
 
 def test_made_up_ids_never_meet_given_ones(convert):

@@ -188,7 +188,7 @@ def test_agentgym_turns_without_loss_are_no_steps_and_the_item_names_the_task():
     found = turns(*conversation, parse=sharegpt.parse_agentgym, item_id="webshop_123")
     assert [message.get("step", True) for message in found.messages] == [True, False, True, True]
     assert found.fields == {"environment": "webshop", "task": "webshop/123", "id": "webshop/123"}
-    assert "item_id" in found.used
+    assert "item_id" not in found.used  # it stays in meta
     other = turns(*conversation, parse=sharegpt.parse_agentgym, item_id="pick_and_place-Mug-308")
     assert other.fields == {"task": "pick_and_place-Mug-308", "id": "pick_and_place-Mug-308"}
     many = turns(*conversation, parse=sharegpt.parse_agentgym, item_id="lmrlgym_maze_7")
