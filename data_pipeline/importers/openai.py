@@ -7,6 +7,7 @@ conversation would no longer be the same (images, audio, arguments that are not 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import msgspec
@@ -36,7 +37,7 @@ class Parsed(NamedTuple):
 
 def parse(row: dict[str, Any], where: Path, notes: Notes) -> Parsed:
     """A row with a list of chat messages at `where`, and `tools` or `functions` beside it."""
-    raw = _list(where.find(row), where.text)
+    raw = full_list(where.find(row), where.text)
     messages = [message(one, index, notes) for index, one in enumerate(raw)]
     found = tools(row)
     return Parsed(messages, {"tools": found} if found else {}, {where.key, "tools", "functions"} - {None})
@@ -46,12 +47,9 @@ def message(raw: Any, index: int, notes: Notes) -> dict[str, Any]:
     """One chat message; DataError names it."""
     if not isinstance(raw, dict):
         raise DataError(f"message {index} is {kind_of(raw)}, not an object")
-    given = raw.get("role")
-    role = _ROLES.get(given) if isinstance(given, str) else None
-    if role is None:
-        hint = "; this looks like ShareGPT, use --format sharegpt" if "from" in raw else ""
-        raise DataError(f"message {index}: role {given!r:.40} is none of {', '.join(_ROLES)}{hint}")
-    where = f"message {index} ({given})"
+    hint = "; this looks like ShareGPT, use --format sharegpt" if "from" in raw else ""
+    role = role_of(raw, "role", _ROLES, f"message {index}", hint)
+    where = f"message {index} ({raw['role']})"
     made: dict[str, Any] = {"role": role}
     calls = _calls(raw, role, where, notes)
     content = _text(raw.get("content"), where, notes)
@@ -64,7 +62,8 @@ def message(raw: Any, index: int, notes: Notes) -> dict[str, Any]:
     made["content"] = content
     if calls:
         made["tool_calls"] = calls
-    if role == "assistant" and not _is_step(raw, where):
+    # Fine-tuning files say `"weight": 0` of an assistant message that is not learnt from, ours `"step": false`.
+    if role == "assistant" and not (flag(raw, "weight", where) and flag(raw, "step", where)):
         made["step"] = False
     made |= {key: raw[key] for key in ("name", "tool_call_id") if raw.get(key) is not None}
     for key, value in raw.items():
@@ -75,6 +74,23 @@ def message(raw: Any, index: int, notes: Notes) -> dict[str, Any]:
     return made
 
 
+def role_of(raw: dict[str, Any], key: str, roles: Mapping[str, str], where: str, hint: str) -> str:
+    """Our name for the role at `key`; DataError, with `hint`, for one that nobody knows."""
+    given = raw.get(key)
+    role = roles.get(given) if isinstance(given, str) else None
+    if role is None:
+        raise DataError(f"{where}: {key} {given!r:.40} is none of {', '.join(roles)}{hint}")
+    return role
+
+
+def flag(raw: dict[str, Any], key: str, where: str) -> bool:
+    """False where a message says so, or 0; true where it says that, 1 or nothing."""
+    value = raw.get(key)
+    if value is not None and (not isinstance(value, (int, float)) or value not in (0, 1)):
+        raise DataError(f"{where}: {key} is {value!r:.40}, not true or false, or 1 or 0")
+    return value is None or bool(value)
+
+
 def tools(row: dict[str, Any]) -> list[dict[str, Any]]:
     """The tools of a row: a list, or its JSON; the older `functions` are wrapped."""
     for key in ("tools", "functions"):
@@ -83,7 +99,7 @@ def tools(row: dict[str, Any]) -> list[dict[str, Any]]:
             continue
         if isinstance(found, str):
             found = json_value(found, key)
-        found = _list(found, key) if found else []
+        found = full_list(found, key) if found else []
         for index, one in enumerate(found):
             if not isinstance(one, dict):
                 raise DataError(f"{key}[{index}] is {kind_of(one)}, not an object")
@@ -118,7 +134,8 @@ def note(notes: Notes, what: str, count: int = 1) -> None:
     notes[what if what in notes or len(notes) < _MOST_NOTES else "other fields, left out"] += count
 
 
-def _list(value: Any, name: str) -> list[Any]:
+def full_list(value: Any, name: str) -> list[Any]:
+    """A list with something in it, or its JSON."""
     if isinstance(value, str) and value:
         value = json_value(value, name)
     if not isinstance(value, list) or not value:
@@ -170,12 +187,3 @@ def _call(raw: Any, where: str, notes: Notes) -> dict[str, Any]:
     made = {"id": raw["id"]} if raw.get("id") is not None else {}
     called = tool_call(function.get("name"), function.get("arguments"), where, notes)
     return made | {"type": "function", "function": called}
-
-
-def _is_step(raw: dict[str, Any], where: str) -> bool:
-    """Fine-tuning files say `"weight": 0` of an assistant message that is not learnt from, ours `"step": false`."""
-    for key, wanted in (("weight", (0, 1)), ("step", (False, True))):
-        value = raw.get(key)
-        if value is not None and (not isinstance(value, (int, float)) or value not in wanted):
-            raise DataError(f"{where}: {key} is {value!r:.40}, not {wanted[0]} or {wanted[1]}")
-    return raw.get("weight") != 0 and raw.get("step") is not False

@@ -23,7 +23,7 @@ _ITEM = re.compile(r"(.+)_(\d+)")
 
 def parse(row: dict[str, Any], where: Path, notes: Notes) -> Parsed:
     """A row with turns at `where`; `system` beside them is the first message, `tools` a list or its JSON."""
-    turns = openai._list(where.find(row), where.text)
+    turns = openai.full_list(where.find(row), where.text)
     messages = [_turn(one, index, notes) for index, one in enumerate(turns)]
     used = {where.key, "tools", "functions"} - {None}
     if isinstance(row.get("system"), str):
@@ -53,19 +53,18 @@ def parse_agentgym(row: dict[str, Any], where: Path, notes: Notes) -> Parsed:
 def _turn(raw: Any, index: int, notes: Notes) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise DataError(f"turn {index} is {kind_of(raw)}, not an object")
-    given = raw.get("from")
-    role = _ROLES.get(given) if isinstance(given, str) else None
-    if role is None:
-        hint = "; this looks like OpenAI's format, use --format openai" if "role" in raw else ""
-        raise DataError(f"turn {index}: from {given!r:.40} is none of {', '.join(_ROLES)}{hint}")
-    where = f"turn {index} ({given})"
+    hint = "; this looks like OpenAI's format, use --format openai" if "role" in raw else ""
+    role = openai.role_of(raw, "from", _ROLES, f"turn {index}", hint)
+    where = f"turn {index} ({raw['from']})"
     value = raw.get("value")
     if not isinstance(value, str):
         raise DataError(f"{where}: value is {kind_of(value)}, not a text")
     made: dict[str, Any] = {"role": role, "content": value}
-    if given == "function_call":
+    if raw["from"] == "function_call":
         made = {"role": role, "content": None, "tool_calls": _calls(value, where, notes)}
-    if not _learnt(raw, where) and role == "assistant":
+    # `"loss": false` (AgentGym) and `"weight": 0` mark an assistant turn that is no decision, an acknowledgement.
+    learnt = openai.flag(raw, "loss", where) and openai.flag(raw, "weight", where)
+    if role == "assistant" and not learnt:
         made["step"] = False
     for key in {*raw} - _KNOWN:
         if raw[key] not in (None, [], "", {}):
@@ -82,12 +81,3 @@ def _calls(value: str, where: str, notes: Notes) -> list[dict[str, Any]]:
         called = openai.tool_call(one.get("name"), one.get("arguments"), f"{where}: call {index}", notes)
         calls.append({"type": "function", "function": called})
     return calls
-
-
-def _learnt(raw: dict[str, Any], where: str) -> bool:
-    """`"loss": false` (AgentGym) and `"weight": 0` mark an assistant turn that is no decision, an acknowledgement."""
-    for key in ("loss", "weight"):
-        value = raw.get(key)
-        if value is not None and (not isinstance(value, (int, float)) or value not in (0, 1)):
-            raise DataError(f"{where}: {key} is {value!r:.40}, not true or false")
-    return raw.get("loss") in (None, True) and raw.get("weight") in (None, 1)

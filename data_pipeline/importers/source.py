@@ -179,8 +179,10 @@ def _parquet(path: Path) -> Iterator[Row]:
     except ImportError:
         raise DataError(f"{path}: Parquet is read with pyarrow, which is not installed: pip install pyarrow") from None
     size, number = path.stat().st_size, 0
+    # Else the whole row group, which may be the file, is read ahead.
+    streamed = {"pre_buffer": False, "buffer_size": _CHUNK}
     try:
-        with parquet.ParquetFile(path, page_checksum_verification=True) as file:
+        with parquet.ParquetFile(path, page_checksum_verification=True, **streamed) as file:
             total = file.metadata.num_rows
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS, use_threads=False):
                 for index in range(batch.num_rows):

@@ -21,7 +21,7 @@ def parse(row: dict[str, Any], where: Path, notes: Notes) -> Parsed:
     if isinstance(prompt, str):
         messages = [{"role": "user", "content": prompt}]
     else:
-        messages = [openai.message(one, index, notes) for index, one in enumerate(openai._list(prompt, where.text))]
+        messages = [openai.message(one, index, notes) for index, one in enumerate(openai.full_list(prompt, where.text))]
     texts = _completions(row.get("completions"))
     labels = _labels(row.get("labels"), len(texts))
     messages.append({"role": "assistant", "content": _parts(texts, notes)})

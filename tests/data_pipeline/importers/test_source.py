@@ -161,11 +161,15 @@ def test_a_long_file_is_read_in_little_memory(tmp_path, form):
     rows = [{"id": str(n), "text": "word " * 400} for n in range(4000)]  # 8 MB
     path = tmp_path / "data"
     if form == "parquet":
-        parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=500, compression="none")
+        parquet.write_table(
+            pyarrow.Table.from_pylist(rows), path, row_group_size=10_000, compression="none", use_dictionary=False
+        )
     else:
         write(path, json.dumps(rows) if form == "array" else "\n".join(map(json.dumps, rows)))
     del rows
+    before = pyarrow.total_allocated_bytes()
     tracemalloc.start()
-    assert sum(1 for _ in read_rows(path)) == 4000
+    held = [pyarrow.total_allocated_bytes() - before for _ in read_rows(path)]
+    assert len(held) == 4000 and max(held) < (4 << 20)
     assert tracemalloc.get_traced_memory()[1] < (4 << 20)
     tracemalloc.stop()
