@@ -81,7 +81,7 @@ class ChatTemplate:
     """
 
     def __init__(self, template: Any, arguments: Mapping[str, Any], *, source: str):
-        self.text = _default(template)
+        self.text = default_template(template)
         self.source = source
         self._arguments = {**arguments, **_CONSTANTS}
         try:
@@ -112,7 +112,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     file = directory / "tokenizer.json"
     if not file.is_file():
         raise DataError(f"{directory}: not a tokenizer directory, there is no tokenizer.json in it")
-    config = _read_json(directory / "tokenizer_config.json")
+    config = read_tokenizer_config(directory)
     named = {name: _token_text(config[name]) for name in _TOKEN_NAMES if config.get(name)}
     try:
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), **named)
@@ -152,7 +152,8 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _default(template: Any) -> str:
+def default_template(template: Any) -> str:
+    """The one that is used of a tokenizer's template, or templates by name."""
     if isinstance(template, str):
         return template
     named = template if isinstance(template, Mapping) else {entry["name"]: entry["template"] for entry in template}
@@ -163,10 +164,12 @@ def _token_text(token: str | Mapping[str, Any]) -> str:
     return token if isinstance(token, str) else token["content"]
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_tokenizer_config(directory: Path) -> dict[str, Any]:
+    """tokenizer_config.json of a directory; nothing where there is none."""
+    file = directory / "tokenizer_config.json"
     if not file.is_file():
         return {}
     try:
         return msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: {error}") from None

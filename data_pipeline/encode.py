@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerFast
 from data_pipeline.chat_template import ChatTemplate, Conversation, Messages, Tools, as_messages, freeze, load_tokenizer
 from data_pipeline.errors import DataError
 from data_pipeline.padding import padding_id
+from data_pipeline.template_choice import OWN, choose, write_tokenizer
 from data_pipeline.trajectory import Message, steps, text_parts
 
 _PIECES = 1 << 15
@@ -83,9 +84,20 @@ class Encoder:
         self._fingerprint = hashlib.sha256(f"{canonical}\0{self._template.text}".encode()).hexdigest()
 
     @classmethod
-    def load(cls, directory: str | PathLike[str]) -> Encoder:
-        """Reads tokenizer.json, tokenizer_config.json and chat_template.jinja of a directory, and nothing else."""
-        return cls(load_tokenizer(Path(directory)), source=str(directory))
+    def load(cls, directory: str | PathLike[str], template: str | PathLike[str] | None = None) -> Encoder:
+        """Reads tokenizer.json, tokenizer_config.json and chat_template.jinja of a directory, and nothing else.
+
+        template: the chat template to use in place of the directory's own: the name of one that ships with the package
+        (template_choice.SHIPPED) or a file; None or "own" for its own.
+        """
+        tokenizer = load_tokenizer(Path(directory))
+        choose(tokenizer, template, source=str(directory))
+        named = "" if template in (None, OWN) else f" (template {template})"
+        return cls(tokenizer, source=f"{directory}{named}")
+
+    def write_tokenizer(self, base: Path, directory: Path) -> None:
+        """Writes the tokenizer's files, read from `base`, with the template and the tokens that this encoder uses."""
+        write_tokenizer(self.template, self.tokenizer.eos_token, base, directory)
 
     @property
     def special_ids(self) -> frozenset[int]:

@@ -66,9 +66,14 @@ class Imitation(Section):
 
 
 class Policy(Section):
-    """`path` is a model directory, `default` the one that ships with the package."""
+    """`path` is a model directory or a name on the hub (org/name, org/name@revision), `default` the one that ships.
+
+    `chat_template`, for the policy and the reward models made from it: `own` is the tokenizer's; `chatml` or `llama3`
+    one that ships; anything else a file.
+    """
 
     path: str = "default"
+    chat_template: str = "own"
     max_action_tokens: Count = 96
     max_tokens: Count = 1024
     in_flight: Count = 128

@@ -29,23 +29,28 @@ class Run:
         from jaxprm.policies import language_model
 
         settings = self.experiment.policy
-        return language_model.load(settings.path, seed=self.experiment.seed, settings=settings)
+        return language_model.load(str(self.policy_directory), seed=self.experiment.seed, settings=settings)
 
     @functools.cached_property
     def policy_directory(self) -> Path:
+        from jaxprm.model import hub
         from jaxprm.policies import language_model
 
         path = self.experiment.policy.path
-        directory = language_model.default_directory() if path == "default" else Path(path)
+        directory = language_model.default_directory() if path == "default" else hub.resolve(path)
         if not (directory / "config.json").is_file():
             raise UserError(f"policy {directory}: no config.json; set policy.path to a model directory, or to default")
         return directory
 
     @functools.cached_property
     def policy_identity(self) -> str:
-        names = ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja")
-        found = [self.policy_directory / name for name in names]
-        return identity([files.sha256(path) for path in found if path.is_file()])
+        """Of all that decides what the policy says: its files, and a chat template that is not its own."""
+        from data_pipeline.template_choice import read_template
+        from jaxprm.model.tensor_files import model_files
+
+        directory, template = self.policy_directory, read_template(self.experiment.policy.chat_template)
+        found = [files.sha256(directory / name) for name in model_files(directory)]
+        return identity(found if template is None else [*found, template])
 
     def make_environment(self) -> environments.Environment:
         return environments.create(self.experiment.environment.name, self.experiment.environment.arguments)
@@ -77,7 +82,8 @@ class Run:
     def _policy_inputs(self) -> dict[str, Any]:
         """What its draws depend on; how many are in flight changes the speed alone."""
         settings = config_lib.to_dict(self.experiment)["policy"]
-        return {name: value for name, value in settings.items() if name != "in_flight"} | {"path": self.policy_identity}
+        named = {name: value for name, value in settings.items() if name not in ("in_flight", "chat_template")}
+        return named | {"path": self.policy_identity}
 
     @property
     def collect_inputs(self) -> dict[str, Any]:
@@ -206,7 +212,7 @@ def build(state: Run) -> None:
 
             builder.build(
                 inputs,
-                Encoder.load(state.policy_directory),
+                Encoder.load(state.policy_directory, state.experiment.policy.chat_template),
                 output,
                 max_length=settings.length,
                 too_long=settings.too_long,

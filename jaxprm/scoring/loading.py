@@ -14,7 +14,7 @@ import numpy as np
 from data_pipeline.encode import Encoder
 from jaxprm import files
 from jaxprm.errors import UserError
-from jaxprm.model import huggingface, weights
+from jaxprm.model import hub, huggingface, weights
 from jaxprm.model.orbax_reader import DESCRIPTION, is_checkpoint, newest_checkpoint, read_parameters
 from jaxprm.model.tensor_files import WEIGHTS, has_weights, model_files, open_tensors
 from jaxprm.model.transformer import TransformerConfig
@@ -31,13 +31,13 @@ _CHECKPOINTS_BELOW = tuple(pattern.removesuffix("model") + "checkpoints" for pat
 def find_model(path: str | Path) -> Path:
     """The model's own directory: `path`, the model of a training output, or the only reward model of a run.
 
+    A path that is no directory may be a name on the hub, "org/name" or "org/name@revision".
+
     Where a training has not finished, its newest checkpoint; a checkpoint of any training when it is named itself.
 
     Raises UserError where there is none, or where there are several to choose from.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"model {path}: no such directory; give a trained or exported reward model, or a checkpoint")
+    path = hub.resolve(path)
     if has_weights(path):
         return path
     if is_checkpoint(path):

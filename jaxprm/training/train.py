@@ -63,7 +63,7 @@ def train_reward_model(
     )
 
     # Inputs
-    encoder = Encoder.load(base)
+    encoder = Encoder.load(base, experiment.policy.chat_template)
     dataset = open_dataset(shards, encoder_fingerprint=encoder.fingerprint)
     identity = reward_model.identity(
         settings, data, seed, base=base, dataset=dataset.metadata.fingerprint, tokenizer=encoder.fingerprint
@@ -134,8 +134,7 @@ def train_reward_model(
         trained_on={"trajectories": counts.trajectories, "tokens": counts.tokens * settings.epochs},
         fingerprints=identity,
     )
-    ids = {"pad_id": encoder.pad_id, "end_id": encoder.end_id}
-    reward_model.describe(output / DESCRIPTION, config, base=base, recipe=about, **ids)
+    reward_model.describe(output / DESCRIPTION, config, base=base, encoder=encoder, recipe=about)
 
     # Loop: step t is under way before the metrics of step t - 1 are fetched
     validation = None
@@ -185,7 +184,7 @@ def train_reward_model(
 
     # Output
     final = about | {"steps": steps, "validation": validation}
-    reward_model.write(output / "model", config, state["parameters"], base=base, recipe=final, **ids)
+    reward_model.write(output / "model", config, state["parameters"], base=base, encoder=encoder, recipe=final)
     return output / "model"
 
 

@@ -66,7 +66,8 @@ def test_prefixes_of_a_trajectory_are_the_prompts_and_the_shorter_trajectories(e
         assert shorter.read_positions.tolist() == whole.read_positions[: step + 1].tolist()
 
 
-words = st.text(st.characters(exclude_categories=["Cs"]), max_size=25)
+# hypothesis tries the strings of the project's own source, special tokens among them.
+words = st.text(st.characters(exclude_categories=["Cs"]), max_size=25).filter(lambda text: "<|" not in text)
 
 
 @settings(max_examples=200, deadline=None)
