@@ -40,8 +40,7 @@ def original(tmp_path_factory):
     checkpoints.close()
     recipe = {"label": "agentprm", "objective": "agentprm", "max_tokens": 1024, "base": str(base), "seed": 3,
               "fingerprints": {"tokenizer": tiny.encoder().fingerprint}}  # fmt: skip
-    ids = {"pad_id": tiny.encoder().pad_id, "end_id": tiny.encoder().end_id}
-    reward_model.describe(output / DESCRIPTION, tiny.CONFIG, base=base, recipe=recipe, **ids)
+    reward_model.describe(output / DESCRIPTION, tiny.CONFIG, base=base, encoder=tiny.encoder(), recipe=recipe)
     (output / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LOG))
     return output
 
