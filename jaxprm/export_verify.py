@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from data_pipeline.chat_template import as_messages, freeze
 from data_pipeline.encode import Encoded
@@ -33,23 +35,38 @@ class Cases(NamedTuple):
 def verify(model: Path, exported: Path, trajectories: Path | None, *, dtype: str) -> dict[str, Any]:
     """Compares transformers' scores of `exported` with ours, at every read position, both computed in float32.
 
-    In float32 the model as it was trained is compared. In bfloat16 the weights that were written, read back by us:
-    they mean the same numbers to both sides, so the bound is the same; how far their rounding moved the scores from the
-    model's own is told beside it.
+    In float32 the model as it was trained is compared. In bfloat16 the weights that were written, read back by us and
+    found to be the model's own, rounded: they mean the same numbers to both sides, so the bound is the same. How far
+    the rounding moved the scores is told beside it.
 
     Returns {"trajectories", "read_positions", "largest_difference", "bound", "rms", "transformers", "torch"}, and
     "rounding", the largest change of a score by bfloat16. Raises UserError where a difference is above the bound,
-    1e-4 * max(1, rms of the scores), or the export cannot be read.
+    1e-4 * max(1, rms of the scores), where weights are not the model's, or where the export cannot be read.
     """
     scorer = loading.load_scorer(model)
     cases = _cases(scorer.encoder, trajectories)
-    trained = scorer.score_encoded(cases.encoded, cases.names)
+    trained = ours = scorer.score_encoded(cases.encoded, cases.names)
+    if dtype != "float32":
+        rounded = loading.load_scorer(exported)
+        _check_rounded(scorer.parameters, rounded.parameters, dtype)
+        ours = rounded.score_encoded(cases.encoded, cases.names)
+        del rounded
     del scorer  # transformers needs the room for a copy of its own
-    ours = trained if dtype == "float32" else loading.load_scorer(exported).score_encoded(cases.encoded, cases.names)
     found = compare(cases.names, ours, their_scores(exported, cases.questions))
     if dtype != "float32":
         found["rounding"] = max(_largest(one, other) for one, other in zip(ours, trained, strict=True))
     return found
+
+
+def _check_rounded(trained: nnx.State, written: nnx.State, dtype: str) -> None:
+    """Raises UserError for a parameter that was not written as its rounded self. A bias may be there on one side."""
+    own, read = (dict(nnx.to_flat_state(state)) for state in (trained, written))
+    for path in own.keys() & read.keys():
+        if not bool(jnp.array_equal(own[path][...].astype(dtype), read[path][...].astype(dtype))):
+            raise UserError(
+                f"export --verify: parameter {'.'.join(path)} was not written as the model's own, rounded to {dtype}; "
+                "nothing was exported"
+            )
 
 
 def _cases(encoder, path: Path | None) -> Cases:

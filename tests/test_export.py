@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
@@ -20,6 +21,7 @@ from jaxprm import export as export_module
 from jaxprm import export_tokenizer, export_verify, model_card
 from jaxprm.errors import UserError
 from jaxprm.export import MARKER, export
+from jaxprm.model import save
 from tests.model import tiny
 
 STATE = tiny.reward_model()
@@ -113,6 +115,71 @@ def test_the_model_card_tells_what_it_is_and_what_was_checked(exported):
     ):  # fmt: skip
         assert words in card
     assert "note" not in card
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "dtype"), [("sequence", "bfloat16"), ("token", "float32"), ("token", "bfloat16")])
+def test_every_format_and_precision_is_verified_and_a_wrong_tensor_is_found(
+    model, trajectories, tmp_path, monkeypatch, form, dtype
+):
+    options = {"form": form, "dtype": dtype, "max_shard_size": "20KB", "verify": True, "trajectories": trajectories}
+    made = export(model, tmp_path / "out", **options)
+    assert made["read_positions"] == 1 + 3 + 7 + 3 + 10 + 5 and made["largest_difference"] < 1e-5
+    card = (tmp_path / "out" / "README.md").read_text()
+    if dtype == "float32":
+        assert "rounding" not in made and "against the model as it was trained" in card
+    else:
+        # Eight bits of mantissa: far above the bound of the comparison, far below the spread of the scores.
+        assert made["bound"] < made["rounding"] < 0.1
+        assert f"moved scores by up to {made['rounding']:.1e}" in card
+    original = save.tensors_of
+
+    def swapped(config, state):
+        """One layer's keys are another's, in what is written alone."""
+        tensors = {one.name: one for one in original(config, state)}
+        one, other = (f"model.layers.{layer}.self_attn.k_proj.weight" for layer in (0, 1))
+        return list((tensors | {one: tensors[other]._replace(name=one)}).values())
+
+    monkeypatch.setattr(save, "tensors_of", swapped)
+    reason = "scores differ by" if dtype == "float32" else r"transformer\.blocks\.key was not written as"
+    with pytest.raises(UserError, match=f"{reason} .*nothing was exported"):
+        export(model, tmp_path / "wrong", **options)
+    assert names(tmp_path) == {"out"}
+
+
+@pytest.mark.slow
+def test_a_tensor_that_transformers_would_draw_at_random_is_an_error(plain):
+    tensors = load_file(plain / "model.safetensors")
+    del tensors["score.weight"]
+    save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"does not read the export: .*score\.weight"):
+        export_verify.their_scores(plain, [])
+
+
+def test_the_results_of_the_run_are_on_the_card(tmp_path):
+    work = tmp_path / "runs" / "demo"
+    directory = tiny.write_reward_model(work / "reward_models" / "agentprm" / "seed-1" / "model", STATE, **RECIPE)
+    estimate = lambda mean: {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "n": 48}
+    methods = {"beam": {"4x4": estimate(0.458)}, "stepwise": {"4": estimate(0.333)}, "best_of_n": {"16": estimate(0.5)}}
+    results = {
+        "name": "textcraft-tiny", "policy": {"sampled": estimate(0.336), "greedy": estimate(0.25)},
+        "methods": {"agentprm": methods, "orm": methods, "random": {"beam": {"4x4": estimate(0.208)}}},
+        "provenance": {"seeds": [0, 1]},
+    }  # fmt: skip
+    (work / "results.json").write_text(json.dumps(results))
+    export(directory, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    for row in (
+        "run `textcraft-tiny`", "seeds [0, 1]",
+        "| the policy alone, one sample | 33.6 [23.6, 43.6] | 48 |", "| beam 4x4, guided by agentprm | 45.8 [35.8",
+        "| best of 4 at every step, guided by agentprm | 33.3", "| best of 16, guided by agentprm | 50.0",
+        "| beam 4x4, random scores | 20.8 [10.8, 30.8] | 48 |",
+    ):  # fmt: skip
+        assert row in card
+    assert "guided by orm" not in card
+    # The table travels with the model.
+    export(tmp_path / "out", tmp_path / "again")
+    assert (tmp_path / "again" / "README.md").read_text() == card
 
 
 def test_an_exported_model_is_one_of_ours(exported, model):

@@ -40,22 +40,23 @@ def read_parameters(directory: Path, shapes: Any) -> Any:
     arguments = ocp.args.PyTreeRestore(
         item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
     )
-    state = (directory / "state").absolute()
+    state, handler = (directory / "state").absolute(), ocp.PyTreeCheckpointHandler()
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            _check_shapes(checkpointer.metadata(state).item_metadata.tree["parameters"], wanted, directory)
-            return checkpointer.restore(state, args=arguments)["parameters"]
-    except (FileNotFoundError, KeyError) as error:
+        _check_shapes(handler.metadata(state).tree["parameters"], wanted, directory)
+        return handler.restore(state, args=arguments)["parameters"]
+    except UserError:
+        raise
+    except (OSError, KeyError, ValueError) as error:  # the last is Orbax' word for a file that is missing or broken
+        reason = " ".join(str(error).split())[:120]
         raise UserError(
-            f"checkpoint {directory}: cannot be read ({error}); a training that goes on keeps its last checkpoints "
+            f"checkpoint {directory}: cannot be read ({reason}); a training that goes on keeps its last checkpoints "
             "only: name a newer one"
         ) from None
 
 
 def _check_shapes(found: Any, wanted: Any, directory: Path) -> None:
     """Restoring would cut or pad an array of another shape without a word."""
-    saved = {_path(path[:-1]): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
-    needed = {_path(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(wanted)}
+    saved, needed = _shapes(found), _shapes(wanted)
     for name in sorted(saved.keys() | needed.keys()):
         if saved.get(name) != needed.get(name):
             raise UserError(
@@ -64,5 +65,11 @@ def _check_shapes(found: Any, wanted: Any, directory: Path) -> None:
             )
 
 
-def _path(keys: tuple) -> str:
-    return ".".join(str(getattr(key, "key", getattr(key, "name", key))) for key in keys)
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes by path; a parameter's own box, `value`, is no part of it."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    paths = [[str(getattr(key, "key", getattr(key, "name", key))) for key in path] for path, _ in leaves]
+    return {
+        ".".join(path[:-1] if path[-1] == "value" else path): tuple(leaf.shape)
+        for path, (_, leaf) in zip(paths, leaves, strict=True)
+    }

@@ -70,6 +70,11 @@ class Scorer:
         self._encoded = 0
 
     @property
+    def parameters(self) -> Any:
+        """As they were given."""
+        return self._parameters
+
+    @property
     def usage(self) -> dict[str, int]:
         """Tokens encoded so far, padding not counted."""
         return {"encoded": self._encoded + (self._bank.tokens_encoded if self._bank else 0)}
