@@ -44,9 +44,7 @@ def parser() -> argparse.ArgumentParser:
     score.add_argument("--input", type=Path, required=True, help="trajectories, JSON Lines")
     score.add_argument("--output", type=Path, required=True, help="scores, one line for each line of the input")
     score.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the arithmetic; default float32")
-    score.add_argument(
-        "--chat-template", default="own", metavar="TEMPLATE", help=_TEMPLATE
-    )
+    score.add_argument("--chat-template", default="own", metavar="TEMPLATE", help=_TEMPLATE)
     export = verbs.add_parser("export", help="write a reward model as a Hugging Face directory")
     export.add_argument("--model", type=Path, required=True, help=_MODEL)
     export.add_argument("--output", type=Path, required=True, help="the directory to write")

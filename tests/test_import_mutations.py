@@ -247,3 +247,30 @@ def test_broken_arrays_and_parquet_are_read_or_refused(tmp_path, capsys, format,
 def test_truncated_parquet_is_refused(tmp_path, capsys, cut):
     content = in_parquet([ROWS["openai"](n) for n in range(4)])
     assert run(tmp_path, capsys, "openai", content[:cut], "--skip-bad")[0] == 2
+
+
+def test_broken_files_of_our_own_are_counted_row_by_row(tmp_path, capsys):
+    """validate on imported trajectories with a value or bytes broken: every line is good or reported, none both."""
+    rng = random.Random(4)
+    rows = [ROWS["openai"](n) for n in range(4)]
+    run(tmp_path, capsys, "openai", in_lines(rows))
+    content, path, report = (tmp_path / "out").read_bytes(), tmp_path / "rows", tmp_path / "counts"
+    codes = []
+    for number in range(120):
+        lines = content.splitlines()
+        if number % 2:
+            lines[1] = break_value(lines[1], rng).encode("utf-8", "surrogatepass")
+        broken = b"\n".join(lines) if number % 2 else break_bytes(content, rng)
+        path.write_bytes(broken)
+        codes.append(cli.main(["validate", str(path), "--json", str(report)]))
+        assert "Traceback" not in capsys.readouterr().err
+        if codes[-1] == 2:
+            assert not broken.strip()
+            continue
+        counts = json.loads(report.read_text())
+        given = [line for line in broken.split(b"\n") if line.strip()]
+        assert counts["rows"] == len(given) == counts["trajectories"] + len(counts["bad"])
+        assert counts["trajectories"] >= sum(line in content.splitlines() for line in given)
+        assert all(line.startswith(f"{path}:") and "\n" not in line for line in counts["bad"])
+        assert codes[-1] == bool(counts["bad"] or counts["leaks"] or not counts["trajectories"])
+    assert {0, 1} <= set(codes)

@@ -64,7 +64,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 class Report(msgspec.Struct, kw_only=True):
     """What became of the rows: rows = written + skipped. `bad` says why, for each that was skipped.
 
-    `notes` counts what was changed or left out inside of written rows; `splits` counts trajectories, "" without one.
+    `without_outcome` have neither outcome nor rewards. `notes` counts what was changed or left out inside of written
+    rows; `splits` counts trajectories, "" without one.
     """
 
     rows: int = 0
@@ -115,8 +116,8 @@ def import_trajectories(
                     progress(before + row.bytes_read, sum(sizes))
             before += size
         if not report.written:
-            first = f", the first: {report.bad[0]}" if report.bad else ""
-            raise DataError(f"no trajectory in {', '.join(map(str, inputs))}: {report.rows} rows, all bad{first}")
+            first = f", all bad, the first: {report.bad[0]}" if report.bad else ""
+            raise DataError(f"no trajectory in {', '.join(map(str, inputs))}: {report.rows} rows{first}")
         converter.check_found()
     return report
 
@@ -174,7 +175,7 @@ class _Converter:
         check_steps(trajectory.messages, row.where)
         splits.named_split(trajectory.split, None, row.where)
         trajectory, resplit = self._split(trajectory, row)
-        self._count(found, notes, resplit)
+        self._count(trajectory, found, notes, resplit)
         return self._with_unique_id(trajectory)
 
     def check_found(self) -> None:
@@ -233,11 +234,11 @@ class _Converter:
             raise SplitError(f"{row.where}: {error}, or by a field whose values share no task") from None
         return msgspec.structs.replace(trajectory, split=split), trajectory.split not in (None, split)
 
-    def _count(self, found: set[str], notes: openai.Notes, resplit: bool) -> None:
+    def _count(self, trajectory: Trajectory, found: set[str], notes: openai.Notes, resplit: bool) -> None:
         self._found.update(found)
         for what, count in notes.items():
             openai.note(self.report.notes, what, count)
-        self.report.without_outcome += "outcome" not in found
+        self.report.without_outcome += trajectory.outcome is None and trajectory.rewards is None
         self.report.resplit += resplit
 
     def _with_unique_id(self, trajectory: Trajectory) -> Trajectory:

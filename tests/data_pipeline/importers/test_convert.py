@@ -83,6 +83,15 @@ def test_agentgym_keeps_its_outcome_in_reward_or_score_and_attempts_get_numbers(
         convert([rows[0] | {"environment": "shop"}], format="agentgym")
 
 
+def test_the_last_label_of_a_stepwise_row_can_be_its_outcome_and_an_empty_array_is_no_trajectory(convert, tmp_path):
+    steps = {"prompt": "1 + 1?", "completions": ["one", "two"], "labels": [True, 0.25]}
+    (found,), _ = convert([steps], format="trl-prm", outcome="labels[-1]")
+    assert (found.outcome, found.step_labels, found.meta) == (0.25, [1.0, 0.25], {})
+    (tmp_path / "none").write_text("[]")
+    with pytest.raises(DataError, match="no trajectory in .*none: 0 rows$"):
+        import_trajectories([tmp_path / "none"], tmp_path / "x", Options(format="openai"))
+
+
 def test_made_up_ids_never_meet_given_ones(convert):
     found, report = convert([row(id=id) for id in ("a", "a", "a#2", "a", "a#2")] + [row(), row()])
     ids = [one.id for one in found]
