@@ -90,10 +90,15 @@ class Endpoint(Section):
 
 
 class Policy(Section):
-    """`path` is a model directory, `default` the one that ships with the package, or a user's `module:attribute`, to
-    whose call `arguments` go beside the seed. An `endpoint` is asked in their place."""
+    """`path` is a model directory or a name on the hub (org/name, org/name@revision), `default` the one that ships,
+    or a user's `module:attribute`, to whose call `arguments` go beside the seed. An `endpoint` is asked in their place.
+
+    `chat_template`, for the policy and the reward models that learn from it: `own` is the tokenizer's; `chatml` or
+    `llama3` one that ships; anything else a file.
+    """
 
     path: str = "default"
+    chat_template: str = "own"
     endpoint: Endpoint | None = None
     arguments: dict[str, Any] = {}
     max_action_tokens: Count = 96
@@ -102,12 +107,19 @@ class Policy(Section):
 
 
 class Collection(Section):
-    """Trajectories sampled for training and validation. `tasks` null means all of a split."""
+    """Trajectories for training and validation. `tasks` null means all of a split.
+
+    With `files`, each a FILE or SPLIT=FILE, nothing is sampled. Rows go to the split of their file, or to the one they
+    name, or by a hash of their task, `validation_share` of the tasks to validation. `skip_bad` leaves bad rows out.
+    """
 
     train_tasks: Count | None = None
     validation_tasks: Count | None = None
     trajectories_per_task: Count = 16
     temperature: NotNegative = 1.0
+    files: tuple[str, ...] = ()
+    validation_share: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.1
+    skip_bad: bool = False
 
 
 class Data(Section):
@@ -169,7 +181,7 @@ class Search(Section):
 class Experiment(Section):
     """A whole run: environment and policy -> trajectories -> shards -> reward models -> search -> report.
 
-    `base_model` is the directory of the language model that the reward models start from; null is the policy's own.
+    `base_model`, a directory or a name on the hub, is what the reward models start from; null is the policy's own.
     """
 
     name: str

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.errors import listed
 from jaxprm import config as config_lib
-from jaxprm import environments, files
+from jaxprm import environments, files, trajectory_files
 from jaxprm.errors import UserError
 from jaxprm.policies import loading
-from jaxprm.progress import bar
+from jaxprm.progress import absolute
 from jaxprm.stages import WorkDirectory, identity
 
 STAGES = ("collect", "build", "train", "search", "report")
@@ -41,7 +42,7 @@ class Run:
         """Of a directory its files; a policy that is none is what it is called."""
         settings = self.experiment.policy
         if loading.is_directory(settings):
-            return _files_identity(loading.policy_directory(settings))
+            return _model_identity(loading.policy_directory(settings), settings.chat_template)
         return identity(self._policy_inputs)
 
     def close(self) -> None:
@@ -93,12 +94,21 @@ class Run:
     @property
     def collect_inputs(self) -> dict[str, Any]:
         plain = config_lib.to_dict(self.experiment)
+        collection = plain["collection"]
+        share = collection.pop("validation_share")
+        del collection["files"], collection["skip_bad"]  # what is skipped, nobody could have finished with
+        if self.experiment.collection.files:
+            return {"files": self._files_identity, "validation_share": share, "seed": plain["seed"]}
         return {
             "environment": plain["environment"],
             "policy": self._policy_inputs,
-            "collection": plain["collection"],
+            "collection": collection,
             "seed": plain["seed"],
         }
+
+    @functools.cached_property
+    def _files_identity(self) -> list[dict[str, str | None]]:
+        return trajectory_files.identity(self.experiment.collection.files)
 
     @property
     def build_inputs(self) -> dict[str, Any]:
@@ -110,8 +120,11 @@ class Run:
 
     @functools.cached_property
     def _base_inputs(self) -> dict[str, Any]:
-        directory = self.base_directory
-        return {} if self.experiment.base_model is None else {"base_model": _files_identity(directory)}
+        """Sampled trajectories depend on the policy, whose tokenizer may encode them; a user's own do not."""
+        if self.experiment.base_model is None and not self.experiment.collection.files:
+            return {}
+        template = self.experiment.policy.chat_template
+        return {"base_model": _model_identity(self.base_directory, template)}
 
     def train_inputs(self, model: config_lib.RewardModel, seed: int) -> dict[str, Any]:
         plain = config_lib.to_dict(self.experiment)
@@ -164,9 +177,14 @@ def run(experiment: config_lib.Experiment, workdir: Path, *, until: str = "repor
         return result if until == "report" else None
 
 
-def _files_identity(directory: Path) -> str:
-    names = ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja")
-    return identity([files.sha256(directory / name) for name in names if (directory / name).is_file()])
+def _model_identity(directory: Path, template: str) -> str:
+    """Of a model's files, and of a chat template that is not its own."""
+    from data_pipeline.template_choice import read_template
+    from jaxprm.model.tensor_files import model_files
+
+    text = read_template(template)
+    found = [files.sha256(directory / name) for name in model_files(directory)]
+    return identity(found if text is None else [*found, text])
 
 
 def stage_inputs(state: Run, until: str) -> dict[str, dict[str, Any]]:
@@ -194,6 +212,9 @@ def collect(state: Run) -> None:
     with state.work.stage("collect", state.collect_inputs, list(outputs.values())) as needed:
         if not needed:
             return
+        if settings.files:
+            take_files(state, outputs)
+            return
         for split, output in outputs.items():
             sample(
                 state.make_environment,
@@ -210,31 +231,44 @@ def collect(state: Run) -> None:
             )
 
 
+def take_files(state: Run, outputs: dict[str, Path]) -> None:
+    """The user's own trajectories, in the place of sampled ones."""
+    settings = state.experiment.collection
+    taken = trajectory_files.take(
+        settings.files,
+        outputs,
+        validation_share=settings.validation_share,
+        seed=state.experiment.seed,
+        skip_bad=settings.skip_bad,
+    )
+    print("trajectories: " + ", ".join(f"{count} {split}" for split, count in sorted(taken.splits.items())))
+    if unused := sorted(taken.splits.keys() - outputs.keys()):
+        print(f"not used: trajectories of {', '.join(unused)}")
+    print("".join(f"{line}\n" for line in listed(taken.bad)), end="", file=sys.stderr)
+
+
 def build(state: Run) -> None:
     """Shards of the collected trajectories, encoded with the base model's tokenizer."""
     from data_pipeline import build as builder
     from data_pipeline.encode import Encoder
 
-    settings, output = state.experiment.data, state.work / "shards"
+    settings, output, bad = state.experiment.data, state.work / "shards", []
     with state.work.stage("build", state.build_inputs, [output]) as needed:
         if not needed or (output / "metadata.json").exists():
             return
         inputs = {split: [state.work / f"trajectories/{split}.jsonl"] for split in ("train", "validation")}
-        with bar("build shards", None, unit="trajectory") as progress:
-
-            def show(done: int, total: int) -> None:
-                progress.total = total
-                progress.update(done - progress.n)
-
+        with absolute("build shards", unit="trajectory") as show:
             builder.build(
                 inputs,
-                Encoder.load(state.base_directory),
+                Encoder.load(state.base_directory, state.experiment.policy.chat_template),
                 output,
                 max_length=settings.length,
                 too_long=settings.too_long,
                 shards=settings.shards,
                 progress=show,
+                skip_bad=bad.append if state.experiment.collection.skip_bad else None,
             )
+        print("".join(f"{line}\n" for line in listed(bad)), end="", file=sys.stderr)
 
 
 def train(state: Run) -> None:
@@ -249,6 +283,17 @@ def train(state: Run) -> None:
             train_reward_model(
                 state.experiment, model, seed, shards=state.work / "shards", base=state.base_directory, output=output
             )
+
+
+def validation_lines(experiment: config_lib.Experiment, workdir: Path) -> list[str]:
+    """What the trained reward models are worth on the validation trajectories, one line each."""
+    lines = []
+    state = Run(experiment, WorkDirectory(workdir))
+    for model, seed in state.trained():
+        recipe = files.read_json(state.model_directory(model.label, seed) / "model/reward_model.json")
+        found = ", ".join(f"{name} {value:.4g}" for name, value in recipe["validation"].items() if value is not None)
+        lines.append(f"{model.label}, seed {seed}: {found}")
+    return lines
 
 
 def search(state: Run) -> None:

@@ -17,6 +17,7 @@ from jaxprm.evaluation import value_metrics
 from jaxprm.evaluation.compute import flops_per_token
 from jaxprm.evaluation.statistics import best_of_n_curve, bootstrap, oracle_curve, paired_difference
 from jaxprm.model import huggingface
+from jaxprm.model.tensor_files import weight_files
 from jaxprm.policies import loading
 from jaxprm.search.stage import search_name
 
@@ -215,8 +216,9 @@ class Results:
         }
         prints["trajectories"] = files.sha256(self.state.work / "trajectories/train.jsonl")
         for model, seed in self.state.trained():
-            path = self.state.model_directory(model.label, seed) / "model/model.safetensors"
-            prints[f"{model.label}/{seed}"] = files.sha256(path)
+            directory = self.state.model_directory(model.label, seed) / "model"
+            hashes = [files.sha256(directory / name) for name in weight_files(directory)]
+            prints[f"{model.label}/{seed}"] = hashes[0] if len(hashes) == 1 else config_lib.fingerprint(hashes)
         return {
             "config": config_lib.to_dict(self.experiment),
             "seeds": list(self.seeds),

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from data_pipeline.encode import Encoder
-from jaxprm.model import huggingface
+from jaxprm.model import hub, huggingface
 from jaxprm.model.prefix_bank import FEW, PrefixBank, rows_of
 from jaxprm.model.transformer import Cache
 from jaxprm.policies.protocol import Action, DrawKey, State, candidate_seed, draw_keys
@@ -206,9 +206,9 @@ def default_directory() -> Path:
 
 
 def load(path: str, *, seed: int, settings) -> LanguageModelPolicy:
-    """The policy of a model directory, or the shipped one for "default"."""
-    directory = default_directory() if path == "default" else Path(path)
+    """The policy of a model directory or a name on the hub, or the shipped one for "default"."""
+    directory = default_directory() if path == "default" else hub.resolve(path)
     config, parameters = huggingface.load_transformer(directory)
-    encoder = Encoder.load(directory)
+    encoder = Encoder.load(directory, settings.chat_template)
     huggingface.check_vocabulary(directory, config, encoder.vocabulary_size)
     return LanguageModelPolicy(config, parameters, encoder, seed=seed, settings=settings)

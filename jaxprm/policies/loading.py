@@ -7,6 +7,7 @@ from pathlib import Path
 from jaxprm import named
 from jaxprm.config import Experiment, Policy
 from jaxprm.errors import UserError
+from jaxprm.model import hub
 from jaxprm.policies import endpoint_check, protocol
 
 _METHODS = ("propose", "count_tokens")
@@ -26,7 +27,9 @@ def load(experiment: Experiment) -> protocol.Policy:
         from data_pipeline.encode import Encoder
         from jaxprm.policies import openai
 
-        encoder = Encoder.load(base_directory(experiment)) if experiment.base_model is not None else None
+        encoder = None
+        if experiment.base_model is not None:
+            encoder = Encoder.load(base_directory(experiment), settings.chat_template)
         return openai.load(settings, seed=experiment.seed, encoder=encoder)
     arguments = {"seed": experiment.seed} | settings.arguments
     policy = named.make("policy", settings.path, settings.path, arguments, known="a model directory, default")
@@ -66,7 +69,7 @@ def _directory(what: str, field: str, path: str) -> Path:
         from jaxprm.policies import language_model
 
         return language_model.default_directory()
-    directory = Path(path)
+    directory = hub.resolve(path)
     if not (directory / "config.json").is_file():
         raise UserError(f"{what} {directory}: no config.json; set {field} to a model directory, or to default")
     return directory

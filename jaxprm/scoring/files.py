@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 
 from data_pipeline.errors import DataError
+from data_pipeline.template_choice import read_template
 from data_pipeline.trajectory import Trajectory, parse_line
 from jaxprm import files
 from jaxprm.errors import UserError
@@ -48,24 +49,35 @@ class _Written(msgspec.Struct):
     error: str | None = None
 
 
-def score_file(model: Path, input: Path, output: Path, *, chunk: int = 256) -> Counts:
+def score_file(
+    model: Path,
+    input: Path,
+    output: Path,
+    *,
+    chunk: int = 256,
+    dtype: str = "float32",
+    template: str | None = None,
+) -> Counts:
     """Scores every step of every trajectory of `input`; line k of `output` is about line k of `input`.
 
     A line is {"id", "steps": [{"message", "promise", "progress"}], "score"}, or {"id", "error"} where there is nothing
     to score; where not even an id can be read it is null, and "line" tells which line it was. Interrupted, it leaves
-    OUTPUT.partial and goes on from there; with another model or another input it starts anew. OUTPUT is replaced when
-    everything is written.
+    OUTPUT.partial and goes on from there, with the same model and input. OUTPUT is replaced when everything is written.
 
-    chunk: trajectories held in memory at a time.
+    chunk: trajectories held in memory at a time; dtype: of the arithmetic, "float32" or "bfloat16"; template: a chat
+    template in the place of the model's own, as in Encoder.load.
 
-    Raises UserError for a model or a file that cannot be read, and for a full disk.
+    Raises UserError for a model or a file that cannot be read, for an OUTPUT.partial of another model or input, and for
+    a full disk.
     """
     model, input, output = loading.find_model(model), Path(input), Path(output)
     _check_paths(input, output)
     digest, total = digest_and_count(input)
-    hashes = {name: files.sha256(model / name) for name in loading.MODEL_FILES if (model / name).is_file()}
-    identity = {"format": FORMAT, "chunk": chunk, "input": digest, "model": hashes}
-    scorer, progress = loading.load_scorer(model), loading.defines_progress(loading.read_recipe(model))
+    identity = {"format": FORMAT, "chunk": chunk, "dtype": dtype, "input": digest, "model": loading.identity(model)}
+    if (text := read_template(template)) is not None:
+        identity["chat_template"] = text
+    scorer = loading.load_scorer(model, dtype=dtype, template=template)
+    progress = loading.defines_progress(loading.read_recipe(model))
     partial = output.with_name(output.name + ".partial")
     record = output.with_name(output.name + ".partial.json")
     done = errors = 0
@@ -119,14 +131,16 @@ def digest_and_count(path: Path) -> tuple[str, int]:
 
 
 def _resume(partial: Path, record: Path, identity: dict[str, Any], chunk: int) -> tuple[int, int]:
-    """(lines, errors among them) that an earlier run of the same identity left; anything else is cut off.
+    """(lines, errors among them) that an earlier run of the same identity left; what is torn is cut off.
 
     Whole chunks are kept: so every trajectory is scored in the company it would have had, and gets the same bits.
+
+    Raises UserError where what is left is of another model, input, chunk or dtype.
     """
-    if not partial.exists() or not record.exists() or record.read_bytes() != msgspec.json.encode(identity):
-        partial.unlink(missing_ok=True)
+    if not partial.exists():
         files.write_atomic(record, msgspec.json.encode(identity).decode())
         return 0, 0
+    _check_record(partial, record, identity)
     kept = kept_errors = end = lines = errors = place = 0
     with partial.open("r+b") as file:
         for line in file:
@@ -141,6 +155,21 @@ def _resume(partial: Path, record: Path, identity: dict[str, Any], chunk: int) -
                 kept, kept_errors, end = lines, errors, place
         file.truncate(end)
     return kept, kept_errors
+
+
+def _check_record(partial: Path, record: Path, identity: dict[str, Any]) -> None:
+    if not record.is_file():
+        raise UserError(f"{partial}: is in the way, and nothing tells of what it is a part; move it")
+    try:
+        begun = msgspec.json.decode(record.read_bytes(), type=dict[str, Any])
+    except msgspec.MsgspecError as error:
+        raise UserError(f"{record}: {error}; remove it and {partial} to start anew") from None
+    for name, value in identity.items():
+        if begun.get(name) != value:
+            raise UserError(
+                f"{partial}: half of a run with another {name}; run that again to its end, name another output, or "
+                f"remove {partial.name} to start anew"
+            )
 
 
 def score_lines(scorer: Scorer, lines: Sequence[tuple[int, bytes]], source: str) -> list[ScoredLine]:
