@@ -26,8 +26,8 @@ from transformers import PreTrainedTokenizerFast
 from data_pipeline.chat_template import ChatTemplate, Conversation, Messages, Tools, as_messages, freeze, load_tokenizer
 from data_pipeline.errors import DataError
 from data_pipeline.padding import padding_id
-from data_pipeline.template_choice import OWN, choose, write_tokenizer
-from data_pipeline.trajectory import Message, steps, text_parts
+from data_pipeline.template_choice import OWN, advice, choose, write_tokenizer
+from data_pipeline.trajectory import Message, check_steps, text_parts
 
 _PIECES = 1 << 15
 
@@ -76,9 +76,12 @@ class Encoder:
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens_map, source=source)
         self._piece = lru_cache(_PIECES)(self._encode_piece)
         self._prepare_specials()
+        self._advice = advice(self._special_ids)
+        self._template = ChatTemplate(
+            tokenizer.chat_template, tokenizer.special_tokens_map, source=source, advice=self._advice
+        )
         self.pad_id = self._padding()
         canonical = json.dumps(json.loads(self._backend.to_str()), sort_keys=True)
         self._fingerprint = hashlib.sha256(f"{canonical}\0{self._template.text}".encode()).hexdigest()
@@ -150,12 +153,11 @@ class Encoder:
         of the message.
         """
         messages = as_messages(messages, row)
-        table = steps(messages)
-        if not table:
-            raise DataError(f"{row}: no assistant message is a step, so there is nothing to train on or to score")
+        table = check_steps(messages, row)
         conversation = self._conversation(messages, row)
         whole = self._cut(self._template.render(conversation, tools, False, row))
         self._verify_text(whole, conversation, row)
+        self._verify_tools(whole, conversation, tools, row)
         reads: list[int] = []
         states: list[int] = []
         for index in dict.fromkeys(step.message for step in table):
@@ -177,8 +179,6 @@ class Encoder:
 
     def _state_position(self, whole: _Pieces, before: Conversation, tools: Tools, row: str) -> int:
         """Last token of the rendering that asks for the message after `before`, or of `before` if that is no prefix."""
-        if not before:
-            raise DataError(f"{row}: message 0 is a step; a state must come before the first step, as a user message")
         for generation in (True, False):
             rendering = self._template.render(before, tools, generation, row)
             position = self._position(whole, rendering)
@@ -226,18 +226,19 @@ class Encoder:
                 if current == len(whole.plain):
                     raise DataError(
                         f"{row}: the chat template of {self.source} changes, moves or drops message {index} "
-                        f"({_short(forms[0])}); use a template that renders every message as it is"
+                        f"({message.role}: {_short(forms[0])}){self._advice}"
                     )
+
+    def _verify_tools(self, whole: _Pieces, conversation: Conversation, tools: Tools, row: str) -> None:
+        if tools and self._template.render(conversation, None, False, row) == whole.text:
+            raise DataError(f"{row}: the chat template of {self.source} leaves out the tools{self._advice}")
 
     def _rewritten(self, whole: _Pieces, rendering: str, index: int, row: str) -> DataError:
         if whole.text.startswith(rendering):
             reason = f"the rendering up to message {index} ends inside a token of the whole"
         else:
             reason = f"the rendering up to message {index} is no prefix of the whole: {_differ(rendering, whole.text)}"
-        return DataError(
-            f"{row}: the chat template of {self.source} rewrites earlier turns; {reason}; "
-            "use a template that keeps prefixes"
-        )
+        return DataError(f"{row}: the chat template of {self.source} rewrites earlier turns; {reason}{self._advice}")
 
     def _position(self, whole: _Pieces, prefix: str) -> int | None:
         """Index of the last token of `prefix`, None where it is no prefix of the text in characters and in tokens."""

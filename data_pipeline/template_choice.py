@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Collection
 from importlib import resources
 from os import PathLike
 from pathlib import Path
@@ -73,6 +74,13 @@ def choose(tokenizer: PreTrainedTokenizerFast, template: str | PathLike[str] | N
         if missing := [token for token in shipped.tokens if token not in special]:
             raise DataError(f"{source}: template {template} needs the special token {missing[0]}, which is not there")
         tokenizer.eos_token = shipped.end
+
+
+def advice(special: Collection[str]) -> str:
+    """What to do about a template that does not work, for the end of an error: one for this tokenizer's tokens."""
+    fitting = [name for name, shipped in SHIPPED.items() if set(shipped.tokens) <= set(special)]
+    choice = " or ".join([*fitting, "FILE"])
+    return f"; choose one that prints every message as it is with --chat-template {choice} (docs/your-trajectories.md)"
 
 
 def write_tokenizer(template: str, end: str, base: Path, directory: Path) -> None:

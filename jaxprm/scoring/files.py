@@ -6,11 +6,12 @@ import errno
 import hashlib
 import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import msgspec
+import numpy as np
 
 from data_pipeline.errors import DataError
 from data_pipeline.template_choice import read_template
@@ -29,6 +30,16 @@ class Counts(NamedTuple):
 
     scored: int
     errors: int
+
+
+class ScoredLine(NamedTuple):
+    """A line of a file of trajectories with the promise of its steps, or with what is wrong with it."""
+
+    number: int  # counts from 1
+    trajectory: Trajectory | None = None
+    messages: Sequence[int] = ()  # [S], the message of each step
+    promises: np.ndarray | None = None  # float32 [S]
+    error: str | None = None
 
 
 class _Written(msgspec.Struct):
@@ -61,7 +72,7 @@ def score_file(
     """
     model, input, output = loading.find_model(model), Path(input), Path(output)
     _check_paths(input, output)
-    digest, total = _digest_and_count(input)
+    digest, total = digest_and_count(input)
     identity = {"format": FORMAT, "chunk": chunk, "dtype": dtype, "input": digest, "model": loading.identity(model)}
     identity["chat_template"] = read_template(template)
     scorer = loading.load_scorer(model, dtype=dtype, template=template)
@@ -78,7 +89,8 @@ def score_file(
         ):
             rest = enumerate(itertools.islice(lines, done, None), start=done + 1)
             while numbered := list(itertools.islice(rest, chunk)):
-                results = _score_lines(scorer, numbered, input.name, progress)
+                scored = score_lines(scorer, numbered, input.name)
+                results = [_result(one, line, progress) for one, (_, line) in zip(scored, numbered, strict=True)]
                 _write(target, b"".join(msgspec.json.encode(result) + b"\n" for result in results))
                 done, errors = done + len(results), errors + sum("error" in result for result in results)
                 shown.set_postfix(errors=errors, refresh=False)
@@ -106,7 +118,7 @@ def _check_paths(input: Path, output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
 
 
-def _digest_and_count(path: Path) -> tuple[str, int]:
+def digest_and_count(path: Path) -> tuple[str, int]:
     """sha256 and number of lines of a file, in one reading."""
     digest, count, last = hashlib.sha256(), 0, b"\n"
     with path.open("rb") as file:
@@ -159,11 +171,9 @@ def _check_record(partial: Path, record: Path, identity: dict[str, Any]) -> None
             )
 
 
-def _score_lines(
-    scorer: Scorer, lines: Sequence[tuple[int, bytes]], source: str, progress: bool
-) -> Iterable[dict[str, Any]]:
-    """The result of each (number, line), in order."""
-    results: list[dict[str, Any]] = []
+def score_lines(scorer: Scorer, lines: Sequence[tuple[int, bytes]], source: str) -> list[ScoredLine]:
+    """What each (number, line) of a file named `source` comes to, in order; a bad one holds its error."""
+    results: list[ScoredLine] = []
     encoded, places = [], []
     for number, line in lines:
         where = f"{source}:{number}"
@@ -171,12 +181,19 @@ def _score_lines(
             trajectory = parse_line(line, where=where)
             encoded.append(_encode(scorer, trajectory, where))
             places.append(len(results))
-            results.append({"id": trajectory.id})
+            results.append(ScoredLine(number, trajectory=trajectory, messages=encoded[-1].message_indices))
         except (DataError, UserError) as error:
-            results.append(_failed(line, number, str(error)))
-    for place, one, promises in zip(places, encoded, scorer.score_encoded(encoded, [""] * len(encoded)), strict=True):
-        results[place] |= loading.step_table(one.message_indices, promises, progress=progress)
+            results.append(ScoredLine(number, error=" ".join(str(error).split())))
+    for place, promises in zip(places, scorer.score_encoded(encoded, [""] * len(encoded)), strict=True):
+        results[place] = results[place]._replace(promises=promises)
     return results
+
+
+def _result(scored: ScoredLine, line: bytes, progress: bool) -> dict[str, Any]:
+    """The line that `score` writes."""
+    if scored.error is not None:
+        return _failed(line, scored.number, scored.error)
+    return {"id": scored.trajectory.id} | loading.step_table(scored.messages, scored.promises, progress=progress)
 
 
 def _encode(scorer: Scorer, trajectory: Trajectory, where: str):
@@ -191,7 +208,7 @@ def _failed(line: bytes, number: int, error: str) -> dict[str, Any]:
     except (msgspec.MsgspecError, UnicodeDecodeError):
         id = None
     known = {"id": id} if isinstance(id, str) else {"id": None, "line": number}
-    return known | {"error": " ".join(error.split())}
+    return known | {"error": error}
 
 
 def _write(target: BinaryIO, data: bytes) -> None:

@@ -203,7 +203,8 @@ def test_conversations_that_cannot_be_scored_name_the_row(encoder, messages, rea
 
 def test_template_that_fails_is_one_line(with_template):
     encoder = with_template("{{ raise_exception('roles must\nalternate') }}")
-    with pytest.raises(DataError, match=r"^x: the chat template of test/template fails: roles must alternate$"):
+    said = r"^x: the chat template of test/template fails at message 0 \(user\): roles must alternate; .* chatml .*\)$"
+    with pytest.raises(DataError, match=said):
         encoder.trajectory(CHAT, row="x")
 
 
