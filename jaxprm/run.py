@@ -121,10 +121,10 @@ class Run:
     @functools.cached_property
     def _base_inputs(self) -> dict[str, Any]:
         """Sampled trajectories depend on the policy, whose tokenizer may encode them; a user's own do not."""
+        directory, template = self.base_directory, self.experiment.policy.chat_template  # or no work is begun
         if self.experiment.base_model is None and not self.experiment.collection.files:
             return {}
-        template = self.experiment.policy.chat_template
-        return {"base_model": _model_identity(self.base_directory, template)}
+        return {"base_model": _model_identity(directory, template)}
 
     def train_inputs(self, model: config_lib.RewardModel, seed: int) -> dict[str, Any]:
         plain = config_lib.to_dict(self.experiment)
