@@ -74,8 +74,7 @@ def score_file(
     _check_paths(input, output)
     digest, total = digest_and_count(input)
     identity = {"format": FORMAT, "chunk": chunk, "dtype": dtype, "input": digest, "model": loading.identity(model)}
-    if (text := read_template(template)) is not None:
-        identity["chat_template"] = text
+    identity["chat_template"] = read_template(template)
     scorer = loading.load_scorer(model, dtype=dtype, template=template)
     progress = loading.defines_progress(loading.read_recipe(model))
     partial = output.with_name(output.name + ".partial")
