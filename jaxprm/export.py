@@ -126,7 +126,9 @@ def _write(model: Path, beside: Path, form: str, dtype: str, limit: int) -> list
     _mark(beside, [])
     encoder, recipe = loading.load_encoder(model), loading.read_recipe(model)
     _check_pooling(encoder, model)
-    config, parameters = save.in_format(*loading.load_reward_model(model), form)
+    # Rounded as they are read: half the memory, and the same bits as rounded when they are written.
+    loaded = loading.load_reward_model(model, half=dtype == "bfloat16")
+    config, parameters = save.in_format(*loaded, form)
     huggingface.check_vocabulary(model, config, encoder.vocabulary_size)
     _, source = huggingface.read_config(loading.files_of(model))
     names = save.write_model(
