@@ -18,7 +18,7 @@ STAGE_VERBS = {
     "report": ("report", "... and write results.json and the page"),
 }
 
-_MODEL = "a reward model: its directory, a training's output or checkpoint, or a run with a single one"
+_MODEL = "a reward model: its directory, a training's output or checkpoint, a run with a single one, or its hub name"
 _DTYPES = ("float32", "bfloat16")
 
 
@@ -35,6 +35,9 @@ def parser() -> argparse.ArgumentParser:
     score.add_argument("--input", type=Path, required=True, help="trajectories, JSON Lines")
     score.add_argument("--output", type=Path, required=True, help="scores, one line for each line of the input")
     score.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the arithmetic; default float32")
+    score.add_argument(
+        "--chat-template", default="own", metavar="TEMPLATE", help="own (default), chatml, llama3, or a file"
+    )
     export = verbs.add_parser("export", help="write a reward model as a Hugging Face directory")
     export.add_argument("--model", type=Path, required=True, help=_MODEL)
     export.add_argument("--output", type=Path, required=True, help="the directory to write")
@@ -139,7 +142,9 @@ def _imitate(options) -> int:
 def _score(options) -> int:
     from jaxprm.scoring.files import score_file
 
-    counts = score_file(options.model, options.input, options.output, dtype=options.dtype)
+    counts = score_file(
+        options.model, options.input, options.output, dtype=options.dtype, template=options.chat_template
+    )
     print(f"scored {counts.scored} trajectories, {counts.errors} errors: {options.output}")
     return 1 if counts.errors else 0
 

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 import msgspec
 
 from data_pipeline.errors import DataError
+from data_pipeline.template_choice import read_template
 from data_pipeline.trajectory import Trajectory, parse_line
 from jaxprm import files
 from jaxprm.errors import UserError
@@ -37,14 +38,23 @@ class _Written(msgspec.Struct):
     error: str | None = None
 
 
-def score_file(model: Path, input: Path, output: Path, *, chunk: int = 256, dtype: str = "float32") -> Counts:
+def score_file(
+    model: Path,
+    input: Path,
+    output: Path,
+    *,
+    chunk: int = 256,
+    dtype: str = "float32",
+    template: str | None = None,
+) -> Counts:
     """Scores every step of every trajectory of `input`; line k of `output` is about line k of `input`.
 
     A line is {"id", "steps": [{"message", "promise", "progress"}], "score"}, or {"id", "error"} where there is nothing
     to score; where not even an id can be read it is null, and "line" tells which line it was. Interrupted, it leaves
     OUTPUT.partial and goes on from there, with the same model and input. OUTPUT is replaced when everything is written.
 
-    chunk: trajectories held in memory at a time; dtype: of the arithmetic, "float32" or "bfloat16".
+    chunk: trajectories held in memory at a time; dtype: of the arithmetic, "float32" or "bfloat16"; template: a chat
+    template in the place of the model's own, as in Encoder.load.
 
     Raises UserError for a model or a file that cannot be read, for an OUTPUT.partial of another model or input, and for
     a full disk.
@@ -53,7 +63,10 @@ def score_file(model: Path, input: Path, output: Path, *, chunk: int = 256, dtyp
     _check_paths(input, output)
     digest, total = _digest_and_count(input)
     identity = {"format": FORMAT, "chunk": chunk, "dtype": dtype, "input": digest, "model": loading.identity(model)}
-    scorer, progress = loading.load_scorer(model, dtype=dtype), loading.defines_progress(loading.read_recipe(model))
+    if (text := read_template(template)) is not None:
+        identity["chat_template"] = text
+    scorer = loading.load_scorer(model, dtype=dtype, template=template)
+    progress = loading.defines_progress(loading.read_recipe(model))
     partial = output.with_name(output.name + ".partial")
     record = output.with_name(output.name + ".partial.json")
     done = errors = 0

@@ -118,9 +118,12 @@ def load_reward_model(model: Path, *, half: bool = False) -> tuple[TransformerCo
     return config, read_parameters(model, weights.abstract(config, reward=True))
 
 
-def load_encoder(model: Path) -> Encoder:
-    """A model's encoder. Raises UserError where it is not the one the model was trained with."""
-    encoder = Encoder.load(files_of(model))
+def load_encoder(model: Path, template: str | None = None) -> Encoder:
+    """A model's encoder, with a chat template that is not its own where one is chosen, as in Encoder.load.
+
+    Raises UserError where it is not the one the model was trained with.
+    """
+    encoder = Encoder.load(files_of(model), template)
     trained_with = read_recipe(model).get("fingerprints", {}).get("tokenizer", encoder.fingerprint)
     if trained_with != encoder.fingerprint:
         raise UserError(
@@ -130,15 +133,17 @@ def load_encoder(model: Path) -> Encoder:
     return encoder
 
 
-def load_scorer(model: Path, *, rows: int = 8, max_tokens: int = 2048, dtype: str = "float32") -> Scorer:
-    """The scorer of a model that `find_model` found, computing in `dtype`.
+def load_scorer(
+    model: Path, *, rows: int = 8, max_tokens: int = 2048, dtype: str = "float32", template: str | None = None
+) -> Scorer:
+    """The scorer of a model that `find_model` found, computing in `dtype`; template: as in `load_encoder`.
 
     Raises UserError where model and tokenizer do not belong together.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype = {dtype!r} is not supported; supported: {', '.join(DTYPES)}")
+    encoder = load_encoder(model, template)
     config, parameters = load_reward_model(model)
-    encoder = load_encoder(model)
     huggingface.check_vocabulary(model, config, encoder.vocabulary_size)
     return Scorer(config, parameters, encoder, rows=rows, max_tokens=max_tokens, dtype=dtype)
 
