@@ -19,6 +19,7 @@ STAGE_VERBS = {
 }
 
 _MODEL = "a reward model: its directory, a training's output or checkpoint, a run with a single one, or its hub name"
+_TEMPLATE = "own (default), chatml, llama3, or a file"
 _DTYPES = ("float32", "bfloat16")
 
 
@@ -35,9 +36,7 @@ def parser() -> argparse.ArgumentParser:
     score.add_argument("--input", type=Path, required=True, help="trajectories, JSON Lines")
     score.add_argument("--output", type=Path, required=True, help="scores, one line for each line of the input")
     score.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the arithmetic; default float32")
-    score.add_argument(
-        "--chat-template", default="own", metavar="TEMPLATE", help="own (default), chatml, llama3, or a file"
-    )
+    score.add_argument("--chat-template", default="own", metavar="TEMPLATE", help=_TEMPLATE)
     export = verbs.add_parser("export", help="write a reward model as a Hugging Face directory")
     export.add_argument("--model", type=Path, required=True, help=_MODEL)
     export.add_argument("--output", type=Path, required=True, help="the directory to write")
@@ -47,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     export.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the weights; default float32")
     export.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file of weights; default 5GB")
+    export.add_argument("--chat-template", default="own", metavar="TEMPLATE", help=_TEMPLATE)
     export.add_argument("--verify", action="store_true", help="compare with transformers' scores (needs torch)")
     export.add_argument("--input", type=Path, help="trajectories to verify on; made up when not given")
     return main
@@ -158,6 +158,7 @@ def _export(options) -> int:
         form=options.format,
         dtype=options.dtype,
         max_shard_size=options.max_shard_size,
+        template=options.chat_template,
         verify=options.verify,
         trajectories=options.input,
     )

@@ -8,7 +8,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import jaxprm
 from data_pipeline.encode import Encoder
+from data_pipeline.errors import DataError
 from jaxprm.errors import UserError
 from jaxprm.export import export
 from jaxprm.model import huggingface
@@ -146,6 +148,21 @@ def test_two_labels_without_a_bias_may_be_either(tmp_path):
         np.testing.assert_allclose(our_values(tmp_path / form), value(reference), atol=1e-4)
         assert again.config.id2label == {0: "bad", 1: "good"}
         assert "softmax(logits)[1]" in (tmp_path / form / "README.md").read_text()
+
+
+def test_a_template_chosen_for_a_model_from_elsewhere_is_exported_with_it(tmp_path):
+    """Its own takes back what it said before, so that no step can be read; a file of the user's does not."""
+    _, directory = source(tmp_path / "in", "qwen3-tied", "Sequence", num_labels=1)
+    own = (directory / "chat_template.jinja").read_text()
+    (directory / "chat_template.jinja").write_text("{{ messages | length }}" + own)
+    with pytest.raises(DataError, match="rewrites earlier turns"):
+        export(directory, tmp_path / "out")
+    (tmp_path / "mine.jinja").write_text("{{ '<|user|>' }}" + own)
+    export(directory, tmp_path / "out", template=str(tmp_path / "mine.jinja"))
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == (tmp_path / "mine.jinja").read_text()
+    conversation = tiny.conversation(1, turns=2)
+    theirs = jaxprm.load(directory, chat_template=str(tmp_path / "mine.jinja")).score([conversation])
+    assert jaxprm.load(tmp_path / "out").score([conversation]) == theirs
 
 
 def test_a_language_model_is_no_reward_model_and_nothing_is_left(tmp_path):

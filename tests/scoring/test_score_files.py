@@ -26,7 +26,7 @@ def model(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def one_scorer(monkeypatch, model):
     """Loading is tested below; sharing what was compiled keeps these tests fast."""
-    monkeypatch.setattr(score_files.loading, "load_scorer", lambda directory, dtype: shared_scorer())
+    monkeypatch.setattr(score_files.loading, "load_scorer", lambda directory, dtype, template: shared_scorer())
 
 
 _SCORERS: list[Scorer] = []
@@ -285,7 +285,7 @@ def test_a_file_of_any_length_costs_the_memory_of_a_chunk(model, tmp_path, monke
         def score_encoded(self, encoded, names):
             return [np.zeros(1, np.float32)] * len(encoded)
 
-    monkeypatch.setattr(score_files.loading, "load_scorer", lambda directory, dtype: Stub())
+    monkeypatch.setattr(score_files.loading, "load_scorer", lambda directory, dtype, template: Stub())
     lines = 100_000
     message = json.dumps([{"role": "user", "content": "go"}, {"role": "assistant", "content": "get 1 stick " * 8}])
     with (tmp_path / "in.jsonl").open("w") as file:
