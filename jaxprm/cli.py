@@ -55,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     export.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the weights; default float32")
     export.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file of weights; default 5GB")
+    export.add_argument("--chat-template", default="own", metavar="TEMPLATE", help=_TEMPLATE)
     export.add_argument("--verify", action="store_true", help="compare with transformers' scores (needs torch)")
     export.add_argument("--input", type=Path, help="trajectories to verify on; made up when not given")
     _import_verb(verbs)
@@ -260,6 +261,7 @@ def _export(options) -> int:
         form=options.format,
         dtype=options.dtype,
         max_shard_size=options.max_shard_size,
+        template=options.chat_template,
         verify=options.verify,
         trajectories=options.input,
     )

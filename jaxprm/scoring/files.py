@@ -163,8 +163,8 @@ def _check_record(partial: Path, record: Path, identity: dict[str, Any]) -> None
         begun = msgspec.json.decode(record.read_bytes(), type=dict[str, Any])
     except msgspec.MsgspecError as error:
         raise UserError(f"{record}: {error}; remove it and {partial} to start anew") from None
-    for name, value in identity.items():
-        if begun.get(name) != value:
+    for name in identity | begun:
+        if begun.get(name) != identity.get(name):
             raise UserError(
                 f"{partial}: half of a run with another {name}; run that again to its end, name another output, or "
                 f"remove {partial.name} to start anew"
