@@ -24,6 +24,7 @@ Whole = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 NotNegative = Annotated[float, msgspec.Meta(ge=0)]
 Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Devices = Annotated[int, msgspec.Meta(ge=-1)]
 Counts = Annotated[tuple[Count, ...], msgspec.Meta(min_length=1)]
 
 
@@ -94,7 +95,11 @@ class Data(Section):
 
 
 class RewardModel(Section):
-    """One reward model: its objective (METHOD.md, sections 3 and 4) and its optimizer."""
+    """One reward model: its objective (METHOD.md, sections 3 and 4), its optimizer, and how it is computed.
+
+    `dtype` is that of activations and products; parameters, norms, head, targets and loss are float32. `remat` is what
+    the backward pass computes again. A batch is computed in `microbatches` parts, with the gradient of the whole.
+    """
 
     label: Annotated[str, msgspec.Meta(pattern="^[a-z0-9_]+$")]
     objective: Literal["agentprm", "pvm", "orm"] = "agentprm"
@@ -112,15 +117,37 @@ class RewardModel(Section):
     warmup_fraction: Fraction = 0.05
     weight_decay: NotNegative = 0.01
     gradient_clip: Positive = 1.0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "minimal", "full"] = "none"
+    microbatches: Count = 1
     evaluate_every: Count = 50
     checkpoint_every: Count = 100
 
 
-class Mesh(Section):
-    """Devices along each axis; -1 takes what is left."""
+# Fields of a reward model that change how it is computed or kept and, but for rounding, not what comes out.
+_NEUTRAL = ("remat", "microbatches")
+# Fields that are recorded only where they are not at their default, which is how all was computed before they came.
+_LATER = ("dtype",)
 
-    data: Annotated[int, msgspec.Meta(ge=-1)] = -1
-    fsdp: Count = 1
+
+def recorded(model: RewardModel) -> dict[str, Any]:
+    """The fields of a reward model that its training is a function of, to be compared with an earlier run's."""
+    defaults = {field.name: field.default for field in msgspec.structs.fields(model)}
+    return {
+        name: value
+        for name, value in msgspec.to_builtins(model, str_keys=True).items()
+        if name not in _NEUTRAL and not (name in _LATER and getattr(model, name) == defaults[name])
+    }
+
+
+class Mesh(Section):
+    """Devices along each axis; -1 takes what is left, for one of them. dcn_data is the number of slices, -1 all."""
+
+    data: Devices = -1
+    fsdp: Devices = 1
+    tensor: Devices = 1
+    sequence: Devices = 1
+    dcn_data: Devices = -1
 
 
 class Search(Section):

@@ -98,12 +98,10 @@ class Run:
         }
 
     def train_inputs(self, model: config_lib.RewardModel, seed: int) -> dict[str, Any]:
-        plain = config_lib.to_dict(self.experiment)
-        labels = [one.label for one in self.experiment.reward_models]
         return {
             "shards": identity(self.build_inputs),
-            "data": plain["data"],
-            "reward_model": plain["reward_models"][labels.index(model.label)],
+            "data": config_lib.to_dict(self.experiment)["data"],
+            "reward_model": config_lib.recorded(model),
             "seed": seed,
         }
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +105,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     """Root mean square norm over the last axis, computed in float32."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
-    return x32.astype(x.dtype) * scale.astype(x.dtype)
+    return (x32 * scale.astype(jnp.float32)).astype(x.dtype)
 
 
 def rotary_tables(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
@@ -121,10 +121,10 @@ def rotary_tables(positions: jax.Array, head_dim: int, theta: float) -> tuple[ja
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotary embedding of [B, heads, T, E], in the half-split layout of the Hugging Face checkpoints."""
+    """Rotary embedding of [B, heads, T, E], in the half-split layout of the Hugging Face checkpoints, in float32."""
     first, second = jnp.split(x, 2, axis=-1)
-    cos, sin = cos[:, None].astype(x.dtype), sin[:, None].astype(x.dtype)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 def chunk_mask(segments: jax.Array) -> jax.Array:
@@ -185,6 +185,31 @@ def packed_attention(query, keys, values, segments) -> jax.Array:
     return jnp.concatenate(mixed, axis=2)
 
 
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How a forward pass is computed: what it returns differs by rounding alone.
+
+    dtype: of activations and of the products; norms, softmax and the value head are in float32 whatever it is.
+    remat: what is kept of a layer for the backward pass: everything ("none"), products of activations with parameters
+        ("minimal"), or its input ("full").
+    attend: attention within packed rows, (query, keys, values, segments) as for `packed_attention`.
+    constrain: (activation, *logical axes) -> the activation, laid out on a mesh.
+    """
+
+    dtype: Any = jnp.float32
+    remat: Literal["none", "minimal", "full"] = "none"
+    attend: Callable[..., jax.Array] = packed_attention
+    constrain: Callable[..., jax.Array] = lambda x, *axes: x
+
+    def checkpointed(self, layer: Callable) -> Callable:
+        if self.remat == "none":
+            return layer
+        policies = jax.checkpoint_policies
+        kept = {"minimal": policies.dots_with_no_batch_dims_saveable, "full": policies.nothing_saveable}
+        # Inside a scan nothing is merged across the barrier that prevent_cse would put up.
+        return jax.checkpoint(layer, policy=kept[self.remat], prevent_cse=False)
+
+
 class Block(nnx.Module):
     """Pre-norm attention and SwiGLU, each added to the residual stream."""
 
@@ -205,7 +230,7 @@ class Block(nnx.Module):
         self.up = matrix(width, config.intermediate_size)
         self.down = nnx.Param(matrix(config.intermediate_size, width)[...] * (2 * config.layers) ** -0.5)
 
-    def __call__(self, x, cos, sin, segments, cached=()):
+    def __call__(self, x, cos, sin, segments, cached=(), attend=packed_attention):
         """x [B, T, D] -> (x, keys [B, K, T, E], values [B, K, T, E])."""
         config = self.config
 
@@ -220,7 +245,7 @@ class Block(nnx.Module):
         if cached:
             mixed = attention(query, keys, values, chunk_mask(segments), cached)
         else:
-            mixed = packed_attention(query, keys, values, segments)
+            mixed = attend(query, keys, values, segments)
         mixed = mixed.swapaxes(1, 2).reshape(*x.shape[:2], -1)
         x = x + mixed @ self.output[...].astype(x.dtype)
         y = rms_norm(x, self.ffn_norm[...], config.norm_epsilon)
@@ -251,23 +276,27 @@ class Transformer(nnx.Module):
         caches: Sequence[Cache] = (),
         *,
         dtype=jnp.float32,
+        compute: Compute | None = None,
     ) -> Output:
         """Hidden states of every token.
 
         tokens, positions, segments: int32 [B, T]. Tokens read the tokens of their own segment at or before them
         and the filled part of their row of every cache: a prefix, say, and what was generated after it. The caches
-        are not changed: `Cache.append` keeps what the caller wants kept.
+        are not changed: `Cache.append` keeps what the caller wants kept. `compute` is for passes without caches, and
+        says the dtype too.
         """
+        compute = compute or Compute(dtype=dtype)
         cos, sin = rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
-        x = self.embedding[...].astype(dtype)[tokens]
+        x = self.embedding[...].astype(compute.dtype)[tokens]
         graph, stacked = nnx.split(self.blocks)
         if not caches:
 
             def layer(x, parameters):
-                x, _, _ = nnx.merge(graph, parameters)(x, cos, sin, segments)
-                return x, None
+                x, _, _ = nnx.merge(graph, parameters)(x, cos, sin, segments, attend=compute.attend)
+                return compute.constrain(x, "batch", "length", "hidden"), None
 
-            x, _ = jax.lax.scan(layer, x, stacked)
+            x = compute.constrain(x, "batch", "length", "hidden")
+            x, _ = jax.lax.scan(compute.checkpointed(layer), x, stacked)
             return Output(rms_norm(x, self.norm[...], self.config.norm_epsilon), (), ())
         filled = [jnp.arange(cache.capacity) < cache.lengths[:, None] for cache in caches]
         keys, values = [], []

@@ -13,6 +13,7 @@ import numpy as np
 from jaxprm import config as config_lib
 from jaxprm.evaluation.value_metrics import StepRecords, validation
 from jaxprm.model import huggingface
+from jaxprm.model.transformer import Compute
 from jaxprm.training import sharding
 from jaxprm.training.step import make_evaluation_step
 
@@ -77,12 +78,14 @@ def evaluate_model(
     config, parameters = huggingface.load_reward_model(model)
     dataset = open_dataset(shards, encoder_fingerprint=Encoder.load(model).fingerprint)
     devices = sharding.make_mesh(mesh or config_lib.Mesh())
-    sharding.check_rows(devices, data.rows)
+    sharding.check_rows(devices, data.rows, data.length)
+    sharding.check_model(devices, config)
     batches = evaluation_batches(
         dataset, split, rows=data.rows, length=data.length, steps_per_row=data.steps_per_row
     )
     graph = huggingface.reward_model_graph(config)
     placed = sharding.place(devices, parameters)
     parameters = jax.device_put(parameters, jax.tree.map(lambda leaf: leaf.sharding, placed))
-    evaluation_step = jax.jit(make_evaluation_step(graph, discount), out_shardings=sharding.replicated(devices))
+    compute = Compute(constrain=sharding.constraints(devices))
+    evaluation_step = jax.jit(make_evaluation_step(graph, discount, compute), out_shardings=sharding.replicated(devices))
     return step_values(lambda batch: evaluation_step(parameters, sharding.put_batch(batch, devices)), batches)

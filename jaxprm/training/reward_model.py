@@ -44,7 +44,7 @@ def identity(
     settings: config_lib.RewardModel, data: config_lib.Data, seed: int, *, base: Path, dataset: str, tokenizer: str
 ) -> dict[str, Any]:
     """What a training run's result is a function of, given the code; the mesh changes it by rounding only."""
-    section = {name: value for name, value in msgspec.to_builtins(settings).items() if name not in _CADENCE}
+    section = {name: value for name, value in config_lib.recorded(settings).items() if name not in _CADENCE}
     batch = {"rows": data.rows, "length": data.length, "steps_per_row": data.steps_per_row}
     return {
         "config": config_lib.fingerprint({"reward_model": section, "batch": batch}),

@@ -6,7 +6,7 @@ A state is {"step": int32, "parameters", "optimizer"} and, where targets come fr
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,14 @@ import optax
 from flax import nnx
 
 from jaxprm import config as config_lib
-from jaxprm.losses import agent_prm_loss
-from jaxprm.model.transformer import RewardModel
+from jaxprm.losses import LossSums, agent_prm_sums
+from jaxprm.model.transformer import Compute, RewardModel
 from jaxprm.targets import objective_targets, returns_to_go
 
 Batch = dict[str, jax.Array]
 State = dict[str, Any]
+
+PLAIN = Compute()
 
 # What the step functions read of a batch; tokens, segments, positions are [B, T], the others [B, S].
 FIELDS = (
@@ -43,9 +45,11 @@ def progress_beta(settings: config_lib.RewardModel) -> float:
     return settings.beta if settings.objective == "agentprm" else 0.0
 
 
-def readouts(model: RewardModel, batch: Batch, *, states: bool) -> tuple[jax.Array, jax.Array | None]:
+def readouts(
+    model: RewardModel, batch: Batch, *, states: bool, compute: Compute = PLAIN
+) -> tuple[jax.Array, jax.Array | None]:
     """Promises M_t and, if asked for, state values V(s_t), [B, S] in float32, from one forward pass."""
-    hidden = model.transformer(batch["tokens"], batch["positions"], batch["segments"]).hidden
+    hidden = model.transformer(batch["tokens"], batch["positions"], batch["segments"], compute=compute).hidden
 
     def read(name: str) -> jax.Array:
         return model.value(jnp.take_along_axis(hidden, batch[name][..., None], axis=1))
@@ -53,23 +57,43 @@ def readouts(model: RewardModel, batch: Batch, *, states: bool) -> tuple[jax.Arr
     return read("read_positions"), read("state_positions") if states else None
 
 
-def reward_loss(
-    graph: nnx.GraphDef, parameters: Any, target: Any | None, batch: Batch, settings: config_lib.RewardModel
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss of one batch, L = L_Q + beta L_A (eq. 10), + L_V where state values are read (METHOD.md, section 3).
+class Sums(NamedTuple):
+    """What a loss is made of: of microbatches they add up, and so do their gradients."""
 
-    Args:
-        target: parameters of the target network; None takes the targets from the pass that is trained.
+    steps: LossSums
+    states: LossSums | None  # of the state values, where they are trained
 
-    Returns:
-        (loss, {"value_loss", "progress_loss", "state_loss"?, "weight"}), float32 scalars.
-    """
+    def total(self, beta: float) -> jax.Array:
+        """The loss before it is divided by the weight."""
+        total = self.steps.value + beta * self.steps.progress
+        return total if self.states is None else total + self.states.value
+
+    def means(self, beta: float) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """(loss, {"value_loss", "progress_loss", "state_loss"?, "weight"}), float32 scalars."""
+        loss, metrics = self.steps.means(beta)
+        if self.states is not None:
+            state_loss, _ = self.states.means(0.0)
+            loss, metrics = loss + state_loss, metrics | {"state_loss": state_loss}
+        return loss, metrics
+
+
+def reward_sums(
+    graph: nnx.GraphDef,
+    parameters: Any,
+    target: Any | None,
+    batch: Batch,
+    settings: config_lib.RewardModel,
+    compute: Compute = PLAIN,
+) -> Sums:
+    """The sums behind `reward_loss`, of the same arguments."""
     states = reads_states(settings)
-    values, state_values = readouts(nnx.merge(graph, parameters), batch, states=states)
+    values, state_values = readouts(nnx.merge(graph, parameters), batch, states=states, compute=compute)
     if target is None:
         bootstrap_values, bootstrap_states = values, state_values
     else:
-        bootstrap_values, bootstrap_states = readouts(nnx.merge(graph, target), batch, states=states)
+        bootstrap_values, bootstrap_states = readouts(
+            nnx.merge(graph, target), batch, states=states, compute=compute
+        )
     targets, mask = objective_targets(
         settings.objective,
         bootstrap_values,
@@ -81,21 +105,80 @@ def reward_loss(
         bootstrap=settings.bootstrap,
         state_values=bootstrap_states,
     )
-    loss, metrics = agent_prm_loss(
-        values,
-        targets,
-        batch["is_first"],
-        mask,
-        beta=progress_beta(settings),
-        weights=batch["weights"],
-        progress_gradient=settings.progress_gradient,
-    )
-    if states:
-        state_loss, _ = agent_prm_loss(
-            state_values, targets, batch["is_first"], mask, beta=0.0, weights=batch["weights"]
+
+    def sums(values: jax.Array) -> LossSums:
+        return agent_prm_sums(
+            values,
+            targets,
+            batch["is_first"],
+            mask,
+            weights=batch["weights"],
+            progress_gradient=settings.progress_gradient,
         )
-        loss, metrics = loss + state_loss, metrics | {"state_loss": state_loss}
-    return loss, metrics
+
+    return Sums(sums(values), sums(state_values) if states else None)
+
+
+def reward_loss(
+    graph: nnx.GraphDef,
+    parameters: Any,
+    target: Any | None,
+    batch: Batch,
+    settings: config_lib.RewardModel,
+    compute: Compute = PLAIN,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss of one batch, L = L_Q + beta L_A (eq. 10), + L_V where state values are read (METHOD.md, section 3).
+
+    Args:
+        target: parameters of the target network; None takes the targets from the pass that is trained.
+
+    Returns:
+        (loss, {"value_loss", "progress_loss", "state_loss"?, "weight"}), float32 scalars.
+    """
+    return reward_sums(graph, parameters, target, batch, settings, compute).means(progress_beta(settings))
+
+
+def microbatches_of(batch: Batch, count: int) -> Batch:
+    """A batch [B, ...] as [count, B / count, ...]; every microbatch takes of every device's rows its share."""
+    return {name: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0) for name, x in batch.items()}
+
+
+def loss_and_gradients(
+    graph: nnx.GraphDef,
+    parameters: Any,
+    target: Any | None,
+    batch: Batch,
+    settings: config_lib.RewardModel,
+    compute: Compute = PLAIN,
+) -> tuple[jax.Array, dict[str, jax.Array], Any]:
+    """(loss, metrics, gradients) of a batch, in `settings.microbatches` passes.
+
+    Gradients of sums are added and divided once by the weight of the whole batch: it is the large batch's gradient,
+    however the valid steps fall to the microbatches.
+    """
+    beta = progress_beta(settings)
+    if settings.microbatches == 1:
+
+        def loss_of(parameters):
+            return reward_loss(graph, parameters, target, batch, settings, compute)
+
+        (loss, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(parameters)
+        return loss, metrics, gradients
+
+    def total_of(parameters, part):
+        sums = reward_sums(graph, parameters, target, part, settings, compute)
+        return sums.total(beta), sums
+
+    def add(carry, part):
+        (_, sums), gradients = jax.value_and_grad(total_of, has_aux=True)(parameters, part)
+        return jax.tree.map(jnp.add, carry, (sums, gradients)), None
+
+    parts = microbatches_of(batch, settings.microbatches)
+    shapes = jax.eval_shape(lambda: total_of(parameters, jax.tree.map(lambda x: x[0], parts))[1])
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes, parameters))
+    (sums, gradients), _ = jax.lax.scan(add, zeros, parts)
+    weight = jnp.where(sums.steps.weight > 0, sums.steps.weight, 1)
+    return *sums.means(beta), jax.tree.map(lambda leaf: leaf / weight, gradients)
 
 
 def initial_state(parameters: Any, optimizer: optax.GradientTransformation, settings: config_lib.RewardModel) -> State:
@@ -111,15 +194,17 @@ def initial_state(parameters: Any, optimizer: optax.GradientTransformation, sett
 
 
 def make_train_step(
-    graph: nnx.GraphDef, optimizer: optax.GradientTransformation, settings: config_lib.RewardModel
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    settings: config_lib.RewardModel,
+    compute: Compute = PLAIN,
 ) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
     """(state, batch) -> (state, metrics): the metrics are of the parameters before the update."""
 
     def train_step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-        def loss_of(parameters):
-            return reward_loss(graph, parameters, state.get("target"), batch, settings)
-
-        (loss, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(state["parameters"])
+        loss, metrics, gradients = loss_and_gradients(
+            graph, state["parameters"], state.get("target"), batch, settings, compute
+        )
         updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["parameters"])
         new = {
             "step": state["step"] + 1,
@@ -135,12 +220,12 @@ def make_train_step(
 
 
 def make_evaluation_step(
-    graph: nnx.GraphDef, discount: float
+    graph: nnx.GraphDef, discount: float, compute: Compute = PLAIN
 ) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
     """(parameters, batch) -> (promises, returns-to-go), both [B, S]."""
 
     def evaluation_step(parameters: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        values, _ = readouts(nnx.merge(graph, parameters), batch, states=False)
+        values, _ = readouts(nnx.merge(graph, parameters), batch, states=False, compute=compute)
         return values, returns_to_go(batch["rewards"], batch["is_last"], batch["valid"], discount=discount)
 
     return evaluation_step

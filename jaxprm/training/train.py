@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from data_pipeline.batches import evaluation_batches, training_batches
@@ -17,6 +18,7 @@ from jaxprm import files
 from jaxprm.errors import UserError
 from jaxprm.losses import check_objective
 from jaxprm.model import huggingface
+from jaxprm.model.transformer import Compute
 from jaxprm.progress import bar
 from jaxprm.training import reward_model, sharding
 from jaxprm.training.checkpoint import Checkpoints
@@ -72,7 +74,7 @@ def train_reward_model(
 
     # Mesh
     mesh = sharding.make_mesh(experiment.mesh)
-    sharding.check_rows(mesh, data.rows)
+    sharding.check_rows(mesh, data.rows, data.length, settings.microbatches)
     rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 
     # Data: the batches of all epochs in an order that the seed decides, and validation once through
@@ -85,7 +87,11 @@ def train_reward_model(
     # Model, optimizer, and where their state lies
     config, parameters = reward_model.from_policy(base, seed)
     huggingface.check_vocabulary(base, config, encoder.vocabulary_size)
+    sharding.check_model(mesh, config)
     graph = huggingface.reward_model_graph(config)
+    compute = Compute(
+        dtype=jnp.dtype(settings.dtype), remat=settings.remat, constrain=sharding.constraints(mesh)
+    )
     optimizer = adamw(
         learning_rate=settings.learning_rate,
         steps=steps,
@@ -102,13 +108,13 @@ def train_reward_model(
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     # Pinned on both sides: left to the compiler, a parameter's sharding can drift, and the step compiles again.
     train_step = jax.jit(
-        make_train_step(graph, optimizer, settings),
+        make_train_step(graph, optimizer, settings, compute),
         donate_argnums=0,
         in_shardings=(shardings, rows),
         out_shardings=(shardings, whole),
     )
     evaluation_step = jax.jit(
-        make_evaluation_step(graph, settings.discount),
+        make_evaluation_step(graph, settings.discount, compute),
         in_shardings=(shardings["parameters"], rows),
         out_shardings=whole,
     )
@@ -119,7 +125,8 @@ def train_reward_model(
         start, state, position = restored
         batches.restore_state(position)
     else:
-        start, state = 0, jax.jit(init, out_shardings=shardings)(jax.device_put(parameters, shardings["parameters"]))
+        placed = jax.device_put(parameters, shardings["parameters"])
+        start, state = 0, jax.jit(init, donate_argnums=0, out_shardings=shardings)(placed)
     _cut_metrics(output / "metrics.jsonl", start)
 
     # Loop: step t is under way before the metrics of step t - 1 are fetched
@@ -147,7 +154,9 @@ def train_reward_model(
 
             pending = None
             for step in range(start + 1, steps + 1):
-                state, metrics = train_step(state, sharding.put_batch(next(batches), mesh))
+                batch = sharding.put_batch(next(batches), mesh)
+                with jax.transfer_guard("disallow"):  # nothing but the batch goes to the devices
+                    state, metrics = train_step(state, batch)
                 settle(pending)
                 pending = (step, metrics)
                 evaluates, saves = (

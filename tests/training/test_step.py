@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
+import msgspec
 import numpy as np
 import optax
 import pytest
@@ -10,8 +12,8 @@ from flax import nnx
 
 from jaxprm import config as config_lib
 from jaxprm.model import huggingface
-from jaxprm.model.transformer import RewardModel, TransformerConfig
-from jaxprm.training.step import initial_state, make_train_step, readouts, reward_loss
+from jaxprm.model.transformer import Compute, RewardModel, TransformerConfig
+from jaxprm.training.step import initial_state, loss_and_gradients, make_train_step, readouts, reward_loss
 
 CONFIG = TransformerConfig(
     vocab_size=20, hidden_size=16, layers=1, heads=2, kv_heads=1, head_dim=8, intermediate_size=24
@@ -172,3 +174,83 @@ def test_every_objective_is_its_naive_loss(objective):
         assert float(metrics["progress_loss"]) == pytest.approx(expected["progress_loss"], rel=1e-5)
     beta = BETA if objective == "agentprm" else 0.0  # the baselines have no progress loss
     assert float(loss) == pytest.approx(expected["value_loss"] + beta * expected["progress_loss"], rel=1e-5)
+
+
+def uneven_batch() -> dict[str, np.ndarray]:
+    """Four rows whose halves differ in steps, weights and one row without any: means of means would be another loss."""
+    first = pack(ROWS_OF_TWO)
+    second = pack([[trajectory(5, 1, 1.0, weight=5.0)], []])
+    return {name: np.concatenate([first[name], second[name]]) for name in first}
+
+
+@pytest.mark.parametrize("changes", [{}, {"bootstrap": "state", "target_update": "ema"}, {"objective": "orm"}])
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(changes):
+    chosen, batch = settings(**changes), uneven_batch()
+    target = parameters(5) if "target_update" in changes else None
+
+    def compute(count):
+        split = msgspec.structs.replace(chosen, microbatches=count)
+        return jax.jit(lambda p, t: loss_and_gradients(GRAPH, p, t, batch, split))(parameters(0), target)
+
+    loss, metrics, gradients = compute(1)
+    for count in (2, 4):
+        found_loss, found_metrics, found = compute(count)
+        assert float(found_loss) == pytest.approx(float(loss), rel=1e-6)
+        assert found_metrics.keys() == metrics.keys()
+        for name in metrics:
+            assert float(found_metrics[name]) == pytest.approx(float(metrics[name]), rel=1e-6), name
+        difference = jax.tree.map(lambda a, b: a - b, found, gradients)
+        assert float(optax.tree.norm(difference)) < 1e-6 * float(optax.tree.norm(gradients))
+
+
+def test_what_is_kept_for_the_backward_pass_changes_no_gradient():
+    batch, state = pack(ROWS_OF_TWO), parameters(0)
+    found = {
+        remat: jax.jit(lambda p, c: loss_and_gradients(GRAPH, p, None, batch, settings(), c), static_argnums=1)
+        .lower(state, Compute(remat=remat))
+        for remat in ("none", "minimal", "full")
+    }
+    gradients = {remat: lowered.compile()(state)[2] for remat, lowered in found.items()}
+    for remat in ("minimal", "full"):
+        difference = jax.tree.map(lambda a, b: a - b, gradients[remat], gradients["none"])
+        assert float(optax.tree.norm(difference)) < 1e-6 * float(optax.tree.norm(gradients["none"])), remat
+    # Each policy makes more products again than the one before: they are in the program.
+    products = {remat: lowered.as_text().count("dot_general") for remat, lowered in found.items()}
+    assert products["none"] < products["minimal"] < products["full"]
+
+
+def test_bfloat16_computes_close_to_float32_and_returns_float32():
+    batch, state = pack(ROWS_OF_TWO), parameters(0)
+    run = jax.jit(lambda p, c: loss_and_gradients(GRAPH, p, None, batch, settings(), c), static_argnums=1)
+    loss, _, gradients = run(state, Compute())
+    low_loss, _, low = run(state, Compute(dtype=jnp.bfloat16))
+    assert {leaf.dtype for leaf in jax.tree.leaves((low_loss, low))} == {jnp.dtype("float32")}
+    difference = float(optax.tree.norm(jax.tree.map(lambda a, b: a - b, low, gradients)))
+    assert 1e-4 < difference / float(optax.tree.norm(gradients)) < 0.05
+    assert float(low_loss) == pytest.approx(float(loss), rel=0.05)
+
+
+@pytest.mark.parametrize("remat, count", [("none", 1), ("full", 2)])
+def test_the_head_and_the_loss_never_touch_the_vocabulary(remat, count):
+    """No array of the whole step, in any of its inner programs, has an entry for every token and every word."""
+    batch, chosen = uneven_batch(), settings(microbatches=count)
+    step = make_train_step(GRAPH, optax.adam(1e-3), chosen, Compute(remat=remat))
+    state = initial_state(parameters(0), optax.adam(1e-3), chosen)
+    rows = len(batch["tokens"]) // count
+    shapes = {tuple(v.aval.shape) for v in variables(jax.make_jaxpr(step)(state, batch).jaxpr)}
+    assert (rows, LENGTH, CONFIG.hidden_size) in shapes and (CONFIG.vocab_size, CONFIG.hidden_size) in shapes
+    with_vocabulary = [shape for shape in shapes if CONFIG.vocab_size in shape]
+    assert all(np.prod(shape) < rows * LENGTH * CONFIG.vocab_size for shape in with_vocabulary), with_vocabulary
+
+
+def variables(jaxpr):
+    """Every variable that an equation writes, those of inner programs included."""
+    for equation in jaxpr.eqns:
+        yield from (one for one in equation.outvars if hasattr(one.aval, "shape"))
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=is_program):
+            if is_program(inner):
+                yield from variables(getattr(inner, "jaxpr", inner))
+
+
+def is_program(value) -> bool:
+    return hasattr(value, "eqns") or hasattr(value, "jaxpr")
