@@ -94,11 +94,23 @@ class Data(Section):
     too_long: Literal["error", "drop", "window"] = "window"
 
 
+class Lora(Section):
+    """Adapters: W + alpha / rank * A B for every matrix in `targets`, with A [I, rank] and B [rank, O]."""
+
+    rank: Count = 16
+    alpha: Positive = 32.0
+    targets: Annotated[
+        tuple[Literal["query", "key", "value", "output", "gate", "up", "down"], ...], msgspec.Meta(min_length=1)
+    ] = ("query", "key", "value", "output", "gate", "up", "down")
+
+
 class RewardModel(Section):
     """One reward model: its objective (METHOD.md, sections 3 and 4), its optimizer, and how it is computed.
 
     `dtype` is that of activations and products; parameters, norms, head, targets and loss are float32. `remat` is what
     the backward pass computes again. A batch is computed in `microbatches` parts, with the gradient of the whole.
+    `trainable` is everything, `lora` adapters, the `head` alone (on hidden states that are computed once), or the
+    `last_k` layers with the final norm; the head is trained with each.
     """
 
     label: Annotated[str, msgspec.Meta(pattern="^[a-z0-9_]+$")]
@@ -111,7 +123,12 @@ class RewardModel(Section):
     target_update: Literal["online", "ema", "copy"] = "online"
     target_decay: Fraction = 0.99
     target_every: Count = 50
+    trainable: Literal["full", "lora", "head", "last_k"] = "full"
+    lora: Lora = Lora()
+    last_k: Count = 2
     epochs: Count = 2
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
     learning_rate: Positive = 3e-4
     head_multiplier: Positive = 10.0
     warmup_fraction: Fraction = 0.05
@@ -127,7 +144,7 @@ class RewardModel(Section):
 # Fields of a reward model that change how it is computed or kept and, but for rounding, not what comes out.
 _NEUTRAL = ("remat", "microbatches")
 # Fields that are recorded only where they are not at their default, which is how all was computed before they came.
-_LATER = ("dtype",)
+_LATER = ("dtype", "trainable", "lora", "last_k", "optimizer", "schedule")
 
 
 def recorded(model: RewardModel) -> dict[str, Any]:
@@ -231,6 +248,9 @@ def from_dict(plain: dict, *, where: str) -> Experiment:
         raise UserError(f"config {where}: reward_models: labels must differ, got {labels}")
     if taken := {"random", "policy", "oracle"} & set(labels):
         raise UserError(f"config {where}: reward_models: label {min(taken)!r} is a control's; choose another")
+    for index, model in enumerate(experiment.reward_models):
+        if len(set(model.lora.targets)) != len(model.lora.targets):
+            raise UserError(f"config {where}: reward_models[{index}].lora.targets must differ: {model.lora.targets}")
     if len(set(experiment.reward_seeds)) != len(experiment.reward_seeds):
         raise UserError(f"config {where}: reward_seeds must differ, got {list(experiment.reward_seeds)}")
     for index, model in enumerate(experiment.reward_models):

@@ -36,4 +36,7 @@ def parameter_axes(path: Sequence[str]) -> tuple[str, ...] | None:
     found = next((name for name in reversed(path) if name in PARAMETERS), None)
     if found is None:
         return None
-    return ("layers", *PARAMETERS[found]) if "blocks" in path else PARAMETERS[found]
+    axes = PARAMETERS[found]
+    if path[-1] in ("a", "b"):  # the factors of an adapter
+        axes = (axes[0], "rank") if path[-1] == "a" else ("rank", axes[1])
+    return ("layers", *axes) if "blocks" in path else axes

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -194,12 +195,14 @@ class Compute:
         ("minimal"), or its input ("full").
     attend: attention within packed rows, (query, keys, values, segments) as for `packed_attention`.
     constrain: (activation, *logical axes) -> the activation, laid out on a mesh.
+    frozen_layers: so many of the first layers are not trained; run by themselves, nothing of theirs is kept.
     """
 
     dtype: Any = jnp.float32
     remat: Literal["none", "minimal", "full"] = "none"
     attend: Callable[..., jax.Array] = packed_attention
     constrain: Callable[..., jax.Array] = lambda x, *axes: x
+    frozen_layers: int = 0
 
     def checkpointed(self, layer: Callable) -> Callable:
         if self.remat == "none":
@@ -230,27 +233,36 @@ class Block(nnx.Module):
         self.up = matrix(width, config.intermediate_size)
         self.down = nnx.Param(matrix(config.intermediate_size, width)[...] * (2 * config.layers) ** -0.5)
 
-    def __call__(self, x, cos, sin, segments, cached=(), attend=packed_attention):
-        """x [B, T, D] -> (x, keys [B, K, T, E], values [B, K, T, E])."""
+    def __call__(self, x, cos, sin, segments, cached=(), attend=packed_attention, adapters=MappingProxyType({})):
+        """x [B, T, D] -> (x, keys [B, K, T, E], values [B, K, T, E]).
+
+        adapters: {"a": [I, R], "b": [R, O]} by the name of a matrix [I, O], whose product is added to it.
+        """
         config = self.config
 
-        def heads(y, weight, bias, count):
-            y = y @ weight[...].astype(y.dtype) + bias[...].astype(y.dtype)
+        def project(y, name):
+            found = y @ getattr(self, name)[...].astype(y.dtype)
+            if name not in adapters:
+                return found
+            return found + (y @ adapters[name]["a"].astype(y.dtype)) @ adapters[name]["b"].astype(y.dtype)
+
+        def heads(y, name, count):
+            y = project(y, name) + getattr(self, f"{name}_bias")[...].astype(y.dtype)
             return y.reshape(*y.shape[:2], count, config.head_dim).swapaxes(1, 2)
 
         y = rms_norm(x, self.attention_norm[...], config.norm_epsilon)
-        query = rotate(heads(y, self.query, self.query_bias, config.heads), cos, sin)
-        keys = rotate(heads(y, self.key, self.key_bias, config.kv_heads), cos, sin)
-        values = heads(y, self.value, self.value_bias, config.kv_heads)
+        query = rotate(heads(y, "query", config.heads), cos, sin)
+        keys = rotate(heads(y, "key", config.kv_heads), cos, sin)
+        values = heads(y, "value", config.kv_heads)
         if cached:
             mixed = attention(query, keys, values, chunk_mask(segments), cached)
         else:
             mixed = attend(query, keys, values, segments)
         mixed = mixed.swapaxes(1, 2).reshape(*x.shape[:2], -1)
-        x = x + mixed @ self.output[...].astype(x.dtype)
+        x = x + project(mixed, "output")
         y = rms_norm(x, self.ffn_norm[...], config.norm_epsilon)
-        gated = jax.nn.silu(y @ self.gate[...].astype(y.dtype)) * (y @ self.up[...].astype(y.dtype))
-        return x + gated @ self.down[...].astype(y.dtype), keys, values
+        gated = jax.nn.silu(project(y, "gate")) * project(y, "up")
+        return x + project(gated, "down"), keys, values
 
 
 class Transformer(nnx.Module):
@@ -277,13 +289,14 @@ class Transformer(nnx.Module):
         *,
         dtype=jnp.float32,
         compute: Compute | None = None,
+        adapters: Mapping[str, Mapping[str, jax.Array]] = MappingProxyType({}),
     ) -> Output:
         """Hidden states of every token.
 
         tokens, positions, segments: int32 [B, T]. Tokens read the tokens of their own segment at or before them
         and the filled part of their row of every cache: a prefix, say, and what was generated after it. The caches
         are not changed: `Cache.append` keeps what the caller wants kept. `compute` is for passes without caches, and
-        says the dtype too.
+        says the dtype too; so are `adapters`, as for a Block but stacked on a layer axis.
         """
         compute = compute or Compute(dtype=dtype)
         cos, sin = rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
@@ -292,10 +305,15 @@ class Transformer(nnx.Module):
         if not caches:
 
             def layer(x, parameters):
-                x, _, _ = nnx.merge(graph, parameters)(x, cos, sin, segments, attend=compute.attend)
+                block = nnx.merge(graph, parameters[0])
+                x, _, _ = block(x, cos, sin, segments, attend=compute.attend, adapters=parameters[1])
                 return compute.constrain(x, "batch", "length", "hidden"), None
 
             x = compute.constrain(x, "batch", "length", "hidden")
+            stacked = (stacked, dict(adapters))
+            if begin := compute.frozen_layers:
+                x, _ = jax.lax.scan(layer, x, jax.tree.map(lambda leaf: leaf[:begin], stacked))
+                stacked = jax.tree.map(lambda leaf: leaf[begin:], stacked)
             x, _ = jax.lax.scan(compute.checkpointed(layer), x, stacked)
             return Output(rms_norm(x, self.norm[...], self.config.norm_epsilon), (), ())
         filled = [jnp.arange(cache.capacity) < cache.lengths[:, None] for cache in caches]

@@ -86,6 +86,7 @@ def evaluate_model(
     graph = huggingface.reward_model_graph(config)
     placed = sharding.place(devices, parameters)
     parameters = jax.device_put(parameters, jax.tree.map(lambda leaf: leaf.sharding, placed))
+    settings = config_lib.RewardModel(label="evaluated", discount=discount)
     compute = Compute(constrain=sharding.constraints(devices))
-    evaluation_step = jax.jit(make_evaluation_step(graph, discount, compute), out_shardings=sharding.replicated(devices))
+    evaluation_step = jax.jit(make_evaluation_step(graph, settings, compute), out_shardings=sharding.replicated(devices))
     return step_values(lambda batch: evaluation_step(parameters, sharding.put_batch(batch, devices)), batches)

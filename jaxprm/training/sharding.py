@@ -42,6 +42,7 @@ class Rules:
     ffn: tuple[str, ...] = ("tensor",)
     layers: tuple[str, ...] = ()
     vector: tuple[str, ...] = ()
+    rank: tuple[str, ...] = ()
 
     def spec(self, axes: Sequence[str], what: str) -> PartitionSpec:
         """Of an array with these logical axes. Raises UserError when two of them want the same mesh axis."""

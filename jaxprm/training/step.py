@@ -6,6 +6,7 @@ A state is {"step": int32, "parameters", "optimizer"} and, where targets come fr
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -17,11 +18,14 @@ from jaxprm import config as config_lib
 from jaxprm.losses import LossSums, agent_prm_sums
 from jaxprm.model.transformer import Compute, RewardModel
 from jaxprm.targets import objective_targets, returns_to_go
+from jaxprm.training.trainable import join
 
 Batch = dict[str, jax.Array]
 State = dict[str, Any]
 
 PLAIN = Compute()
+NO_ADAPTERS: Any = MappingProxyType({})
+NOTHING = nnx.State({})
 
 # What the step functions read of a batch; tokens, segments, positions are [B, T], the others [B, S].
 FIELDS = (
@@ -45,16 +49,31 @@ def progress_beta(settings: config_lib.RewardModel) -> float:
     return settings.beta if settings.objective == "agentprm" else 0.0
 
 
-def readouts(
-    model: RewardModel, batch: Batch, *, states: bool, compute: Compute = PLAIN
+def hidden_states(
+    model: RewardModel, batch: Batch, *, states: bool, compute: Compute = PLAIN, adapters: Any = NO_ADAPTERS
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Promises M_t and, if asked for, state values V(s_t), [B, S] in float32, from one forward pass."""
-    hidden = model.transformer(batch["tokens"], batch["positions"], batch["segments"], compute=compute).hidden
+    """What the head reads: hidden states [B, S, D] where actions end and, if asked for, before they begin."""
+    tokens, positions, segments = batch["tokens"], batch["positions"], batch["segments"]
+    hidden = model.transformer(tokens, positions, segments, compute=compute, adapters=adapters).hidden
 
     def read(name: str) -> jax.Array:
-        return model.value(jnp.take_along_axis(hidden, batch[name][..., None], axis=1))
+        return jnp.take_along_axis(hidden, batch[name][..., None], axis=1)
 
     return read("read_positions"), read("state_positions") if states else None
+
+
+def readouts(
+    model: RewardModel, batch: Batch, *, states: bool, compute: Compute = PLAIN, adapters: Any = NO_ADAPTERS
+) -> tuple[jax.Array, jax.Array | None]:
+    """Promises M_t and, if asked for, state values V(s_t), [B, S] in float32, from one forward pass.
+
+    A batch that brings its hidden states, `read_features` and `state_features` [B, S, D], needs none.
+    """
+    if "read_features" in batch:
+        actions, before = batch["read_features"], batch.get("state_features")
+    else:
+        actions, before = hidden_states(model, batch, states=states, compute=compute, adapters=adapters)
+    return model.value(actions), model.value(before) if states else None
 
 
 class Sums(NamedTuple):
@@ -84,16 +103,17 @@ def reward_sums(
     batch: Batch,
     settings: config_lib.RewardModel,
     compute: Compute = PLAIN,
+    frozen: Any = NOTHING,
 ) -> Sums:
     """The sums behind `reward_loss`, of the same arguments."""
     states = reads_states(settings)
-    values, state_values = readouts(nnx.merge(graph, parameters), batch, states=states, compute=compute)
-    if target is None:
-        bootstrap_values, bootstrap_states = values, state_values
-    else:
-        bootstrap_values, bootstrap_states = readouts(
-            nnx.merge(graph, target), batch, states=states, compute=compute
-        )
+
+    def read(trained: Any) -> tuple[jax.Array, jax.Array | None]:
+        whole, adapters = join(settings, trained, frozen)
+        return readouts(nnx.merge(graph, whole), batch, states=states, compute=compute, adapters=adapters)
+
+    values, state_values = read(parameters)
+    bootstrap_values, bootstrap_states = (values, state_values) if target is None else read(target)
     targets, mask = objective_targets(
         settings.objective,
         bootstrap_values,
@@ -126,16 +146,18 @@ def reward_loss(
     batch: Batch,
     settings: config_lib.RewardModel,
     compute: Compute = PLAIN,
+    frozen: Any = NOTHING,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss of one batch, L = L_Q + beta L_A (eq. 10), + L_V where state values are read (METHOD.md, section 3).
 
     Args:
+        parameters: those that are trained; with `frozen` they are the whole model's, see trainable.py.
         target: parameters of the target network; None takes the targets from the pass that is trained.
 
     Returns:
         (loss, {"value_loss", "progress_loss", "state_loss"?, "weight"}), float32 scalars.
     """
-    return reward_sums(graph, parameters, target, batch, settings, compute).means(progress_beta(settings))
+    return reward_sums(graph, parameters, target, batch, settings, compute, frozen).means(progress_beta(settings))
 
 
 def microbatches_of(batch: Batch, count: int) -> Batch:
@@ -150,6 +172,7 @@ def loss_and_gradients(
     batch: Batch,
     settings: config_lib.RewardModel,
     compute: Compute = PLAIN,
+    frozen: Any = NOTHING,
 ) -> tuple[jax.Array, dict[str, jax.Array], Any]:
     """(loss, metrics, gradients) of a batch, in `settings.microbatches` passes.
 
@@ -160,13 +183,13 @@ def loss_and_gradients(
     if settings.microbatches == 1:
 
         def loss_of(parameters):
-            return reward_loss(graph, parameters, target, batch, settings, compute)
+            return reward_loss(graph, parameters, target, batch, settings, compute, frozen)
 
         (loss, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(parameters)
         return loss, metrics, gradients
 
     def total_of(parameters, part):
-        sums = reward_sums(graph, parameters, target, part, settings, compute)
+        sums = reward_sums(graph, parameters, target, part, settings, compute, frozen)
         return sums.total(beta), sums
 
     def add(carry, part):
@@ -198,12 +221,12 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     settings: config_lib.RewardModel,
     compute: Compute = PLAIN,
-) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
-    """(state, batch) -> (state, metrics): the metrics are of the parameters before the update."""
+) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
+    """(state, batch, frozen) -> (state, metrics): the metrics are of the parameters before the update."""
 
-    def train_step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+    def train_step(state: State, batch: Batch, frozen: Any = NOTHING) -> tuple[State, dict[str, jax.Array]]:
         loss, metrics, gradients = loss_and_gradients(
-            graph, state["parameters"], state.get("target"), batch, settings, compute
+            graph, state["parameters"], state.get("target"), batch, settings, compute, frozen
         )
         updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["parameters"])
         new = {
@@ -220,13 +243,15 @@ def make_train_step(
 
 
 def make_evaluation_step(
-    graph: nnx.GraphDef, discount: float, compute: Compute = PLAIN
-) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
-    """(parameters, batch) -> (promises, returns-to-go), both [B, S]."""
+    graph: nnx.GraphDef, settings: config_lib.RewardModel, compute: Compute = PLAIN
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """(parameters, batch, frozen) -> (promises, returns-to-go), both [B, S]."""
 
-    def evaluation_step(parameters: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        values, _ = readouts(nnx.merge(graph, parameters), batch, states=False, compute=compute)
-        return values, returns_to_go(batch["rewards"], batch["is_last"], batch["valid"], discount=discount)
+    def evaluation_step(parameters: Any, batch: Batch, frozen: Any = NOTHING) -> tuple[jax.Array, jax.Array]:
+        whole, adapters = join(settings, parameters, frozen)
+        values, _ = readouts(nnx.merge(graph, whole), batch, states=False, compute=compute, adapters=adapters)
+        returns = returns_to_go(batch["rewards"], batch["is_last"], batch["valid"], discount=settings.discount)
+        return values, returns
 
     return evaluation_step
 

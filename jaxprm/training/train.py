@@ -23,7 +23,7 @@ from jaxprm.progress import bar
 from jaxprm.training import reward_model, sharding
 from jaxprm.training.checkpoint import Checkpoints
 from jaxprm.training.evaluate import step_values, summary
-from jaxprm.training.optimizer import adamw
+from jaxprm.training.optimizer import make_optimizer
 from jaxprm.training.step import initial_state, make_evaluation_step, make_train_step, progress_beta
 
 LOGGED = {"loss": "validation_loss"}  # in metrics.jsonl, beside the training's own loss
@@ -92,7 +92,7 @@ def train_reward_model(
     compute = Compute(
         dtype=jnp.dtype(settings.dtype), remat=settings.remat, constrain=sharding.constraints(mesh)
     )
-    optimizer = adamw(
+    optimizer = make_optimizer(
         learning_rate=settings.learning_rate,
         steps=steps,
         warmup_steps=round(settings.warmup_fraction * steps),
@@ -114,7 +114,7 @@ def train_reward_model(
         out_shardings=(shardings, whole),
     )
     evaluation_step = jax.jit(
-        make_evaluation_step(graph, settings.discount, compute),
+        make_evaluation_step(graph, settings, compute),
         in_shardings=(shardings["parameters"], rows),
         out_shardings=whole,
     )

@@ -22,7 +22,7 @@ from jaxprm import config as config_lib
 from jaxprm.model import huggingface
 from jaxprm.model.transformer import Compute, RewardModel, TransformerConfig
 from jaxprm.training import sharding
-from jaxprm.training.optimizer import adamw
+from jaxprm.training.optimizer import make_optimizer
 from jaxprm.training.step import initial_state, loss_and_gradients, make_train_step
 
 SIZES = TransformerConfig(
@@ -33,7 +33,7 @@ MESHES = ((1, 1, 1, 1), (8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2))
 IN_PARTS = (2, 2, 2, 1)
 STEPS = 20
 SETTINGS = config_lib.RewardModel(label="mesh", bootstrap="state", target_update="ema")
-OPTIMIZER = adamw(learning_rate=1e-3, steps=STEPS, warmup_steps=2, weight_decay=0.01, clip=1.0)
+OPTIMIZER = make_optimizer(learning_rate=1e-3, steps=STEPS, warmup_steps=2, weight_decay=0.01, clip=1.0)
 
 
 def run(sizes: tuple[int, ...], parameters, batches) -> tuple[dict, dict, int]:

@@ -6,13 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprm.training.optimizer import adamw
+from jaxprm.training.optimizer import make_optimizer
 
 SETTINGS = {"learning_rate": 0.1, "steps": 10, "warmup_steps": 0, "weight_decay": 0.5, "clip": 1e9}
 
 
 def first_update(parameters, gradients, **changes):
-    optimizer = adamw(**SETTINGS | changes)
+    optimizer = make_optimizer(**SETTINGS | changes)
     return optimizer.update(gradients, optimizer.init(parameters), parameters)[0]
 
 
@@ -52,7 +52,7 @@ def test_the_head_moves_faster_by_its_multiplier():
 
 def test_the_learning_rate_warms_up_and_decays_to_a_tenth():
     parameters, gradients = {"other": jnp.zeros(1)}, {"other": jnp.ones(1)}
-    optimizer = adamw(**SETTINGS | {"warmup_steps": 4, "steps": 12})
+    optimizer = make_optimizer(**SETTINGS | {"warmup_steps": 4, "steps": 12})
     state, rates = optimizer.init(parameters), []
     for _ in range(13):
         updates, state = optimizer.update(gradients, state, parameters)
