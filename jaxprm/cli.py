@@ -1,4 +1,4 @@
-"""The command line: one verb, one line for every mistake, exit 2 for the user's and 130 for Ctrl-C."""
+"""The command line: one verb, one line for every mistake, exit 2 for the user's, 75 to be resumed, 130 for Ctrl-C."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from jaxprm.errors import RESUMABLE, Interrupted
 
 STAGE_VERBS = {
     "run": ("report", "the whole loop: collect, build, train, search, report"),
@@ -26,7 +28,11 @@ def parser() -> argparse.ArgumentParser:
     for verb, (_, text) in STAGE_VERBS.items():
         one = _config_verb(verbs, verb, text)
         one.add_argument("--redo", action="store_true", help="make stages again whose config changed")
+        one.add_argument("--profile", metavar="START:END", help="trace these steps of every training")
     _config_verb(verbs, "imitate", "train a small policy by imitation of the environment's expert")
+    inspect = verbs.add_parser("inspect", help="what is in a checkpoint: step, fingerprints, sizes, position, config")
+    inspect.add_argument("directory", type=Path, help="a training output, a run, or a step's own directory")
+    inspect.add_argument("--json", action="store_true", help="everything, as one JSON object")
     score = verbs.add_parser("score", help="score every step of a file of trajectories")
     score.add_argument("--model", type=Path, required=True, help="a reward model: directory, training output or run")
     score.add_argument("--input", type=Path, required=True, help="trajectories, JSON Lines")
@@ -73,6 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("jaxprm: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
+    except Interrupted as stopped:
+        print(f"jaxprm: {stopped}", file=sys.stderr)
+        return RESUMABLE
     except Exception as error:
         if (line := _one_line(error)) is None:
             raise
@@ -105,14 +114,40 @@ def _one_line(error: Exception) -> str | None:
 def _stages(options) -> int:
     from jaxprm import config
     from jaxprm.run import run
+    from jaxprm.training import distributed
 
     experiment = config.load(options.config, options.overrides, quick=options.quick)
-    page = run(experiment, options.workdir, until=STAGE_VERBS[options.verb][0], redo=options.redo)
+    profile = _steps(options.profile)
+    distributed.initialize(slices=experiment.mesh.dcn_data)
+    until = STAGE_VERBS[options.verb][0]
+    page = run(experiment, options.workdir, until=until, redo=options.redo, profile=profile)
     if page is not None:
         from jaxprm.evaluation.table import results_table
 
         print(results_table(options.workdir / "results.json"))
         print(f"\nreport: {page}")
+    return 0
+
+
+def _steps(text: str | None) -> tuple[int, int] | None:
+    """START:END, from 1."""
+    from jaxprm.errors import UserError
+
+    if text is None:
+        return None
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise UserError(f"--profile {text}: give the first and the last step, from 1, as 10:12")
+    return int(first), int(last)
+
+
+def _inspect(options) -> int:
+    import json
+
+    from jaxprm.training import inspection
+
+    found = inspection.inspect(options.directory)
+    print(json.dumps(found, indent=2) if options.json else inspection.summary(found))
     return 0
 
 
@@ -145,4 +180,9 @@ def _export(options) -> int:
     return 0
 
 
-VERBS = dict.fromkeys(STAGE_VERBS, _stages) | {"imitate": _imitate, "score": _score, "export": _export}
+VERBS = dict.fromkeys(STAGE_VERBS, _stages) | {
+    "imitate": _imitate,
+    "inspect": _inspect,
+    "score": _score,
+    "export": _export,
+}

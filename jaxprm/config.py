@@ -110,7 +110,9 @@ class RewardModel(Section):
     `dtype` is that of activations and products; parameters, norms, head, targets and loss are float32. `remat` is what
     the backward pass computes again. A batch is computed in `microbatches` parts, with the gradient of the whole.
     `trainable` is everything, `lora` adapters, the `head` alone (on hidden states that are computed once), or the
-    `last_k` layers with the final norm; the head is trained with each.
+    `last_k` layers with the final norm; the head is trained with each. A checkpoint is written every
+    `checkpoint_every` steps, and after `checkpoint_minutes` without one; kept are the `keep_latest` newest and the
+    `keep_best` of the smallest validation loss.
     """
 
     label: Annotated[str, msgspec.Meta(pattern="^[a-z0-9_]+$")]
@@ -139,10 +141,13 @@ class RewardModel(Section):
     microbatches: Count = 1
     evaluate_every: Count = 50
     checkpoint_every: Count = 100
+    checkpoint_minutes: Positive | None = None
+    keep_latest: Count = 2
+    keep_best: Whole = 0
 
 
 # Fields of a reward model that change how it is computed or kept and, but for rounding, not what comes out.
-_NEUTRAL = ("remat", "microbatches")
+_NEUTRAL = ("remat", "microbatches", "checkpoint_minutes", "keep_latest", "keep_best")
 # Fields that are recorded only where they are not at their default, which is how all was computed before they came.
 _LATER = ("dtype", "trainable", "lora", "last_k", "optimizer", "schedule")
 

@@ -12,12 +12,15 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "embedding": ("vocabulary", "width"),  # [V, D]
     "unembedding": ("vocabulary", "width"),  # [V, D]
     "norm": ("vector",),  # [D]
-    "head": ("vector",),  # [D]
+    "head": ("vector",),  # [D], or [D, 2] of two labels
+    "head_bias": ("vector",),  # [1] or [2]
     "attention_norm": ("vector",),  # [D]
     "query": ("width", "heads"),  # [D, H * E]
     "query_bias": ("heads",),  # [H * E]
+    "query_norm": ("vector",),  # [E]
     "key": ("width", "kv_heads"),  # [D, K * E]
     "key_bias": ("kv_heads",),  # [K * E]
+    "key_norm": ("vector",),  # [E]
     "value": ("width", "kv_heads"),  # [D, K * E]
     "value_bias": ("kv_heads",),  # [K * E]
     "output": ("heads", "width"),  # [H * E, D]
@@ -28,15 +31,18 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
 }
 
 
-def parameter_axes(path: Sequence[str]) -> tuple[str, ...] | None:
-    """Axes of the parameter that a path of names ends in, such as ("transformer", "blocks", "query"); None if none is.
+def parameter_axes(path: Sequence[str], ndim: int) -> tuple[str, ...] | None:
+    """Axes of the parameter that a path of names ends in, as ("transformer", "blocks", "query"); None if none is.
 
-    The path may begin with anything, so that the moments an optimizer keeps of a parameter have its axes.
+    The path may begin with anything, so that the moments an optimizer keeps of a parameter have its axes. ndim is the
+    parameter's: a head has one axis or two.
     """
     found = next((name for name in reversed(path) if name in PARAMETERS), None)
     if found is None:
         return None
     axes = PARAMETERS[found]
+    if found == "head":
+        axes = ("vector",) * ndim
     if path[-1] in ("a", "b"):  # the factors of an adapter
         axes = (axes[0], "rank") if path[-1] == "a" else ("rank", axes[1])
     return ("layers", *axes) if "blocks" in path else axes

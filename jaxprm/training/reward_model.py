@@ -10,13 +10,15 @@ from typing import Any
 import jax
 import msgspec
 from flax import nnx
+from jax.sharding import Mesh
 
 from jaxprm import config as config_lib
 from jaxprm import files
 from jaxprm.errors import UserError
-from jaxprm.model import huggingface
-from jaxprm.model.transformer import RewardModel, TransformerConfig
-from jaxprm.training.step import progress_beta
+from jaxprm.model import huggingface, weights
+from jaxprm.model.transformer import Head, RewardModel, TransformerConfig
+from jaxprm.training import sharding
+from jaxprm.training.step import progress_beta, reads_states
 
 RECIPE = "reward_model.json"
 READ_POSITION = "last token of the chat rendering that ends with the assistant message"
@@ -29,15 +31,22 @@ TOKENIZER_FILES = (
 _CADENCE = ("evaluate_every", "checkpoint_every")
 
 
-def from_policy(base: Path, seed: int) -> tuple[TransformerConfig, nnx.State]:
-    """(config, parameters): the policy's transformer and a head drawn from the seed."""
-    config, trunk = huggingface.load_transformer(base)
-    if not config.tie_embeddings:
-        # No token is predicted: an unembedding would be memory, and three times that with the optimizer's moments.
-        config = dataclasses.replace(config, tie_embeddings=True)
-        trunk = nnx.State({name: part for name, part in trunk.items() if name != "unembedding"})
-    head = jax.jit(lambda: nnx.state(RewardModel(config, rngs=nnx.Rngs(seed)))["head"])()
-    return config, nnx.State({"transformer": trunk, "head": head})
+def from_policy(base: Path, seed: int, mesh: Mesh | None = None) -> tuple[TransformerConfig, nnx.State]:
+    """(config, parameters): the policy's transformer and a head drawn from the seed.
+
+    With a mesh everything is made where it will lie: no host, and no device, ever has the whole model.
+    """
+    config, _ = huggingface.read_config(base)
+    # No token is predicted: an unembedding would be memory, and three times that with the optimizer's moments.
+    config = dataclasses.replace(config, head=Head(), tie_embeddings=True)
+    places = None
+    if mesh is not None:
+        sharding.check_model(mesh, config)
+        places = sharding.shardings(sharding.place(mesh, weights.abstract(config, reward=True)))
+    trunk_places, head_place = (None, None) if places is None else (places["transformer"], places["head"])
+    config, trunk = huggingface.load_transformer(base, unembedding=False, shardings=trunk_places)
+    make_head = jax.jit(lambda: nnx.state(RewardModel(config, rngs=nnx.Rngs(seed)))["head"], out_shardings=head_place)
+    return config, nnx.State({"transformer": trunk, "head": make_head()})
 
 
 def identity(
@@ -55,6 +64,12 @@ def identity(
         "tokenizer": tokenizer,
         "seed": seed,
     }
+
+
+def features_identity(settings: config_lib.RewardModel, identity: dict[str, Any]) -> str:
+    """A short name for everything that a frozen transformer's features depend on."""
+    inputs = {name: identity[name] for name in ("base model", "dataset", "tokenizer")}
+    return config_lib.fingerprint(inputs | {"dtype": settings.dtype, "states": reads_states(settings)})[:16]
 
 
 def is_written(directory: Path, expected: dict[str, Any]) -> bool:
@@ -89,7 +104,9 @@ def write(
         if (base / name).is_file():
             shutil.copyfile(base / name, beside / name)
     length = int(source.get("max_position_embeddings") or recipe["max_tokens"])
-    huggingface.write_model(beside, config, parameters, pad_id=pad_id, end_id=end_id, max_length=length)
+    huggingface.write_model(
+        beside, config, parameters, pad_id=pad_id, end_id=end_id, max_length=length, source=source
+    )
     files.write_json(beside / RECIPE, recipe)
     beside.rename(directory)
 

@@ -158,8 +158,8 @@ def place(mesh: Mesh, shapes: Any, rules: Rules = RULES) -> Any:
         # Names of parameters are keys of dictionaries; the fields of an optimizer's state are attributes.
         names = [key.key for key in path if isinstance(getattr(key, "key", None), str)]
         attributes = {key.name for key in path if isinstance(getattr(key, "name", None), str)}
-        name, axes = ".".join(names), parameter_axes(names)
-        if not leaf.ndim or attributes & _FACTORS and len(axes or ()) != leaf.ndim:
+        name, axes = ".".join(names), parameter_axes(names, leaf.ndim)
+        if not leaf.ndim or (attributes & _FACTORS and len(axes or ()) != leaf.ndim):
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh))
         if axes is None or len(axes) != leaf.ndim:
             raise ValueError(f"{name} {leaf.shape}: its axes are {axes}; declare them in jaxprm/model/axes.py")
@@ -168,6 +168,11 @@ def place(mesh: Mesh, shapes: Any, rules: Rules = RULES) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, rules.spec(axes, name)))
 
     return jax.tree_util.tree_map_with_path(placed, shapes)
+
+
+def shardings(placed: Any) -> Any:
+    """The shardings of a tree that `place` made."""
+    return jax.tree.map(lambda leaf: leaf.sharding, placed)
 
 
 def constrain(mesh: Mesh, rules: Rules, x: jax.Array, *axes: str) -> jax.Array:
@@ -181,11 +186,31 @@ def constraints(mesh: Mesh, rules: Rules = RULES) -> Any:
     return functools.partial(constrain, mesh, rules)
 
 
-def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """What the step functions read of a batch, on the mesh. Every host has the whole batch and keeps its rows."""
+def held_rows(mesh: Mesh, rows: int, rules: Rules = RULES) -> np.ndarray:
+    """The rows of a batch, ascending, that lie on this process's devices."""
+    places = batch_sharding(mesh, rules).addressable_devices_indices_map((rows,)).values()
+    return np.unique(np.concatenate([np.arange(rows)[place] for place in places]))
+
+
+def put_batch(
+    batch: Mapping[str, np.ndarray], mesh: Mesh, fields: Sequence[str] = FIELDS, *, held: np.ndarray | None = None,
+    rows: int | None = None,
+) -> dict[str, jax.Array]:
+    """The arrays of a batch that the step functions read, on the mesh.
+
+    Args:
+        batch: the whole batch, or its rows `held` out of `rows`: those that `held_rows` says.
+    """
     split = batch_sharding(mesh)
 
     def put(array: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(array.shape, split, lambda rows: array[rows])
+        count = len(array) if held is None else rows
 
-    return {name: put(batch[name]) for name in FIELDS}
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            first, last, _ = index[0].indices(count)
+            begin = first if held is None else int(np.searchsorted(held, first))
+            return array[begin : begin + last - first]
+
+        return jax.make_array_from_callback((count, *array.shape[1:]), split, part)
+
+    return {name: put(batch[name]) for name in fields}

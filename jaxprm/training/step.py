@@ -16,7 +16,7 @@ from flax import nnx
 
 from jaxprm import config as config_lib
 from jaxprm.losses import LossSums, agent_prm_sums
-from jaxprm.model.transformer import Compute, RewardModel
+from jaxprm.model.transformer import Compute, RewardModel, head_values
 from jaxprm.targets import objective_targets, returns_to_go
 from jaxprm.training.trainable import join
 
@@ -65,15 +65,31 @@ def hidden_states(
 def readouts(
     model: RewardModel, batch: Batch, *, states: bool, compute: Compute = PLAIN, adapters: Any = NO_ADAPTERS
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Promises M_t and, if asked for, state values V(s_t), [B, S] in float32, from one forward pass.
+    """Promises M_t and, if asked for, state values V(s_t), [B, S] in float32, from one forward pass."""
+    actions, before = hidden_states(model, batch, states=states, compute=compute, adapters=adapters)
+    return model.value(actions), model.value(before) if states else None
 
-    A batch that brings its hidden states, `read_features` and `state_features` [B, S, D], needs none.
+
+def trained_readouts(
+    graph: nnx.GraphDef,
+    trained: Any,
+    frozen: Any,
+    batch: Batch,
+    settings: config_lib.RewardModel,
+    compute: Compute,
+    *,
+    states: bool,
+) -> tuple[jax.Array, jax.Array | None]:
+    """`readouts` of a model in its trained and its frozen part.
+
+    A batch that brings its hidden states, `read_features` and `state_features` [B, S, D], needs the head alone.
     """
     if "read_features" in batch:
-        actions, before = batch["read_features"], batch.get("state_features")
-    else:
-        actions, before = hidden_states(model, batch, states=states, compute=compute, adapters=adapters)
-    return model.value(actions), model.value(before) if states else None
+        head = trained["head"][...]
+        values = head_values(batch["read_features"], head)
+        return values, head_values(batch["state_features"], head) if states else None
+    whole, adapters = join(settings, trained, frozen)
+    return readouts(nnx.merge(graph, whole), batch, states=states, compute=compute, adapters=adapters)
 
 
 class Sums(NamedTuple):
@@ -109,8 +125,7 @@ def reward_sums(
     states = reads_states(settings)
 
     def read(trained: Any) -> tuple[jax.Array, jax.Array | None]:
-        whole, adapters = join(settings, trained, frozen)
-        return readouts(nnx.merge(graph, whole), batch, states=states, compute=compute, adapters=adapters)
+        return trained_readouts(graph, trained, frozen, batch, settings, compute, states=states)
 
     values, state_values = read(parameters)
     bootstrap_values, bootstrap_states = (values, state_values) if target is None else read(target)
@@ -248,8 +263,7 @@ def make_evaluation_step(
     """(parameters, batch, frozen) -> (promises, returns-to-go), both [B, S]."""
 
     def evaluation_step(parameters: Any, batch: Batch, frozen: Any = NOTHING) -> tuple[jax.Array, jax.Array]:
-        whole, adapters = join(settings, parameters, frozen)
-        values, _ = readouts(nnx.merge(graph, whole), batch, states=False, compute=compute, adapters=adapters)
+        values, _ = trained_readouts(graph, parameters, frozen, batch, settings, compute, states=False)
         returns = returns_to_go(batch["rewards"], batch["is_last"], batch["valid"], discount=settings.discount)
         return values, returns
 
