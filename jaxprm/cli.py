@@ -118,9 +118,9 @@ def _stages(options) -> int:
 
     experiment = config.load(options.config, options.overrides, quick=options.quick)
     profile = _steps(options.profile)
-    distributed.initialize(slices=experiment.mesh.dcn_data)
     until = STAGE_VERBS[options.verb][0]
-    page = run(experiment, options.workdir, until=until, redo=options.redo, profile=profile)
+    with distributed.joined(slices=experiment.mesh.dcn_data):
+        page = run(experiment, options.workdir, until=until, redo=options.redo, profile=profile)
     if page is not None:
         from jaxprm.evaluation.table import results_table
 

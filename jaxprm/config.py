@@ -109,6 +109,7 @@ class RewardModel(Section):
 
     `dtype` is that of activations and products; parameters, norms, head, targets and loss are float32. `remat` is what
     the backward pass computes again. A batch is computed in `microbatches` parts, with the gradient of the whole.
+    `attention` is the splash kernel on TPUs where it takes the shapes (`auto`), or nowhere (`reference`).
     `trainable` is everything, `lora` adapters, the `head` alone (on hidden states that are computed once), or the
     `last_k` layers with the final norm; the head is trained with each. A checkpoint is written every
     `checkpoint_every` steps, and after `checkpoint_minutes` without one; kept are the `keep_latest` newest and the
@@ -139,6 +140,7 @@ class RewardModel(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "minimal", "full"] = "none"
     microbatches: Count = 1
+    attention: Literal["auto", "splash", "reference"] = "auto"
     evaluate_every: Count = 50
     checkpoint_every: Count = 100
     checkpoint_minutes: Positive | None = None
@@ -147,7 +149,7 @@ class RewardModel(Section):
 
 
 # Fields of a reward model that change how it is computed or kept and, but for rounding, not what comes out.
-_NEUTRAL = ("remat", "microbatches", "checkpoint_minutes", "keep_latest", "keep_best")
+_NEUTRAL = ("remat", "microbatches", "attention", "checkpoint_minutes", "keep_latest", "keep_best")
 # Fields that are recorded only where they are not at their default, which is how all was computed before they came.
 _LATER = ("dtype", "trainable", "lora", "last_k", "optimizer", "schedule")
 

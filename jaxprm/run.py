@@ -245,10 +245,9 @@ def follow(state: Run) -> None:
     """What a process that is not the first does: it waits for the shards and trains what the first one trains."""
     from jaxprm.training import distributed
 
-    with distributed.watched():
-        for model, seed in state.trained():
-            if distributed.agreed(False):
-                _train(state, model, seed, state.model_directory(model.label, seed))
+    for model, seed in state.trained():
+        if distributed.agreed(False):
+            _train(state, model, seed, state.model_directory(model.label, seed))
 
 
 def _train(state: Run, model: config_lib.RewardModel, seed: int, output: Path) -> None:

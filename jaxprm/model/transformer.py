@@ -383,7 +383,8 @@ class Transformer(nnx.Module):
         cos, sin = rotary_tables(
             positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling
         )
-        x = self.embedding[...].astype(compute.dtype)[tokens]
+        # A row of the table is read whole: what splits its width is gathered first, or the result would have to be.
+        x = compute.constrain(self.embedding[...].astype(compute.dtype), "vocabulary", "hidden")[tokens]
         graph, stacked = nnx.split(self.blocks)
         if not caches:
 

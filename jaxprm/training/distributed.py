@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,54 +13,64 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxprm.errors import Interrupted, UserError
+from jaxprm.training.peers import Peers
 
 # A cold restart of a pod takes longer than JAX's five minutes.
 JOIN_SECONDS = 1800
 # How long the others are waited for when a process is done, or has an error to tell.
 LEAVE_SECONDS = 20
-# How long a silent process is believed to be alive.
-HEARTBEAT_SECONDS = 100
-# What the library raises when a process that it computes or talks with is gone.
-_LOST = re.compile(
-    r"connection (closed|reset)|gloo|heartbeat|unavailable|deadline|coordination|peer|barrier|socket", re.IGNORECASE
-)
 _GOOGLE, _ACCELERATOR = "0x1ae0", "0x12"
 
 
-def initialize(
-    coordinator: str | None = None,
-    processes: int | None = None,
-    process: int | None = None,
-    *,
-    slices: int = -1,
-    heartbeat_seconds: int = HEARTBEAT_SECONDS,
-) -> None:
-    """Joins the processes of a run, before JAX is used; on a TPU, which knows its hosts, without being told of them.
+@contextmanager
+def joined(
+    coordinator: str | None = None, processes: int | None = None, process: int | None = None, *, slices: int = -1
+) -> Iterator[None]:
+    """Within it the processes of a run are one, and when one of them dies or fails the others end too.
 
-    Anywhere else it does nothing unless `coordinator` (HOST:PORT of process 0), `processes` and this `process` are
-    given. Raises UserError when JAX would compute on something other than the machine's TPU chips, or on fewer.
+    On a TPU, which knows its hosts, without being told of them. Anywhere else it does nothing unless `coordinator`
+    (HOST:PORT of process 0), `processes` and this `process` are given. To be entered before JAX is used.
+
+    Raises UserError when JAX would compute on something other than the machine's TPU chips, or on fewer.
     """
     chips = tpu_chips()
-    if coordinator is None and not chips:
+    if coordinator is not None or chips:
+        _initialize(coordinator, processes, process, slices=slices, on_tpu=chips > 0)
+        platform = jax.default_backend()
+        check_devices(chips, platform=platform, local=jax.local_device_count(), total=jax.device_count())
+    if coordinator is None and (not chips or jax.process_count() == 1):
+        yield
         return
-    if not jax.distributed.is_initialized():
-        clear_stale(os.environ, slices)
-        if not chips:
-            jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        try:
-            jax.distributed.initialize(
-                coordinator,
-                processes,
-                process,
-                initialization_timeout=JOIN_SECONDS,
-                heartbeat_timeout_seconds=heartbeat_seconds,
-                shutdown_timeout_seconds=LEAVE_SECONDS,
-            )
-        except ValueError:
-            if coordinator is not None:
-                raise
-            # A single TPU host that knows of no others, as a notebook's.
-    check_devices(chips, platform=jax.default_backend(), local=jax.local_device_count(), total=jax.device_count())
+    peers = Peers()
+    peers.connect()
+    try:
+        yield
+    except Interrupted:
+        peers.leave()  # all of them stop at the same step
+        raise
+    peers.leave()
+
+
+def _initialize(
+    coordinator: str | None, processes: int | None, process: int | None, *, slices: int, on_tpu: bool
+) -> None:
+    if jax.distributed.is_initialized():
+        return
+    clear_stale(os.environ, slices)
+    if not on_tpu:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            processes,
+            process,
+            initialization_timeout=JOIN_SECONDS,
+            shutdown_timeout_seconds=LEAVE_SECONDS,
+        )
+    except ValueError:
+        if coordinator is not None:
+            raise
+        # A single TPU host that knows of no others, as a notebook's.
 
 
 def tpu_chips(devices: Path = Path("/sys/bus/pci/devices")) -> int:
@@ -122,17 +131,3 @@ def fetch(tree: Any) -> Any:
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return jax.tree.map(lambda leaf: np.asarray(multihost_utils.process_allgather(leaf, tiled=True)), tree)
-
-
-@contextmanager
-def watched() -> Iterator[None]:
-    """Raises Interrupted, one line, where the work inside fails because another process of the run is gone."""
-    try:
-        yield
-    except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as error:
-        if jax.process_count() == 1 or isinstance(error, UserError) or not _LOST.search(str(error)):
-            raise
-        raise Interrupted(
-            f"process {jax.process_index()} of {jax.process_count()}: another process is gone "
-            f"({' '.join(str(error).split())[:100]}); run the same command again on all hosts"
-        ) from error

@@ -24,6 +24,7 @@ from jaxprm.model.transformer import Compute
 from jaxprm.progress import bar
 from jaxprm.training import distributed, reward_model, sharding, trainable
 from jaxprm.training.checkpoint import Checkpoints
+from jaxprm.training.computing import make_compute
 from jaxprm.training.evaluate import step_values, summary
 from jaxprm.training.features import Features, features_of_split
 from jaxprm.training.metrics import Metrics, Profile, not_finite, numbers
@@ -69,7 +70,7 @@ def train_reward_model(
         UserError: settings that cannot be trained, a mesh or a batch that does not divide, a checkpoint or a model of
             another identity, or a loss that is not finite.
         DataError: shards of another tokenizer, broken, or with a trajectory that does not fit.
-        Interrupted: the machine is taken away, or another process is gone; the same call goes on.
+        Interrupted: the machine is taken away; the same call goes on.
     """
     name, data = f"{settings.label}, seed {seed}", experiment.data
     check_objective(
@@ -107,12 +108,7 @@ def train_reward_model(
     huggingface.check_vocabulary(base, config, encoder.vocabulary_size)
     trainable.check_trainable(settings, config)
     graph = huggingface.reward_model_graph(config)
-    compute = Compute(
-        dtype=jnp.dtype(settings.dtype),
-        remat=settings.remat,
-        constrain=sharding.constraints(mesh),
-        frozen_layers=config.layers - settings.last_k if settings.trainable == "last_k" else 0,
-    )
+    compute = make_compute(settings, config, mesh, data.length)
 
     def split(parameters: Any) -> tuple[Any, Any]:
         return trainable.split(settings, parameters, jax.random.key(seed))
@@ -188,7 +184,6 @@ def train_reward_model(
     validation, pending = None, None
     try:
         with (
-            distributed.watched(),
             Metrics(output, start, writes=distributed.is_primary()) as metrics,
             Preemption() as preemption,
             Profile(profile, output / "profile") as profiler,
