@@ -257,6 +257,7 @@ def train_reward_model(
         value_range=_value_range(batches.split),
         steps=steps,
         trained_on={"trajectories": counts.trajectories, "tokens": counts.tokens * settings.epochs},
+        fill=round(batches.fill, 4),
         validation=validation,
         fingerprints=identity,
     )
