@@ -31,6 +31,9 @@ def parser() -> argparse.ArgumentParser:
     score.add_argument("--model", type=Path, required=True, help="a reward model: directory, training output or run")
     score.add_argument("--input", type=Path, required=True, help="trajectories, JSON Lines")
     score.add_argument("--output", type=Path, required=True, help="scores, one line for each line of the input")
+    check = verbs.add_parser("check-scorer", help="check that a model scores the same batched, packed and cached")
+    check.add_argument("--model", type=Path, required=True, help="a reward model: directory, training output or run")
+    check.add_argument("--input", type=Path, help="trajectories to check on; made up when not given")
     export = verbs.add_parser("export", help="write a reward model as a Hugging Face directory")
     export.add_argument("--model", type=Path, required=True, help="a reward model: directory, training output or run")
     export.add_argument("--output", type=Path, required=True, help="the directory to write")
@@ -135,6 +138,17 @@ def _score(options) -> int:
     return 1 if counts.errors else 0
 
 
+def _check_scorer(options) -> int:
+    from jaxprm.scoring.check import check_scorer
+
+    found = check_scorer(options.model, options.input)
+    for way in (*found.ways, found.bfloat16):
+        print(f"{way.name:<28} {way.scores:>7} scores, largest difference {way.largest:.2e}")
+    print(f"one wrong token in the prompt moves the last score by up to {found.control:.2e}")
+    print(f"{'passed' if found.passed else 'FAILED'}: largest difference {found.largest:.2e}, bound {found.bound:.2e}")
+    return 0 if found.passed else 1
+
+
 def _export(options) -> int:
     from jaxprm.export import export
 
@@ -145,4 +159,9 @@ def _export(options) -> int:
     return 0
 
 
-VERBS = dict.fromkeys(STAGE_VERBS, _stages) | {"imitate": _imitate, "score": _score, "export": _export}
+VERBS = dict.fromkeys(STAGE_VERBS, _stages) | {
+    "imitate": _imitate,
+    "score": _score,
+    "check-scorer": _check_scorer,
+    "export": _export,
+}

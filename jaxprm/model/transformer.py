@@ -165,7 +165,7 @@ def attention(query, keys, values, mask, cached=()) -> jax.Array:
         whole = scores.reshape(batch, kv_heads, heads // kv_heads, length, -1)
         return jnp.where(allowed[:, None, None], whole, -1e30).reshape(scores.shape)
 
-    blocks = [*cached, (keys.swapaxes(2, 3), values, mask)]
+    blocks = [*(block for block in cached if block[1].shape[2]), (keys.swapaxes(2, 3), values, mask)]
     scores = [scores_against(these, allowed) for these, _, allowed in blocks]
     # One softmax over all blocks, each in its place: joining them would copy the scores.
     peaks = [spread(block.max(axis=-1, keepdims=True)) for block in scores]
