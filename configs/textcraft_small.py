@@ -2,7 +2,7 @@
 
 Hours on two CPU cores; killed and started again it goes on. One seed first, the others later, in the same directory:
 
-python -m jaxprm run configs/textcraft_small.py --workdir runs/small 'reward_seeds=[0]'
+python -m jaxprm run configs/textcraft_small.py 'reward_seeds=[0]' --workdir runs/small
 python -m jaxprm run configs/textcraft_small.py --workdir runs/small
 """
 

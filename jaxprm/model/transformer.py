@@ -1,4 +1,4 @@
-"""One decoder-only transformer (Qwen2 architecture) for training, sampling and scoring.
+"""One decoder-only transformer for training, sampling and scoring: the Qwen2, Qwen3 and Llama 3 families.
 
 Letters: B batch, T tokens, C cached tokens, L layers, D model, H heads, K kv heads, E head dim, F ffn, V vocab.
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,14 +23,56 @@ import numpy as np
 from flax import nnx
 
 from jaxprm.errors import UserError
+from jaxprm.model.families import FAMILIES, Family
 
 # Blocks of queries: large enough for a good matrix product, few enough for a quick compilation.
 MIN_QUERY_BLOCK, MAX_QUERY_BLOCKS = 64, 8
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's: wavelengths beyond `original_length / low_frequency_factor` are stretched by `factor`, those below
+    `original_length / high_frequency_factor` are kept, and what lies between is blended.
+    """
+
+    factor: float
+    low_frequency_factor: float
+    high_frequency_factor: float
+    original_length: int
+
+    def __post_init__(self):
+        for field in ("factor", "low_frequency_factor", "original_length"):
+            if not getattr(self, field) > 0:
+                raise UserError(f"rope scaling: {field} = {getattr(self, field)} must be above 0")
+        if not self.high_frequency_factor > self.low_frequency_factor:
+            raise UserError(
+                f"rope scaling: high_frequency_factor = {self.high_frequency_factor} must be above "
+                f"low_frequency_factor = {self.low_frequency_factor}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """What a reward model makes of a hidden state.
+
+    labels: 1, a linear output that is the value itself; 2, whose softmax is read at label 1 (as TRL's PRMTrainer makes
+    them). bias: whether the outputs have one, as those of token classifiers do.
+    """
+
+    labels: int = 1
+    bias: bool = False
+
+    def __post_init__(self):
+        if self.labels not in (1, 2):
+            raise UserError(f"model.head.labels = {self.labels} must be 1 or 2")
+
+
+@dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes of a Qwen2 decoder; names follow the Hugging Face config where it has one."""
+    """Family and sizes of a decoder, and the head of the reward model that may sit on it.
+
+    Names follow the Hugging Face config where it has one. `head` matters to a RewardModel alone.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -41,8 +84,13 @@ class TransformerConfig:
     rope_theta: float = 10_000.0
     norm_epsilon: float = 1e-6
     tie_embeddings: bool = True
+    family: str = "qwen2"
+    rope_scaling: RopeScaling | None = None
+    head: Head = Head()
 
     def __post_init__(self):
+        if self.family not in FAMILIES:
+            raise UserError(f"model.family = {self.family!r} is not supported; supported: {', '.join(FAMILIES)}")
         for field in ("vocab_size", "hidden_size", "layers", "heads", "kv_heads", "head_dim", "intermediate_size"):
             if getattr(self, field) < 1:
                 raise UserError(f"model.{field} = {getattr(self, field)} must be at least 1")
@@ -50,6 +98,10 @@ class TransformerConfig:
             raise UserError(f"model.heads = {self.heads} is not a multiple of model.kv_heads = {self.kv_heads}")
         if self.head_dim % 2:
             raise UserError(f"model.head_dim = {self.head_dim} must be even: rotary embedding turns pairs")
+
+    @property
+    def traits(self) -> Family:
+        return FAMILIES[self.family]
 
 
 class Cache(NamedTuple):
@@ -109,15 +161,35 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     return x32.astype(x.dtype) * scale.astype(x.dtype)
 
 
-def rotary_tables(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [B, T, E / 2] for integer positions [B, T].
+def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
+    """Angle a position of each pair, float32 [E / 2].
 
-    The frequencies are those of the Hugging Face models bit for bit: one rounding more or less, times a position of a
-    thousand, moves a value by 1e-5.
+    Those of the Hugging Face models bit for bit: one rounding more or less, times a position of a thousand, moves a
+    value by 1e-5. Torch divides a number by a tensor as the number times its reciprocal, which is two roundings. (On
+    some CPUs its powers are a rounding off now and then; these are the exact ones.)
     """
+    one = np.float32(1)
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = np.float32(1) / np.power(theta, exponents.astype(np.float64)).astype(np.float32)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
+    frequencies = one / np.power(theta, exponents.astype(np.float64)).astype(np.float32)
+    if scaling is None:
+        return frequencies
+    factor, low, length = map(np.float32, (scaling.factor, scaling.low_frequency_factor, scaling.original_length))
+    wavelengths = one / frequencies * np.float32(2 * math.pi)
+    longest = np.float32(scaling.original_length / scaling.low_frequency_factor)
+    shortest = np.float32(scaling.original_length / scaling.high_frequency_factor)
+    stretched = np.where(wavelengths > longest, frequencies / factor, frequencies)
+    span = np.float32(scaling.high_frequency_factor - scaling.low_frequency_factor)
+    smooth = (one / wavelengths * length - low) / span
+    blended = (one - smooth) * stretched / factor + smooth * stretched
+    between = ~(wavelengths < shortest) & ~(wavelengths > longest)
+    return np.where(between, blended, stretched)
+
+
+def rotary_tables(
+    positions: jax.Array, head_dim: int, theta: float, scaling: RopeScaling | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines [B, T, E / 2] for integer positions [B, T]."""
+    angles = positions[..., None].astype(jnp.float32) * rotary_frequencies(head_dim, theta, scaling)
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -206,9 +278,13 @@ class Block(nnx.Module):
         width, query, kv = config.hidden_size, config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.config = config
         self.attention_norm = nnx.Param(jnp.ones((width,)))
-        self.query, self.query_bias = matrix(width, query), nnx.Param(jnp.zeros((query,)))
-        self.key, self.key_bias = matrix(width, kv), nnx.Param(jnp.zeros((kv,)))
-        self.value, self.value_bias = matrix(width, kv), nnx.Param(jnp.zeros((kv,)))
+        self.query, self.key, self.value = matrix(width, query), matrix(width, kv), matrix(width, kv)
+        if config.traits.biases:
+            self.query_bias, self.key_bias, self.value_bias = (
+                nnx.Param(jnp.zeros((size,))) for size in (query, kv, kv)
+            )
+        if config.traits.head_norms:
+            self.query_norm, self.key_norm = (nnx.Param(jnp.ones((config.head_dim,))) for _ in range(2))
         # Both outputs into the residual stream start small, so that depth does not grow its variance.
         self.output = nnx.Param(matrix(query, width)[...] * (2 * config.layers) ** -0.5)
         self.ffn_norm = nnx.Param(jnp.ones((width,)))
@@ -220,14 +296,19 @@ class Block(nnx.Module):
         """x [B, T, D] -> (x, keys [B, K, T, E], values [B, K, T, E])."""
         config = self.config
 
-        def heads(y, weight, bias, count):
-            y = y @ weight[...].astype(y.dtype) + bias[...].astype(y.dtype)
-            return y.reshape(*y.shape[:2], count, config.head_dim).swapaxes(1, 2)
+        def heads(y, name, count):
+            y = y @ getattr(self, name)[...].astype(y.dtype)
+            if config.traits.biases:
+                y = y + getattr(self, f"{name}_bias")[...].astype(y.dtype)
+            y = y.reshape(*y.shape[:2], count, config.head_dim)
+            if config.traits.head_norms and name != "value":
+                y = rms_norm(y, getattr(self, f"{name}_norm")[...], config.norm_epsilon)
+            return y.swapaxes(1, 2)
 
         y = rms_norm(x, self.attention_norm[...], config.norm_epsilon)
-        query = rotate(heads(y, self.query, self.query_bias, config.heads), cos, sin)
-        keys = rotate(heads(y, self.key, self.key_bias, config.kv_heads), cos, sin)
-        values = heads(y, self.value, self.value_bias, config.kv_heads)
+        query = rotate(heads(y, "query", config.heads), cos, sin)
+        keys = rotate(heads(y, "key", config.kv_heads), cos, sin)
+        values = heads(y, "value", config.kv_heads)
         if cached:
             mixed = attention(query, keys, values, chunk_mask(segments), cached)
         else:
@@ -270,7 +351,9 @@ class Transformer(nnx.Module):
         fewer rows, a divisor of B, is shared: each of its rows by the same number of consecutive ones. The caches
         are not changed: `Cache.append` keeps what the caller wants kept.
         """
-        cos, sin = rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
+        cos, sin = rotary_tables(
+            positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling
+        )
         x = self.embedding[...].astype(dtype)[tokens]
         graph, stacked = nnx.split(self.blocks)
         if not caches:
@@ -299,16 +382,26 @@ class Transformer(nnx.Module):
 
 
 class RewardModel(nnx.Module):
-    """The decoder with a scalar head: promise, read at the last token of every action."""
+    """The decoder with a value head: promise, read at the last token of every action."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         self.transformer = Transformer(config, rngs=rngs)
+        labels = config.head.labels
+        shape = (config.hidden_size,) if labels == 1 else (config.hidden_size, labels)
         # Small but not zero: from a zero head the transformer gets no gradient until the head has moved.
-        self.head = nnx.Param(jax.random.normal(rngs.params(), (config.hidden_size,)) * 0.02)
+        self.head = nnx.Param(jax.random.normal(rngs.params(), shape) * 0.02)
+        if config.head.bias:
+            self.head_bias = nnx.Param(jnp.zeros((labels,)))
 
     def value(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [..., D] -> values [...] in float32."""
-        return hidden.astype(jnp.float32) @ self.head[...].astype(jnp.float32)
+        head = self.transformer.config.head
+        outputs = hidden.astype(jnp.float32) @ self.head[...].astype(jnp.float32)
+        if head.labels == 1:
+            return outputs + self.head_bias[0].astype(jnp.float32) if head.bias else outputs
+        if head.bias:
+            outputs = outputs + self.head_bias[...].astype(jnp.float32)
+        return jax.nn.softmax(outputs, axis=-1)[..., 1]
 
     def __call__(self, tokens, positions, segments, read_positions, *, dtype=jnp.float32) -> jax.Array:
         """Values [B, S] at `read_positions` [B, S] of packed rows [B, T]."""

@@ -34,8 +34,10 @@ def guided_search(
 ) -> Path:
     """Beam search @width x actions (step-wise best-of-`actions` when width is 1) of every task.
 
-    A line: {"task", "outcome", "score", "rounds", "proposed", "merged", "cut", "errors", "policy_tokens",
-    "reward_tokens", "environment_steps", "tree"?}; the first `settings.trees` tasks carry their tree.
+    A line: {"task", "outcome", "score", "rounds", "proposed", "merged", "cut", "failed", "errors",
+    "policy_tokens", "reward_tokens", "reward_encoded", "environment_steps", "tree"?}; the first `settings.trees` tasks
+    carry their tree. Tasks are scored together: "reward_encoded", what the scorer read, is shared among those of a
+    call in proportion to their "reward_tokens", the least it could have read.
     """
     if output.exists():
         return output
@@ -52,6 +54,7 @@ def guided_search(
             successes = [line["outcome"] for line in files.whole_lines(partial)]
             for start in range(0, len(missing), TASKS_AT_ONCE):
                 chunk = missing[start : start + TASKS_AT_ONCE]
+                before = scorer.usage["encoded"]
                 trees = beam_search(
                     chunk,
                     forest,
@@ -63,7 +66,8 @@ def guided_search(
                     max_rounds=forest.environment.max_rounds,
                     progress_weight=settings.progress_weight,
                 )
-                append([_line(tree, policy, forest, about_trees.get(tree.task)) for tree in trees])
+                lines = [_line(tree, policy, forest, about_trees.get(tree.task)) for tree in trees]
+                append(_share(lines, scorer.usage["encoded"] - before))
                 successes += [tree.best.branch.outcome or 0.0 for tree in trees]
                 progress.set_postfix(success=f"{np.mean(successes):.1%}", refresh=False)
                 progress.update(len(chunk))
@@ -86,6 +90,7 @@ def _line(tree: Tree, policy: Policy, forest: Forest, about: dict | None) -> dic
         "proposed": tree.proposed,
         "merged": tree.merged,
         "cut": tree.cut,
+        "failed": tree.failed,
         "errors": sum(node.branch.error is not None for node in (tree.root, *tree.nodes) if node.kept),
         "policy_tokens": tree.generated,
         "reward_tokens": _tree_tokens(tree, policy),
@@ -94,6 +99,11 @@ def _line(tree: Tree, policy: Policy, forest: Forest, about: dict | None) -> dic
     if about is not None:
         line["tree"] = tree_to_dict(tree, **about)
     return line
+
+
+def _share(lines: list[dict], encoded: int) -> list[dict]:
+    least = sum(line["reward_tokens"] for line in lines)
+    return [line | {"reward_encoded": encoded * line["reward_tokens"] / max(1, least)} for line in lines]
 
 
 def _tree_tokens(tree: Tree, policy: Policy) -> int:

@@ -144,18 +144,24 @@ def _scorer(state, model, seed: int):
 
 
 def _score_file(scorer, source: Path, output: Path, label: str) -> None:
-    """{"id", "values"} a line; equal conversations are scored once."""
+    """{"id", "values", "tokens", "prompt_tokens"} a line; equal conversations are scored once."""
     lines = [line for line in files.read_lines(source) if line.get("ended") != "error"]
     keys = [files.line(line["messages"]) for line in lines]
     # The last of equal conversations stands for all: only its id is ever shown, and only in an error.
     distinct = dict(zip(keys, lines, strict=True))
     unique = list(distinct)
-    known: dict[str, list[float]] = {}
+    known: dict[str, dict[str, Any]] = {}
     with bar(label, len(unique), unit="trajectory") as progress:
         for start in range(0, len(unique), SCORED_AT_ONCE):
             chunk = unique[start : start + SCORED_AT_ONCE]
-            scored = scorer.score([distinct[k]["messages"] for k in chunk], rows=[distinct[k]["id"] for k in chunk])
-            known |= {key: values.tolist() for key, values in zip(chunk, scored, strict=True)}
+            names = [distinct[key]["id"] for key in chunk]
+            encoded = [
+                scorer.encoder.trajectory(distinct[key]["messages"], row=name)
+                for key, name in zip(chunk, names, strict=True)
+            ]
+            for key, one, values in zip(chunk, encoded, scorer.score_encoded(encoded, names), strict=True):
+                tokens = {"tokens": len(one.tokens), "prompt_tokens": int(one.state_positions[0]) + 1}
+                known[key] = {"values": values.tolist()} | tokens
             progress.update(len(chunk))
-    rows = [{"id": line["id"], "values": known[key]} for line, key in zip(lines, keys, strict=True)]
+    rows = [{"id": line["id"]} | known[key] for line, key in zip(lines, keys, strict=True)]
     files.write_atomic(output, "".join(map(files.line, rows)))

@@ -19,7 +19,7 @@ def adamw(
 ) -> optax.GradientTransformation:
     """Decays matrices only: no norm, bias or head. Vectors under `blocks` have a layer axis; they are still vectors.
 
-    Updates of the parameter called `head` are multiplied by `head_multiplier`.
+    Updates of the value head are multiplied by `head_multiplier`.
     """
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
@@ -29,17 +29,20 @@ def adamw(
         end_value=0.1 * learning_rate,
     )
 
+    def is_head(path):
+        return getattr(path[0], "key", None) in ("head", "head_bias")
+
     def matrices(parameters: Any) -> Any:
         def is_matrix(path, leaf):
             stacked = any(getattr(key, "key", None) == "blocks" for key in path)
-            return leaf.ndim - stacked >= 2
+            return leaf.ndim - stacked >= 2 and not is_head(path)
 
         return jax.tree_util.tree_map_with_path(is_matrix, parameters)
 
     def speed_up(updates, state, parameters=None):
         del parameters
         scaled = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: leaf * head_multiplier if getattr(path[0], "key", None) == "head" else leaf, updates
+            lambda path, leaf: leaf * head_multiplier if is_head(path) else leaf, updates
         )
         return scaled, state
 

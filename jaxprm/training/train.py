@@ -17,6 +17,7 @@ from jaxprm import files
 from jaxprm.errors import UserError
 from jaxprm.losses import check_objective
 from jaxprm.model import huggingface
+from jaxprm.model.orbax_reader import DESCRIPTION
 from jaxprm.progress import bar
 from jaxprm.training import reward_model, sharding
 from jaxprm.training.checkpoint import Checkpoints
@@ -62,7 +63,7 @@ def train_reward_model(
     )
 
     # Inputs
-    encoder = Encoder.load(base)
+    encoder = Encoder.load(base, experiment.policy.chat_template)
     dataset = open_dataset(shards, encoder_fingerprint=encoder.fingerprint)
     identity = reward_model.identity(
         settings, data, seed, base=base, dataset=dataset.metadata.fingerprint, tokenizer=encoder.fingerprint
@@ -122,6 +123,19 @@ def train_reward_model(
         start, state = 0, jax.jit(init, out_shardings=shardings)(jax.device_put(parameters, shardings["parameters"]))
     _cut_metrics(output / "metrics.jsonl", start)
 
+    # Description: with it, a checkpoint can be scored and exported before the training ends
+    counts = dataset.metadata.splits["train"]
+    about = reward_model.recipe(
+        settings,
+        seed,
+        base=base,
+        max_tokens=data.length,
+        value_range=_value_range(batches.split),
+        trained_on={"trajectories": counts.trajectories, "tokens": counts.tokens * settings.epochs},
+        fingerprints=identity,
+    )
+    reward_model.describe(output / DESCRIPTION, config, base=base, encoder=encoder, recipe=about)
+
     # Loop: step t is under way before the metrics of step t - 1 are fetched
     validation = None
     try:
@@ -169,20 +183,8 @@ def train_reward_model(
         checkpoints.close()
 
     # Output
-    counts = dataset.metadata.splits["train"]
-    recipe = reward_model.recipe(
-        settings,
-        seed,
-        base=base,
-        max_tokens=data.length,
-        value_range=_value_range(batches.split),
-        steps=steps,
-        trained_on={"trajectories": counts.trajectories, "tokens": counts.tokens * settings.epochs},
-        validation=validation,
-        fingerprints=identity,
-    )
-    ids = {"pad_id": encoder.pad_id, "end_id": encoder.end_id}
-    reward_model.write(output / "model", config, state["parameters"], base=base, recipe=recipe, **ids)
+    final = about | {"steps": steps, "validation": validation}
+    reward_model.write(output / "model", config, state["parameters"], base=base, encoder=encoder, recipe=final)
     return output / "model"
 
 
