@@ -174,6 +174,10 @@ class Search(Section):
     prefix_best_of_n: Counts = (1, 2, 4, 8, 16)
     beams: tuple[tuple[Count, Count], ...] = ((2, 2), (4, 4))
     stepwise: tuple[Count, ...] = (4,)
+    diverse: tuple[tuple[Count, Count], ...] = ()
+    mcts: tuple[tuple[Count, Count], ...] = ()
+    exploration: NotNegative = 1.0
+    aggregations: tuple[Literal["mean", "min", "max", "product", "sum"], ...] = ()
     progress_weight: NotNegative = 0.0
     trees: Whole = 6
 

@@ -20,7 +20,8 @@ from jaxprm.evaluation.statistics import best_of_n_curve, bootstrap, oracle_curv
 from jaxprm.model import huggingface
 from jaxprm.model.tensor_files import weight_files
 from jaxprm.policies import loading
-from jaxprm.search.stage import search_name
+from jaxprm.search.best_of_n import AGGREGATIONS
+from jaxprm.search.plans import Plan, plans
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "transformers", "textcraft", "numpy")
 
@@ -36,6 +37,7 @@ class Results:
         self.experiment: config_lib.Experiment = state.experiment
         self.settings = self.experiment.search
         self.seeds = self.experiment.reward_seeds
+        self.plans = plans(self.settings)
         self.folder: Path = state.work / "search"
         self.pool = self._by_task(self.folder / "pool.jsonl")
         self.tasks = list(self.pool)
@@ -51,14 +53,14 @@ class Results:
     def estimate(self, values) -> dict:
         return bootstrap(values, samples=self.experiment.bootstrap_samples, seed=self.experiment.seed)
 
-    def guided(self, width: int, actions: int, label: str) -> list[list[dict]]:
+    def guided(self, plan: Plan, label: str) -> list[list[dict]]:
         """Lines of a guided search, [seeds][tasks]."""
-        names = [search_name(width, actions, label, seed) for seed in self.seeds]
+        names = [plan.file_name(label, seed) for seed in self.seeds]
         return [list(files.read_lines(self.folder / f"{name}.jsonl")) for name in names]
 
-    def outcome_table(self, width: int, actions: int, label: str) -> np.ndarray:
+    def outcome_table(self, plan: Plan, label: str) -> np.ndarray:
         """Outcomes of a guided search, [seeds, tasks]."""
-        return np.array([[line["outcome"] for line in lines] for lines in self.guided(width, actions, label)])
+        return np.array([[line["outcome"] for line in lines] for lines in self.guided(plan, label)])
 
     def pool_values(self, label: str, seed: int) -> list[list[list[float]]]:
         """Values of the pool, [tasks][pool][steps]; a trajectory that ended in an error has none."""
@@ -98,10 +100,21 @@ class Results:
             found[label] = {
                 "best_of_n": self._sized(curves["best_of_n"], settings.best_of_n),
                 "prefix_best_of_n": self._sized(curves["prefix_best_of_n"], settings.prefix_best_of_n),
-                "beam": {f"{n}x{m}": self.estimate(self.outcome_table(n, m, label)) for n, m in settings.beams},
-                "stepwise": {str(k): self.estimate(self.outcome_table(1, k, label)) for k in settings.stepwise},
+                "beam": {},
+                "stepwise": {},
             }
+            for plan in self.plans:
+                found[label].setdefault(plan.kind, {})[plan.size] = self.estimate(self.outcome_table(plan, label))
+            for how in settings.aggregations if label != "random" else ():
+                found[label][f"best_of_n_{how}"] = self._sized(self.aggregated(label, how), settings.best_of_n)
         return found
+
+    def aggregated(self, label: str, how: str) -> np.ndarray:
+        """Expected outcome of best-of-N by another score than the final step's, [seeds, tasks, sizes]."""
+        score = lambda steps: WORST if steps == [WORST] else AGGREGATIONS[how](steps)
+        tables = [self.pool_values(label, seed) for seed in self.seeds]
+        scores = np.array([[[score(steps) for steps in task] for task in table] for table in tables])
+        return np.array([best_of_n_curve(one, self.outcomes, self.settings.best_of_n) for one in scores])
 
     def _sized(self, curve: np.ndarray, sizes) -> dict:
         return {str(n): self.estimate(curve[..., index]) for index, n in enumerate(sizes)}
@@ -110,10 +123,8 @@ class Results:
         """Differences by task: every method against the plain policy, random guidance and the other methods."""
         columns: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
         for label in [*self.labels, "random"]:
-            for n, m in self.settings.beams:
-                columns[f"beam {n}x{m}"][label] = self.outcome_table(n, m, label)
-            for k in self.settings.stepwise:
-                columns[f"stepwise {k}"][label] = self.outcome_table(1, k, label)
+            for plan in self.plans:
+                columns[plan.at][label] = self.outcome_table(plan, label)
             curves = self.curves(label)
             columns[f"prefix_best_of_n {self.settings.prefix_best_of_n[-1]}"][label] = curves["prefix_best_of_n"][
                 ..., -1
@@ -198,14 +209,13 @@ class Results:
                 if not np.isfinite(policy):
                     continue
                 cost = Cost(reward * tokens["once"], policy * tokens["sampled"] + reward * tokens["each"])
-                for n, m in [*self.settings.beams, *((1, k) for k in self.settings.stepwise)]:
-                    lines = [line for seed in self.guided(n, m, label) for line in seed]
+                for plan in self.plans:
+                    lines = [line for seed in self.guided(plan, label) for line in seed]
                     spent = np.mean([policy * line["policy_tokens"] + reward * line["reward_tokens"] for line in lines])
-                    at = f"beam {n}x{m}" if n > 1 else f"stepwise {m}"
                     found = equal_budget(
-                        self.outcome_table(n, m, label), finals, self.outcomes, budget=spent, cost=cost, **options
+                        self.outcome_table(plan, label), finals, self.outcomes, budget=spent, cost=cost, **options
                     )
-                    equal.append({"label": label, "at": at, "unit": unit, "budget": float(spent)} | found)
+                    equal.append({"label": label, "at": plan.at, "unit": unit, "budget": float(spent)} | found)
         return {"equal": equal, "needed": needed}
 
     def _pool_tokens(self, label: str) -> dict[str, float] | None:
@@ -230,20 +240,20 @@ class Results:
         table["methods"]["policy"] = {"1": _cost(mean, 0, steps, policy, per_token)}
         for label in [*self.labels, "random"]:
             sizes = {}
-            for n, m in [*self.settings.beams, *((1, k) for k in self.settings.stepwise)]:
-                lines = [line for seed in self.guided(n, m, label) for line in seed]
+            for plan in self.plans:
+                lines, key = [line for seed in self.guided(plan, label) for line in seed], plan.cost_key
                 reward = 0.0 if label == "random" else np.mean([line["reward_tokens"] for line in lines])
                 generated = np.mean([line["policy_tokens"] for line in lines])
                 acted = np.mean([line["environment_steps"] for line in lines])
-                sizes[f"{n}x{m}"] = _cost(generated, reward, acted, policy, per_token)
-                sizes[f"{n}x{m}"]["duplicates_merged"] = float(
+                sizes[key] = _cost(generated, reward, acted, policy, per_token)
+                sizes[key]["duplicates_merged"] = float(
                     np.mean([line["merged"] / max(1, line["proposed"]) for line in lines])
                 )
                 if label != "random" and all("reward_encoded" in line for line in lines):
                     encoded = np.mean([line["reward_encoded"] for line in lines])
-                    sizes[f"{n}x{m}"]["reward_encoded_ratio"] = float(encoded / max(1.0, reward))
-                sizes[f"{n}x{m}"]["failed"] = int(sum(line.get("failed", 0) for line in lines))
-                sizes[f"{n}x{m}"]["errors"] = int(sum(line["errors"] for line in lines))
+                    sizes[key]["reward_encoded_ratio"] = float(encoded / max(1.0, reward))
+                sizes[key]["failed"] = int(sum(line.get("failed", 0) for line in lines))
+                sizes[key]["errors"] = int(sum(line["errors"] for line in lines))
             table["methods"][label] = sizes
         return table
 
@@ -303,7 +313,7 @@ def write_results(state) -> Path:
     files.write_json(state.work / "results.json", files.without_nan(value))
     trees = []
     for path in sorted((state.work / "search").glob("*.jsonl")):
-        if path.name.startswith(("beam-", "stepwise-")):
+        if path.name.startswith(("beam-", "stepwise-", "diverse-", "mcts-")):
             trees += [line["tree"] for line in files.read_lines(path) if "tree" in line]
     files.write_atomic(state.work / "search/trees.json", json.dumps(trees, ensure_ascii=False))
     return state.work / "results.json"

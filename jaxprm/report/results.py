@@ -12,7 +12,9 @@ import msgspec
 from jaxprm.errors import UserError
 
 T = TypeVar("T")
-SEARCHES = ("best_of_n", "prefix_best_of_n", "stepwise", "beam")
+AGGREGATED = tuple(f"best_of_n_{how}" for how in ("mean", "min", "max", "product", "sum"))
+TREE_SEARCHES = ("diverse", "mcts")
+SEARCHES = ("best_of_n", "prefix_best_of_n", "stepwise", "beam", *TREE_SEARCHES, *AGGREGATED)
 
 
 class Estimate(msgspec.Struct, frozen=True):

@@ -36,6 +36,20 @@ def test_a_budget_that_never_suffices_says_so(results, leave):
     assert second == ["ORM", "AgentPRM best of 16", "does not [0.00, 0.90]"]
 
 
+def test_other_searches_and_aggregations_have_tables_of_their_own(results, leave):
+    estimate = lambda mean: {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "n": 9}
+    results["methods"]["orm"] |= {
+        "best_of_n_mean": {"2": estimate(0.3), "16": estimate(0.4)},
+        "best_of_n_min": {"16": estimate(0.2)},
+        "mcts": {"8x4": estimate(0.6)},
+    }
+    page = build_report(leave(results)).read_text()
+    aggregated = rows_of(page, "other scores")
+    assert [row[0] for row in aggregated] == ["ORM mean", "ORM min"]
+    assert [[cell.split()[0] for cell in row[1:]] for row in aggregated] == [["30.0", "40.0"], ["–", "20.0"]]
+    assert [[*row[:1], row[1].split()[0]] for row in rows_of(page, "tree search by")] == [["ORM mcts", "60.0"]]
+
+
 def test_a_run_without_budgets_has_no_such_table(results, leave):
     page = build_report(leave(results)).read_text()
     assert "at equal cost" not in page and "less budget" not in page
