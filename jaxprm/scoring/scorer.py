@@ -13,7 +13,7 @@ import numpy as np
 from data_pipeline.encode import Encoder
 from jaxprm.model.prefix_bank import Shapes, bucket
 from jaxprm.policies.protocol import prefix_hash
-from jaxprm.scoring.engine import CACHE_BYTES, Engine
+from jaxprm.scoring.engine import CACHE_BYTES, LENGTH_BUCKETS, Engine
 
 # Rows of what follows a shared prompt; a conversation goes into the narrowest that holds it.
 FINISHED_WIDTHS = (128, 256, 512, 1024)
@@ -68,14 +68,19 @@ class Scorer:
         return self.score_encoded(encoded, names)
 
     def score_encoded(self, encoded: Sequence, names: Sequence[str]) -> list[np.ndarray]:
-        """As `score`, for conversations that are encoded already. A prompt that several share is encoded once."""
+        """As `score`, for conversations that are encoded already.
+
+        A prompt that several share is encoded once, where their rows are narrower without it.
+        """
         prompts = [one.tokens[: one.state_positions[0] + 1] for one in encoded]
         sharing = Counter(prompt.tobytes() for prompt in prompts)
         of_width: dict[int | None, list[int]] = {}
         for index, (one, prompt) in enumerate(zip(encoded, prompts, strict=True)):
             rest = len(one.tokens) - len(prompt)
-            shares = sharing[prompt.tobytes()] > 1 and len(prompt) <= self.max_tokens and rest <= FINISHED_WIDTHS[-1]
-            of_width.setdefault(bucket(rest, FINISHED_WIDTHS) if shares else None, []).append(index)
+            width = bucket(rest, FINISHED_WIDTHS)
+            narrower = rest <= width < bucket(len(one.tokens), LENGTH_BUCKETS)
+            shares = narrower and sharing[prompt.tobytes()] > 1 and len(prompt) <= self.max_tokens
+            of_width.setdefault(width if shares else None, []).append(index)
         promises: list[np.ndarray] = [np.empty(0, np.float32)] * len(encoded)
         for width, indices in of_width.items():
             starts = [len(prompts[index]) if width else 0 for index in indices]
