@@ -1,4 +1,4 @@
-"""Imports a checkpoint of the shape of Qwen2.5-7B in bfloat16 and measures what that costs.
+"""Imports a checkpoint of the shape of Qwen2.5-7B in bfloat16, exports it again, and measures what that costs.
 
     python benchmarks/import_export.py [--layers 28] [--devices 1] [--directory DIR] [--keep]
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import filecmp
 import json
 import os
 import shutil
@@ -120,6 +121,25 @@ def import_checkpoint(directory: Path, config, devices: int):
     return jax.block_until_ready(state)
 
 
+def export_checkpoint(directory: Path, config, state) -> None:
+    """Writes the parameters as `export` does."""
+    from jaxprm.model import huggingface
+
+    directory.mkdir()
+    ids = {"pad_id": 0, "end_id": 1, "max_length": 32_768}
+    huggingface.write_model(directory, config, state, **ids, dtype="bfloat16")
+
+
+def wrong_files(made: Path, exported: Path) -> list[str]:
+    """Names of files that are not the same in both directories."""
+    names = {path.name for folder in (made, exported) for path in folder.iterdir() if "safetensors" in path.name}
+    return sorted(name for name in names if not _equal(made / name, exported / name))
+
+
+def _equal(one: Path, other: Path) -> bool:
+    return one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False)
+
+
 def wrong_tensors(config, state) -> Iterator[str]:
     """Names of tensors, some of every kind, that did not arrive as they were made."""
     from jaxprm.model.families import tensors
@@ -179,10 +199,15 @@ def main() -> int:
         loaded = measured(lambda: import_checkpoint(directory, config, options.devices))
         resident = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded.result))
         kept = report("import", size, loaded, resident + 2 * made.result + SLACK)
-        if wrong := list(wrong_tensors(config, loaded.result)):
+        wrong = list(wrong_tensors(config, loaded.result))
+        written = measured(lambda: export_checkpoint(directory / "exported", config, loaded.result))
+        kept &= report("export", size, written, 2 * made.result + SLACK)
+        wrong += wrong_files(directory, directory / "exported")
+        if wrong:
             print(f"WRONG: {', '.join(wrong)}")
         return 0 if kept and not wrong else 1
     finally:
+        shutil.rmtree(directory / "exported", ignore_errors=True)
         if not options.keep:
             shutil.rmtree(directory, ignore_errors=True)
 

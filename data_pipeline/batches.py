@@ -62,21 +62,27 @@ class _PackedSplit:
         used = self.split.lengths[self.plan.members].sum()
         return float(used / (self.batch_count * self.shape.rows * self.shape.length))
 
-    def gather(self, number: int) -> Batch:
-        """Batch `number`. Rows past the last one of the plan are padding."""
+    def rows_of(self, number: int) -> np.ndarray:
+        """The rows of the plan that make batch `number`."""
         first = number * self.shape.rows
-        last = min(first + self.shape.rows, self.row_count)
-        bounds = self.plan.starts[first : last + 1]
-        examples = self.plan.members[bounds[0] : bounds[-1]]
-        row_of = np.repeat(np.arange(last - first), np.diff(bounds))
-        rank = np.arange(len(examples)) - (bounds - bounds[0])[row_of]
+        return np.arange(first, min(first + self.shape.rows, self.row_count))
+
+    def gather(self, number: int, held: np.ndarray | None = None) -> Batch:
+        """Batch `number`, or its rows `held` alone. Rows past the last one of the plan are padding."""
+        first, rows = number * self.shape.rows, self.shape.rows if held is None else len(held)
+        chosen = first + (np.arange(rows) if held is None else held)
+        chosen = chosen[chosen < self.row_count]
+        counts = self.plan.starts[chosen + 1] - self.plan.starts[chosen]
+        row_of = np.repeat(np.arange(len(chosen)), counts)
+        rank = np.arange(len(row_of)) - np.repeat(np.cumsum(counts) - counts, counts)
+        examples = self.plan.members[self.plan.starts[chosen][row_of] + rank]
         return {
-            **self._tokens(examples, row_of, rank),
-            **self._steps(examples, row_of, rank),
+            **self._tokens(examples, row_of, rank, rows),
+            **self._steps(examples, row_of, rank, rows),
         }
 
-    def _tokens(self, examples: np.ndarray, row_of: np.ndarray, rank: np.ndarray) -> Batch:
-        split, rows, length = self.split, self.shape.rows, self.shape.length
+    def _tokens(self, examples: np.ndarray, row_of: np.ndarray, rank: np.ndarray, rows: int) -> Batch:
+        split, length = self.split, self.shape.length
         batch = {name: np.zeros((rows, length), dtype) for name, dtype in _TOKEN_FIELDS.items()}
         batch["tokens"].fill(self._pad_id)
         spans = _spans(split.lengths[examples], row_of, length)
@@ -86,8 +92,8 @@ class _PackedSplit:
         batch["positions"].reshape(-1)[spans.slots] = spans.within
         return batch
 
-    def _steps(self, examples: np.ndarray, row_of: np.ndarray, rank: np.ndarray) -> Batch:
-        split, rows, slots = self.split, self.shape.rows, self.shape.steps_per_row
+    def _steps(self, examples: np.ndarray, row_of: np.ndarray, rank: np.ndarray, rows: int) -> Batch:
+        split, slots = self.split, self.shape.steps_per_row
         batch = {
             name: np.full((rows, slots), _NO_STEP.get(name, 0), dtype) for name, dtype in _STEP_FIELDS.items()
         }
@@ -112,11 +118,11 @@ class _PackedSplit:
             batch[name].reshape(-1)[spans.slots] = value
         return batch
 
-    def stream(self, start: int) -> Iterator[Batch]:
-        """Batches from `start` on, gathered ahead in the background."""
+    def stream(self, start: int, held: np.ndarray | None = None) -> Iterator[Batch]:
+        """Batches from `start` on, or their rows `held` alone, gathered ahead in the background."""
 
         def gather(number: np.ndarray) -> list[np.ndarray]:
-            batch = self.gather(int(number))
+            batch = self.gather(int(number), held)
             return [batch[name] for name in _FIELDS]
 
         def gathered(number: tf.Tensor) -> list[tf.Tensor]:
@@ -172,6 +178,7 @@ class TrainingBatches:
         self._packed = packed
         self._identity = identity
         self._stream: Iterator[Batch] | None = None
+        self._held: np.ndarray | None = None
         self.split = packed.split
         self.fill = packed.fill
         self.position = 0
@@ -186,10 +193,19 @@ class TrainingBatches:
 
     def __next__(self) -> Batch:
         if self._stream is None:
-            self._stream = self._packed.stream(self.position)
+            self._stream = self._packed.stream(self.position, self._held)
         batch = next(self._stream)
         self.position += 1
         return batch
+
+    def hold(self, rows: np.ndarray) -> None:
+        """From here on hands out these rows of every batch alone, ascending: those of one of several hosts."""
+        self._held, self._stream = np.asarray(rows), None
+
+    def trajectories(self, number: int) -> list[str]:
+        """Ids of the trajectories in batch `number`, counted from 0, whoever holds its rows."""
+        rows = self._packed.rows_of(number)
+        return [self.split.ids[member] for row in rows for member in self._packed.plan.row(row)]
 
     def save_state(self) -> dict[str, Any]:
         """The position after the batches handed out so far, as JSON."""

@@ -1,4 +1,4 @@
-"""The command line: one verb, one line for every mistake, exit 2 for the user's and 130 for Ctrl-C."""
+"""The command line: one verb, one line for every mistake, exit 2 for the user's, 75 to be resumed, 130 for Ctrl-C."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from jaxprm.errors import RESUMABLE, Interrupted
 
 STAGE_VERBS = {
     "run": ("report", "the whole loop: collect, build, train, search, report"),
@@ -31,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     for verb, (_, text) in STAGE_VERBS.items():
         one = _config_verb(verbs, verb, text)
         one.add_argument("--redo", action="store_true", help="make stages again whose config changed")
+        one.add_argument("--profile", metavar="START:END", help="trace these steps of every training")
         one.add_argument(
             "--data", action="append", metavar="[SPLIT=]FILE",
             help="trajectories of your own instead of sampled ones; again for more (collection.files)",
@@ -39,6 +42,9 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--chat-template", metavar="TEMPLATE", help=f"{_TEMPLATE} (policy.chat_template)")
         one.add_argument("--skip-bad", action="store_true", help="leave bad rows of --data out (collection.skip_bad)")
     _config_verb(verbs, "imitate", "train a small policy by imitation of the environment's expert")
+    inspect = verbs.add_parser("inspect", help="what is in a checkpoint: step, fingerprints, sizes, position, config")
+    inspect.add_argument("directory", type=Path, help="a training output, a run, or a step's own directory")
+    inspect.add_argument("--json", action="store_true", help="everything, as one JSON object")
     score = verbs.add_parser("score", help="score every step of a file of trajectories")
     score.add_argument("--model", type=Path, required=True, help=_MODEL)
     score.add_argument("--input", type=Path, required=True, help="trajectories, JSON Lines")
@@ -59,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     export.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the weights; default float32")
     export.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file of weights; default 5GB")
+    export.add_argument("--chat-template", default="own", metavar="TEMPLATE", help=_TEMPLATE)
     export.add_argument("--verify", action="store_true", help="compare with transformers' scores (needs torch)")
     export.add_argument("--input", type=Path, help="trajectories to verify on; made up when not given")
     _import_verb(verbs)
@@ -164,6 +171,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         again = "starts anew" if options.verb in ("evaluate", "export") else "goes on where it stopped"
         print(f"jaxprm: interrupted; the same command {again}", file=sys.stderr)
         return 130
+    except Interrupted as stopped:
+        print(f"jaxprm: {stopped}", file=sys.stderr)
+        return RESUMABLE
     except Exception as error:
         if (line := _one_line(error)) is None:
             raise
@@ -196,12 +206,15 @@ def _one_line(error: Exception) -> str | None:
 def _stages(options) -> int:
     from jaxprm import config
     from jaxprm.run import run, validation_lines
+    from jaxprm.training import distributed
 
     experiment = config.load(options.config, options.overrides + _spelled_out(options), quick=options.quick)
     own, until = bool(experiment.collection.files), STAGE_VERBS[options.verb][0]
     if own and options.verb == "run":
         until = "train"
-    page = run(experiment, options.workdir, until=until, redo=options.redo)
+    profile = _steps(options.profile)
+    with distributed.joined(slices=experiment.mesh.dcn_data):
+        page = run(experiment, options.workdir, until=until, redo=options.redo, profile=profile)
     if own and until == "train":
         print("trained on your own trajectories; on those of validation:")
         print("\n".join(f"  {line}" for line in validation_lines(experiment, options.workdir)))
@@ -212,6 +225,28 @@ def _stages(options) -> int:
 
         print(results_table(options.workdir / "results.json"))
         print(f"\nreport: {page}")
+    return 0
+
+
+def _steps(text: str | None) -> tuple[int, int] | None:
+    """START:END, from 1."""
+    from jaxprm.errors import UserError
+
+    if text is None:
+        return None
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise UserError(f"--profile {text}: give the first and the last step, from 1, as 10:12")
+    return int(first), int(last)
+
+
+def _inspect(options) -> int:
+    import json
+
+    from jaxprm.training import inspection
+
+    found = inspection.inspect(options.directory)
+    print(json.dumps(found, indent=2) if options.json else inspection.summary(found))
     return 0
 
 
@@ -299,6 +334,7 @@ def _export(options) -> int:
         form=options.format,
         dtype=options.dtype,
         max_shard_size=options.max_shard_size,
+        template=options.chat_template,
         verify=options.verify,
         trajectories=options.input,
     )
@@ -376,6 +412,7 @@ def _write_report(path: Path | None, report) -> None:
 
 VERBS = dict.fromkeys(STAGE_VERBS, _stages) | {
     "imitate": _imitate,
+    "inspect": _inspect,
     "score": _score,
     "check-scorer": _check_scorer,
     "bench": _bench,

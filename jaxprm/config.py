@@ -27,6 +27,7 @@ Whole = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 NotNegative = Annotated[float, msgspec.Meta(ge=0)]
 Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Devices = Annotated[int, msgspec.Meta(ge=-1)]
 Counts = Annotated[tuple[Count, ...], msgspec.Meta(min_length=1)]
 
 
@@ -132,8 +133,27 @@ class Data(Section):
     too_long: Literal["error", "drop", "window"] = "window"
 
 
+class Lora(Section):
+    """Adapters: W + alpha / rank * A B for every matrix in `targets`, with A [I, rank] and B [rank, O]."""
+
+    rank: Count = 16
+    alpha: Positive = 32.0
+    targets: Annotated[
+        tuple[Literal["query", "key", "value", "output", "gate", "up", "down"], ...], msgspec.Meta(min_length=1)
+    ] = ("query", "key", "value", "output", "gate", "up", "down")
+
+
 class RewardModel(Section):
-    """One reward model: its objective (METHOD.md, sections 3 and 4) and its optimizer."""
+    """One reward model: its objective (METHOD.md, sections 3 and 4), its optimizer, and how it is computed.
+
+    `dtype` is that of activations and products; parameters, norms, head, targets and loss are float32. `remat` is what
+    the backward pass computes again. A batch is computed in `microbatches` parts, with the gradient of the whole.
+    `attention` is the splash kernel on TPUs where it takes the shapes (`auto`), or nowhere (`reference`).
+    `trainable` is everything, `lora` adapters, the `head` alone (on hidden states that are computed once), or the
+    `last_k` layers with the final norm; the head is trained with each. A checkpoint is written every
+    `checkpoint_every` steps, and after `checkpoint_minutes` without one; kept are the `keep_latest` newest and the
+    `keep_best` of the smallest validation loss.
+    """
 
     label: Annotated[str, msgspec.Meta(pattern="^[a-z0-9_]+$")]
     objective: Literal["agentprm", "pvm", "orm"] = "agentprm"
@@ -145,21 +165,52 @@ class RewardModel(Section):
     target_update: Literal["online", "ema", "copy"] = "online"
     target_decay: Fraction = 0.99
     target_every: Count = 50
+    trainable: Literal["full", "lora", "head", "last_k"] = "full"
+    lora: Lora = Lora()
+    last_k: Count = 2
     epochs: Count = 2
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
     learning_rate: Positive = 3e-4
     head_multiplier: Positive = 10.0
     warmup_fraction: Fraction = 0.05
     weight_decay: NotNegative = 0.01
     gradient_clip: Positive = 1.0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "minimal", "full"] = "none"
+    microbatches: Count = 1
+    attention: Literal["auto", "splash", "reference"] = "auto"
     evaluate_every: Count = 50
     checkpoint_every: Count = 100
+    checkpoint_minutes: Positive | None = None
+    keep_latest: Count = 2
+    keep_best: Whole = 0
+
+
+# Fields of a reward model that change how it is computed or kept and, but for rounding, not what comes out.
+_NEUTRAL = ("remat", "microbatches", "attention", "checkpoint_minutes", "keep_latest", "keep_best")
+# Fields that are recorded only where they are not at their default, which is how all was computed before they came.
+_LATER = ("dtype", "trainable", "lora", "last_k", "optimizer", "schedule")
+
+
+def recorded(model: RewardModel) -> dict[str, Any]:
+    """The fields of a reward model that its training is a function of, to be compared with an earlier run's."""
+    defaults = {field.name: field.default for field in msgspec.structs.fields(model)}
+    return {
+        name: value
+        for name, value in msgspec.to_builtins(model, str_keys=True).items()
+        if name not in _NEUTRAL and not (name in _LATER and getattr(model, name) == defaults[name])
+    }
 
 
 class Mesh(Section):
-    """Devices along each axis; -1 takes what is left."""
+    """Devices along each axis; -1 takes what is left, for one of them. dcn_data is the number of slices, -1 all."""
 
-    data: Annotated[int, msgspec.Meta(ge=-1)] = -1
-    fsdp: Count = 1
+    data: Devices = -1
+    fsdp: Devices = 1
+    tensor: Devices = 1
+    sequence: Devices = 1
+    dcn_data: Devices = -1
 
 
 class Search(Section):
@@ -258,6 +309,9 @@ def from_dict(plain: dict, *, where: str) -> Experiment:
         raise UserError(f"config {where}: reward_models: labels must differ, got {labels}")
     if taken := {"random", "policy", "oracle"} & set(labels):
         raise UserError(f"config {where}: reward_models: label {min(taken)!r} is a control's; choose another")
+    for index, model in enumerate(experiment.reward_models):
+        if len(set(model.lora.targets)) != len(model.lora.targets):
+            raise UserError(f"config {where}: reward_models[{index}].lora.targets must differ: {model.lora.targets}")
     if len(set(experiment.reward_seeds)) != len(experiment.reward_seeds):
         raise UserError(f"config {where}: reward_seeds must differ, got {list(experiment.reward_seeds)}")
     for index, model in enumerate(experiment.reward_models):

@@ -30,6 +30,7 @@ def export(
     form: str = "sequence",
     dtype: str = "float32",
     max_shard_size: str = MAX_SHARD,
+    template: str | None = None,
     verify: bool = False,
     trajectories: Path | None = None,
 ) -> dict[str, Any]:
@@ -43,6 +44,7 @@ def export(
         model_dir: a reward model: a Hugging Face directory, a training's output or checkpoint.
         form: "sequence", one value for a conversation, or "token", one for each of its tokens.
         dtype, max_shard_size: of the weights, "float32" or "bfloat16", and of their files, such as "5GB".
+        template: the chat template to export it with in the place of its own, as in Encoder.load.
 
     Returns {"model", "output", "files"} and, verified, what `verify` returns.
 
@@ -63,9 +65,10 @@ def export(
         _remove_leftover(leftover)
     try:
         beside.mkdir(parents=True)
-        made = {"model": str(model), "output": str(output), "files": _write(model, beside, form, dtype, limit)}
+        names = _write(model, beside, form, dtype, limit, template)
+        made = {"model": str(model), "output": str(output), "files": names}
         if verify:
-            made |= _verified(model, beside, trajectories, dtype)
+            made |= _verified(model, beside, trajectories, dtype, template)
         _put_in_place(beside, output, old)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
@@ -120,13 +123,15 @@ def _mark(directory: Path, names: list[str]) -> None:
     files.write_json(directory / MARKER, {"format": 1, "files": names})
 
 
-def _write(model: Path, beside: Path, form: str, dtype: str, limit: int) -> list[str]:
+def _write(model: Path, beside: Path, form: str, dtype: str, limit: int, template: str | None) -> list[str]:
     """All files of the export; returns their names."""
     # First of all, so that what a kill leaves behind is known to be ours.
     _mark(beside, [])
-    encoder, recipe = loading.load_encoder(model), loading.read_recipe(model)
+    encoder, recipe = loading.load_encoder(model, template), loading.read_recipe(model)
     _check_pooling(encoder, model)
-    config, parameters = save.in_format(*loading.load_reward_model(model), form)
+    # Rounded as they are read: half the memory, and the same bits as rounded when they are written.
+    loaded = loading.load_reward_model(model, half=dtype == "bfloat16")
+    config, parameters = save.in_format(*loaded, form)
     huggingface.check_vocabulary(model, config, encoder.vocabulary_size)
     _, source = huggingface.read_config(loading.files_of(model))
     names = save.write_model(
@@ -157,8 +162,10 @@ def _exported_recipe(recipe: dict[str, Any], model: Path, beside: Path) -> dict[
     return exported if results is None else exported | {"results": results}
 
 
-def _verified(model: Path, beside: Path, trajectories: Path | None, dtype: str) -> dict[str, Any]:
-    found = export_verify.verify(model, beside, trajectories, dtype=dtype)
+def _verified(
+    model: Path, beside: Path, trajectories: Path | None, dtype: str, template: str | None
+) -> dict[str, Any]:
+    found = export_verify.verify(model, beside, trajectories, dtype=dtype, template=template)
     _write_card(beside, found)
     return found
 

@@ -14,8 +14,9 @@ from jaxprm import files
 from jaxprm.errors import UserError
 
 _TEMPLATE = "chat_template.jinja"
-# Some consumers want the last four.
-_COPIED = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
+_SPECIAL = "special_tokens_map.json"
+# Some consumers want the last three.
+_COPIED = ("tokenizer.json", "added_tokens.json", "vocab.json", "merges.txt")
 # A tokenizer that declares a class of its own is not rebuilt; the class named here is transformers' plain one, no code.
 _AS_IT_IS = {"auto_map": {"AutoTokenizer": [None, "PreTrainedTokenizerFast"]}}
 
@@ -30,6 +31,9 @@ def write_tokenizer(source: Path, target: Path, encoder: Encoder, conversations:
     names = [name for name in _COPIED if (source / name).is_file()]
     for name in names:
         shutil.copyfile(source / name, target / name)
+    if (source / _SPECIAL).is_file():  # transformers 4 believes it more than the settings
+        names.append(_SPECIAL)
+        files.write_json(target / _SPECIAL, files.read_json(source / _SPECIAL) | _ends(encoder))
     files.write_atomic(target / _TEMPLATE, dated(encoder.template))
     settings = _settings(source, encoder)
     for extra in ({}, _AS_IT_IS):
@@ -56,12 +60,12 @@ def _settings(source: Path, encoder: Encoder) -> dict[str, Any]:
     for name in ("backend", "auto_map", "chat_template"):
         settings.pop(name, None)
     # Named or not, Qwen2's class wants an unknown token, and would add one of its own.
-    return {"unk_token": None} | settings | {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "pad_token": encoder.decode([encoder.pad_id]),
-        "eos_token": encoder.decode([encoder.end_id]),
-        "clean_up_tokenization_spaces": False,
-    }
+    ours = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | _ends(encoder)
+    return {"unk_token": None} | settings | ours
+
+
+def _ends(encoder: Encoder) -> dict[str, str]:
+    return {"pad_token": encoder.decode([encoder.pad_id]), "eos_token": encoder.decode([encoder.end_id])}
 
 
 def _same_tokens(directory: Path, encoder: Encoder, conversations: Sequence[Messages]) -> bool:

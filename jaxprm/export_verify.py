@@ -32,18 +32,20 @@ class Cases(NamedTuple):
     encoded: list[Encoded]
 
 
-def verify(model: Path, exported: Path, trajectories: Path | None, *, dtype: str) -> dict[str, Any]:
+def verify(
+    model: Path, exported: Path, trajectories: Path | None, *, dtype: str, template: str | None = None
+) -> dict[str, Any]:
     """Compares transformers' scores of `exported` with ours, at every read position, both computed in float32.
 
     In float32 the model as it was trained is compared. In bfloat16 the weights that were written, read back by us and
     found to be the model's own, rounded: they mean the same numbers to both sides, so the bound is the same. How far
-    the rounding moved the scores is told beside it.
+    the rounding moved the scores is told beside it. template: the one it was exported with, where it is not its own.
 
     Returns {"trajectories", "read_positions", "largest_difference", "bound", "rms", "transformers", "torch"}, and
     "rounding", the largest change of a score by bfloat16. Raises UserError where a difference is above the bound,
     1e-4 * max(1, rms of the scores), where weights are not the model's, or where the export cannot be read.
     """
-    scorer = loading.load_scorer(model)
+    scorer = loading.load_scorer(model, template=template)
     cases = _cases(scorer.encoder, trajectories)
     trained = ours = scorer.score_encoded(cases.encoded, cases.names)
     if dtype != "float32":

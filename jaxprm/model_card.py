@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,14 @@ def model_card(
 ) -> str:
     """The card of a model with this reward_model.json, config.json and tokenizer_config.json, checked or not."""
     label = recipe.get("label", "reward model")
-    low, high = _range(recipe, config)
+    known = _range(recipe, config)
+    bounds = f", as a number in [{known[0]:g}, {known[1]:g}] but for errors of estimation" if known else ""
     sections = [
         _front_matter(recipe, config),
         f"# {label}: a process reward model for agents\n\n"
         "For every action (assistant turn) of a conversation it predicts the **promise**: the outcome to expect once "
-        f"the action is taken, as a number in [{low:g}, {high:g}] but for errors of estimation. **Progress** is the "
-        f"difference between an action's promise and the one before. {_progress_note(recipe)}",
+        f"the action is taken{bounds}. **Progress** is the difference between an action's promise and the one before. "
+        f"{_progress_note(recipe)}",
         "\n".join(["## What it is", "", *_facts(recipe, config, tokenizer)]),
         "\n\n".join(["## How to call it", *model_card_usage.sections(config)]),
         "\n".join(["## What was checked", "", _checked(verified, config)]),
@@ -101,8 +102,9 @@ def _progress_note(recipe: Mapping[str, Any]) -> str:
     return "This model discounts, so promises of neighbouring steps cannot be compared, and progress is undefined."
 
 
-def _range(recipe: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[float, float]:
-    return tuple(recipe.get("value_range") or (0.0, 1.0)) if config.get("num_labels", 1) == 1 else (0.0, 1.0)
+def _range(recipe: Mapping[str, Any], config: Mapping[str, Any]) -> Sequence[float] | None:
+    """Lowest and highest value of the targets, None where nobody wrote it down. Two labels give a probability."""
+    return (0.0, 1.0) if config.get("num_labels", 1) == 2 else recipe.get("value_range")
 
 
 def _facts(recipe: Mapping[str, Any], config: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> Iterator[str]:
@@ -122,7 +124,8 @@ def _facts(recipe: Mapping[str, Any], config: Mapping[str, Any], tokenizer: Mapp
         yield f"- Training: not finished, a checkpoint after {recipe['steps']:,} steps"
     yield f"- Read position: {recipe.get('read_position', 'last token of the rendering that ends with the action')}"
     yield _value_fact(recipe, config)
-    yield f"- Trained on up to {recipe.get('max_tokens') or config['max_position_embeddings']} tokens"
+    if recipe.get("max_tokens"):
+        yield f"- Trained on up to {recipe['max_tokens']} tokens"
     if recipe.get("seed") is not None:
         yield f"- Seed: {recipe['seed']}"
     yield "- Chat template: chat_template.jinja, the one it was trained with; scores of another rendering mean nothing"
@@ -136,10 +139,11 @@ def _facts(recipe: Mapping[str, Any], config: Mapping[str, Any], tokenizer: Mapp
 
 
 def _value_fact(recipe: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    low, high = _range(recipe, config)
     if config.get("num_labels", 1) == 2:
         return f"- Value: the probability of label 1, {config['id2label']['1']!r}, softmax(logits)[1], in [0, 1]"
-    return f"- Value range of the targets: [{low:g}, {high:g}]; the value is linear, no sigmoid belongs on it"
+    known = _range(recipe, config)
+    shown = f"[{known[0]:g}, {known[1]:g}]" if known else "not recorded"
+    return f"- Value range of the targets: {shown}; the value is linear, no sigmoid belongs on it"
 
 
 def _checked(verified: Mapping[str, Any] | None, config: Mapping[str, Any]) -> str:

@@ -27,6 +27,7 @@ class Run:
 
     experiment: config_lib.Experiment
     work: WorkDirectory
+    profile: tuple[int, int] | None = None
 
     @functools.cached_property
     def policy(self):
@@ -121,18 +122,16 @@ class Run:
     @functools.cached_property
     def _base_inputs(self) -> dict[str, Any]:
         """Sampled trajectories depend on the policy, whose tokenizer may encode them; a user's own do not."""
+        directory, template = self.base_directory, self.experiment.policy.chat_template  # or no work is begun
         if self.experiment.base_model is None and not self.experiment.collection.files:
             return {}
-        template = self.experiment.policy.chat_template
-        return {"base_model": _model_identity(self.base_directory, template)}
+        return {"base_model": _model_identity(directory, template)}
 
     def train_inputs(self, model: config_lib.RewardModel, seed: int) -> dict[str, Any]:
-        plain = config_lib.to_dict(self.experiment)
-        labels = [one.label for one in self.experiment.reward_models]
         return {
             "shards": identity(self.build_inputs),
-            "data": plain["data"],
-            "reward_model": plain["reward_models"][labels.index(model.label)],
+            "data": config_lib.to_dict(self.experiment)["data"],
+            "reward_model": config_lib.recorded(model),
             "seed": seed,
         }
 
@@ -154,9 +153,25 @@ class Run:
         return [(model, seed) for model in self.experiment.reward_models for seed in self.experiment.reward_seeds]
 
 
-def run(experiment: config_lib.Experiment, workdir: Path, *, until: str = "report", redo: bool = False) -> Path | None:
-    """Runs the stages up to `until`; returns the report's path if it was made."""
-    state = Run(experiment, WorkDirectory(workdir, redo=redo))
+def run(
+    experiment: config_lib.Experiment,
+    workdir: Path,
+    *,
+    until: str = "report",
+    redo: bool = False,
+    profile: tuple[int, int] | None = None,
+) -> Path | None:
+    """Runs the stages up to `until`; returns the report's path if it was made.
+
+    Of several processes, which share the work directory, all train; process 0 alone does everything else.
+    """
+    from jaxprm.training import distributed
+
+    state = Run(experiment, WorkDirectory(workdir, redo=redo), profile)
+    if not distributed.is_primary():
+        if STAGES.index(until) >= STAGES.index("train"):
+            follow(state)
+        return None
     with state.work.lock():
         # Before any work is spent: what is there must have been made with this config, and the last stage be possible.
         state.work.check(stage_inputs(state, until))
@@ -279,16 +294,29 @@ def build(state: Run) -> None:
 
 def train(state: Run) -> None:
     """Every reward model with every seed, on the same shards, from the base model's weights."""
+    from jaxprm.training import distributed
+
     for model, seed in state.trained():
         output = state.model_directory(model.label, seed)
         with state.work.stage(f"train-{model.label}-{seed}", state.train_inputs(model, seed), [output]) as needed:
-            if not needed:
-                continue
-            from jaxprm.training.train import train_reward_model
+            if distributed.agreed(needed):
+                _train(state, model, seed, output)
 
-            train_reward_model(
-                state.experiment, model, seed, shards=state.work / "shards", base=state.base_directory, output=output
-            )
+
+def follow(state: Run) -> None:
+    """What a process that is not the first does: it waits for the shards and trains what the first one trains."""
+    from jaxprm.training import distributed
+
+    for model, seed in state.trained():
+        if distributed.agreed(False):
+            _train(state, model, seed, state.model_directory(model.label, seed))
+
+
+def _train(state: Run, model: config_lib.RewardModel, seed: int, output: Path) -> None:
+    from jaxprm.training.train import train_reward_model
+
+    paths = {"shards": state.work / "shards", "base": state.base_directory, "output": output}
+    train_reward_model(state.experiment, model, seed, **paths, profile=state.profile)
 
 
 def validation_lines(experiment: config_lib.Experiment, workdir: Path) -> list[str]:

@@ -350,3 +350,28 @@ def test_arguments_without_a_class_of_the_users_are_refused(recipe):
     found = message(config.load, recipe, ['policy.arguments={"a": 1}'])
     assert 'policy.arguments are for a policy of your own, not for policy.path = "default"; drop them' in found
     assert config.load(recipe, ["policy.path=mine:Policy", 'policy.arguments={"a": 1}']).policy.arguments == {"a": 1}
+
+
+def test_a_field_that_came_later_is_recorded_only_where_it_is_set():
+    """So that what was trained before there was such a choice is still known as the same."""
+    before = {
+        "label", "objective", "beta", "gae_lambda", "discount", "bootstrap", "progress_gradient", "target_update",
+        "target_decay", "target_every", "epochs", "learning_rate", "head_multiplier", "warmup_fraction",
+        "weight_decay", "gradient_clip", "evaluate_every", "checkpoint_every",
+    }  # fmt: skip
+    assert set(config.recorded(config.RewardModel(label="some"))) == before
+    chosen = config.RewardModel(label="some", trainable="lora", lora=config.Lora(rank=4), dtype="bfloat16")
+    assert set(config.recorded(chosen)) == before | {"trainable", "lora", "dtype"}
+    assert config.recorded(chosen)["lora"]["rank"] == 4
+
+
+def test_how_it_is_computed_and_kept_is_not_recorded():
+    how = {"remat": "full", "microbatches": 4, "attention": "reference", "checkpoint_minutes": 5.0, "keep_best": 3}
+    assert config.recorded(config.RewardModel(label="some", **how)) == config.recorded(config.RewardModel(label="some"))
+
+
+def test_adapters_of_one_matrix_twice_are_refused():
+    plain = config.to_dict(config.Experiment(name="some"))
+    plain["reward_models"][0]["lora"]["targets"] = ["query", "query"]
+    with pytest.raises(UserError, match=r"reward_models\[0\].lora.targets must differ"):
+        config.from_dict(plain, where="test")

@@ -308,9 +308,12 @@ def test_a_pad_token_that_ends_messages_gives_way_to_one_that_does_not(tmp_path)
     directory = tiny.write_reward_model(tmp_path / "model", STATE)
     path = directory / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": "<|end|>"}))
+    (directory / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<|end|>", "eos_token": "<|end|>"}))
     export(directory, tmp_path / "out")
-    config, tokenizer = (json.loads((tmp_path / "out" / name).read_text()) for name in ("config.json", path.name))
+    names = ("config.json", path.name, "special_tokens_map.json")
+    config, tokenizer, special = (json.loads((tmp_path / "out" / name).read_text()) for name in names)
     assert (config["pad_token_id"], tokenizer["pad_token"]) == (tiny.encoder().pad_id, "<|pad|>")
+    assert special == {"pad_token": "<|pad|>", "eos_token": "<|end|>"}
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert theirs.pad_token_id != theirs.eos_token_id
 
@@ -370,4 +373,4 @@ def test_the_base_model_is_named_without_anybodys_paths(base, shown):
     card = model_card.model_card({"base": shown}, sizes, {}, None)
     assert f"Base model: {shown}" in card
     assert ("base_model:" in card) == ("/" in shown)
-    assert "Data: not recorded" in card
+    assert "Data: not recorded" in card and "targets: not recorded" in card and "Trained on up to" not in card

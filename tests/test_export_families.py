@@ -8,20 +8,28 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import jaxprm
 from data_pipeline.encode import Encoder
+from data_pipeline.errors import DataError
 from jaxprm.errors import UserError
 from jaxprm.export import export
 from jaxprm.model import huggingface
 from jaxprm.scoring import loading
 from tests.model import tiny
-from tests.model.test_families import CASES, TOKENS, as_version_4, padded_logits, real, segments, torch_model
+from tests.model.test_families import CASES, LENGTHS, TOKENS, as_version_4, padded_logits, real, torch_model
 
 torch.set_num_threads(1)
 AUTO = {
     "sequence": transformers.AutoModelForSequenceClassification,
     "token": transformers.AutoModelForTokenClassification,
 }
-NO_BIAS, A_BIAS = torch.zeros(2), torch.tensor([0.4, -0.3])
+A_BIAS = torch.tensor([0.4, -0.3])
+SEGMENTS = (np.arange(TOKENS.shape[1]) < np.array(LENGTHS)[:, None]).astype(np.int32)
+
+
+def cases(fast) -> list:
+    """All, of which those in `fast` stand for the others where time is short."""
+    return [pytest.param(case, marks=[] if case in fast else pytest.mark.slow) for case in CASES]
 
 
 def source(directory, case: str, kind: str, *, bias=None, **fields):
@@ -44,7 +52,7 @@ def read_back(directory, form: str) -> torch.nn.Module:
 
 def our_values(directory) -> np.ndarray:
     config, state = loading.load_reward_model(directory)
-    return real(tiny.values(state, TOKENS, segments=segments(), config=config))
+    return real(tiny.values(state, TOKENS, segments=SEGMENTS, config=config))
 
 
 def value(logits: np.ndarray) -> np.ndarray:
@@ -52,7 +60,7 @@ def value(logits: np.ndarray) -> np.ndarray:
     return logits[:, 0] if logits.shape[-1] == 1 else torch.tensor(logits).softmax(-1)[:, 1].numpy()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", cases(fast=("qwen2-tied", "qwen3-untied", "llama-tied")))
 def test_values_survive_import_and_export_in_both_formats(tmp_path, case):
     """Sequence classifier -> ours -> token classifier -> ours -> sequence classifier: the weights never change."""
     theirs, directory = source(tmp_path / "in", case, "Sequence", num_labels=1)
@@ -75,7 +83,7 @@ def test_values_survive_import_and_export_in_both_formats(tmp_path, case):
             row = torch.tensor([[*TOKENS[1, :17].tolist(), encoder.pad_id, encoder.pad_id]])
             with torch.no_grad():
                 pooled = again(input_ids=row, attention_mask=(row != encoder.pad_id).long()).logits
-            ends = real(padded_logits(theirs))[29 + 17 - 1]
+            ends = reference[29 + 17 - 1]
             np.testing.assert_allclose(pooled[0].numpy(), ends, atol=1e-5)
 
 
@@ -98,7 +106,7 @@ def test_what_the_source_said_of_itself_is_kept_and_what_is_ours_is_not(tmp_path
     assert ours["rope_theta"] == ours["rope_parameters"]["rope_theta"] == 500.0
 
 
-@pytest.mark.parametrize("case", ["qwen2-untied", "qwen3-tied", "llama-untied"])
+@pytest.mark.parametrize("case", cases(fast=("qwen3-tied",)))
 def test_bfloat16_weights_are_torchs_rounding_in_shards_that_transformers_reads(tmp_path, case):
     theirs, directory = source(tmp_path / "in", case, "Sequence", num_labels=1)
     made = export(directory, tmp_path / "out", dtype="bfloat16", max_shard_size="20KB")
@@ -140,6 +148,21 @@ def test_two_labels_without_a_bias_may_be_either(tmp_path):
         np.testing.assert_allclose(our_values(tmp_path / form), value(reference), atol=1e-4)
         assert again.config.id2label == {0: "bad", 1: "good"}
         assert "softmax(logits)[1]" in (tmp_path / form / "README.md").read_text()
+
+
+def test_a_template_chosen_for_a_model_from_elsewhere_is_exported_with_it(tmp_path):
+    """Its own takes back what it said before, so that no step can be read; a file of the user's does not."""
+    _, directory = source(tmp_path / "in", "qwen3-tied", "Sequence", num_labels=1)
+    own = (directory / "chat_template.jinja").read_text()
+    (directory / "chat_template.jinja").write_text("{{ messages | length }}" + own)
+    with pytest.raises(DataError, match="rewrites earlier turns"):
+        export(directory, tmp_path / "out")
+    (tmp_path / "mine.jinja").write_text("{{ '<|user|>' }}" + own)
+    export(directory, tmp_path / "out", template=str(tmp_path / "mine.jinja"))
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == (tmp_path / "mine.jinja").read_text()
+    conversation = tiny.conversation(1, turns=2)
+    theirs = jaxprm.load(directory, chat_template=str(tmp_path / "mine.jinja")).score([conversation])
+    assert jaxprm.load(tmp_path / "out").score([conversation]) == theirs
 
 
 def test_a_language_model_is_no_reward_model_and_nothing_is_left(tmp_path):

@@ -14,8 +14,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -158,7 +159,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     """Root mean square norm over the last axis, computed in float32."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
-    return x32.astype(x.dtype) * scale.astype(x.dtype)
+    return (x32 * scale.astype(jnp.float32)).astype(x.dtype)
 
 
 def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
@@ -194,10 +195,10 @@ def rotary_tables(
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotary embedding of [B, heads, T, E], in the half-split layout of the Hugging Face checkpoints."""
+    """Rotary embedding of [B, heads, T, E], in the half-split layout of the Hugging Face checkpoints, in float32."""
     first, second = jnp.split(x, 2, axis=-1)
-    cos, sin = cos[:, None].astype(x.dtype), sin[:, None].astype(x.dtype)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 def chunk_mask(segments: jax.Array) -> jax.Array:
@@ -268,6 +269,33 @@ def packed_attention(query, keys, values, segments) -> jax.Array:
     return jnp.concatenate(mixed, axis=2)
 
 
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How a forward pass is computed: what it returns differs by rounding alone.
+
+    dtype: of activations and of the products; norms, softmax and the value head are in float32 whatever it is.
+    remat: what is kept of a layer for the backward pass: everything ("none"), products of activations with parameters
+        ("minimal"), or its input ("full").
+    attend: attention within packed rows, (query, keys, values, segments) as for `packed_attention`.
+    constrain: (activation, *logical axes) -> the activation, laid out on a mesh.
+    frozen_layers: so many of the first layers are not trained; run by themselves, nothing of theirs is kept.
+    """
+
+    dtype: Any = jnp.float32
+    remat: Literal["none", "minimal", "full"] = "none"
+    attend: Callable[..., jax.Array] = packed_attention
+    constrain: Callable[..., jax.Array] = lambda x, *axes: x
+    frozen_layers: int = 0
+
+    def checkpointed(self, layer: Callable) -> Callable:
+        if self.remat == "none":
+            return layer
+        policies = jax.checkpoint_policies
+        kept = {"minimal": policies.dots_with_no_batch_dims_saveable, "full": policies.nothing_saveable}
+        # Inside a scan nothing is merged across the barrier that prevent_cse would put up.
+        return jax.checkpoint(layer, policy=kept[self.remat], prevent_cse=False)
+
+
 class Block(nnx.Module):
     """Pre-norm attention and SwiGLU, each added to the residual stream."""
 
@@ -292,12 +320,21 @@ class Block(nnx.Module):
         self.up = matrix(width, config.intermediate_size)
         self.down = nnx.Param(matrix(config.intermediate_size, width)[...] * (2 * config.layers) ** -0.5)
 
-    def __call__(self, x, cos, sin, segments, cached=()):
-        """x [B, T, D] -> (x, keys [B, K, T, E], values [B, K, T, E])."""
+    def __call__(self, x, cos, sin, segments, cached=(), attend=packed_attention, adapters=MappingProxyType({})):
+        """x [B, T, D] -> (x, keys [B, K, T, E], values [B, K, T, E]).
+
+        adapters: {"a": [I, R], "b": [R, O]} by the name of a matrix [I, O], whose product is added to it.
+        """
         config = self.config
 
+        def project(y, name):
+            found = y @ getattr(self, name)[...].astype(y.dtype)
+            if name not in adapters:
+                return found
+            return found + (y @ adapters[name]["a"].astype(y.dtype)) @ adapters[name]["b"].astype(y.dtype)
+
         def heads(y, name, count):
-            y = y @ getattr(self, name)[...].astype(y.dtype)
+            y = project(y, name)
             if config.traits.biases:
                 y = y + getattr(self, f"{name}_bias")[...].astype(y.dtype)
             y = y.reshape(*y.shape[:2], count, config.head_dim)
@@ -312,12 +349,12 @@ class Block(nnx.Module):
         if cached:
             mixed = attention(query, keys, values, chunk_mask(segments), cached)
         else:
-            mixed = packed_attention(query, keys, values, segments)
+            mixed = attend(query, keys, values, segments)
         mixed = mixed.swapaxes(1, 2).reshape(*x.shape[:2], -1)
-        x = x + mixed @ self.output[...].astype(x.dtype)
+        x = x + project(mixed, "output")
         y = rms_norm(x, self.ffn_norm[...], config.norm_epsilon)
-        gated = jax.nn.silu(y @ self.gate[...].astype(y.dtype)) * (y @ self.up[...].astype(y.dtype))
-        return x + gated @ self.down[...].astype(y.dtype), keys, values
+        gated = jax.nn.silu(project(y, "gate")) * project(y, "up")
+        return x + project(gated, "down"), keys, values
 
 
 class Transformer(nnx.Module):
@@ -343,26 +380,38 @@ class Transformer(nnx.Module):
         caches: Sequence[Cache] = (),
         *,
         dtype=jnp.float32,
+        compute: Compute | None = None,
+        adapters: Mapping[str, Mapping[str, jax.Array]] = MappingProxyType({}),
     ) -> Output:
         """Hidden states of every token.
 
         tokens, positions, segments: int32 [B, T]. Tokens read the tokens of their own segment at or before them
         and the filled part of their row of every cache: a prefix, say, and what was generated after it. A cache of
         fewer rows, a divisor of B, is shared: each of its rows by the same number of consecutive ones. The caches
-        are not changed: `Cache.append` keeps what the caller wants kept.
+        are not changed: `Cache.append` keeps what the caller wants kept. `compute` is for passes without caches, and
+        says the dtype too; so are `adapters`, as for a Block but stacked on a layer axis.
         """
+        compute = compute or Compute(dtype=dtype)
         cos, sin = rotary_tables(
             positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling
         )
-        x = self.embedding[...].astype(dtype)[tokens]
+        # A row of the table is read whole: what splits its width is gathered first, or the result would have to be.
+        x = compute.constrain(self.embedding[...].astype(compute.dtype), "vocabulary", "hidden")[tokens]
         graph, stacked = nnx.split(self.blocks)
         if not caches:
 
             def layer(x, parameters):
-                x, _, _ = nnx.merge(graph, parameters)(x, cos, sin, segments)
-                return x, None
+                block = nnx.merge(graph, parameters[0])
+                x, _, _ = block(x, cos, sin, segments, attend=compute.attend, adapters=parameters[1])
+                return compute.constrain(x, "batch", "length", "hidden"), None
 
-            x, _ = jax.lax.scan(layer, x, stacked)
+            x = compute.constrain(x, "batch", "length", "hidden")
+            stacked = (stacked, dict(adapters))
+            if begin := compute.frozen_layers:
+                still = jax.lax.stop_gradient(jax.tree.map(lambda leaf: leaf[:begin], stacked))
+                x, _ = jax.lax.scan(layer, x, still)
+                stacked = jax.tree.map(lambda leaf: leaf[begin:], stacked)
+            x, _ = jax.lax.scan(compute.checkpointed(layer), x, stacked)
             return Output(rms_norm(x, self.norm[...], self.config.norm_epsilon), (), ())
         filled = [jnp.arange(cache.capacity) < cache.lengths[:, None] for cache in caches]
         keys, values = [], []
@@ -381,6 +430,16 @@ class Transformer(nnx.Module):
         return jnp.einsum("...d,vd->...v", hidden, table[...].astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
+def head_values(hidden: jax.Array, weights: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """Values [...] in float32 of hidden states [..., D], by the weights [D] of one label or [D, 2] of two: see Head."""
+    outputs = hidden.astype(jnp.float32) @ weights.astype(jnp.float32)
+    if weights.ndim == 1:
+        return outputs if bias is None else outputs + bias[0].astype(jnp.float32)
+    if bias is not None:
+        outputs = outputs + bias.astype(jnp.float32)
+    return jax.nn.softmax(outputs, axis=-1)[..., 1]
+
+
 class RewardModel(nnx.Module):
     """The decoder with a value head: promise, read at the last token of every action."""
 
@@ -395,13 +454,8 @@ class RewardModel(nnx.Module):
 
     def value(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [..., D] -> values [...] in float32."""
-        head = self.transformer.config.head
-        outputs = hidden.astype(jnp.float32) @ self.head[...].astype(jnp.float32)
-        if head.labels == 1:
-            return outputs + self.head_bias[0].astype(jnp.float32) if head.bias else outputs
-        if head.bias:
-            outputs = outputs + self.head_bias[...].astype(jnp.float32)
-        return jax.nn.softmax(outputs, axis=-1)[..., 1]
+        bias = self.head_bias[...] if self.transformer.config.head.bias else None
+        return head_values(hidden, self.head[...], bias)
 
     def __call__(self, tokens, positions, segments, read_positions, *, dtype=jnp.float32) -> jax.Array:
         """Values [B, S] at `read_positions` [B, S] of packed rows [B, T]."""

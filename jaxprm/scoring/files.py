@@ -75,8 +75,7 @@ def score_file(
     _check_paths(input, output)
     digest, total = digest_and_count(input)
     identity = {"format": FORMAT, "chunk": chunk, "dtype": dtype, "input": digest, "model": loading.identity(model)}
-    if (text := read_template(template)) is not None:
-        identity["chat_template"] = text
+    identity["chat_template"] = read_template(template)
     scorer = loading.load_scorer(model, dtype=dtype, template=template)
     progress = loading.defines_progress(loading.read_recipe(model))
     partial = output.with_name(output.name + ".partial")
@@ -165,8 +164,8 @@ def _check_record(partial: Path, record: Path, identity: dict[str, Any]) -> None
         begun = msgspec.json.decode(record.read_bytes(), type=dict[str, Any])
     except msgspec.MsgspecError as error:
         raise UserError(f"{record}: {error}; remove it and {partial} to start anew") from None
-    for name, value in identity.items():
-        if begun.get(name) != value:
+    for name in identity | begun:
+        if begun.get(name) != identity.get(name):
             raise UserError(
                 f"{partial}: half of a run with another {name}; run that again to its end, name another output, or "
                 f"remove {partial.name} to start anew"

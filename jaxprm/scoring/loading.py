@@ -60,7 +60,7 @@ def find_model(path: str | Path) -> Path:
 
 def files_of(model: Path) -> Path:
     """The directory with a model's config, tokenizer and recipe: its own, or what lies beside its checkpoints."""
-    return model.parent.parent / DESCRIPTION if is_checkpoint(model) else model
+    return model.absolute().parents[1] / DESCRIPTION if is_checkpoint(model) else model
 
 
 def _described(checkpoint: Path) -> Path:
@@ -95,7 +95,7 @@ def read_recipe(model: Path) -> dict[str, Any]:
 
 def _progress_of(checkpoint: Path) -> dict[str, Any]:
     """Steps so far, and the last validation up to there."""
-    step, log = int(checkpoint.name), checkpoint.parent.parent / "metrics.jsonl"
+    step, log = int(checkpoint.absolute().name), checkpoint.absolute().parents[1] / "metrics.jsonl"
     lines = files.read_lines(log) if log.is_file() else ()
     validations = [line for line in lines if "validation_loss" in line and line["step"] <= step]
     last = dict(validations[-1]) if validations else {}
@@ -104,11 +104,14 @@ def _progress_of(checkpoint: Path) -> dict[str, Any]:
     return {"steps": step, "validation": validation, "unfinished": True}
 
 
-def load_reward_model(model: Path) -> tuple[TransformerConfig, Any]:
-    """(config, parameters) of a Hugging Face directory or a checkpoint, in bfloat16 where they are stored in it."""
+def load_reward_model(model: Path, *, half: bool = False) -> tuple[TransformerConfig, Any]:
+    """(config, parameters) of a Hugging Face directory or a checkpoint, in bfloat16 where they are stored in it.
+
+    half: a directory's in bfloat16 whatever they are stored in, for those who want no more of them.
+    """
     if not is_checkpoint(model):
-        stored = {tensor.dtype for tensor in open_tensors(model).values()}
-        return huggingface.load_reward_model(model, dtype=jnp.bfloat16 if stored == {"BF16"} else jnp.float32)
+        half = half or {tensor.dtype for tensor in open_tensors(model).values()} == {"BF16"}
+        return huggingface.load_reward_model(model, dtype=jnp.bfloat16 if half else jnp.float32)
     config, _ = huggingface.read_config(files_of(model))
     # Trained without an unembedding, whatever its base had.
     config = dataclasses.replace(config, tie_embeddings=True)

@@ -18,14 +18,37 @@ logging.getLogger("absl").setLevel(logging.WARNING)
 
 
 class Checkpoints:
-    """The latest checkpoints of one run. `identity` is what a checkpoint must agree with to be resumed from."""
+    """The checkpoints of one run: the latest `keep_latest`, and the `keep_best` of the smallest validation loss.
 
-    def __init__(self, directory: Path, identity: dict[str, Any], *, keep: int = 2):
+    `identity` is what a checkpoint must agree with to be resumed from; `config` is written beside it, to be read.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        identity: dict[str, Any],
+        *,
+        keep_latest: int = 2,
+        keep_best: int = 0,
+        config: dict[str, Any] | None = None,
+    ):
+        def loss(metrics: dict[str, float]) -> float:
+            return metrics["validation_loss"]
+
+        policies = ocp.checkpoint_managers
+        best = policies.BestN(
+            get_metric_fn=loss, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False
+        )
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
+            # Either is enough to be kept, so the latest is never deleted for not being among the best.
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep_latest), best]),
+            best_fn=loss,
+            best_mode="min",
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,
         )
         self._manager = ocp.CheckpointManager(Path(directory).absolute(), options=options)
-        self._identity = identity
+        self._meta = {"identity": identity, "config": config or {}}
         self._directory = directory
 
     def latest_step(self) -> int | None:
@@ -40,7 +63,7 @@ class Checkpoints:
         if step is None:
             return None
         meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        for name, value in self._identity.items():
+        for name, value in self._meta["identity"].items():
             if meta["identity"].get(name) != value:
                 raise UserError(
                     f"checkpoint {self._directory}/{step}: its {name} differs from this run's; "
@@ -49,15 +72,20 @@ class Checkpoints:
         restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state)))
         return step, restored["state"], meta["position"]
 
-    def save(self, step: int, state: Any, position: dict) -> None:
-        """Writes in the background; an unfinished write is never visible as a checkpoint.
+    def save(self, step: int, state: Any, position: dict, *, validation_loss: float | None = None) -> None:
+        """Writes in the background; an unfinished write is never visible as a checkpoint. A step is written once.
+
+        validation_loss: of this state, where it was measured; only such a checkpoint can be among the best.
 
         Raises OSError (ENOSPC), here or in the next call, when the disk is full.
         """
-        meta = {"identity": self._identity, "position": position}
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(self._meta | {"position": position})
+        )
+        metrics = None if validation_loss is None else {"validation_loss": validation_loss}
         with self._full_disk():
-            self._manager.save(step, args=args)
+            if step != self.latest_step():
+                self._manager.save(step, args=args, metrics=metrics)
 
     def close(self) -> None:
         """Waits for the last write."""

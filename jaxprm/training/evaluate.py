@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +13,8 @@ import numpy as np
 
 from jaxprm import config as config_lib
 from jaxprm.evaluation.value_metrics import StepRecords, validation
-from jaxprm.model import huggingface
+from jaxprm.model import huggingface, weights
+from jaxprm.model.transformer import Compute
 from jaxprm.training import sharding
 from jaxprm.training.step import make_evaluation_step
 
@@ -74,15 +76,21 @@ def evaluate_model(
     from data_pipeline.encode import Encoder
     from data_pipeline.shards import open_dataset
 
-    config, parameters = huggingface.load_reward_model(model)
+    config, _ = huggingface.read_config(model)
     dataset = open_dataset(shards, encoder_fingerprint=Encoder.load(model).fingerprint)
     devices = sharding.make_mesh(mesh or config_lib.Mesh())
-    sharding.check_rows(devices, data.rows)
+    sharding.check_rows(devices, data.rows, data.length)
+    sharding.check_model(devices, config)
     batches = evaluation_batches(
         dataset, split, rows=data.rows, length=data.length, steps_per_row=data.steps_per_row
     )
+    shapes = weights.abstract(dataclasses.replace(config, tie_embeddings=True), reward=True)
+    config, parameters = huggingface.load_reward_model(
+        model, shardings=sharding.shardings(sharding.place(devices, shapes))
+    )
     graph = huggingface.reward_model_graph(config)
-    placed = sharding.place(devices, parameters)
-    parameters = jax.device_put(parameters, jax.tree.map(lambda leaf: leaf.sharding, placed))
-    evaluation_step = jax.jit(make_evaluation_step(graph, discount), out_shardings=sharding.replicated(devices))
+    settings = config_lib.RewardModel(label="evaluated", discount=discount)
+    compute = Compute(constrain=sharding.constraints(devices))
+    step = make_evaluation_step(graph, settings, compute)
+    evaluation_step = jax.jit(step, out_shardings=sharding.replicated(devices))
     return step_values(lambda batch: evaluation_step(parameters, sharding.put_batch(batch, devices)), batches)

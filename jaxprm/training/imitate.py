@@ -29,7 +29,7 @@ from jaxprm.policies import language_model
 from jaxprm.policies.tokenizer import train_tokenizer
 from jaxprm.progress import bar
 from jaxprm.training.checkpoint import Checkpoints, abstract
-from jaxprm.training.optimizer import adamw
+from jaxprm.training.optimizer import make_optimizer
 
 LOOKAHEAD = 3
 LOG_EVERY = 20
@@ -100,7 +100,7 @@ def imitate(experiment: config_lib.Experiment, workdir: Path) -> Path:
     encoder = Encoder.load(tokenizer)
     plain = config_lib.to_dict(experiment)
     model_config = TransformerConfig(**plain["model"])
-    optimizer = adamw(
+    optimizer = make_optimizer(
         learning_rate=settings.learning_rate,
         steps=settings.steps,
         warmup_steps=settings.warmup_steps,

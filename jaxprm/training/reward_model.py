@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,16 +12,18 @@ from typing import Any
 import jax
 import msgspec
 from flax import nnx
+from jax.sharding import Mesh
 
 from data_pipeline.encode import Encoder
 from jaxprm import config as config_lib
 from jaxprm import files
 from jaxprm.errors import UserError
-from jaxprm.model import hub, huggingface
+from jaxprm.model import hub, huggingface, weights
 from jaxprm.model.hf_config import hf_config
 from jaxprm.model.tensor_files import weight_files
-from jaxprm.model.transformer import RewardModel, TransformerConfig
-from jaxprm.training.step import progress_beta
+from jaxprm.model.transformer import Head, RewardModel, TransformerConfig
+from jaxprm.training import sharding
+from jaxprm.training.step import progress_beta, reads_states
 
 RECIPE = "reward_model.json"
 READ_POSITION = "last token of the chat rendering that ends with the assistant message"
@@ -29,19 +32,29 @@ READ_POSITION = "last token of the chat rendering that ends with the assistant m
 _CADENCE = ("evaluate_every", "checkpoint_every")
 
 
-def from_policy(base: Path, seed: int) -> tuple[TransformerConfig, nnx.State]:
-    """(config, parameters): the policy's transformer and a head drawn from the seed."""
+def from_policy(base: Path, seed: int, mesh: Mesh | None = None) -> tuple[TransformerConfig, nnx.State]:
+    """(config, parameters): the policy's transformer and a head drawn from the seed.
+
+    With a mesh everything is made where it will lie: no host, and no device, ever has the whole model.
+    """
+    config, _ = huggingface.read_config(base)
     # No token is predicted: an unembedding would be memory, and three times that with the optimizer's moments.
-    config, trunk = huggingface.load_transformer(base, unembedding=False)
-    head = jax.jit(lambda: nnx.state(RewardModel(config, rngs=nnx.Rngs(seed)))["head"])()
-    return config, nnx.State({"transformer": trunk, "head": head})
+    config = dataclasses.replace(config, head=Head(), tie_embeddings=True)
+    places = None
+    if mesh is not None:
+        sharding.check_model(mesh, config)
+        places = sharding.shardings(sharding.place(mesh, weights.abstract(config, reward=True)))
+    trunk_places, head_place = (None, None) if places is None else (places["transformer"], places["head"])
+    config, trunk = huggingface.load_transformer(base, unembedding=False, shardings=trunk_places)
+    make_head = jax.jit(lambda: nnx.state(RewardModel(config, rngs=nnx.Rngs(seed)))["head"], out_shardings=head_place)
+    return config, nnx.State({"transformer": trunk, "head": make_head()})
 
 
 def identity(
     settings: config_lib.RewardModel, data: config_lib.Data, seed: int, *, base: Path, dataset: str, tokenizer: str
 ) -> dict[str, Any]:
     """What a training run's result is a function of, given the code; the mesh changes it by rounding only."""
-    section = {name: value for name, value in msgspec.to_builtins(settings).items() if name not in _CADENCE}
+    section = {name: value for name, value in config_lib.recorded(settings).items() if name not in _CADENCE}
     batch = {"rows": data.rows, "length": data.length, "steps_per_row": data.steps_per_row}
     return {
         "config": config_lib.fingerprint({"reward_model": section, "batch": batch}),
@@ -52,6 +65,12 @@ def identity(
         "tokenizer": tokenizer,
         "seed": seed,
     }
+
+
+def features_identity(settings: config_lib.RewardModel, identity: dict[str, Any]) -> str:
+    """A short name for everything that a frozen transformer's features depend on."""
+    inputs = {name: identity[name] for name in ("base model", "dataset", "tokenizer")}
+    return config_lib.fingerprint(inputs | {"dtype": settings.dtype, "states": reads_states(settings)})[:16]
 
 
 def is_written(directory: Path, expected: dict[str, Any]) -> bool:

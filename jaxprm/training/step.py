@@ -6,7 +6,8 @@ A state is {"step": int32, "parameters", "optimizer"} and, where targets come fr
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +15,17 @@ import optax
 from flax import nnx
 
 from jaxprm import config as config_lib
-from jaxprm.losses import agent_prm_loss
-from jaxprm.model.transformer import RewardModel
+from jaxprm.losses import LossSums, agent_prm_sums
+from jaxprm.model.transformer import Compute, RewardModel, head_values
 from jaxprm.targets import objective_targets, returns_to_go
+from jaxprm.training.trainable import join
 
 Batch = dict[str, jax.Array]
 State = dict[str, Any]
+
+PLAIN = Compute()
+NO_ADAPTERS: Any = MappingProxyType({})
+NOTHING = nnx.State({})
 
 # What the step functions read of a batch; tokens, segments, positions are [B, T], the others [B, S].
 FIELDS = (
@@ -43,33 +49,90 @@ def progress_beta(settings: config_lib.RewardModel) -> float:
     return settings.beta if settings.objective == "agentprm" else 0.0
 
 
-def readouts(model: RewardModel, batch: Batch, *, states: bool) -> tuple[jax.Array, jax.Array | None]:
-    """Promises M_t and, if asked for, state values V(s_t), [B, S] in float32, from one forward pass."""
-    hidden = model.transformer(batch["tokens"], batch["positions"], batch["segments"]).hidden
+def hidden_states(
+    model: RewardModel, batch: Batch, *, states: bool, compute: Compute = PLAIN, adapters: Any = NO_ADAPTERS
+) -> tuple[jax.Array, jax.Array | None]:
+    """What the head reads: hidden states [B, S, D] where actions end and, if asked for, before they begin."""
+    tokens, positions, segments = batch["tokens"], batch["positions"], batch["segments"]
+    hidden = model.transformer(tokens, positions, segments, compute=compute, adapters=adapters).hidden
 
     def read(name: str) -> jax.Array:
-        return model.value(jnp.take_along_axis(hidden, batch[name][..., None], axis=1))
+        return jnp.take_along_axis(hidden, batch[name][..., None], axis=1)
 
     return read("read_positions"), read("state_positions") if states else None
 
 
-def reward_loss(
-    graph: nnx.GraphDef, parameters: Any, target: Any | None, batch: Batch, settings: config_lib.RewardModel
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss of one batch, L = L_Q + beta L_A (eq. 10), + L_V where state values are read (METHOD.md, section 3).
+def readouts(
+    model: RewardModel, batch: Batch, *, states: bool, compute: Compute = PLAIN, adapters: Any = NO_ADAPTERS
+) -> tuple[jax.Array, jax.Array | None]:
+    """Promises M_t and, if asked for, state values V(s_t), [B, S] in float32, from one forward pass."""
+    actions, before = hidden_states(model, batch, states=states, compute=compute, adapters=adapters)
+    return model.value(actions), model.value(before) if states else None
 
-    Args:
-        target: parameters of the target network; None takes the targets from the pass that is trained.
 
-    Returns:
-        (loss, {"value_loss", "progress_loss", "state_loss"?, "weight"}), float32 scalars.
+def trained_readouts(
+    graph: nnx.GraphDef,
+    trained: Any,
+    frozen: Any,
+    batch: Batch,
+    settings: config_lib.RewardModel,
+    compute: Compute,
+    *,
+    states: bool,
+) -> tuple[jax.Array, jax.Array | None]:
+    """`readouts` of a model in its trained and its frozen part.
+
+    A batch that brings its hidden states, `read_features` and `state_features` [B, S, D], needs the head alone.
     """
+    if "read_features" in batch:
+        head = trained["head"][...]
+        values = head_values(batch["read_features"], head)
+        return values, head_values(batch["state_features"], head) if states else None
+    whole, adapters = join(settings, trained, frozen)
+    return readouts(nnx.merge(graph, whole), batch, states=states, compute=compute, adapters=adapters)
+
+
+class Sums(NamedTuple):
+    """What a loss is made of: of microbatches they add up, and so do their gradients."""
+
+    steps: LossSums
+    states: LossSums | None  # of the state values, where they are trained
+    values: jax.Array  # sum of w_t M_t over the steps that are trained
+    targets: jax.Array  # sum of w_t Q^_t over them
+
+    def total(self, beta: float) -> jax.Array:
+        """The loss before it is divided by the weight."""
+        total = self.steps.value + beta * self.steps.progress
+        return total if self.states is None else total + self.states.value
+
+    def means(self, beta: float) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """(loss, {"value_loss", "progress_loss", "state_loss"?, "weight", "value_mean", "target_mean"}), float32."""
+        loss, metrics = self.steps.means(beta)
+        total = jnp.where(self.steps.weight > 0, self.steps.weight, 1)
+        metrics |= {"value_mean": self.values / total, "target_mean": self.targets / total}
+        if self.states is not None:
+            state_loss, _ = self.states.means(0.0)
+            loss, metrics = loss + state_loss, metrics | {"state_loss": state_loss}
+        return loss, metrics
+
+
+def reward_sums(
+    graph: nnx.GraphDef,
+    parameters: Any,
+    target: Any | None,
+    batch: Batch,
+    settings: config_lib.RewardModel,
+    compute: Compute = PLAIN,
+    frozen: Any = NOTHING,
+) -> Sums:
+    """The sums behind `reward_loss`, of the same arguments."""
     states = reads_states(settings)
-    values, state_values = readouts(nnx.merge(graph, parameters), batch, states=states)
-    if target is None:
-        bootstrap_values, bootstrap_states = values, state_values
-    else:
-        bootstrap_values, bootstrap_states = readouts(nnx.merge(graph, target), batch, states=states)
+
+    def read(trained: Any) -> tuple[jax.Array, jax.Array | None]:
+        return trained_readouts(graph, trained, frozen, batch, settings, compute, states=states)
+
+    values, state_values = read(parameters)
+    bootstrap_values, bootstrap_states = (values, state_values) if target is None else read(target)
     targets, mask = objective_targets(
         settings.objective,
         bootstrap_values,
@@ -81,21 +144,89 @@ def reward_loss(
         bootstrap=settings.bootstrap,
         state_values=bootstrap_states,
     )
-    loss, metrics = agent_prm_loss(
-        values,
-        targets,
-        batch["is_first"],
-        mask,
-        beta=progress_beta(settings),
-        weights=batch["weights"],
-        progress_gradient=settings.progress_gradient,
-    )
-    if states:
-        state_loss, _ = agent_prm_loss(
-            state_values, targets, batch["is_first"], mask, beta=0.0, weights=batch["weights"]
+
+    def sums(values: jax.Array) -> LossSums:
+        return agent_prm_sums(
+            values,
+            targets,
+            batch["is_first"],
+            mask,
+            weights=batch["weights"],
+            progress_gradient=settings.progress_gradient,
         )
-        loss, metrics = loss + state_loss, metrics | {"state_loss": state_loss}
-    return loss, metrics
+
+    weights = jnp.where(mask, batch["weights"], 0)
+    return Sums(
+        sums(values),
+        sums(state_values) if states else None,
+        values=jax.lax.stop_gradient(jnp.sum(weights * jnp.where(mask, values, 0))),
+        targets=jnp.sum(weights * jnp.where(mask, targets, 0)),
+    )
+
+
+def reward_loss(
+    graph: nnx.GraphDef,
+    parameters: Any,
+    target: Any | None,
+    batch: Batch,
+    settings: config_lib.RewardModel,
+    compute: Compute = PLAIN,
+    frozen: Any = NOTHING,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss of one batch, L = L_Q + beta L_A (eq. 10), + L_V where state values are read (METHOD.md, section 3).
+
+    Args:
+        parameters: those that are trained; with `frozen` they are the whole model's, see trainable.py.
+        target: parameters of the target network; None takes the targets from the pass that is trained.
+
+    Returns:
+        (loss, {"value_loss", "progress_loss", "state_loss"?, "weight", "value_mean", "target_mean"}), float32 scalars.
+    """
+    return reward_sums(graph, parameters, target, batch, settings, compute, frozen).means(progress_beta(settings))
+
+
+def microbatches_of(batch: Batch, count: int) -> Batch:
+    """A batch [B, ...] as [count, B / count, ...]; every microbatch takes of every device's rows its share."""
+    return {name: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0) for name, x in batch.items()}
+
+
+def loss_and_gradients(
+    graph: nnx.GraphDef,
+    parameters: Any,
+    target: Any | None,
+    batch: Batch,
+    settings: config_lib.RewardModel,
+    compute: Compute = PLAIN,
+    frozen: Any = NOTHING,
+) -> tuple[jax.Array, dict[str, jax.Array], Any]:
+    """(loss, metrics, gradients) of a batch, in `settings.microbatches` passes.
+
+    Gradients of sums are added and divided once by the weight of the whole batch: it is the large batch's gradient,
+    however the valid steps fall to the microbatches.
+    """
+    beta = progress_beta(settings)
+    if settings.microbatches == 1:
+
+        def loss_of(parameters):
+            return reward_loss(graph, parameters, target, batch, settings, compute, frozen)
+
+        (loss, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(parameters)
+        return loss, metrics, gradients
+
+    def total_of(parameters, part):
+        sums = reward_sums(graph, parameters, target, part, settings, compute, frozen)
+        return sums.total(beta), sums
+
+    def add(carry, part):
+        (_, sums), gradients = jax.value_and_grad(total_of, has_aux=True)(parameters, part)
+        return jax.tree.map(jnp.add, carry, (sums, gradients)), None
+
+    parts = microbatches_of(batch, settings.microbatches)
+    shapes = jax.eval_shape(lambda: total_of(parameters, jax.tree.map(lambda x: x[0], parts))[1])
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes, parameters))
+    (sums, gradients), _ = jax.lax.scan(add, zeros, parts)
+    weight = jnp.where(sums.steps.weight > 0, sums.steps.weight, 1)
+    return *sums.means(beta), jax.tree.map(lambda leaf: leaf / weight, gradients)
 
 
 def initial_state(parameters: Any, optimizer: optax.GradientTransformation, settings: config_lib.RewardModel) -> State:
@@ -111,15 +242,17 @@ def initial_state(parameters: Any, optimizer: optax.GradientTransformation, sett
 
 
 def make_train_step(
-    graph: nnx.GraphDef, optimizer: optax.GradientTransformation, settings: config_lib.RewardModel
-) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
-    """(state, batch) -> (state, metrics): the metrics are of the parameters before the update."""
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    settings: config_lib.RewardModel,
+    compute: Compute = PLAIN,
+) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
+    """(state, batch, frozen) -> (state, metrics): the metrics are of the parameters before the update."""
 
-    def train_step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-        def loss_of(parameters):
-            return reward_loss(graph, parameters, state.get("target"), batch, settings)
-
-        (loss, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(state["parameters"])
+    def train_step(state: State, batch: Batch, frozen: Any = NOTHING) -> tuple[State, dict[str, jax.Array]]:
+        loss, metrics, gradients = loss_and_gradients(
+            graph, state["parameters"], state.get("target"), batch, settings, compute, frozen
+        )
         updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["parameters"])
         new = {
             "step": state["step"] + 1,
@@ -135,13 +268,14 @@ def make_train_step(
 
 
 def make_evaluation_step(
-    graph: nnx.GraphDef, discount: float
-) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
-    """(parameters, batch) -> (promises, returns-to-go), both [B, S]."""
+    graph: nnx.GraphDef, settings: config_lib.RewardModel, compute: Compute = PLAIN
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """(parameters, batch, frozen) -> (promises, returns-to-go), both [B, S]."""
 
-    def evaluation_step(parameters: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        values, _ = readouts(nnx.merge(graph, parameters), batch, states=False)
-        return values, returns_to_go(batch["rewards"], batch["is_last"], batch["valid"], discount=discount)
+    def evaluation_step(parameters: Any, batch: Batch, frozen: Any = NOTHING) -> tuple[jax.Array, jax.Array]:
+        values, _ = trained_readouts(graph, parameters, frozen, batch, settings, compute, states=False)
+        returns = returns_to_go(batch["rewards"], batch["is_last"], batch["valid"], discount=settings.discount)
+        return values, returns
 
     return evaluation_step
 

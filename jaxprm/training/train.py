@@ -2,30 +2,47 @@
 
 from __future__ import annotations
 
-import math
+import time
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import msgspec
 import numpy as np
+from flax import nnx
 
-from data_pipeline.batches import evaluation_batches, training_batches
+from data_pipeline.batches import EvaluationBatches, TrainingBatches, evaluation_batches, training_batches
 from data_pipeline.encode import Encoder
 from data_pipeline.shards import Split, open_dataset
 from jaxprm import config as config_lib
-from jaxprm import files
-from jaxprm.errors import UserError
+from jaxprm.errors import Interrupted, UserError
+from jaxprm.evaluation.value_metrics import StepRecords
 from jaxprm.losses import check_objective
 from jaxprm.model import huggingface
 from jaxprm.model.orbax_reader import DESCRIPTION
+from jaxprm.model.transformer import Compute
 from jaxprm.progress import bar
-from jaxprm.training import reward_model, sharding
+from jaxprm.training import distributed, reward_model, sharding, trainable
 from jaxprm.training.checkpoint import Checkpoints
+from jaxprm.training.computing import make_compute
 from jaxprm.training.evaluate import step_values, summary
-from jaxprm.training.optimizer import adamw
-from jaxprm.training.step import initial_state, make_evaluation_step, make_train_step, progress_beta
+from jaxprm.training.features import Features, features_of_split
+from jaxprm.training.metrics import Metrics, Profile, not_finite, numbers
+from jaxprm.training.optimizer import make_optimizer
+from jaxprm.training.preemption import Preemption, Timer
+from jaxprm.training.step import (
+    FIELDS,
+    hidden_states,
+    initial_state,
+    make_evaluation_step,
+    make_train_step,
+    progress_beta,
+    reads_states,
+)
 
 LOGGED = {"loss": "validation_loss"}  # in metrics.jsonl, beside the training's own loss
+SHOWN_TRAJECTORIES = 8
 
 
 def train_reward_model(
@@ -36,21 +53,25 @@ def train_reward_model(
     shards: Path,
     base: Path,
     output: Path,
+    profile: tuple[int, int] | None = None,
 ) -> Path:
     """Trains one reward model and returns its directory, OUTPUT/model; returns at once when it is there.
 
     Killed and called again it goes on from the last checkpoint and ends with the same bits. Leaves OUTPUT/checkpoints,
-    OUTPUT/metrics.jsonl (one line a step, one a validation) and OUTPUT/model (Hugging Face format, reward_model.json).
+    OUTPUT/metrics.jsonl (one line a step, one a validation), timing.jsonl, tensorboard, and OUTPUT/model (Hugging Face
+    format, reward_model.json). Several processes call it alike; process 0 writes.
 
     Args:
         settings: the objective and its optimizer; experiment: the batch shape and the mesh.
-        seed: of the head and of the order of the data.
+        seed: of the head, of adapters, and of the order of the data.
         shards: a dataset with the splits train and validation; base: a policy in Hugging Face format.
+        profile: the first and the last step of a trace that is written to OUTPUT/profile.
 
     Raises:
         UserError: settings that cannot be trained, a mesh or a batch that does not divide, a checkpoint or a model of
             another identity, or a loss that is not finite.
         DataError: shards of another tokenizer, broken, or with a trajectory that does not fit.
+        Interrupted: the machine is taken away; the same call goes on.
     """
     name, data = f"{settings.label}, seed {seed}", experiment.data
     check_objective(
@@ -68,12 +89,12 @@ def train_reward_model(
     identity = reward_model.identity(
         settings, data, seed, base=base, dataset=dataset.metadata.fingerprint, tokenizer=encoder.fingerprint
     )
-    if reward_model.is_written(output / "model", identity):
+    if distributed.agreed(reward_model.is_written(output / "model", identity)):
         return output / "model"
 
     # Mesh
     mesh = sharding.make_mesh(experiment.mesh)
-    sharding.check_rows(mesh, data.rows)
+    sharding.check_rows(mesh, data.rows, data.length, settings.microbatches)
     rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 
     # Data: the batches of all epochs in an order that the seed decides, and validation once through
@@ -83,47 +104,84 @@ def train_reward_model(
     _check_rewards(batches.split, settings)
     steps = len(batches)
 
-    # Model, optimizer, and where their state lies
-    config, parameters = reward_model.from_policy(base, seed)
+    # Model: read and drawn where it will lie, then taken apart into what is trained and what is not
+    config, parameters = reward_model.from_policy(base, seed, mesh)
     huggingface.check_vocabulary(base, config, encoder.vocabulary_size)
+    trainable.check_trainable(settings, config)
     graph = huggingface.reward_model_graph(config)
-    optimizer = adamw(
+    compute = make_compute(settings, config, mesh, data.length)
+
+    def split(parameters: Any) -> tuple[Any, Any]:
+        return trainable.split(settings, parameters, jax.random.key(seed))
+
+    if settings.trainable == "full":
+        frozen, frozen_at = nnx.State({}), nnx.State({})
+    else:
+        parts = sharding.shardings(sharding.place(mesh, jax.eval_shape(split, parameters)))
+        # Layers that are cut in two fit into no buffer of the whole.
+        donated = () if settings.trainable == "last_k" else 0
+        parameters, frozen = jax.jit(split, donate_argnums=donated, out_shardings=parts)(parameters)
+        frozen_at = parts[1]
+
+    # A frozen transformer runs once over the data; from there on batches bring what it said
+    fields, features = FIELDS, None
+    if settings.trainable == "head":
+        features = _features(
+            graph, nnx.State(dict(parameters.items()) | dict(frozen.items())), compute, settings, mesh,
+            {"train": evaluation_batches(dataset, "train", **shape), "validation": validation_batches},
+            shards.with_name("features") / reward_model.features_identity(settings, identity),
+        )  # fmt: skip
+        fields = (*(field for field in FIELDS if field not in features["train"].replaces), *features["train"].names)
+        frozen, frozen_at = nnx.State({}), nnx.State({})
+
+    # Optimizer, and where its state lies
+    optimizer = make_optimizer(
         learning_rate=settings.learning_rate,
         steps=steps,
         warmup_steps=round(settings.warmup_fraction * steps),
         weight_decay=settings.weight_decay,
         clip=settings.gradient_clip,
         head_multiplier=settings.head_multiplier,
+        optimizer=settings.optimizer,
+        schedule=settings.schedule,
     )
 
     def init(parameters):
         return initial_state(parameters, optimizer, settings)
 
     abstract = sharding.place(mesh, jax.eval_shape(init, parameters))
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    shardings = sharding.shardings(abstract)
     # Pinned on both sides: left to the compiler, a parameter's sharding can drift, and the step compiles again.
     train_step = jax.jit(
-        make_train_step(graph, optimizer, settings),
+        make_train_step(graph, optimizer, settings, compute),
         donate_argnums=0,
-        in_shardings=(shardings, rows),
+        in_shardings=(shardings, rows, frozen_at),
         out_shardings=(shardings, whole),
     )
     evaluation_step = jax.jit(
-        make_evaluation_step(graph, settings.discount),
-        in_shardings=(shardings["parameters"], rows),
+        make_evaluation_step(graph, settings, compute),
+        in_shardings=(shardings["parameters"], rows, frozen_at),
         out_shardings=whole,
     )
 
     # Restore: state and data position together
-    checkpoints = Checkpoints(output / "checkpoints", identity)
-    if (restored := checkpoints.restore(abstract)) is not None:
-        start, state, position = restored
-        batches.restore_state(position)
+    checkpoints = Checkpoints(
+        output / "checkpoints",
+        identity,
+        keep_latest=settings.keep_latest,
+        keep_best=settings.keep_best,
+        config=msgspec.to_builtins(settings, str_keys=True) | {"mesh": dict(mesh.shape)},
+    )
+    if checkpoints.latest_step() is None:
+        start, state = 0, jax.jit(init, donate_argnums=0, out_shardings=shardings)(parameters)
     else:
-        start, state = 0, jax.jit(init, out_shardings=shardings)(jax.device_put(parameters, shardings["parameters"]))
-    _cut_metrics(output / "metrics.jsonl", start)
+        del parameters  # there is no room for both
+        start, state, position = checkpoints.restore(abstract)
+        batches.restore_state(position)
+    held = sharding.held_rows(mesh, data.rows)
+    batches.hold(held)
 
-    # Description: with it, a checkpoint can be scored and exported before the training ends
+    # Description: with it, a checkpoint of the whole model can be scored and exported before the training ends
     counts = dataset.metadata.splits["train"]
     about = reward_model.recipe(
         settings,
@@ -134,58 +192,115 @@ def train_reward_model(
         trained_on={"trajectories": counts.trajectories, "tokens": counts.tokens * settings.epochs},
         fingerprints=identity,
     )
-    reward_model.describe(output / DESCRIPTION, config, base=base, encoder=encoder, recipe=about)
+    if settings.trainable == "full" and distributed.is_primary():
+        reward_model.describe(output / DESCRIPTION, config, base=base, encoder=encoder, recipe=about)
 
     # Loop: step t is under way before the metrics of step t - 1 are fetched
-    validation = None
+    validation, pending = None, None
     try:
         with (
-            files.appending(output / "metrics.jsonl") as append,
+            Metrics(output, start, writes=distributed.is_primary()) as metrics,
+            Preemption() as preemption,
+            Profile(profile, output / "profile") as profiler,
             bar(f"train {name}", steps, initial=start, unit="step") as progress,
         ):
 
-            def settle(pending: tuple[int, dict[str, jax.Array]] | None) -> None:
-                if pending is None:
-                    return
-                line = {"step": pending[0]} | _numbers(jax.device_get(pending[1]))
-                _check_finite(line, name, checkpoints, output)
-                append([line])
-                progress.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
+            def put(batch: dict, split: str, **parts: Any) -> dict[str, jax.Array]:
+                batch = batch if features is None else features[split].attach(batch)
+                return sharding.put_batch(batch, mesh, fields, **parts)
 
-            def validate() -> dict[str, float | None]:
-                parameters = state["parameters"]
-                records = step_values(
-                    lambda batch: evaluation_step(parameters, sharding.put_batch(batch, mesh)), validation_batches
+            def settle() -> None:
+                nonlocal pending
+                if pending is not None:
+                    line = {"step": pending[0]} | numbers(jax.device_get(pending[1]))
+                    _check_finite(line, name, checkpoints, output, batches)
+                    metrics.step(line)
+                    progress.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
+                pending = None
+
+            def validate() -> StepRecords:
+                trained = state["parameters"]
+                return step_values(
+                    lambda batch: evaluation_step(trained, put(batch, "validation"), frozen), validation_batches
                 )
-                return summary(records)
 
-            pending = None
+            timer = Timer(settings.checkpoint_minutes)
             for step in range(start + 1, steps + 1):
-                state, metrics = train_step(state, sharding.put_batch(next(batches), mesh))
-                settle(pending)
-                pending = (step, metrics)
+                profiler.before(step)
+                began = time.monotonic()
+                batch = put(next(batches), "train", held=held, rows=data.rows)
+                metrics.waited(time.monotonic() - began)
+                with jax.transfer_guard("disallow"):  # nothing but the batch goes to the devices
+                    state, found = train_step(state, batch, frozen)
+                settle()
+                pending = (step, found)
+                stops = preemption.noticed(step)
                 evaluates, saves = (
                     step == steps or step % every == 0
                     for every in (settings.evaluate_every, settings.checkpoint_every)
                 )
+                saves |= stops or timer.due(step)
                 if evaluates or saves:
-                    settle(pending)  # nothing is saved that was not seen to be finite
-                    pending = None
-                if evaluates:
-                    validation = validate()
-                    append([{"step": step} | {LOGGED.get(key, key): value for key, value in validation.items()}])
+                    settle()  # nothing is saved that was not seen to be finite
+                loss = None
+                if evaluates and not stops:
+                    validation = summary(records := validate())
+                    loss = validation["loss"]
+                    metrics.validation(step, {LOGGED.get(key, key): v for key, v in validation.items()}, records)
                 if saves:
-                    checkpoints.save(step, state, batches.save_state())
+                    checkpoints.save(step, state, batches.save_state(), validation_loss=loss)
+                    timer.restart()
+                    metrics.pause()
                 progress.update()
+                if stops:
+                    raise Interrupted(
+                        f"training {name}: told to stop at step {step} of {steps}; saved in "
+                        f"{output}/checkpoints/{step}, the same command goes on from there"
+                    )
             if validation is None:  # killed between the last checkpoint and the model
-                validation = validate()
+                validation = summary(validate())
     finally:
         checkpoints.close()
 
     # Output
-    final = about | {"steps": steps, "validation": validation}
-    reward_model.write(output / "model", config, state["parameters"], base=base, encoder=encoder, recipe=final)
+    final = about | {"steps": steps, "fill": round(batches.fill, 4), "validation": validation}
+    if settings.trainable == "head":  # it was let go of when the features were there
+        frozen = nnx.State({"transformer": reward_model.from_policy(base, seed, mesh)[1]["transformer"]})
+    merged = distributed.fetch(trainable.merged(settings, state["parameters"], frozen))
+    if distributed.is_primary():
+        reward_model.write(output / "model", config, merged, base=base, encoder=encoder, recipe=final)
+    distributed.agreed(True)  # the others return when it is there
     return output / "model"
+
+
+def _features(
+    graph: nnx.GraphDef,
+    parameters: nnx.State,
+    compute: Compute,
+    settings: config_lib.RewardModel,
+    mesh: jax.sharding.Mesh,
+    batches: dict[str, EvaluationBatches],
+    folder: Path,
+) -> dict[str, Features]:
+    """Hidden states of every split, from the folder's files or from one pass."""
+
+    @jax.jit(out_shardings=sharding.replicated(mesh))
+    def features_step(parameters: nnx.State, batch: dict[str, jax.Array]) -> Any:
+        model = nnx.merge(graph, parameters)
+        found = hidden_states(model, batch, states=reads_states(settings), compute=compute)
+        return jax.tree.map(lambda x: x.astype(jnp.float32), found)
+
+    return {
+        split: features_of_split(
+            lambda batch: features_step(parameters, sharding.put_batch(batch, mesh)),
+            one,
+            one.split.step_starts,
+            folder / split,
+            width=parameters["head"][...].shape[0],
+            writes=distributed.is_primary(),
+        )
+        for split, one in batches.items()
+    }
 
 
 def _check_rewards(split: Split, settings: config_lib.RewardModel) -> None:
@@ -207,24 +322,17 @@ def _value_range(split: Split) -> tuple[float, float]:
     return min(0.0, float(returns.min())), max(1.0, float(returns.max()))
 
 
-def _cut_metrics(path: Path, start: int) -> None:
-    """Forgets what an earlier process logged past the checkpoint that this one goes on from."""
-    lines = [line for line in files.whole_lines(path) if line["step"] <= start]
-    files.write_atomic(path, "".join(map(files.line, lines)))
-
-
-def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    """Scalars to the seven digits that float32 has; its NaN and infinity stay what they are."""
-    return {name: float(f"{float(value):.7g}") for name, value in metrics.items()}
-
-
-def _check_finite(line: dict[str, float], name: str, checkpoints: Checkpoints, output: Path) -> None:
-    for metric, value in line.items():
-        if not math.isfinite(value):
-            saved = checkpoints.latest_step()
-            kept = "none was written" if saved is None else f"{output}/checkpoints/{saved}"
-            raise UserError(
-                f"training {name}: {metric} is {value} at step {line['step']}; last good checkpoint: {kept}; "
-                "lower learning_rate or head_multiplier, or look at the rewards of the data"
-            )
-
+def _check_finite(
+    line: dict[str, float], name: str, checkpoints: Checkpoints, output: Path, batches: TrainingBatches
+) -> None:
+    """Raises UserError naming the metric, the step, the trajectories of its batch and the last good checkpoint."""
+    if (metric := not_finite(line)) is None:
+        return
+    saved = checkpoints.latest_step()
+    kept = "none was written" if saved is None else f"{output}/checkpoints/{saved}"
+    found = batches.trajectories(int(line["step"]) - 1)
+    named = ", ".join(found[:SHOWN_TRAJECTORIES]) + (", ..." if len(found) > SHOWN_TRAJECTORIES else "")
+    raise UserError(
+        f"training {name}: {metric} is {line[metric]} at step {line['step']}; last good checkpoint: {kept}; "
+        f"lower learning_rate or head_multiplier, or look at the rewards of its {len(found)} trajectories: {named}"
+    )

@@ -218,3 +218,32 @@ def test_a_directory_may_be_given_and_an_unknown_split_is_an_error(dataset_direc
     assert len(evaluation_batches(dataset_directory, "validation", rows=2, length=512, steps_per_row=32)) == 1
     with pytest.raises(DataError, match="no split 'test', only train, validation"):
         evaluation_batches(dataset_directory, "test", **SHAPE)
+
+
+def test_hosts_that_hold_rows_make_up_the_whole_batch():
+    """Each gets its rows of every batch, the padding of the last one included, and goes on where it is told to."""
+    random = np.random.default_rng(1)
+    dataset = make_dataset([random.integers(3, 30, random.integers(1, 5)).tolist() for _ in range(23)])
+    options = dict(SHAPE, epochs=2, seed=4)
+    whole = list(training_batches(dataset, **options))
+    assert len(whole) > 3 and not whole[-1]["valid"][-1].any()
+    for rows in ([0, 2], [1], [0, 1, 2]):
+        stream = training_batches(dataset, **options)
+        stream.hold(np.array(rows))
+        held = list(islice(stream, 2))
+        resumed = training_batches(dataset, **options)
+        resumed.restore_state(stream.save_state())
+        resumed.hold(np.array(rows))
+        held += list(resumed)
+        assert len(held) == len(whole)
+        for part, batch in zip(held, whole, strict=True):
+            for name in batch:
+                np.testing.assert_array_equal(part[name], batch[name][rows], err_msg=name)
+
+
+def test_the_trajectories_of_a_batch_are_named():
+    dataset = make_dataset([[5, 5], [40], [60], [3, 3, 3], [90]])
+    stream = training_batches(dataset, **SHAPE, epochs=2, seed=0)
+    for number, batch in enumerate(stream):
+        examples = np.unique(batch["example"][batch["valid"]])
+        assert set(stream.trajectories(number)) == {f"row-{example}" for example in examples}

@@ -10,24 +10,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import pytest
-from flax import nnx
 
 from data_pipeline import build
 from data_pipeline.encode import Encoder
 from data_pipeline.metadata import Metadata
 from data_pipeline.trajectory import read
 from jaxprm import cli
-from jaxprm.model import huggingface
-from jaxprm.model.transformer import Transformer, TransformerConfig
-from tests.data_pipeline.conftest import CHATML, make_tokenizer
-from tests.docs import pages
+from tests.docs import base_model, pages
 
 PAGE = "your-trajectories.md"
-SIZES = TransformerConfig(
-    vocab_size=512, hidden_size=32, layers=2, heads=2, kv_heads=1, head_dim=16, intermediate_size=48, rope_theta=500.0
-)
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trajectories")
     for name, text in pages.files(PAGE).items():
         (folder / name).write_text(text, encoding="utf-8")
-    base = folder / "models/base"
-    make_tokenizer(CHATML, ("<|im_start|>", "<|im_end|>"), "<|im_end|>").save_pretrained(base)
-    encoder = Encoder.load(base)
-    parameters = jax.jit(lambda: nnx.state(Transformer(SIZES, rngs=nnx.Rngs(0))))()
-    huggingface.write_model(base, SIZES, parameters, pad_id=encoder.pad_id, end_id=encoder.end_id, max_length=1024)
+    base_model.write(folder / "models/base")
     return folder
 
 

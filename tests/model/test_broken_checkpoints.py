@@ -101,7 +101,7 @@ def broken_configs(whole: dict) -> Iterator[dict]:
         yield whole | {name: None}
         yield {key: value for key, value in whole.items() if key != name}
     for name in ("rms_norm_eps", "rope_theta"):
-        for value in (0, -1.0, "1", True, [], math.nan, math.inf):
+        for value in (0, -1.0, "1", True, [], math.nan, math.inf, 10**400):
             yield whole | {name: value}
     for value in ("yes", 1, 0, [], {}):
         yield whole | {"tie_word_embeddings": value}

@@ -52,3 +52,5 @@ def test_the_host_holds_no_copy_of_the_model(devices):
     assert "kept" in said
     assert 0.2 < size < 0.26
     assert peak < size + 0.13
+    written, peak = (float(number) for number in re.search(r"export: ([\d.]+) GB .* memory ([\d.]+) GB", said).groups())
+    assert written == size and peak < 0.13 and "WRONG" not in said

@@ -66,6 +66,13 @@ def test_the_newest_checkpoint_stands_for_a_model_that_is_not_there_yet(output):
     tiny.assert_close(promises(output / "checkpoints" / "20"), expected(20))
 
 
+def test_a_checkpoint_may_be_named_from_where_it_lies(output, monkeypatch):
+    monkeypatch.chdir(output / "checkpoints" / "20")
+    assert loading.read_recipe(loading.find_model("."))["steps"] == 20
+    monkeypatch.chdir(output / "checkpoints")
+    assert loading.files_of(loading.find_model(".")) == output / DESCRIPTION
+
+
 def test_a_finished_model_comes_first_and_checkpoints_by_name(output):
     tiny.write_reward_model(output / "model", STATES[20])
     assert loading.find_model(output.parent) == output / "model"

@@ -26,7 +26,7 @@ def model(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def one_scorer(monkeypatch, model):
     """Loading is tested below; sharing what was compiled keeps these tests fast."""
-    monkeypatch.setattr(score_files.loading, "load_scorer", lambda directory, dtype: shared_scorer())
+    monkeypatch.setattr(score_files.loading, "load_scorer", lambda directory, **_: shared_scorer())
 
 
 _SCORERS: list[Scorer] = []
@@ -174,7 +174,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(model, paths, m
     assert leftovers(output) == []
 
 
-@pytest.mark.parametrize("change", ["input", "model", "chunk", "dtype"])
+@pytest.mark.parametrize("change", ["input", "model", "chunk", "dtype", "chat_template"])
 def test_half_of_a_run_of_another_input_or_model_is_refused_and_kept(model, paths, monkeypatch, tmp_path, change):
     input, output = paths
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -186,6 +186,10 @@ def test_half_of_a_run_of_another_input_or_model_is_refused_and_kept(model, path
         write_lines(input, [line(number) for number in range(9)])
     elif change == "model":
         model = tiny.write_reward_model(tmp_path / "other", tiny.reward_model(seed=1))
+    elif change == "chat_template":
+        template = tmp_path / "mine.jinja"
+        template.write_text((model / "chat_template.jinja").read_text() + "{# another #}")
+        options["template"] = str(template)
     else:
         options |= {"chunk": {"chunk": 5}, "dtype": {"dtype": "bfloat16"}}[change]
     with pytest.raises(UserError, match=rf"out\.jsonl\.partial: half of a run with another {change};"):
@@ -195,7 +199,7 @@ def test_half_of_a_run_of_another_input_or_model_is_refused_and_kept(model, path
     everything = Interrupt(monkeypatch, np.inf)
     score_file(model, input, output, **options)
     assert everything.seen == (2 if change == "chunk" else 3)
-    assert leftovers(output) == (["other"] if change == "model" else [])
+    assert leftovers(output) == {"model": ["other"], "chat_template": ["mine.jinja"]}.get(change, [])
 
 
 def test_what_is_no_half_of_a_run_is_not_taken_for_one(model, paths, monkeypatch):
@@ -285,7 +289,7 @@ def test_a_file_of_any_length_costs_the_memory_of_a_chunk(model, tmp_path, monke
         def score_encoded(self, encoded, names):
             return [np.zeros(1, np.float32)] * len(encoded)
 
-    monkeypatch.setattr(score_files.loading, "load_scorer", lambda directory, dtype: Stub())
+    monkeypatch.setattr(score_files.loading, "load_scorer", lambda directory, **_: Stub())
     lines = 100_000
     message = json.dumps([{"role": "user", "content": "go"}, {"role": "assistant", "content": "get 1 stick " * 8}])
     with (tmp_path / "in.jsonl").open("w") as file:

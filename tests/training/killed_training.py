@@ -1,21 +1,67 @@
-"""Trains in a process of its own and, if asked to, kills it with SIGKILL when it wants a given batch.
+"""Trains in a process of its own and, if asked to, kills it with SIGKILL at a named point, or sends it SIGTERM.
 
     python killed_training.py ARGUMENTS.json
 
 Arguments: experiment, shards, base, output; kill_before (a batch, from 0) and wait_for (a checkpoint that must be
-committed before the kill), both may be null. Prints the position in the data at which it began.
+committed before that), signal (its name) and kill_at (a point of POINTS), all of which may be null. Prints the position
+in the data at which it began; exits with 75 where the training says that it was interrupted.
 """
 
 import json
 import os
+import re
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 from data_pipeline import batches
 from jaxprm import config as config_lib
+from jaxprm.errors import RESUMABLE, Interrupted
 from jaxprm.training.train import train_reward_model
+
+# A point is an operation on a file, as Python announces it before it happens: (event, its path below checkpoints/).
+POINTS = {
+    "position": ("open", r"\d+.*tmp.*/meta.*/metadata$"),  # after the state was handed over, before the data position
+    "commit": ("os.rename", r"\d+\.orbax-checkpoint-tmp[^/]*$"),
+    "deletion": ("shutil.rmtree", r"\d+$"),  # of an old checkpoint, when two of its files are gone
+}
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_at(point: str, checkpoints: Path) -> None:
+    """Arms a point of POINTS, or `arrays`: when the first bytes of a state are on the disk of an unfinished write."""
+    if point == "arrays":
+
+        def watch() -> None:
+            while not any(checkpoints.glob("*tmp*/state*/**/d/*")):
+                time.sleep(0.0005)
+            die()
+
+        threading.Thread(target=watch, daemon=True).start()
+        return
+    events, pattern = POINTS[point]
+    removed: list[str] = []
+
+    def hook(event: str, arguments: tuple) -> None:
+        if removed and event == "os.remove":
+            removed.append(str(arguments[0]))
+            if len(removed) > 3:
+                die()
+        if not re.fullmatch(events, event) or not isinstance(arguments[0], (str, os.PathLike)):
+            return
+        path = os.fspath(arguments[0])
+        below = path.startswith(str(checkpoints)) and re.match(pattern, path[len(str(checkpoints)) + 1 :])
+        if below and point == "deletion":
+            removed.append(path)
+        elif below and (point != "position" or "r" not in str(arguments[1])):
+            die()
+
+    sys.addaudithook(hook)
 
 
 def main() -> None:
@@ -28,16 +74,26 @@ def main() -> None:
         if not began:
             began.append(self.position)
             print(json.dumps({"began": self.position}), flush=True)
-        if self.position == arguments["kill_before"]:
-            while arguments["wait_for"] and not (output / "checkpoints" / str(arguments["wait_for"])).is_dir():
+            if arguments.get("kill_at") == "restored" and self.position:
+                take(self)
+                die()
+        if self.position == arguments.get("kill_before"):
+            wait_for = arguments.get("wait_for")
+            while wait_for and not (output / "checkpoints" / str(wait_for)).is_dir():
                 time.sleep(0.01)
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.Signals[arguments.get("signal") or "SIGKILL"])
         return take(self)
 
     batches.TrainingBatches.__next__ = take_or_die
+    if arguments.get("kill_at") not in (None, "restored"):
+        die_at(arguments["kill_at"], (output / "checkpoints").absolute())
     experiment = config_lib.from_dict(arguments["experiment"], where="test")
     paths = {name: Path(arguments[name]) for name in ("shards", "base")}
-    train_reward_model(experiment, experiment.reward_models[0], 0, **paths, output=output)
+    try:
+        train_reward_model(experiment, experiment.reward_models[0], 0, **paths, output=output)
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(RESUMABLE)
 
 
 if __name__ == "__main__":

@@ -1,79 +1,143 @@
 """Gradients and updates on meshes of eight virtual devices, compared with one device.
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=8 python mesh_gradients.py SHARDS BASE
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 python mesh_gradients.py SHARDS
 
-Prints {"DATAxFSDP": {"gradient", "update", "split"}}: differences by norm, relative, and parameters that are split.
+Prints {"DATAxFSDPxTENSORxSEQUENCE": {"gradient", "parameters", "split"}}: differences by norm, relative, and how many
+parameters are split. One mesh computes in microbatches and rematerialises: that changes no gradient either. Then
+{"restored", "fingerprints", "split"} of a checkpoint that another mesh wrote, and {"splash": ...}, the difference of
+the TPU's attention, interpreted on a mesh, from the reference.
 """
 
 import json
+import math
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import msgspec
+import numpy as np
 import optax
 from flax import nnx
 
 from data_pipeline.batches import training_batches
 from jaxprm import config as config_lib
 from jaxprm.model import huggingface
-from jaxprm.training import reward_model, sharding
-from jaxprm.training.optimizer import adamw
-from jaxprm.training.step import initial_state, make_train_step, reward_loss
+from jaxprm.model.splash import splash_attention
+from jaxprm.model.transformer import Compute, RewardModel, TransformerConfig, packed_attention
+from jaxprm.training import sharding
+from jaxprm.training.checkpoint import Checkpoints
+from jaxprm.training.inspection import inspect
+from jaxprm.training.optimizer import make_optimizer
+from jaxprm.training.step import initial_state, loss_and_gradients, make_train_step
 
-MESHES = ((1, 1), (8, 1), (2, 4), (4, 2))
+SIZES = TransformerConfig(
+    vocab_size=300, hidden_size=32, layers=2, heads=4, kv_heads=2, head_dim=8, intermediate_size=64
+)
+GRAPH = huggingface.reward_model_graph(SIZES)
+MESHES = ((1, 1, 1, 1), (8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2))
+IN_PARTS = (2, 2, 2, 1)
 STEPS = 20
 SETTINGS = config_lib.RewardModel(label="mesh", bootstrap="state", target_update="ema")
-OPTIMIZER = adamw(learning_rate=1e-3, steps=STEPS, warmup_steps=2, weight_decay=0.01, clip=1.0)
+OPTIMIZER = make_optimizer(learning_rate=1e-3, steps=STEPS, warmup_steps=2, weight_decay=0.01, clip=1.0)
 
 
-def run(data: int, fsdp: int, graph, parameters, batches) -> tuple[dict, dict, int]:
+def run(sizes: tuple[int, ...], parameters, batches) -> tuple[dict, dict, int]:
     """(gradients of the first batch, parameters after all batches) on the host, and how many parameters are split."""
-    mesh = sharding.make_mesh(config_lib.Mesh(data=data, fsdp=fsdp), jax.devices()[: data * fsdp])
+    named = dict(zip(sharding.AXES, sizes, strict=True))
+    mesh = sharding.make_mesh(config_lib.Mesh(**named), jax.devices()[: math.prod(sizes)])
+    parts = sizes == IN_PARTS
+    settings = msgspec.structs.replace(SETTINGS, microbatches=2 if parts else 1)
+    sharding.check_rows(mesh, 8, 128, settings.microbatches)
+    sharding.check_model(mesh, SIZES)
+    compute = Compute(remat="full" if parts else "none", constrain=sharding.constraints(mesh))
 
     def init(parameters):
-        return initial_state(parameters, OPTIMIZER, SETTINGS)
+        return initial_state(parameters, OPTIMIZER, settings)
 
     placed = jax.tree.map(lambda leaf: leaf.sharding, sharding.place(mesh, jax.eval_shape(init, parameters)))
     state = jax.jit(init, out_shardings=placed)(jax.device_put(parameters, placed["parameters"]))
 
     def gradients_of(parameters, batch):
-        return jax.grad(lambda p: reward_loss(graph, p, None, batch, SETTINGS)[0])(parameters)
+        return loss_and_gradients(GRAPH, parameters, None, batch, settings, compute)[2]
 
     gradients = jax.jit(gradients_of, out_shardings=placed["parameters"])(
         state["parameters"], sharding.put_batch(batches[0], mesh)
     )
-    step = jax.jit(make_train_step(graph, OPTIMIZER, SETTINGS), donate_argnums=0, out_shardings=(placed, None))
+    step = jax.jit(
+        make_train_step(GRAPH, OPTIMIZER, settings, compute), donate_argnums=0, out_shardings=(placed, None)
+    )
     for batch in batches:
         state, _ = step(state, sharding.put_batch(batch, mesh))
     split = sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state["parameters"]))
     return jax.device_get(gradients), jax.device_get(state["parameters"]), split
 
 
-def difference(found, expected, scale) -> float:
-    return float(optax.tree.norm(jax.tree.map(lambda a, b: a - b, found, expected)) / optax.tree.norm(scale))
+def restored(parameters) -> dict:
+    """A state saved by one mesh and restored onto another, and what is said of both when the other saves it again."""
+    folder = Path(tempfile.mkdtemp())
+    found = []
+    for sizes in ((2, 2, 2, 1), (1, 8, 1, 1)):
+        mesh = sharding.make_mesh(config_lib.Mesh(**dict(zip(sharding.AXES, sizes, strict=True))))
+        shapes = sharding.place(mesh, jax.eval_shape(lambda p: initial_state(p, OPTIMIZER, SETTINGS), parameters))
+        if not found:
+            init = jax.jit(lambda p: initial_state(p, OPTIMIZER, SETTINGS), out_shardings=sharding.shardings(shapes))
+            state = init(parameters)
+        else:
+            checkpoints = Checkpoints(folder / "0", {})
+            step, state, position = checkpoints.restore(shapes)
+            checkpoints.close()
+            assert (step, position) == (5, {"batches": 5})
+            assert jax.tree.all(jax.tree.map(lambda leaf, shape: leaf.sharding == shape.sharding, state, shapes))
+        checkpoints = Checkpoints(folder / str(len(found)), {})
+        checkpoints.save(5, state, {"batches": 5})
+        checkpoints.close()
+        found.append((jax.device_get(state), inspect(folder / str(len(found)))))
+    (first, told), (second, told_again) = found
+    same = jax.tree.all(jax.tree.map(lambda a, b: a.tobytes() == b.tobytes(), first, second))
+    placed = [one["shardings"]["parameters/transformer/blocks/query/value"]["split"] for one in (told, told_again)]
+    return {"restored": same, "fingerprints": told["fingerprints"] == told_again["fingerprints"], "split": placed}
+
+
+def splash_difference() -> float:
+    mesh = sharding.make_mesh(config_lib.Mesh(data=1, fsdp=2, tensor=2, sequence=2))
+    rules = {name: getattr(sharding.RULES, name) for name in ("batch", "heads", "kv_heads", "length")}
+    keys = jax.random.split(jax.random.key(0), 3)
+    arrays = [jax.random.normal(key, (2, count, 256, 64)) for key, count in zip(keys, (4, 2, 2), strict=True)]
+    segments = jnp.asarray(np.repeat([[1, 2, 3], [1, 2, 4]], [100, 60, 96], axis=1), jnp.int32)
+    found = jax.jit(splash_attention(mesh, **rules, interpret=True))(*arrays, segments)
+    return float(np.abs(found - jax.jit(packed_attention)(*arrays, segments)).max())
+
+
+def difference(found, expected) -> float:
+    return float(optax.tree.norm(jax.tree.map(lambda a, b: a - b, found, expected)) / optax.tree.norm(expected))
+
+
+def spread_model():
+    """A random model whose values spread: an embedding of unit scale and a head that reads it."""
+    state = jax.jit(lambda: nnx.state(RewardModel(SIZES, rngs=nnx.Rngs(0))))()
+    state["transformer"]["embedding"] = nnx.Param(state["transformer"]["embedding"][...] * 50)
+    state["head"] = nnx.Param(jax.random.normal(jax.random.key(1), (SIZES.hidden_size,)) * SIZES.hidden_size**-0.5)
+    return jax.device_get(jax.tree.map(jnp.asarray, state))
 
 
 def main() -> None:
-    shards, base = map(Path, sys.argv[1:])
-    config, parameters = reward_model.from_policy(base, 0)
-    head = jax.random.normal(jax.random.key(1), (config.hidden_size,)) * config.hidden_size**-0.5
-    parameters = jax.device_get(nnx.State(dict(parameters.items()) | {"head": nnx.Param(head)}))
-    graph = huggingface.reward_model_graph(config)
-    stream = training_batches(shards, rows=8, length=128, steps_per_row=32, epochs=2, seed=0)
+    stream = training_batches(Path(sys.argv[1]), rows=8, length=128, steps_per_row=32, epochs=2, seed=0)
     batches = [next(stream) for _ in range(STEPS)]
-    results = {mesh: run(*mesh, graph, parameters, batches) for mesh in MESHES}
-    gradients, final, _ = results[1, 1]
-    moved = jax.tree.map(lambda a, b: a - b, final, parameters)
+    results = {mesh: run(mesh, spread_model(), batches) for mesh in MESHES}
+    gradients, final, _ = results[MESHES[0]]
     report = {
-        f"{data}x{fsdp}": {
-            "gradient": difference(found[0], gradients, gradients),
-            "parameters": difference(found[1], final, final),
-            "update": difference(found[1], final, moved),
+        "x".join(map(str, mesh)): {
+            "gradient": difference(found[0], gradients),
+            "parameters": difference(found[1], final),
             "split": found[2],
         }
-        for (data, fsdp), found in results.items()
+        for mesh, found in results.items()
     }
     print(json.dumps(report))
+    print(json.dumps(restored(spread_model())))
+    print(json.dumps({"splash": splash_difference()}))
 
 
 if __name__ == "__main__":

@@ -20,13 +20,18 @@ def test_gradients_do_not_depend_on_the_mesh(toy):
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
     }
-    command = [sys.executable, str(Path(__file__).with_name("mesh_gradients.py")), str(toy.shards), str(toy.base)]
+    command = [sys.executable, str(Path(__file__).with_name("mesh_gradients.py")), str(toy.shards)]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    report = json.loads(done.stdout.splitlines()[-1])
-    assert set(report) == {"1x1", "8x1", "2x4", "4x2"}
+    report, checkpoint, attention = map(json.loads, done.stdout.splitlines()[-3:])
+    assert set(report) == {"1x1x1x1", "8x1x1x1", "1x8x1x1", "2x2x2x1", "1x2x2x2"}
     for mesh, found in report.items():
         assert found["gradient"] < 1e-5, (mesh, found)
         assert found["parameters"] < 1e-4, (mesh, found)
-        # With fsdp every parameter but the odd ones is split; without it none is.
-        assert (found["split"] > 10) == (mesh in ("2x4", "4x2")), (mesh, found)
+    # Matrices and biases are split over fsdp or tensor, norms and the head are whole; data splits no parameter.
+    split = {mesh: found["split"] for mesh, found in report.items()}
+    assert split == {"1x1x1x1": 0, "8x1x1x1": 0, "1x8x1x1": 8, "2x2x2x1": 11, "1x2x2x2": 11}
+    # A checkpoint goes from one mesh to another: the same values, the same fingerprints, another layout.
+    assert checkpoint["restored"] and checkpoint["fingerprints"]
+    assert checkpoint["split"] == [[{}, {"fsdp": 2}, {"tensor": 2}], [{}, {"fsdp": 8}, {}]]
+    assert attention["splash"] < 1e-5

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprm.training.optimizer import adamw
+from jaxprm.training.optimizer import make_optimizer, make_schedule
 
 SETTINGS = {"learning_rate": 0.1, "steps": 10, "warmup_steps": 0, "weight_decay": 0.5, "clip": 1e9}
 
 
 def first_update(parameters, gradients, **changes):
-    optimizer = adamw(**SETTINGS | changes)
+    optimizer = make_optimizer(**SETTINGS | changes)
     return optimizer.update(gradients, optimizer.init(parameters), parameters)[0]
 
 
@@ -52,7 +53,7 @@ def test_the_head_moves_faster_by_its_multiplier():
 
 def test_the_learning_rate_warms_up_and_decays_to_a_tenth():
     parameters, gradients = {"other": jnp.zeros(1)}, {"other": jnp.ones(1)}
-    optimizer = adamw(**SETTINGS | {"warmup_steps": 4, "steps": 12})
+    optimizer = make_optimizer(**SETTINGS | {"warmup_steps": 4, "steps": 12})
     state, rates = optimizer.init(parameters), []
     for _ in range(13):
         updates, state = optimizer.update(gradients, state, parameters)
@@ -65,3 +66,35 @@ def test_the_learning_rate_warms_up_and_decays_to_a_tenth():
 def test_a_run_of_one_step_has_a_schedule():
     updates = first_update({"other": jnp.zeros(1)}, {"other": jnp.ones(1)}, steps=1, warmup_steps=0)
     assert np.isfinite(updates["other"]).all()
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("constant", [0, 0.05, 0.1, 0.1, 0.1, 0.1]),
+        ("linear", [0, 0.05, 0.1, 0.0775, 0.055, 0.01]),
+        ("cosine", [0, 0.05, 0.1, 0.1 * (0.1 + 0.9 * (1 + 2**-0.5) / 2), 0.055, 0.01]),
+    ],
+)
+def test_schedules_by_name(name, expected):
+    """Two steps of warmup to 0.1, then eight to a tenth: looked at after 0, 1, 2, 4, 6 and 10 steps."""
+    schedule = make_schedule(name, 0.1, steps=10, warmup_steps=2)
+    assert [float(schedule(step)) for step in (0, 1, 2, 4, 6, 10)] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
+def test_without_warmup_the_first_step_has_the_whole_rate(name):
+    assert float(make_schedule(name, 0.1, steps=10, warmup_steps=0)(0)) == pytest.approx(0.1)
+
+
+def test_adafactor_keeps_rows_and_columns_and_its_rate_is_absolute():
+    parameters = {"matrix": jnp.full((128, 256), 5.0), "head": jnp.zeros(2)}
+    optimizer = make_optimizer(**SETTINGS | {"optimizer": "adafactor", "weight_decay": 0.0, "head_multiplier": 7.0})
+    state = optimizer.init(parameters)
+    sizes = [leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim]
+    assert sum(sizes) < 128 + 256 + 16
+    gradients = {"matrix": jnp.ones((128, 256)), "head": jnp.array([1.0, -2.0])}
+    updates, _ = optimizer.update(gradients, state, parameters)
+    # A gradient over the root of its own mean square is one; times the rate, whatever the parameter's size.
+    np.testing.assert_allclose(updates["matrix"], -0.1, rtol=1e-4)
+    np.testing.assert_allclose(updates["head"], [-0.7, 0.7], rtol=1e-4)

@@ -16,15 +16,17 @@ import orbax.checkpoint as ocp
 import pytest
 
 from jaxprm import config as config_lib
+from jaxprm.errors import RESUMABLE
+from jaxprm.training.inspection import inspect
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
-CHANGES = {"epochs": 2, "checkpoint_every": 10, "evaluate_every": 15, "target_update": "ema", "bootstrap": "state"}
+CHANGES = {"epochs": 2, "checkpoint_every": 6, "evaluate_every": 15, "target_update": "ema", "bootstrap": "state"}
 
 
 @pytest.fixture(scope="module")
 def start(toy, tmp_path_factory):
-    """start(output, kill_before, wait_for): trains in a new process; returns (exit status, first batch it took)."""
+    """start(output, **how): trains in a new process; returns (output, exit status, first batch, what it said)."""
     folder = tmp_path_factory.mktemp("runs")
     experiment = msgspec.structs.replace(toy.experiment, reward_models=(toy.settings(**CHANGES),))
     # Compiled programs are shared between the processes: it is the resumption that is looked at.
@@ -34,18 +36,26 @@ def start(toy, tmp_path_factory):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
-    def run(output: str, kill_before: int | None = None, wait_for: int | None = None) -> tuple[Path, int, int]:
+    def run(output: str, **how) -> tuple[Path, int, int, str]:
         arguments = {
             "experiment": config_lib.to_dict(experiment), "shards": str(toy.shards), "base": str(toy.base),
-            "output": str(folder / output), "kill_before": kill_before, "wait_for": wait_for,
+            "output": str(folder / output), **how,
         }  # fmt: skip
         (folder / "arguments.json").write_text(json.dumps(arguments))
         command = [sys.executable, str(Path(__file__).with_name("killed_training.py")), str(folder / "arguments.json")]
         done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode in (0, -signal.SIGKILL), done.stderr[-3000:]
-        return folder / output, done.returncode, json.loads(done.stdout.splitlines()[0])["began"]
+        assert done.returncode in (0, RESUMABLE, -signal.SIGKILL), done.stderr[-3000:]
+        began = json.loads(done.stdout.splitlines()[0])["began"]
+        return folder / output, done.returncode, began, done.stderr
 
     return run
+
+
+@pytest.fixture(scope="module")
+def whole(start) -> Path:
+    output, status, *_ = start("whole")
+    assert status == 0
+    return output
 
 
 def final_checkpoint(output: Path) -> tuple[int, dict, dict]:
@@ -64,26 +74,54 @@ def flatten(tree, prefix: str = "") -> dict[str, np.ndarray]:
     return {} if tree is None else {prefix: np.asarray(tree)}
 
 
-def test_killed_twice_and_resumed_a_run_ends_with_the_same_bits(start):
-    whole, status, _ = start("whole")
-    assert status == 0
-    # First right after a checkpoint was begun, which may or may not be committed; then well past a committed one.
-    killed, status, _ = start("killed", kill_before=11)
-    assert status == -signal.SIGKILL
-    _, status, began = start("killed", kill_before=28, wait_for=20)
-    assert status == -signal.SIGKILL and began in (0, 10)
-    assert len((killed / "metrics.jsonl").read_text().splitlines()) > 20
-    _, status, began = start("killed")
-    assert status == 0 and began == 20
-
-    digests = [hashlib.sha256((run / "model/model.safetensors").read_bytes()).hexdigest() for run in (whole, killed)]
+def assert_same_bits(found: Path, whole: Path) -> None:
+    """Model, every array of the last checkpoint, data position, identity, and what was logged."""
+    digests = [hashlib.sha256((run / "model/model.safetensors").read_bytes()).hexdigest() for run in (whole, found)]
     assert digests[0] == digests[1]
     step, arrays, meta = final_checkpoint(whole)
-    found_step, found, found_meta = final_checkpoint(killed)
+    found_step, found_arrays, found_meta = final_checkpoint(found)
     assert step == found_step > 28 and meta == found_meta and meta["position"]["batches"] == step
     assert {name.split("/")[1] for name in arrays} == {"parameters", "optimizer", "target", "step"}
-    assert arrays.keys() == found.keys() and len(arrays) > 40
+    assert arrays.keys() == found_arrays.keys() and len(arrays) > 40
     for name, array in arrays.items():
-        assert array.tobytes() == found[name].tobytes(), name
+        assert array.tobytes() == found_arrays[name].tobytes(), name
     for name in ("metrics.jsonl", "model/reward_model.json"):
-        assert (whole / name).read_bytes() == (killed / name).read_bytes(), name
+        assert (whole / name).read_bytes() == (found / name).read_bytes(), name
+    expected, same = inspect(whole), inspect(found)
+    assert same["fingerprints"] == expected["fingerprints"] and same["step"] == expected["step"] == step
+
+
+def test_killed_twice_and_resumed_a_run_ends_with_the_same_bits(start, whole):
+    # First right after a checkpoint was begun, which may or may not be committed; then well past a committed one.
+    killed, status, *_ = start("killed", kill_before=7)
+    assert status == -signal.SIGKILL
+    _, status, began, _ = start("killed", kill_before=28, wait_for=24)
+    assert status == -signal.SIGKILL and began in (0, 6)
+    assert len((killed / "metrics.jsonl").read_text().splitlines()) > 24
+    _, status, began, _ = start("killed")
+    assert status == 0 and began == 24
+    assert_same_bits(killed, whole)
+
+
+def test_told_to_stop_it_saves_at_once_and_says_how_to_go_on(start, whole):
+    stopped, status, began, said = start("stopped", kill_before=9, signal="SIGTERM")
+    assert (status, began) == (RESUMABLE, 0)
+    last = said.strip().splitlines()[-1]
+    assert "told to stop at step 10 of 32; saved in" in last and "checkpoints/10" in last
+    assert final_checkpoint(stopped)[2]["position"]["batches"] == 10 and not (stopped / "model").exists()
+    _, status, began, _ = start("stopped")
+    assert (status, began) == (0, 10)
+    assert_same_bits(stopped, whole)
+
+
+def test_killed_at_every_point_of_a_checkpoint_it_ends_with_the_same_bits(start, whole):
+    """One run, killed at one point after the other; whatever is left behind, the next process goes on from it."""
+    begins = []
+    for point in ("arrays", "position", "deletion", "restored", "commit"):
+        killed, status, began, _ = start("points", kill_at=point)
+        assert status == -signal.SIGKILL, point
+        begins.append(began)
+    assert begins[0] == 0 and begins[3] >= 12 and begins == sorted(begins)
+    _, status, *_ = start("points")
+    assert status == 0
+    assert_same_bits(killed, whole)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -10,8 +13,8 @@ from flax import nnx
 
 from jaxprm import config as config_lib
 from jaxprm.model import huggingface
-from jaxprm.model.transformer import RewardModel, TransformerConfig
-from jaxprm.training.step import initial_state, make_train_step, readouts, reward_loss
+from jaxprm.model.transformer import Compute, RewardModel, TransformerConfig
+from jaxprm.training.step import initial_state, loss_and_gradients, make_train_step, readouts, reward_loss
 
 CONFIG = TransformerConfig(
     vocab_size=20, hidden_size=16, layers=1, heads=2, kv_heads=1, head_dim=8, intermediate_size=24
@@ -170,5 +173,95 @@ def test_every_objective_is_its_naive_loss(objective):
     assert float(metrics["value_loss"]) == pytest.approx(expected["value_loss"], rel=1e-5)
     if objective == "agentprm":
         assert float(metrics["progress_loss"]) == pytest.approx(expected["progress_loss"], rel=1e-5)
+    trained = batch["valid"] & (batch["is_last"] | (objective != "orm"))
+    mean = np.average(np.asarray(values)[trained], weights=batch["weights"][trained])
+    assert float(metrics["value_mean"]) == pytest.approx(mean, rel=1e-4, abs=1e-5)
+    if objective != "agentprm":
+        outcomes = [one["outcome"] for row in ROWS_OF_TWO for one in row]
+        steps = [one["weight"] * (1 if objective == "orm" else len(one["reads"])) for row in ROWS_OF_TWO for one in row]
+        assert float(metrics["target_mean"]) == pytest.approx(np.average(outcomes, weights=steps), rel=1e-5)
     beta = BETA if objective == "agentprm" else 0.0  # the baselines have no progress loss
     assert float(loss) == pytest.approx(expected["value_loss"] + beta * expected["progress_loss"], rel=1e-5)
+
+
+def uneven_batch() -> dict[str, np.ndarray]:
+    """Four rows whose halves differ in steps, weights and one row without any: means of means would be another loss."""
+    first = pack(ROWS_OF_TWO)
+    second = pack([[trajectory(5, 1, 1.0, weight=5.0)], []])
+    return {name: np.concatenate([first[name], second[name]]) for name in first}
+
+
+STATES = {"bootstrap": "state", "target_update": "ema"}
+
+
+@functools.cache
+def lowered(objective: str = "agentprm", microbatches: int = 1, **computing) -> jax.stages.Lowered:
+    """`loss_and_gradients` of the uneven batch, AgentPRM's with state values and a target network."""
+    changes = STATES if objective == "agentprm" else {}
+    chosen, batch = settings(objective=objective, microbatches=microbatches, **changes), uneven_batch()
+    target = parameters(5) if changes else None
+    return jax.jit(lambda p: loss_and_gradients(GRAPH, p, target, batch, chosen, Compute(**computing))).lower(
+        parameters(0)
+    )
+
+
+@functools.cache
+def computed(*choice, **computing):
+    return lowered(*choice, **computing).compile()(parameters(0))
+
+
+def relative(found, expected) -> float:
+    difference = jax.tree.map(lambda a, b: a - b, found, expected)
+    return float(optax.tree.norm(difference) / optax.tree.norm(expected))
+
+
+@pytest.mark.parametrize("objective, count", [("agentprm", 2), ("orm", 4)])
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(objective, count):
+    loss, metrics, gradients = computed(objective)
+    found_loss, found_metrics, found = computed(objective, count)
+    assert float(found_loss) == pytest.approx(float(loss), rel=1e-6)
+    assert found_metrics.keys() == metrics.keys()
+    for name in metrics:
+        assert float(found_metrics[name]) == pytest.approx(float(metrics[name]), rel=1e-6), name
+    assert relative(found, gradients) < 1e-6
+
+
+def test_what_is_kept_for_the_backward_pass_changes_no_gradient():
+    assert relative(computed("agentprm", remat="full")[2], computed("agentprm")[2]) < 1e-6
+    # Each policy makes more products again than the one before: they are in the program.
+    products = [lowered("agentprm", remat=r).as_text().count("dot_general") for r in ("none", "minimal", "full")]
+    assert products[0] < products[1] < products[2]
+
+
+def test_bfloat16_computes_close_to_float32_and_returns_float32():
+    loss, _, gradients = computed("agentprm")
+    low_loss, _, low = computed("agentprm", dtype=jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves((low_loss, low))} == {jnp.dtype("float32")}
+    assert 1e-4 < relative(low, gradients) < 0.05
+    assert float(low_loss) == pytest.approx(float(loss), rel=0.05)
+
+
+@pytest.mark.parametrize("remat, count", [("none", 1), ("full", 2)])
+def test_the_head_and_the_loss_never_touch_the_vocabulary(remat, count):
+    """No array of the whole step, in any of its inner programs, has an entry for every token and every word."""
+    batch, chosen = uneven_batch(), settings(microbatches=count)
+    step = make_train_step(GRAPH, optax.adam(1e-3), chosen, Compute(remat=remat))
+    state = initial_state(parameters(0), optax.adam(1e-3), chosen)
+    rows = len(batch["tokens"]) // count
+    shapes = {tuple(v.aval.shape) for v in variables(jax.make_jaxpr(step)(state, batch).jaxpr)}
+    assert (rows, LENGTH, CONFIG.hidden_size) in shapes and (CONFIG.vocab_size, CONFIG.hidden_size) in shapes
+    with_vocabulary = [shape for shape in shapes if CONFIG.vocab_size in shape]
+    assert all(np.prod(shape) < rows * LENGTH * CONFIG.vocab_size for shape in with_vocabulary), with_vocabulary
+
+
+def variables(jaxpr):
+    """Every variable that an equation writes, those of inner programs included."""
+    for equation in jaxpr.eqns:
+        yield from (one for one in equation.outvars if hasattr(one.aval, "shape"))
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=is_program):
+            if is_program(inner):
+                yield from variables(getattr(inner, "jaxpr", inner))
+
+
+def is_program(value) -> bool:
+    return hasattr(value, "eqns") or hasattr(value, "jaxpr")

@@ -201,8 +201,8 @@ def test_settings_that_train_nothing_are_refused_before_any_file_is_read(toy, tm
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_last_good_checkpoint(toy, tmp_path, monkeypatch):
-    def make_train_step(graph, optimizer, settings):
-        def train_step(state, batch):
+    def make_train_step(graph, optimizer, settings, compute):
+        def train_step(state, batch, frozen):
             step = state["step"] + 1
             loss = jnp.where(step == 8, jnp.nan, 1.0)
             return state | {"step": step}, {"loss": loss, "gradient_norm": jnp.float32(1)}
@@ -213,6 +213,12 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_last_good_checkpoint(toy,
     settings = toy.settings(checkpoint_every=5, evaluate_every=1000)
     where = rf"loss is nan at step 8; last good checkpoint: .*{tmp_path.name}/checkpoints/5;"
     refused(UserError, where, toy, tmp_path, settings=settings)
+    # Its rows are named too: the trajectories of the eighth batch.
+    stream = training_batches(toy.shards, rows=8, length=128, steps_per_row=32, epochs=4, seed=0)
+    examples = [next(stream) for _ in range(8)][-1]["example"]
+    ids = {stream.split.ids[example] for example in examples[examples >= 0]}
+    assert set(stream.trajectories(7)) == ids
+    refused(UserError, f"its {len(stream.trajectories(7))} trajectories: train/", toy, tmp_path, settings=settings)
     assert [line["step"] for line in files.read_lines(tmp_path / "metrics.jsonl")] == list(range(1, 8))
     assert not (tmp_path / "model").exists()
     # The same again, from the checkpoint: neither a line is doubled nor a bad state was saved.
@@ -238,6 +244,35 @@ def test_the_baselines_train_on_the_same_shards(train_toy, objective):
     assert np.mean(found.losses[-5:]) < np.mean(found.losses[:5])
     assert found.validations[-1]["auroc"] > 0.7
     assert json.loads((found.model / "reward_model.json").read_text())["targets"]["beta"] == 0.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainable", ["lora", "head", "last_k"])
+def test_a_part_is_trained_and_a_whole_model_is_written(train_toy, toy, trainable):
+    dtype = "bfloat16" if trainable == "lora" else "float32"
+    found = train_toy(trainable=trainable, last_k=1, epochs=2, dtype=dtype)
+    assert np.mean(found.losses[-5:]) < np.mean(found.losses[:5])
+    last = found.validations[-1]
+    again = summary(evaluate_model(found.model, toy.shards, "validation", toy.experiment.data))
+    # In bfloat16 it was looked at in bfloat16.
+    assert again["loss"] == pytest.approx(last["validation_loss"], rel=2e-2 if trainable == "lora" else 1e-4)
+    # What was not trained is as it was.
+    _, first = from_policy(toy.base, 0)
+    _, trained = huggingface.load_reward_model(found.model)
+    same = {
+        name: np.array_equal(leaf[...], first["transformer"]["blocks"][name][...])
+        for name, leaf in trained["transformer"]["blocks"].items()
+    }
+    assert not np.array_equal(trained["head"][...], first["head"][...])
+    np.testing.assert_array_equal(trained["transformer"]["embedding"][...], first["transformer"]["embedding"][...])
+    if trainable == "head":
+        assert all(same.values())
+    elif trainable == "lora":
+        assert not same["query"] and not same["down"] and same["ffn_norm"] and same["query_bias"]
+    else:
+        assert not any(same.values())
+        up = trained["transformer"]["blocks"]["up"][...]
+        np.testing.assert_array_equal(up[0], first["transformer"]["blocks"]["up"][0])
 
 
 def test_a_reward_model_starts_from_the_policy_and_its_head_from_the_seed(toy, tmp_path):

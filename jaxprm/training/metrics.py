@@ -1,0 +1,187 @@
+"""What a training says of itself: metrics.jsonl, timing.jsonl, and event files for TensorBoard.
+
+metrics.jsonl is a function of config and data, so a resumed run has the same to the last byte; what the clock and the
+machine say is in timing.jsonl.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxprm import files
+from jaxprm.evaluation.value_metrics import StepRecords
+
+TIMING_EVERY = 10  # steps
+BINS = 20
+
+
+class Metrics:
+    """Appends to the files of a run, from a step on; what an earlier process wrote past it is cut off.
+
+    Only one of several processes writes; for the others everything here does nothing.
+    """
+
+    def __init__(self, output: Path, start: int, *, writes: bool):
+        self._writes, self._output, self._start = writes, output, start
+        self._waited = self._tokens = 0.0
+        self._since, self._steps = time.monotonic(), 0
+        if writes:
+            for name in ("metrics.jsonl", "timing.jsonl"):
+                _cut(output / name, start)
+
+    def __enter__(self) -> Metrics:
+        if self._writes:
+            self._files = {name: files.appending(self._output / name) for name in ("metrics.jsonl", "timing.jsonl")}
+            self._append = {name: file.__enter__() for name, file in self._files.items()}
+            self._events = Events(self._output / "tensorboard", self._start)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._writes:
+            self._events.close()
+            for file in self._files.values():
+                file.__exit__(kind, error, trace)
+
+    def step(self, line: dict[str, float]) -> None:
+        """The metrics of one step, in order."""
+        self._write("metrics.jsonl", line, "training")
+        self._steps += 1
+        self._tokens += line.get("tokens", 0)
+        if self._steps % TIMING_EVERY == 0:
+            self._timing(line["step"])
+
+    def validation(self, step: int, numbers: dict[str, Any], records: StepRecords) -> None:
+        """Validation's numbers, and how its values and returns are spread."""
+        self._write("metrics.jsonl", {"step": step} | numbers, "validation")
+        if self._writes:
+            for name, values in (("values", records.values), ("returns", records.targets)):
+                self._events.histogram(f"validation/{name}", values, step, weights=records.weights)
+        self.pause()
+
+    def waited(self, seconds: float) -> None:
+        """Time in which the next batch was not there yet."""
+        self._waited += seconds
+
+    def pause(self) -> None:
+        """Begins the clock anew: what was done since the last step is no part of the steps' time."""
+        self._since, self._steps, self._waited, self._tokens = time.monotonic(), 0, 0.0, 0.0
+
+    def _timing(self, step: int) -> None:
+        seconds = max(time.monotonic() - self._since, 1e-9)
+        line = {
+            "step": step,
+            "seconds_per_step": _short(seconds / self._steps),
+            "tokens_per_second": _short(self._tokens / seconds),
+            "input_share": _short(self._waited / seconds),
+        } | device_memory()
+        self._write("timing.jsonl", line, "timing")
+        self.pause()
+
+    def _write(self, file: str, line: dict[str, Any], group: str) -> None:
+        if self._writes:
+            self._append[file]([line])
+            numbers = {f"{group}/{name}": value for name, value in line.items() if name != "step"}
+            self._events.scalars(numbers, line["step"])
+
+
+class Profile:
+    """A trace of the steps from `first` to `last`, in `folder`; nothing where `steps` is None."""
+
+    def __init__(self, steps: tuple[int, int] | None, folder: Path):
+        self._steps, self._folder, self._traces = steps, folder, False
+
+    def __enter__(self) -> Profile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def before(self, step: int) -> None:
+        """To be called before every step."""
+        if self._steps is not None and step == self._steps[0]:
+            jax.profiler.start_trace(str(self._folder))
+            self._traces = True
+        if self._steps is not None and step > self._steps[1]:
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._traces:
+            jax.profiler.stop_trace()
+            self._traces = False
+
+
+class Events:
+    """A TensorBoard event file: TensorFlow's own format, written without its summary operations."""
+
+    def __init__(self, directory: Path, start: int):
+        import tensorflow as tf
+
+        self._tf = tf.compat.v1
+        directory.mkdir(parents=True, exist_ok=True)
+        # A process that is killed and started within a second would otherwise write over its predecessor's file.
+        name = f"events.out.tfevents.{time.time_ns()}.jaxprm"
+        self._writer = tf.io.TFRecordWriter(str(directory / name))
+        self._write(file_version="brain.Event:2")
+        # TensorBoard forgets what earlier files have at this step and after it.
+        self._write(session_log=self._tf.SessionLog(status=self._tf.SessionLog.START), step=start + 1)
+
+    def scalars(self, numbers: Mapping[str, float | None], step: int) -> None:
+        values = [
+            self._tf.Summary.Value(tag=name, simple_value=value) for name, value in numbers.items() if value is not None
+        ]
+        self._write(summary=self._tf.Summary(value=values), step=step)
+
+    def histogram(self, name: str, values: np.ndarray, step: int, *, weights: np.ndarray) -> None:
+        counts, edges = np.histogram(values, BINS, weights=weights)
+        proto = self._tf.HistogramProto(
+            min=values.min(),
+            max=values.max(),
+            num=weights.sum(),
+            sum=(weights * values).sum(),
+            sum_squares=(weights * values**2).sum(),
+            bucket_limit=edges[1:].tolist(),
+            bucket=counts.tolist(),
+        )
+        self._write(summary=self._tf.Summary(value=[self._tf.Summary.Value(tag=name, histo=proto)]), step=step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _write(self, **fields: Any) -> None:
+        self._writer.write(self._tf.Event(wall_time=time.time(), **fields).SerializeToString())
+        self._writer.flush()
+
+
+def device_memory() -> dict[str, int]:
+    """{"device_bytes", "device_peak_bytes"} of the fullest device here; empty where the platform does not count."""
+    found = [device.memory_stats() or {} for device in jax.local_devices()]
+    names = {"device_bytes": "bytes_in_use", "device_peak_bytes": "peak_bytes_in_use"}
+    known = {ours: theirs for ours, theirs in names.items() if all(theirs in one for one in found)}
+    return {ours: max(one[theirs] for one in found) for ours, theirs in known.items()}
+
+
+def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Scalars to the seven digits that float32 has; its NaN and infinity stay what they are."""
+    return {name: float(f"{float(value):.7g}") for name, value in metrics.items()}
+
+
+def not_finite(line: Mapping[str, float]) -> str | None:
+    """The first metric that is NaN or infinite."""
+    return next((name for name, value in line.items() if not math.isfinite(value)), None)
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def _cut(path: Path, start: int) -> None:
+    lines: Iterable[dict] = (line for line in files.whole_lines(path) if line["step"] <= start)
+    files.write_atomic(path, "".join(map(files.line, lines)))

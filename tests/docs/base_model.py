@@ -1,0 +1,27 @@
+"""The base model of pages that have none of their own: small, random, and with a template that knows no tools."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+from flax import nnx
+
+from data_pipeline.encode import Encoder
+from jaxprm.model import huggingface
+from jaxprm.model.transformer import Transformer, TransformerConfig
+from tests.data_pipeline.conftest import CHATML, make_tokenizer
+
+SIZES = TransformerConfig(
+    vocab_size=512, hidden_size=32, layers=2, heads=2, kv_heads=1, head_dim=16, intermediate_size=48, rope_theta=500.0
+)
+
+
+def write(directory: Path) -> Path:
+    """A language model's directory; returns it."""
+    make_tokenizer(CHATML, ("<|im_start|>", "<|im_end|>"), "<|im_end|>").save_pretrained(directory)
+    encoder = Encoder.load(directory)
+    parameters = jax.jit(lambda: nnx.state(Transformer(SIZES, rngs=nnx.Rngs(0))))()
+    ids = {"pad_id": encoder.pad_id, "end_id": encoder.end_id}
+    huggingface.write_model(directory, SIZES, parameters, max_length=1024, **ids)
+    return directory

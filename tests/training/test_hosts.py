@@ -1,0 +1,87 @@
+"""Two processes with four devices each: the losses of one, a killed one told of in a line, and a rerun that resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from jaxprm import config as config_lib
+from jaxprm import files
+from jaxprm.errors import RESUMABLE
+
+ROOT = Path(__file__).parents[2]
+CHANGES = {"epochs": 1, "checkpoint_every": 5, "evaluate_every": 10, "learning_rate": 1e-3}
+SECONDS = 400
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def start(toy, tmp_path_factory):
+    """start(output, processes, kill): [(exit status, stderr)] of every process; none of them may hang."""
+    folder = tmp_path_factory.mktemp("hosts")
+    mesh = config_lib.Mesh(data=2, fsdp=4)
+    experiment = msgspec.structs.replace(toy.experiment, mesh=mesh, reward_models=(toy.settings(**CHANGES),))
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+    def run(output: str, processes: int, kill: dict | None = None) -> tuple[Path, list[tuple[int, str]]]:
+        arguments = {
+            "experiment": config_lib.to_dict(experiment), "shards": str(toy.shards), "base": str(toy.base),
+            "output": str(folder / output), "coordinator": f"127.0.0.1:{free_port()}", "processes": processes,
+            "kill": kill,
+        }  # fmt: skip
+        (folder / "arguments.json").write_text(json.dumps(arguments))
+        command = [sys.executable, str(Path(__file__).with_name("hosts.py")), str(folder / "arguments.json")]
+        running = [
+            subprocess.Popen([*command, str(process)], env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+            for process in range(processes)
+        ]
+        try:
+            said = [one.communicate(timeout=SECONDS)[1] for one in running]
+        finally:
+            for one in running:
+                one.kill()
+        return folder / output, [(one.returncode, text) for one, text in zip(running, said, strict=True)]
+
+    return run
+
+
+def losses(output: Path) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in files.read_lines(output / "metrics.jsonl") if "loss" in line}
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_and_survive_the_loss_of_one(start):
+    whole, ((status, said),) = start("whole", 1)
+    assert status == 0, said[-3000:]
+
+    lost, ended = start("two", 2, kill={"process": 1, "before": 8})
+    assert [status for status, _ in ended] == [RESUMABLE, -signal.SIGKILL], ended[0][1][-3000:]
+    told = [line for line in ended[0][1].splitlines() if line.startswith("jaxprm: ")]
+    assert len(told) == 1 and "process 0 of 2: process 1 is gone" in told[0]
+    assert "Traceback" not in ended[0][1] and not (lost / "model").exists()
+    # It goes on from the last checkpoint, and metrics written past it are not doubled.
+    resumed, ended = start("two", 2)
+    assert [status for status, _ in ended] == [0, 0], ended[0][1][-3000:]
+    expected, found = losses(whole), losses(resumed)
+    assert list(found) == list(expected) == list(range(1, len(expected) + 1))
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-4)
+    assert np.ptp(list(expected.values())) > 0.01
+    assert (resumed / "model/model.safetensors").stat().st_size == (whole / "model/model.safetensors").stat().st_size
