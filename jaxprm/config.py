@@ -214,7 +214,11 @@ class Mesh(Section):
 
 
 class Search(Section):
-    """What is searched on the held-out tasks. `tasks` null means all of the split."""
+    """What is searched on the held-out tasks. `tasks` null means all of the split.
+
+    beams, diverse: (paths kept, actions of each); mcts: (simulations before a step, actions), with `exploration`;
+    stepwise: actions; aggregations: scores for best-of-N beside the final step's. docs/search.md says more.
+    """
 
     split: Literal["validation", "test"] = "test"
     tasks: Count | None = None

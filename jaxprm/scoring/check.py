@@ -15,13 +15,16 @@ from data_pipeline.chat_template import as_messages
 from data_pipeline.encode import Encoded, Encoder
 from data_pipeline.trajectory import read_numbered, steps
 from jaxprm.errors import UserError
+from jaxprm.model.prefix_bank import bucket
 from jaxprm.scoring import loading
 from jaxprm.scoring.engine import Engine
-from jaxprm.scoring.scorer import Scorer
+from jaxprm.scoring.scorer import FINISHED_WIDTHS, Scorer
 
 # Times the root mean square of the scores, where that is above 1.
 BOUND = 1e-5
-STATES_AT_ONCE, OTHERS = 3, 3
+STATES_AT_ONCE, OTHERS = 4, 3
+# Enough for several states in one call of the widest shape.
+ROWS = 16
 
 
 class Way(NamedTuple):
@@ -60,8 +63,8 @@ def check_scorer(model: Path, trajectories: Path | None = None, *, most: int = 1
     """Scores of the first `most` trajectories, or of made-up ones, computed in every way there is.
 
     The reference is a forward pass over each conversation alone, without padding, packing or cache. Against it:
-    conversations in padded batches; pools whose prompt is encoded once; every step as a candidate among others after
-    the cache, states in random order; the same with a cache of two conversations, which drops and encodes again.
+    conversations in padded batches; packed behind prompts that are encoded once; every step as a candidate among others
+    after the cache, states in random order; the same with a cache of two conversations, which drops and encodes again.
 
     Raises UserError where there is nothing to score, or a conversation is longer than the scorer takes.
     """
@@ -70,17 +73,16 @@ def check_scorer(model: Path, trajectories: Path | None = None, *, most: int = 1
         cases = _cases(loaded.encoder, trajectories, most)
         longest = max(len(case.encoded.tokens) for case in cases) + loaded.engine.shapes.packed[-1]
         same = (loaded.config, loaded.parameters, loaded.encoder)
-        scorer = Scorer(*same, rows=4, max_tokens=longest)
+        scorer = Scorer(*same, rows=ROWS, max_tokens=longest)
         engine = scorer.engine
-        small = Scorer(*same, rows=4, max_tokens=longest, cache_bytes=2 * engine.bytes_of_a_slot)
-        rounded = Scorer(*same, rows=4, max_tokens=longest, dtype="bfloat16")
+        small = Scorer(*same, rows=ROWS, max_tokens=longest, cache_bytes=2 * engine.bytes_of_a_slot)
+        rounded = Scorer(*same, rows=ROWS, max_tokens=longest, dtype="bfloat16")
         tokens, names = [case.encoded.tokens for case in cases], [case.name for case in cases]
         alone = [engine.alone(one) for one in tokens]
         reference = [values[case.encoded.read_positions] for case, values in zip(cases, alone, strict=True)]
-        pool = [case.encoded for case in (*cases, *cases)]
         ways = [
             _compare("in padded batches", engine.whole(tokens[::-1], names[::-1])[::-1], alone),
-            _compare("prompt encoded once", scorer.score_encoded(pool, names * 2), reference * 2),
+            _behind_prompts(engine, cases, alone),
             _searched("candidates after the cache", scorer, cases, reference),
             _searched("the same, with evictions", small, cases, reference),
         ]
@@ -90,8 +92,22 @@ def check_scorer(model: Path, trajectories: Path | None = None, *, most: int = 1
 
 
 def _compare(name: str, ours: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> Way:
-    differences = np.abs(np.concatenate(ours) - np.concatenate(reference))
-    return Way(name, len(differences), float(differences.max()))
+    pairs = zip(ours, reference, strict=True)
+    differences = np.concatenate([np.zeros(0), *(np.abs(own - other) for own, other in pairs)])
+    return Way(name, len(differences), float(differences.max(initial=0.0)))
+
+
+def _behind_prompts(engine: Engine, cases: Sequence[_Case], alone: Sequence[np.ndarray]) -> Way:
+    """What follows the prompt, packed behind it: conversations that share one read the same keys and values."""
+    jobs, expected = [], []
+    for case, values in zip(cases, alone, strict=True):
+        prompt, rest = np.split(case.encoded.tokens, [case.encoded.state_positions[0] + 1])
+        if len(rest) <= FINISHED_WIDTHS[-1]:
+            jobs.append((prompt, rest))
+            expected.append(values[len(prompt) :])
+    width = bucket(max((len(rest) for _, rest in jobs), default=0), FINISHED_WIDTHS)
+    ours = engine.after(jobs[::-1], width=width)[::-1]
+    return _compare("packed behind prompts", ours, expected)
 
 
 def _searched(name: str, scorer: Scorer, cases: Sequence[_Case], reference: Sequence[np.ndarray]) -> Way:
