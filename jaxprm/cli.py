@@ -52,6 +52,10 @@ def parser() -> argparse.ArgumentParser:
     score.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the arithmetic; default float32")
     score.add_argument("--chat-template", default="own", metavar="TEMPLATE", help=_TEMPLATE)
     _evaluate_verb(verbs)
+    check = verbs.add_parser("check-scorer", help="check that a model scores the same batched, packed and cached")
+    check.add_argument("--model", type=Path, required=True, help=_MODEL)
+    check.add_argument("--input", type=Path, help="trajectories to check on; made up when not given")
+    _bench_verb(verbs)
     export = verbs.add_parser("export", help="write a reward model as a Hugging Face directory")
     export.add_argument("--model", type=Path, required=True, help=_MODEL)
     export.add_argument("--output", type=Path, required=True, help="the directory to write")
@@ -73,6 +77,19 @@ def parser() -> argparse.ArgumentParser:
     validate.add_argument("--json", type=Path, metavar="FILE", help="write everything there, with all bad rows")
     validate.add_argument("--skip-bad", action="store_true", help="bad rows are counted, but no reason to fail")
     return main
+
+
+def _bench_verb(verbs) -> None:
+    bench = verbs.add_parser("bench", help="measure what scoring a search costs, on a synthetic tree")
+    bench.add_argument("what", choices=("search",), help="what to measure")
+    lengths = {"prompt": 1500, "action": 60, "observation": 200}
+    for name, default in lengths.items():
+        bench.add_argument(f"--{name}-tokens", type=_count, default=default, metavar="N", help=f"default {default}")
+    for name, default in {"beams": 4, "candidates": 4, "depth": 15}.items():
+        bench.add_argument(f"--{name}", type=_count, default=default, metavar="N", help=f"default {default}")
+    bench.add_argument("--size", choices=("tiny", "small"), default="tiny", help="of the model; default tiny")
+    bench.add_argument("--no-torch", dest="torch", action="store_false", help="leave out the runs that need torch")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
 
 
 def _evaluate_verb(verbs) -> None:
@@ -262,6 +279,28 @@ def _score(options) -> int:
     return 1 if counts.errors else 0
 
 
+def _check_scorer(options) -> int:
+    from jaxprm.scoring.check import check_scorer
+
+    found = check_scorer(options.model, options.input)
+    for way in (*found.ways, found.bfloat16):
+        print(f"{way.name:<28} {way.scores:>7} scores, largest difference {way.largest:.2e}")
+    print(f"one wrong token in the prompt moves the last score by up to {found.control:.2e}")
+    print(f"{'passed' if found.passed else 'FAILED'}: largest difference {found.largest:.2e}, bound {found.bound:.2e}")
+    return 0 if found.passed else 1
+
+
+def _bench(options) -> int:
+    from jaxprm import files
+    from jaxprm.bench.search import Setting, bench_search, table
+
+    found = bench_search(Setting(**{name: getattr(options, name) for name in Setting._fields}), torch=options.torch)
+    print(table(found))
+    if options.json:
+        files.write_json(options.json, found)
+    return 0
+
+
 def _evaluate(options) -> int:
     from jaxprm import files
     from jaxprm.errors import UserError
@@ -375,6 +414,8 @@ VERBS = dict.fromkeys(STAGE_VERBS, _stages) | {
     "imitate": _imitate,
     "inspect": _inspect,
     "score": _score,
+    "check-scorer": _check_scorer,
+    "bench": _bench,
     "export": _export,
     "import-trajectories": _import_trajectories,
     "validate": _validate,
