@@ -28,7 +28,7 @@ CANDIDATE_WIDTHS = (64, 256)
 
 
 @functools.partial(jax.jit, static_argnames=("graph",))
-def _values_of_rows(graph, parameters, tokens, counts):
+def values_of_rows(graph, parameters, tokens, counts):
     """Values [B, T] of every token of rows [B, T], of which the first counts [B] are real."""
     model = nnx.merge(graph, parameters)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -93,7 +93,7 @@ class Scorer:
                 for row, index in enumerate(chunk):
                     counts[row] = len(encoded[index].tokens)
                     tokens[row, : counts[row]] = encoded[index].tokens
-                result = np.asarray(_values_of_rows(self._graph, self._parameters, tokens, counts))
+                result = np.asarray(values_of_rows(self._graph, self._parameters, tokens, counts))
                 self._encoded += int(counts.sum())
                 for row, index in enumerate(chunk):
                     values[index] = result[row, encoded[index].read_positions]
