@@ -7,8 +7,8 @@ import dataclasses
 from jaxprm.planning.chips import Chip
 
 ASSUMPTIONS = (
-    "bound: rows full of tokens; products, recomputed and masked ones too, at the peak of bfloat16, memory and links at "
-    "theirs, all at the same time; nothing else takes time",
+    "bound: rows full of tokens; products, recomputed and masked ones too, at the peak of bfloat16, memory and links "
+    "at theirs, all at the same time; nothing else takes time",
     "bound, memory: arguments read and outputs written once, temporaries written and read once, the layers' weights "
     "read once a pass; bound, interconnect: what the compiled collectives send, as rings over all links of a chip",
     "expected: the efficiency of tuned trainings of larger models; a small model's narrow products reach less",
