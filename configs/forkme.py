@@ -18,6 +18,7 @@ config = Experiment(
     # A registered name, or "module:attribute" of your own class; `arguments` go to its constructor.
     environment=Environment(name="textcraft", arguments={"distractors": 4}),
     # `path` is a Qwen2 model directory in Hugging Face format; "default" is the TextCraft policy of the package.
+    # `endpoint` asks a server instead, and "module:attribute" is a class of your own: see docs/your-policy.md.
     # An action is cut at `max_action_tokens`, and an episode that outgrows `max_tokens` can only say nothing.
     # `in_flight` episodes are played at once: more is faster until memory or the cores are full.
     policy=Policy(path="default", max_action_tokens=64, max_tokens=896, in_flight=64),

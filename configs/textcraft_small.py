@@ -1,7 +1,8 @@
 """The demo at the size that gives tight intervals: all tasks, pools of 128, every beam size, three seeds.
 
-Hours on two CPU cores; killed and started again it goes on.
+Hours on two CPU cores; killed and started again it goes on. One seed first, the others later, in the same directory:
 
+python -m jaxprm run configs/textcraft_small.py 'reward_seeds=[0]' --workdir runs/small
 python -m jaxprm run configs/textcraft_small.py --workdir runs/small
 """
 
@@ -9,15 +10,15 @@ from jaxprm.config import Collection, Data, Environment, Experiment, Policy, Rew
 
 config = Experiment(
     name="textcraft_small",
-    environment=Environment(name="textcraft", arguments={"distractors": 4}),
+    environment=Environment(name="textcraft", arguments={"distractors": 4, "max_rounds": 12}),
     policy=Policy(path="default", in_flight=128, max_action_tokens=64, max_tokens=896),
     collection=Collection(trajectories_per_task=16),
     data=Data(rows=8, length=512, steps_per_row=32, too_long="window"),
     reward_models=(
-        RewardModel(label="agentprm", objective="agentprm", evaluate_every=200),
-        RewardModel(label="agentprm_no_progress", objective="agentprm", beta=0.0, evaluate_every=200),
-        RewardModel(label="pvm", objective="pvm", beta=0.0, evaluate_every=200),
-        RewardModel(label="orm", objective="orm", beta=0.0, evaluate_every=200),
+        RewardModel(label="agentprm", objective="agentprm", epochs=1, evaluate_every=200),
+        RewardModel(label="agentprm_no_progress", objective="agentprm", beta=0.0, epochs=1, evaluate_every=200),
+        RewardModel(label="pvm", objective="pvm", beta=0.0, epochs=1, evaluate_every=200),
+        RewardModel(label="orm", objective="orm", beta=0.0, epochs=1, evaluate_every=200),
     ),
     reward_seeds=(0, 1, 2),
     search=Search(

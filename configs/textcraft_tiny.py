@@ -13,12 +13,12 @@ config = Experiment(
     # Minutes, not hours: the same tasks with four distractors instead of AgentGym's ten, and 12 rounds instead of 20.
     environment=Environment(name="textcraft", arguments={"distractors": 4, "max_rounds": 12}),
     policy=Policy(path="default", in_flight=64, max_action_tokens=64, max_tokens=896),
-    collection=Collection(train_tasks=72, validation_tasks=20, trajectories_per_task=16),
+    collection=Collection(train_tasks=64, validation_tasks=20, trajectories_per_task=16),
     data=Data(rows=8, length=512, steps_per_row=32, too_long="window"),
     reward_models=(
-        RewardModel(label="agentprm", objective="agentprm", epochs=2, evaluate_every=40),
-        RewardModel(label="pvm", objective="pvm", beta=0.0, epochs=2, evaluate_every=40),
-        RewardModel(label="orm", objective="orm", beta=0.0, epochs=2, evaluate_every=40),
+        RewardModel(label="agentprm", objective="agentprm", epochs=2, evaluate_every=80),
+        RewardModel(label="pvm", objective="pvm", beta=0.0, epochs=2, evaluate_every=80),
+        RewardModel(label="orm", objective="orm", beta=0.0, epochs=2, evaluate_every=80),
     ),
     search=Search(tasks=48, pool=16, best_of_n=(1, 2, 4, 8, 16), beams=((2, 2), (4, 4)), stepwise=(4,)),
 )

@@ -1,7 +1,7 @@
 """Trajectories to a TFDS dataset in TFRecord.
 
 python -m data_pipeline.build --input train=train.jsonl --input validation=validation.jsonl \
-    --tokenizer DIR --output DIR [--max-length 1024] [--too-long error|drop|window]
+    --tokenizer DIR --output DIR [--chat-template chatml] [--max-length 1024] [--too-long error|drop|window]
 
 Duplicates are stored once and carry their number as a weight: dropping them would change the values being estimated.
 """
@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.encode import Encoder
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, SplitError, listed
 from data_pipeline.metadata import FILE, Metadata, shard_of, verify
 from data_pipeline.records import Rows, SplitRecords, TooLong
-from data_pipeline.trajectory import read_numbered
-
-Inputs = Mapping[str | None, Sequence[str | PathLike[str]]]
+from data_pipeline.splits import Inputs, parse_inputs
+from data_pipeline.trajectory import count_rows, read_numbered
 
 __all__ = ["Metadata", "build", "verify"]
 
@@ -36,6 +35,7 @@ def build(
     too_long: TooLong = "error",
     shards: int = 4,
     progress: Callable[[int, int], None] | None = None,
+    skip_bad: Callable[[DataError], None] | None = None,
 ) -> Metadata:
     """Encodes trajectories and writes the dataset directory `output`, whole or not at all.
 
@@ -48,6 +48,8 @@ def build(
         return from there (its Monte Carlo value). What was dropped or cut is counted.
       shards: TFRecord files per split, fewer when the smallest split has fewer trajectories.
       progress: called with (rows done, rows in all).
+      skip_bad: called with the error of every bad row, which is then left out and counted as `skipped`; without it the
+        first one is raised. A task in two splits is raised all the same.
 
     Raises:
       DataError: names the row, or the directory that cannot be written.
@@ -55,18 +57,30 @@ def build(
     output = Path(output)
     _check_output(output)
     paths = [path for files in inputs.values() for path in files]
-    total = sum(_count_lines(path) for path in paths) if progress else 0
+    total = sum(map(count_rows, paths)) if progress else 0
     rows = Rows(encoder, max_length, too_long)
-    done = 0
+    done = skipped = 0
+
+    def bad(error: DataError) -> None:
+        nonlocal done, skipped
+        if skip_bad is None or isinstance(error, SplitError):
+            raise error
+        skip_bad(error)
+        done, skipped = done + 1, skipped + 1
+
     for split, files in inputs.items():
         for path in files:
-            for where, trajectory in read_numbered(path):
-                rows.add(trajectory, split, where)
-                done += 1
+            for where, trajectory in read_numbered(path, skip_bad=bad):
+                try:
+                    rows.add(trajectory, split, where)
+                    done += 1
+                except DataError as error:
+                    bad(error)
                 if progress:
                     progress(done, total)
     _check_not_empty(rows.splits, inputs)
-    return _write(rows.splits, encoder, output, max_length=max_length, too_long=too_long, shards=shards)
+    settings = {"max_length": max_length, "too_long": too_long, "skipped": skipped}
+    return _write(rows.splits, encoder, output, shards=shards, **settings)
 
 
 def _check_not_empty(splits: Mapping[str, SplitRecords], inputs: Inputs) -> None:
@@ -124,23 +138,6 @@ def _check_output(output: Path) -> None:
         raise DataError(f"{output}: a file; name a directory")
 
 
-def _count_lines(path: str | PathLike[str]) -> int:
-    try:
-        with open(path, "rb") as file:
-            return sum(1 for line in file if line.strip())
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _parse_inputs(arguments: Sequence[str]) -> dict[str | None, list[str]]:
-    inputs: dict[str | None, list[str]] = {}
-    for argument in arguments:
-        split, equals, path = argument.partition("=")
-        named = equals and split.isidentifier() and not Path(argument).exists()
-        inputs.setdefault(split if named else None, []).append(path if named else argument)
-    return inputs
-
-
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m data_pipeline.build", description="Trajectories to TFRecord.")
     parser.add_argument(
@@ -148,10 +145,14 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="JSONL, may be repeated; without SPLIT every row goes to its own split, or to train",
     )
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="tokenizer.json and chat template")
+    parser.add_argument(
+        "--chat-template", default="own", metavar="TEMPLATE", help="own (default), chatml, llama3, or a file"
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="dataset directory to write")
     parser.add_argument("--max-length", type=int, metavar="TOKENS", help="bound on a trajectory (default: none)")
     parser.add_argument("--too-long", choices=("error", "drop", "window"), default="error")
     parser.add_argument("--shards", type=int, default=4, metavar="N", help="files per split (default: 4)")
+    parser.add_argument("--skip-bad", action="store_true", help="leave bad rows out, show and count them")
     return parser.parse_args(arguments)
 
 
@@ -160,6 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _arguments(arguments)
     from tqdm import tqdm
 
+    bad: list[DataError] = []
     try:
         with tqdm(unit=" rows", desc="build") as bar:
             def progress(done: int, total: int) -> None:
@@ -167,8 +169,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 bar.update(done - bar.n)
 
             metadata = build(
-                _parse_inputs(options.input), Encoder.load(options.tokenizer), options.output,
+                parse_inputs(options.input), Encoder.load(options.tokenizer, options.chat_template),
+                options.output,
                 max_length=options.max_length, too_long=options.too_long, shards=options.shards, progress=progress,
+                skip_bad=bad.append if options.skip_bad else None,
             )
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -181,6 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{split}: {counts.rows} rows, {counts.trajectories} trajectories, {counts.tokens} tokens "
             f"({counts.merged} merged, {counts.errors} errors, {counts.dropped} dropped, {counts.windowed} cut)"
         )
+    if bad:
+        print("\n".join(["left out, " + listed(bad)[0], *listed(bad)[1:]]), file=sys.stderr)
     return 0
 
 

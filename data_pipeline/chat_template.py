@@ -6,6 +6,7 @@ Renderings are remembered: conversations that share a prefix render it once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,8 @@ Tools = list[dict[str, Any]] | None
 _RENDERINGS = 1 << 13
 _TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Llama's templates print today's date unless given one; a rendering must not depend on the day it is made.
-_CONSTANTS = {"date_string": "26 Jul 2024"}
+DATE = "26 Jul 2024"
+_CONSTANTS = {"date_string": DATE}
 
 
 class FrozenMessage(NamedTuple):
@@ -77,12 +79,14 @@ class ChatTemplate:
       template: Jinja source, or several by name, of which "default" is used.
       arguments: names the template may refer to, such as `bos_token`.
       source: the tokenizer's name in error messages.
+      advice: what to do about a template that does not work, for the end of an error message.
     """
 
-    def __init__(self, template: Any, arguments: Mapping[str, Any], *, source: str):
-        self.text = _default(template)
+    def __init__(self, template: Any, arguments: Mapping[str, Any], *, source: str, advice: str = ""):
+        self.text = default_template(template)
         self.source = source
-        self._arguments = {**arguments, **_CONSTANTS}
+        self._advice = advice
+        self._arguments = {**arguments, **_CONSTANTS, "strftime_now": _no_date}
         try:
             self._compiled = _compile_jinja_template(self.text)
         except jinja2.TemplateError as error:
@@ -91,10 +95,23 @@ class ChatTemplate:
 
     def render(self, messages: Conversation, tools: Tools, generation: bool, row: str) -> str:
         """The conversation as text; with `generation`, up to where the next assistant message begins."""
+        encoded = msgspec.json.encode(tools) if tools else b""
         try:
-            return self._cached(messages, msgspec.json.encode(tools) if tools else b"", generation)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise DataError(f"{row}: the chat template of {self.source} fails: {one_line(error)}") from None
+            return self._cached(messages, encoded, generation)
+        except Exception as error:  # a template is somebody else's program
+            raise DataError(
+                f"{row}: the chat template of {self.source} fails {self._where(messages, encoded, generation)}: "
+                f"{one_line(error)}{self._advice}"
+            ) from None
+
+    def _where(self, messages: Conversation, tools: bytes, generation: bool) -> str:
+        """Where rendering fails: at the message after the longest part of the conversation that can be rendered."""
+        for count in range(len(messages) - (not generation), 0, -1):
+            with suppress(Exception):
+                self._cached(messages[:count], tools, False)
+                at = f"message {count} ({messages[count].role})" if count < len(messages) else "the reply to come"
+                return f"at {at}"
+        return f"at message 0 ({messages[0].role})" if messages else "without messages"
 
     def _render(self, messages: Conversation, tools: bytes, generation: bool) -> str:
         return self._compiled.render(
@@ -111,7 +128,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     file = directory / "tokenizer.json"
     if not file.is_file():
         raise DataError(f"{directory}: not a tokenizer directory, there is no tokenizer.json in it")
-    config = _read_json(directory / "tokenizer_config.json")
+    config = read_tokenizer_config(directory)
     named = {name: _token_text(config[name]) for name in _TOKEN_NAMES if config.get(name)}
     try:
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), **named)
@@ -151,7 +168,12 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _default(template: Any) -> str:
+def _no_date(form: str) -> str:
+    raise DataError("it prints today's date, and a rendering must not depend on the day it is made")
+
+
+def default_template(template: Any) -> str:
+    """The one that is used of a tokenizer's template, or templates by name."""
     if isinstance(template, str):
         return template
     named = template if isinstance(template, Mapping) else {entry["name"]: entry["template"] for entry in template}
@@ -162,10 +184,12 @@ def _token_text(token: str | Mapping[str, Any]) -> str:
     return token if isinstance(token, str) else token["content"]
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_tokenizer_config(directory: Path) -> dict[str, Any]:
+    """tokenizer_config.json of a directory; nothing where there is none."""
+    file = directory / "tokenizer_config.json"
     if not file.is_file():
         return {}
     try:
         return msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: {error}") from None

@@ -25,7 +25,9 @@ from transformers import PreTrainedTokenizerFast
 
 from data_pipeline.chat_template import ChatTemplate, Conversation, Messages, Tools, as_messages, freeze, load_tokenizer
 from data_pipeline.errors import DataError
-from data_pipeline.trajectory import Message, steps, text_parts
+from data_pipeline.padding import padding_id
+from data_pipeline.template_choice import OWN, advice, choose, write_tokenizer
+from data_pipeline.trajectory import Message, check_steps, text_parts
 
 _PIECES = 1 << 15
 
@@ -58,32 +60,47 @@ class Encoder:
     """Encodes conversations with one tokenizer and its chat template.
 
     Args:
-      tokenizer: a fast tokenizer with a chat template, a pad token and an end-of-sequence token.
+      tokenizer: a fast tokenizer with a chat template and an end-of-sequence token. `pad_id` is its pad token, or
+        another special token where it has none or where that one ends messages.
       source: what to call it in error messages.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, *, source: str = "the tokenizer"):
         if not tokenizer.chat_template:
             raise DataError(f"{source} has no chat template; add chat_template.jinja beside tokenizer.json")
-        if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
+        if tokenizer.eos_token_id is None:
             raise DataError(f"{source} needs a pad_token and an eos_token; set both in tokenizer_config.json")
         self.tokenizer = tokenizer
         self.source = source
-        self.pad_id: int = tokenizer.pad_token_id
         self.end_id: int = tokenizer.eos_token_id
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens_map, source=source)
         self._piece = lru_cache(_PIECES)(self._encode_piece)
         self._prepare_specials()
+        self._advice = advice(self._special_ids)
+        self._template = ChatTemplate(
+            tokenizer.chat_template, tokenizer.special_tokens_map, source=source, advice=self._advice
+        )
+        self.pad_id = self._padding()
         canonical = json.dumps(json.loads(self._backend.to_str()), sort_keys=True)
         self._fingerprint = hashlib.sha256(f"{canonical}\0{self._template.text}".encode()).hexdigest()
 
     @classmethod
-    def load(cls, directory: str | PathLike[str]) -> Encoder:
-        """Reads tokenizer.json, tokenizer_config.json and chat_template.jinja of a directory, and nothing else."""
-        return cls(load_tokenizer(Path(directory)), source=str(directory))
+    def load(cls, directory: str | PathLike[str], template: str | PathLike[str] | None = None) -> Encoder:
+        """Reads tokenizer.json, tokenizer_config.json and chat_template.jinja of a directory, and nothing else.
+
+        template: the chat template to use in place of the directory's own: the name of one that ships with the package
+        (template_choice.SHIPPED) or a file; None or "own" for its own.
+        """
+        tokenizer = load_tokenizer(Path(directory))
+        choose(tokenizer, template, source=str(directory))
+        named = "" if template in (None, OWN) else f" (template {template})"
+        return cls(tokenizer, source=f"{directory}{named}")
+
+    def write_tokenizer(self, base: Path, directory: Path) -> None:
+        """Writes the tokenizer's files, read from `base`, with the template and the tokens that this encoder uses."""
+        write_tokenizer(self.template, self.tokenizer.eos_token, base, directory)
 
     @property
     def special_ids(self) -> frozenset[int]:
@@ -94,6 +111,11 @@ class Encoder:
     def fingerprint(self) -> str:
         """sha256 of tokenizer.json and the chat template; saving and loading do not change it."""
         return self._fingerprint
+
+    @property
+    def template(self) -> str:
+        """The chat template, the default one where the tokenizer has several."""
+        return self._template.text
 
     @property
     def vocabulary_size(self) -> int:
@@ -131,12 +153,11 @@ class Encoder:
         of the message.
         """
         messages = as_messages(messages, row)
-        table = steps(messages)
-        if not table:
-            raise DataError(f"{row}: no assistant message is a step, so there is nothing to train on or to score")
+        table = check_steps(messages, row)
         conversation = self._conversation(messages, row)
         whole = self._cut(self._template.render(conversation, tools, False, row))
         self._verify_text(whole, conversation, row)
+        self._verify_tools(whole, conversation, tools, row)
         reads: list[int] = []
         states: list[int] = []
         for index in dict.fromkeys(step.message for step in table):
@@ -158,8 +179,6 @@ class Encoder:
 
     def _state_position(self, whole: _Pieces, before: Conversation, tools: Tools, row: str) -> int:
         """Last token of the rendering that asks for the message after `before`, or of `before` if that is no prefix."""
-        if not before:
-            raise DataError(f"{row}: message 0 is a step; a state must come before the first step, as a user message")
         for generation in (True, False):
             rendering = self._template.render(before, tools, generation, row)
             position = self._position(whole, rendering)
@@ -207,18 +226,19 @@ class Encoder:
                 if current == len(whole.plain):
                     raise DataError(
                         f"{row}: the chat template of {self.source} changes, moves or drops message {index} "
-                        f"({_short(forms[0])}); use a template that renders every message as it is"
+                        f"({message.role}: {_short(forms[0])}){self._advice}"
                     )
+
+    def _verify_tools(self, whole: _Pieces, conversation: Conversation, tools: Tools, row: str) -> None:
+        if tools and self._template.render(conversation, None, False, row) == whole.text:
+            raise DataError(f"{row}: the chat template of {self.source} leaves out the tools{self._advice}")
 
     def _rewritten(self, whole: _Pieces, rendering: str, index: int, row: str) -> DataError:
         if whole.text.startswith(rendering):
             reason = f"the rendering up to message {index} ends inside a token of the whole"
         else:
             reason = f"the rendering up to message {index} is no prefix of the whole: {_differ(rendering, whole.text)}"
-        return DataError(
-            f"{row}: the chat template of {self.source} rewrites earlier turns; {reason}; "
-            "use a template that keeps prefixes"
-        )
+        return DataError(f"{row}: the chat template of {self.source} rewrites earlier turns; {reason}{self._advice}")
 
     def _position(self, whole: _Pieces, prefix: str) -> int | None:
         """Index of the last token of `prefix`, None where it is no prefix of the text in characters and in tokens."""
@@ -250,6 +270,14 @@ class Encoder:
         if first:
             return tuple(self._backend.encode(text, add_special_tokens=False).ids)
         return tuple(self._backend.encode(self._anchor + text, add_special_tokens=False).ids[1:])
+
+    def _padding(self) -> int:
+        tokenizer, declared = self.tokenizer, self.tokenizer.pad_token_id
+        used = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id}
+        found = padding_id(self._special_ids, declared=declared, used=used, template=self._template.text)
+        if found is None and declared is None:
+            raise DataError(f"{self.source} needs a pad_token and an eos_token; set both in tokenizer_config.json")
+        return declared if found is None else found
 
     def _prepare_specials(self) -> None:
         tokens = {id: token for id, token in self._backend.get_added_tokens_decoder().items() if token.special}

@@ -50,7 +50,7 @@ class SplitMetadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class Metadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """metadata.json of a dataset directory."""
+    """metadata.json of a dataset directory. `skipped` bad rows were left out and are in no split's counts."""
 
     format: Literal["jaxprm-trajectories"] = FORMAT
     version: Literal[1] = VERSION
@@ -58,6 +58,7 @@ class Metadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     pad_id: int
     max_length: int | None
     too_long: Literal["error", "drop", "window"]
+    skipped: int = 0
     splits: dict[str, SplitMetadata]
     shards: dict[str, Shard]
 

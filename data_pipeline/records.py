@@ -9,8 +9,9 @@ import msgspec
 import numpy as np
 
 from data_pipeline.encode import Encoded, Encoder
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, SplitError
 from data_pipeline.metadata import LENGTH_EDGES, SplitMetadata
+from data_pipeline.splits import Splits, named_split
 from data_pipeline.trajectory import Trajectory
 
 TooLong = Literal["error", "drop", "window"]
@@ -68,38 +69,43 @@ class Rows:
         self.splits: dict[str, SplitRecords] = {}
         self._encoder, self._max_length, self._too_long = encoder, max_length, too_long
         self._encoded: dict[bytes, Encoded] = {}
-        self._split_of_task: dict[str, str] = {}
+        self._splits = Splits()
 
     def add(self, trajectory: Trajectory, split: str | None, where: str) -> None:
+        """Raises DataError for a row that cannot be trained on, which is then in none of the counts."""
         row = f"{where} ({trajectory.id})"
         split = self._split(trajectory, split, row)
         records = self.splits.setdefault(split, SplitRecords())
-        records.rows += 1
         if trajectory.ended == "error":
+            records.rows += 1
             records.errors += 1
             return
         steps = _steps(trajectory, self._encode(trajectory, row), row)
-        if self._max_length is not None and len(steps.tokens) > self._max_length:
+        too_long = self._max_length is not None and len(steps.tokens) > self._max_length
+        if too_long and self._too_long == "error":
+            raise DataError(
+                f"{row}: {len(steps.tokens)} tokens, max_length is {self._max_length}; "
+                'raise it, or set too_long to "drop" or "window"'
+            )
+        records.rows += 1
+        if too_long:
             # A window needs one whole step: a prompt that fills it leaves nothing to train on.
             if self._too_long == "drop" or (
                 self._too_long == "window" and steps.read_positions[0] >= self._max_length
             ):
                 records.dropped += 1
                 return
-            steps = self._window(steps, row)
+            steps = self._window(steps)
             records.windowed += 1
         records.add(trajectory, steps)
 
     def _split(self, trajectory: Trajectory, split: str | None, row: str) -> str:
         """The split of a row; a task in two splits would let what is measured leak into what is learnt."""
-        split = split or trajectory.split or "train"
-        if trajectory.split not in (None, split):
-            raise DataError(f"{row}: its split is {trajectory.split!r}, but the file was given for {split!r}")
-        if not split.isidentifier() or split == "all":
-            raise DataError(f"{row}: {split!r} cannot name a split; use train, validation or test")
-        known = self._split_of_task.setdefault(trajectory.task_id, split)
-        if known != split:
-            raise DataError(f"{row}: task {trajectory.task_id} is in {known} and in {split}; split by task")
+        split = named_split(trajectory.split, split, row) or "train"
+        try:
+            self._splits.add(trajectory.task_id, split)
+        except SplitError as error:
+            raise SplitError(f"{row}: {error}") from None
         return split
 
     def _encode(self, trajectory: Trajectory, row: str) -> Encoded:
@@ -108,13 +114,8 @@ class Rows:
             self._encoded[key] = self._encoder.trajectory(trajectory.messages, row=row, tools=trajectory.tools)
         return self._encoded[key]
 
-    def _window(self, steps: _Steps, row: str) -> _Steps:
+    def _window(self, steps: _Steps) -> _Steps:
         """As many first steps as fit, closed with what the trajectory still earned from the last of them on."""
-        if self._too_long == "error":
-            raise DataError(
-                f"{row}: {len(steps.tokens)} tokens, max_length is {self._max_length}; "
-                'raise it, or set too_long to "drop" or "window"'
-            )
         kept = int(np.searchsorted(steps.read_positions, self._max_length))
         rewards = steps.rewards[:kept].copy()
         rewards[-1] = steps.rewards[kept - 1 :].sum(dtype=np.float64)

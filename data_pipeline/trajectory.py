@@ -97,6 +97,16 @@ def steps(messages: Sequence[Message]) -> list[Step]:
     return found
 
 
+def check_steps(messages: Sequence[Message], row: str) -> list[Step]:
+    """The decisions of a conversation; DataError unless there is one, with a state before it."""
+    found = steps(messages)
+    if not found:
+        raise DataError(f"{row}: no assistant message is a step, so there is nothing to train on or to score")
+    if found[0].message == 0:
+        raise DataError(f"{row}: message 0 is a step; a state must come before the first step, as a user message")
+    return found
+
+
 def text_parts(content: str | list[dict[str, Any]] | None) -> list[str]:
     """The texts a message's content is made of; ValueError where a part is not text."""
     if content is None:
@@ -120,6 +130,8 @@ def parse_line(line: bytes | str, *, where: str) -> Trajectory:
         return _decoder.decode(line)
     except (msgspec.MsgspecError, UnicodeError) as error:
         raise DataError(f"{where}: {error}") from None
+    except RecursionError:
+        raise DataError(f"{where}: nested too deeply") from None
 
 
 def read(path: str | PathLike[str], *, skip_bad: bool | Callable[[DataError], None] = False) -> Iterator[Trajectory]:
@@ -146,6 +158,11 @@ def read_numbered(
                 skip_bad(error)
             continue
         yield where, trajectory
+
+
+def count_rows(path: str | PathLike[str]) -> int:
+    """Lines of a file that are not blank. Raises DataError where it cannot be read."""
+    return sum(1 for _ in _lines(path))
 
 
 def to_line(trajectory: Trajectory) -> str:

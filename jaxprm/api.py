@@ -98,16 +98,26 @@ class Model:
         return self._scorer.score_actions([history[: steps[-1]]], [[history[steps[-1]]]], tools=[tools])[0][0]
 
 
-def load(directory: str | Path, *, rows: int = 8, max_tokens: int = 2048) -> Model:
-    """A trained or exported reward model, from its directory, its training output or a run with a single one.
+def load(
+    directory: str | Path,
+    *,
+    rows: int = 8,
+    max_tokens: int = 2048,
+    dtype: str = "float32",
+    chat_template: str | None = None,
+) -> Model:
+    """A reward model, from its directory, its training output, a run with a single one, or by its name on the hub.
 
     rows: states whose candidates are scored at once; max_tokens: conversations up to this length are kept in the
-    cache of `score_actions`, longer ones are encoded anew. Memory of the cache grows with both.
+    cache of `score_actions`, longer ones are encoded anew. Memory of the cache grows with both. dtype: "float32" or
+    "bfloat16", of the arithmetic and of the cache. chat_template: in the place of the model's own, for models trained
+    elsewhere whose template rewrites earlier turns: "chatml", "llama3", or a file.
 
     Raises UserError or DataError where there is no model, or one that cannot be read.
     """
-    directory = loading.find_model(directory)
-    return Model(loading.load_scorer(directory, rows=rows, max_tokens=max_tokens), loading.read_recipe(directory))
+    model = loading.find_model(directory)
+    scorer = loading.load_scorer(model, rows=rows, max_tokens=max_tokens, dtype=dtype, template=chat_template)
+    return Model(scorer, loading.read_recipe(model))
 
 
 def _parts(trajectory: Any, name: str) -> tuple[Conversation, list[dict] | None, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,10 @@ STAGE_VERBS = {
     "report": ("report", "... and write results.json and the page"),
 }
 
+_MODEL = "a reward model: its directory, a training's output or checkpoint, a run with a single one, or its hub name"
+_TEMPLATE = "own (the tokenizer's, default), chatml, llama3, or a file"
+_DTYPES = ("float32", "bfloat16")
+
 
 def parser() -> argparse.ArgumentParser:
     """All verbs and their options. Nothing heavy is imported to show the help."""
@@ -29,21 +34,90 @@ def parser() -> argparse.ArgumentParser:
         one = _config_verb(verbs, verb, text)
         one.add_argument("--redo", action="store_true", help="make stages again whose config changed")
         one.add_argument("--profile", metavar="START:END", help="trace these steps of every training")
+        one.add_argument(
+            "--data", action="append", metavar="[SPLIT=]FILE",
+            help="trajectories of your own instead of sampled ones; again for more (collection.files)",
+        )
+        one.add_argument("--model", metavar="DIR", help="the model reward models start from (base_model)")
+        one.add_argument("--chat-template", metavar="TEMPLATE", help=f"{_TEMPLATE} (policy.chat_template)")
+        one.add_argument("--skip-bad", action="store_true", help="leave bad rows of --data out (collection.skip_bad)")
     _config_verb(verbs, "imitate", "train a small policy by imitation of the environment's expert")
     inspect = verbs.add_parser("inspect", help="what is in a checkpoint: step, fingerprints, sizes, position, config")
     inspect.add_argument("directory", type=Path, help="a training output, a run, or a step's own directory")
     inspect.add_argument("--json", action="store_true", help="everything, as one JSON object")
     _plan_verb(verbs)
     score = verbs.add_parser("score", help="score every step of a file of trajectories")
-    score.add_argument("--model", type=Path, required=True, help="a reward model: directory, training output or run")
+    score.add_argument("--model", type=Path, required=True, help=_MODEL)
     score.add_argument("--input", type=Path, required=True, help="trajectories, JSON Lines")
     score.add_argument("--output", type=Path, required=True, help="scores, one line for each line of the input")
+    score.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the arithmetic; default float32")
+    score.add_argument("--chat-template", default="own", metavar="TEMPLATE", help=_TEMPLATE)
+    _evaluate_verb(verbs)
     export = verbs.add_parser("export", help="write a reward model as a Hugging Face directory")
-    export.add_argument("--model", type=Path, required=True, help="a reward model: directory, training output or run")
+    export.add_argument("--model", type=Path, required=True, help=_MODEL)
     export.add_argument("--output", type=Path, required=True, help="the directory to write")
+    export.add_argument(
+        "--format", choices=("sequence", "token"), default="sequence",
+        help="a value for a conversation (default), or for each of its tokens",
+    )  # fmt: skip
+    export.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the weights; default float32")
+    export.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file of weights; default 5GB")
     export.add_argument("--verify", action="store_true", help="compare with transformers' scores (needs torch)")
     export.add_argument("--input", type=Path, help="trajectories to verify on; made up when not given")
+    _import_verb(verbs)
+    validate = verbs.add_parser("validate", help="count what is in files of trajectories, and find every bad row")
+    validate.add_argument("files", nargs="+", metavar="[SPLIT=]FILE", help="trajectories, JSON Lines")
+    validate.add_argument("--tokenizer", type=Path, metavar="DIR", help="also encode every conversation with this one")
+    validate.add_argument("--chat-template", default="own", metavar="TEMPLATE", help=_TEMPLATE)
+    validate.add_argument("--max-length", type=_count, metavar="TOKENS", help="count what is longer")
+    validate.add_argument("--json", type=Path, metavar="FILE", help="write everything there, with all bad rows")
+    validate.add_argument("--skip-bad", action="store_true", help="bad rows are counted, but no reason to fail")
     return main
+
+
+def _evaluate_verb(verbs) -> None:
+    one = verbs.add_parser("evaluate", help="judge reward models on trajectories with outcomes or step labels")
+    one.add_argument(
+        "--model", type=Path, required=True, action="append", help="a reward model, as for score; again to compare"
+    )
+    one.add_argument("--input", type=Path, required=True, help="trajectories, JSON Lines")
+    one.add_argument("--labels", default="step_labels", metavar="FIELD", help="step_labels, or a path into meta")
+    one.add_argument("--label-kind", choices=("binary", "ternary", "first-error", "soft"), help="found if not given")
+    chosen = one.add_mutually_exclusive_group()
+    chosen.add_argument("--validation-share", type=float, default=0.5, help="of the tasks, to choose thresholds on")
+    chosen.add_argument("--threshold", type=float, help="a step of lower promise is judged wrong; none is chosen then")
+    one.add_argument("--group", metavar="FIELD", help="numbers by environment, split, ..., or by a path into meta")
+    one.add_argument("--json", type=Path, metavar="FILE", help="where to write everything")
+    one.add_argument("--seed", type=int, default=0, help="of the split and the resamples")
+    one.add_argument("--samples", type=int, default=2000, help="bootstrap resamples")
+
+
+def _import_verb(verbs) -> None:
+    one = verbs.add_parser("import-trajectories", help="turn chat logs of other tools into trajectories")
+    formats = ("openai", "sharegpt", "agentgym", "trl-prm")
+    one.add_argument("--format", choices=formats, required=True, help="what a row looks like")
+    one.add_argument("--input", type=Path, nargs="+", required=True, metavar="FILE", help="JSON Lines, array, Parquet")
+    one.add_argument("--output", type=Path, required=True, metavar="FILE", help="trajectories to write, JSON Lines")
+    for name, text in (
+        ("messages", "the conversation"),
+        ("outcome", "the outcome: true, false or a number in [0, 1]"),
+        ("success", "whether it succeeded"),
+        ("id", "the trajectory's name"),
+        ("task", "the name of what was attempted"),
+    ):
+        one.add_argument(f"--{name}-field", metavar="PATH", help=f"{text}, as info.reward or metrics[0].score")
+    one.add_argument("--outcome-scale", metavar="LOW,HIGH", help="outcomes run from LOW to HIGH instead of 0 to 1")
+    one.add_argument("--split-by", metavar="FIELD", help="put whole groups of this field (such as task) in validation")
+    one.add_argument("--validation-share", type=float, metavar="SHARE", help="of the groups (default: 0.1)")
+    one.add_argument("--seed", type=int, default=0, help="of the split (default: 0)")
+    one.add_argument("--skip-bad", action="store_true", help="leave bad rows out, show and count them")
+    one.add_argument("--json", type=Path, metavar="FILE", help="write all counts there, with all bad rows")
+
+
+def _count(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise ValueError(text)
+    return value
 
 
 def _config_verb(verbs, verb: str, text: str) -> argparse.ArgumentParser:
@@ -89,12 +163,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # What TensorFlow and XLA say at start-up drowns the one line that matters.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    if options.verb != "plan":  # which may fetch a config.json
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         return VERBS[options.verb](options)
     except KeyboardInterrupt:
-        print("jaxprm: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        again = "starts anew" if options.verb in ("evaluate", "export") else "goes on where it stopped"
+        print(f"jaxprm: interrupted; the same command {again}", file=sys.stderr)
         return 130
     except Interrupted as stopped:
         print(f"jaxprm: {stopped}", file=sys.stderr)
@@ -130,14 +203,21 @@ def _one_line(error: Exception) -> str | None:
 
 def _stages(options) -> int:
     from jaxprm import config
-    from jaxprm.run import run
+    from jaxprm.run import run, validation_lines
     from jaxprm.training import distributed
 
-    experiment = config.load(options.config, options.overrides, quick=options.quick)
+    experiment = config.load(options.config, options.overrides + _spelled_out(options), quick=options.quick)
+    own, until = bool(experiment.collection.files), STAGE_VERBS[options.verb][0]
+    if own and options.verb == "run":
+        until = "train"
     profile = _steps(options.profile)
-    until = STAGE_VERBS[options.verb][0]
     with distributed.joined(slices=experiment.mesh.dcn_data):
         page = run(experiment, options.workdir, until=until, redo=options.redo, profile=profile)
+    if own and until == "train":
+        print("trained on your own trajectories; on those of validation:")
+        print("\n".join(f"  {line}" for line in validation_lines(experiment, options.workdir)))
+        if options.verb == "run":
+            print("run ends here: nothing is searched; `search` and `report` do, in the config's environment")
     if page is not None:
         from jaxprm.evaluation.table import results_table
 
@@ -168,6 +248,14 @@ def _inspect(options) -> int:
     return 0
 
 
+def _spelled_out(options) -> list[str]:
+    """The options that stand for fields of the config, as overrides."""
+    found = [f"collection.files={json.dumps(options.data)}"] if options.data else []
+    found += [f"base_model={json.dumps(str(options.model))}"] if options.model is not None else []
+    found += [f"policy.chat_template={json.dumps(options.chat_template)}"] if options.chat_template is not None else []
+    return found + (["collection.skip_bad=true"] if options.skip_bad else [])
+
+
 def _imitate(options) -> int:
     from jaxprm import config
     from jaxprm.stages import WorkDirectory
@@ -188,19 +276,119 @@ def _plan(options) -> int:
 def _score(options) -> int:
     from jaxprm.scoring.files import score_file
 
-    counts = score_file(options.model, options.input, options.output)
+    counts = score_file(
+        options.model, options.input, options.output, dtype=options.dtype, template=options.chat_template
+    )
     print(f"scored {counts.scored} trajectories, {counts.errors} errors: {options.output}")
     return 1 if counts.errors else 0
+
+
+def _evaluate(options) -> int:
+    from jaxprm import files
+    from jaxprm.errors import UserError
+    from jaxprm.evaluation.judge import Settings, evaluate
+    from jaxprm.evaluation.judge_table import judge_table
+    from jaxprm.evaluation.measure import Resampling
+
+    if options.json and (options.json.is_dir() or options.json.resolve() == options.input.resolve()):
+        raise UserError(f"json {options.json}: is a directory, or the input; name another file")
+    settings = Settings(
+        labels=options.labels,
+        label_kind=options.label_kind,
+        validation_share=options.validation_share,
+        threshold=options.threshold,
+        group=options.group,
+        resampling=Resampling(samples=options.samples, seed=options.seed),
+    )
+    report = evaluate(options.model, options.input, settings)
+    print(judge_table(report))
+    if options.json:
+        files.write_json(options.json, report)
+    return 1 if report["input"]["errors"] else 0
 
 
 def _export(options) -> int:
     from jaxprm.export import export
 
-    made = export(options.model, options.output, verify=options.verify, trajectories=options.input)
+    made = export(
+        options.model,
+        options.output,
+        form=options.format,
+        dtype=options.dtype,
+        max_shard_size=options.max_shard_size,
+        verify=options.verify,
+        trajectories=options.input,
+    )
     print(f"exported: {options.output}")
     if options.verify:
-        print(f"verified: largest difference {made['largest_difference']:.2e}, bound {made['bound']:.2e}")
+        print(
+            f"verified: largest difference {made['largest_difference']:.2e}, bound {made['bound']:.2e}, "
+            f"at {made['read_positions']} read positions of {made['trajectories']} conversations"
+        )
+    if "rounding" in made:
+        print(f"rounding the weights to {options.dtype} moved scores by up to {made['rounding']:.2e}")
     return 0
+
+
+def _import_trajectories(options) -> int:
+    from data_pipeline import splits
+    from data_pipeline.errors import listed
+    from data_pipeline.importers import convert, fields
+    from jaxprm import progress
+
+    scale = options.outcome_scale
+    split_by = options.split_by if options.split_by != "task" else ""
+    settings = convert.Options(
+        format=options.format,
+        messages=options.messages_field,
+        outcome=options.outcome_field,
+        success=options.success_field,
+        id=options.id_field,
+        task=options.task_field,
+        scale=fields.Scale.parse(scale) if scale is not None else fields.Scale(),
+        split_by="" if split_by is None and options.validation_share is not None else split_by,
+        validation_share=splits.VALIDATION_SHARE if options.validation_share is None else options.validation_share,
+        seed=options.seed,
+        skip_bad=options.skip_bad,
+    )
+    with progress.absolute("import", unit="B", unit_scale=True) as show:
+        report = convert.import_trajectories(options.input, options.output, settings, progress=show)
+    _write_report(options.json, report)
+    print("\n".join(convert.to_text(report, options.output)))
+    if report.bad:
+        print("\n".join(listed(report.bad)), file=sys.stderr)
+    return 0
+
+
+def _validate(options) -> int:
+    from data_pipeline.splits import parse_inputs
+    from data_pipeline.validate import validate
+    from data_pipeline.validate_text import to_text
+    from jaxprm import progress
+    from jaxprm.errors import UserError
+
+    if options.tokenizer is None and (options.max_length is not None or options.chat_template != "own"):
+        raise UserError("--max-length and --chat-template are about tokens: give a --tokenizer too")
+    encoder = None
+    if options.tokenizer is not None:
+        from data_pipeline.encode import Encoder
+
+        encoder = Encoder.load(options.tokenizer, options.chat_template)
+    with progress.absolute("validate", unit="row") as show:
+        report = validate(parse_inputs(options.files), encoder=encoder, max_length=options.max_length, progress=show)
+    _write_report(options.json, report)
+    print(to_text(report))
+    failed = report.leaks or not report.trajectories or (report.bad and not options.skip_bad)
+    return 1 if failed else 0
+
+
+def _write_report(path: Path | None, report) -> None:
+    if path is not None:
+        import msgspec
+
+        from jaxprm import files
+
+        files.write_json(path, msgspec.to_builtins(report))
 
 
 VERBS = dict.fromkeys(STAGE_VERBS, _stages) | {
@@ -209,4 +397,7 @@ VERBS = dict.fromkeys(STAGE_VERBS, _stages) | {
     "plan": _plan,
     "score": _score,
     "export": _export,
+    "import-trajectories": _import_trajectories,
+    "validate": _validate,
+    "evaluate": _evaluate,
 }

@@ -14,10 +14,16 @@ from jaxprm.errors import UserError
 from jaxprm.policies.protocol import Policy, State
 from jaxprm.progress import bar
 
+# What an episode's error begins with where the policy failed.
+OF_POLICY = "policy: "
+
 
 @dataclass
 class Episode:
-    """One trajectory in the making. `number` names it among its task's and picks its draws."""
+    """One trajectory in the making. `number` names it among its task's and picks its draws.
+
+    `broken`: it was the environment that failed.
+    """
 
     task: str
     number: int
@@ -30,6 +36,7 @@ class Episode:
     observation: str = ""
     outcome: float | None = None
     error: str | None = None
+    broken: bool = False
     done: bool = False
 
 
@@ -44,7 +51,8 @@ def rollouts(
     """Finished episodes for (task, number) jobs, in the order in which they end.
 
     An environment that raises ends its episode with `error` set and is not used again; one that goes on past its
-    max_rounds is cut there. Every environment is closed, also on errors.
+    max_rounds is cut there. Every environment is closed, also on errors. An action that the policy failed to give ends
+    its episode with `error` set, too.
     """
     jobs, active = iter(jobs), []
     with closing(pool.Pool(make_environment)) as environments:
@@ -58,12 +66,15 @@ def rollouts(
                 for episode, (action,) in zip(waiting, policy.propose(states, 1, temperature), strict=True):
                     episode.tokens += action.tokens
                     episode.cut += action.stop == "length"
-                    _act(episode, action.text)
+                    if action.stop == "error":
+                        episode.error, episode.done = f"{OF_POLICY}{action.error}", True
+                    else:
+                        _act(episode, action.text)
             for episode in [episode for episode in active if episode.done]:
-                if episode.error is None:
-                    environments.give_back(episode.environment)
-                else:
+                if episode.broken:
                     environments.discard(episode.environment)
+                else:
+                    environments.give_back(episode.environment)
                 yield episode
             active = [episode for episode in active if not episode.done]
 
@@ -74,7 +85,7 @@ def _errors_end(episode: Episode) -> Iterator[None]:
         yield
     except Exception as error:
         # A user's environment may raise anything; the episode is reported as failed, never lost.
-        episode.error, episode.done = f"{type(error).__name__}: {error}", True
+        episode.error, episode.broken, episode.done = f"{type(error).__name__}: {error}", True, True
 
 
 def _start(environment: Environment, task: str, number: int) -> Episode:
@@ -171,12 +182,11 @@ def collect(
             progress.update()
     ordered = [done[f"{task}#{number}"] for task, number in wanted]
     if ordered and all(line["ended"] == "error" for line in ordered):
-        # Not kept: once the environment is mended, the same command has to sample them anew.
+        # Not kept: once the cause is mended, the same command has to sample them anew.
         partial.unlink()
-        raise UserError(
-            f"{label}: all {len(ordered)} episodes ended in an error, the first: {ordered[0]['meta']['error']}; "
-            f"mend the environment {environment}"
-        )
+        first = ordered[0]["meta"]["error"]
+        cause = "policy" if first.startswith(OF_POLICY) else f"environment {environment}"
+        raise UserError(f"{label}: all {len(ordered)} episodes ended in an error, the first: {first}; mend the {cause}")
     files.write_atomic(output, "".join(files.line(one) for one in ordered))
     partial.unlink(missing_ok=True)
     return output

@@ -11,13 +11,16 @@ import math
 import re
 import runpy
 import traceback
+import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 
+from jaxprm import redaction
 from jaxprm.errors import UserError
+from jaxprm.policies import endpoint_check
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Whole = Annotated[int, msgspec.Meta(ge=0)]
@@ -66,22 +69,58 @@ class Imitation(Section):
     demonstrations: dict[str, Any] = {}
 
 
+class Endpoint(Section):
+    """An OpenAI-compatible server of chat completions. `base_url` ends where `/chat/completions` begins.
+
+    The key stays in the environment: `api_key_env` names the variable; null sends none. `served_as` is what the server
+    calls the model in its answers, where that is neither `model` nor a version of it. `timeout_seconds` bounds one
+    attempt as a whole, `retries` the further attempts; after `give_up_after` requests in a row that failed all theirs,
+    the run stops. `extra_body` is added to every request; `"seed": null` there leaves the seed out.
+    """
+
+    model: Annotated[str, msgspec.Meta(min_length=1)]
+    base_url: str = "http://127.0.0.1:8000/v1"
+    api_key_env: str | None = None
+    served_as: str | None = None
+    requests_in_flight: Count = 32
+    timeout_seconds: Positive = 120.0
+    retries: Whole = 5
+    give_up_after: Count = 64
+    log_probabilities: bool = False
+    extra_body: dict[str, Any] = {}
+
+
 class Policy(Section):
-    """`path` is a model directory, `default` the one that ships with the package."""
+    """`path` is a model directory or a name on the hub (org/name, org/name@revision), `default` the one that ships,
+    or a user's `module:attribute`, to whose call `arguments` go beside the seed. An `endpoint` is asked in their place.
+
+    `chat_template`, for the policy and the reward models that learn from it: `own` is the tokenizer's; `chatml` or
+    `llama3` one that ships; anything else a file.
+    """
 
     path: str = "default"
+    chat_template: str = "own"
+    endpoint: Endpoint | None = None
+    arguments: dict[str, Any] = {}
     max_action_tokens: Count = 96
     max_tokens: Count = 1024
     in_flight: Count = 128
 
 
 class Collection(Section):
-    """Trajectories sampled for training and validation. `tasks` null means all of a split."""
+    """Trajectories for training and validation. `tasks` null means all of a split.
+
+    With `files`, each a FILE or SPLIT=FILE, nothing is sampled. Rows go to the split of their file, or to the one they
+    name, or by a hash of their task, `validation_share` of the tasks to validation. `skip_bad` leaves bad rows out.
+    """
 
     train_tasks: Count | None = None
     validation_tasks: Count | None = None
     trajectories_per_task: Count = 16
     temperature: NotNegative = 1.0
+    files: tuple[str, ...] = ()
+    validation_share: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.1
+    skip_bad: bool = False
 
 
 class Data(Section):
@@ -191,12 +230,16 @@ class Search(Section):
 
 
 class Experiment(Section):
-    """A whole run: environment and policy -> trajectories -> shards -> reward models -> search -> report."""
+    """A whole run: environment and policy -> trajectories -> shards -> reward models -> search -> report.
+
+    `base_model`, a directory or a name on the hub, is what the reward models start from; null is the policy's own.
+    """
 
     name: str
     seed: Whole = 0
     environment: Environment = Environment()
     policy: Policy = Policy()
+    base_model: str | None = None
     collection: Collection = Collection()
     data: Data = Data()
     reward_models: tuple[RewardModel, ...] = (RewardModel(label="agentprm"),)
@@ -242,7 +285,12 @@ def to_dict(experiment: Experiment) -> dict:
 
 
 def from_dict(plain: dict, *, where: str) -> Experiment:
-    """Validates and converts. Raises UserError, naming field, value and bound."""
+    """Validates and converts. Raises UserError, naming field, value and bound, but never the value of a secret."""
+    if secret := redaction.secret_field(plain):
+        raise UserError(
+            f"config {where}: {secret} looks like a key or a password, and configs are written to the work directory; "
+            "take it out, and name an environment variable in policy.endpoint.api_key_env"
+        )
     try:
         experiment = msgspec.convert(plain, Experiment)
     except msgspec.ValidationError as error:
@@ -250,6 +298,8 @@ def from_dict(plain: dict, *, where: str) -> Experiment:
     for field, value in _floats(plain, ""):
         if not math.isfinite(value):
             raise UserError(f"config {where}: {field} = {value}: expected a finite number")
+    if wrong := endpoint_check.wrong(experiment.policy):
+        raise UserError(f"config {where}: {wrong}")
     labels = [model.label for model in experiment.reward_models]
     if len(set(labels)) != len(labels):
         raise UserError(f"config {where}: reward_models: labels must differ, got {labels}")
@@ -343,4 +393,7 @@ def _kind_of(kind: Any, part: str) -> Any:
     found = get_args(kind)[0] if part.isdecimal() else next(
         field.type for field in msgspec.structs.fields(kind) if field.name == part
     )
-    return get_args(found)[0] if get_origin(found) is Annotated else found
+    if get_origin(found) is Annotated:
+        return get_args(found)[0]
+    sections = [one for one in get_args(found) if isinstance(one, type) and issubclass(one, Section)]
+    return sections[0] if sections and get_origin(found) is types.UnionType else found

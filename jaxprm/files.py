@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -92,3 +93,12 @@ def sha256(path: Path) -> str:
 def plain(value: Any) -> Any:
     """The value as it comes back from JSON: tuples as lists, keys as text."""
     return json.loads(json.dumps(value))
+
+
+def without_nan(value: Any) -> Any:
+    """JSON has no NaN: what is not defined is null."""
+    if isinstance(value, dict):
+        return {key: without_nan(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [without_nan(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -3,68 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
+
+from jaxprm import files, model_card_usage
 
 _OBJECTIVES = {
     "agentprm": "AgentPRM (arXiv 2511.08325): TD(lambda) estimates of the outcome, and a loss on the progress of steps",
     "pvm": "a process value model: at every step the outcome of its trajectory",
     "orm": "an outcome reward model: the outcome, at the last step of a trajectory only",
+    "mc": "Monte Carlo: how often sampled continuations of the step reach the outcome (Math-Shepherd)",
 }
-
-_TRANSFORMERS = '''\
-```python
-import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-directory = "."  # this directory, or its name on the Hub
-tokenizer = AutoTokenizer.from_pretrained(directory)
-model = AutoModelForSequenceClassification.from_pretrained(directory).eval()
-
-messages = [
-    {"role": "user", "content": "Craft 1 oak planks. You have nothing."},
-    {"role": "assistant", "content": "I need oak logs. get 1 oak log"},
-    {"role": "user", "content": "Got 1 oak log"},
-    {"role": "assistant", "content": "craft 4 oak planks using 1 oak log"},
-]
-before = None
-for index, message in enumerate(messages):
-    if message["role"] != "assistant":
-        continue
-    # The value is read at the last token of the rendering that ends with the action: no generation prompt after it.
-    text = tokenizer.apply_chat_template(messages[: index + 1], tokenize=False)
-    inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
-    with torch.no_grad():
-        promise = model(**inputs).logits[0, 0].item()
-    progress = None if before is None else promise - before
-    print({"message": index, "promise": promise, "progress": progress})
-    before = promise
-```'''
-
-_OTHERS = '''\
-With jaxprm, which scores all steps in one pass and candidates after a shared prefix:
-
-```python
-import jaxprm
-
-model = jaxprm.load(directory)
-print(model.score([messages])[0]["steps"])
-print(model.score_actions(messages[:3], ["craft 4 oak planks using 1 oak log", "get 1 oak log"]))
-```
-
-With vLLM (`text` as above):
-
-    from vllm import LLM
-    llm = LLM(model=directory, runner="pooling")
-    promise = llm.classify(text)[0].outputs.probs[0]    # the raw value: config.json says problem_type "regression"
-
-With SGLang:
-
-    python -m sglang.launch_server --model-path DIRECTORY --is-embedding --port 30000
-    curl localhost:30000/classify -H 'Content-Type: application/json' -d '{"model": "DIRECTORY", "text": "..."}'
-
-The vLLM and SGLang calls are written from their documentation and were not run on this export. Compare a few scores
-with transformers' before you rely on them: SGLang's `/v1/classify` applies a softmax, which is 1 for a single label,
-and some of its versions give the head a bias that no checkpoint sets.'''
+_METHODS = {"beam": "beam {}", "stepwise": "best of {} at every step", "best_of_n": "best of {}"}
 
 
 def model_card(
@@ -75,25 +25,70 @@ def model_card(
 ) -> str:
     """The card of a model with this reward_model.json, config.json and tokenizer_config.json, checked or not."""
     label = recipe.get("label", "reward model")
-    low, high = recipe.get("value_range") or (0.0, 1.0)
+    low, high = _range(recipe, config)
     sections = [
-        _front_matter(recipe),
+        _front_matter(recipe, config),
         f"# {label}: a process reward model for agents\n\n"
         "For every action (assistant turn) of a conversation it predicts the **promise**: the outcome to expect once "
         f"the action is taken, as a number in [{low:g}, {high:g}] but for errors of estimation. **Progress** is the "
         f"difference between an action's promise and the one before. {_progress_note(recipe)}",
         "\n".join(["## What it is", "", *_facts(recipe, config, tokenizer)]),
-        "\n".join(["## How to call it", "", "With transformers:", "", _TRANSFORMERS, "", _OTHERS]),
+        "\n\n".join(["## How to call it", *model_card_usage.sections(config)]),
         "\n".join(["## What was checked", "", _checked(verified, config)]),
     ]
-    results = list(_results(recipe))
-    if results:
-        sections.append("\n".join(["## Results", "", "| | value |", "|---|---|", *results]))
+    if results := recipe.get("results"):
+        sections.append("\n".join(["## Results", "", *_results_table(results)]))
+    if validation := list(_numbers(recipe.get("validation") or {})):
+        rows = [f"| {name} | {value:.4g} |" for name, value in validation]
+        sections.append("\n".join(["## On validation trajectories", "", "| | value |", "|---|---|", *rows]))
     return "\n\n".join(sections) + "\n"
 
 
-def _front_matter(recipe: Mapping[str, Any]) -> str:
-    lines = ["library_name: transformers", "pipeline_tag: text-classification"]
+def run_results(model: Path, label: str | None) -> dict[str, Any] | None:
+    """What a card shows of the results.json of the run whose reward model this is; None where there is no such run."""
+    parents = model.absolute().parents
+    path = parents[3] / "results.json" if len(parents) > 3 else Path()
+    if len(parents) <= 3 or parents[2].name != "reward_models" or not path.is_file():
+        return None
+    results = files.read_json(path)
+    methods = {name: results["methods"][name] for name in (label, "random") if name in results["methods"]}
+    if label not in methods:
+        return None
+    return {
+        "label": label,
+        "name": results.get("name"),
+        "policy": results["policy"],
+        "methods": methods,
+        "seeds": results.get("provenance", {}).get("seeds"),
+    }
+
+
+def _results_table(results: Mapping[str, Any]) -> Iterator[str]:
+    yield (
+        f"Success on held-out tasks of the run `{results['name']}`, in per cent, mean and 95 % interval over tasks; "
+        f"guided search is a mean over reward models of seeds {results['seeds']}, this one among them."
+    )
+    yield from ("", "| method | success | tasks |", "|---|---|---|")
+    names = {"sampled": "the policy alone, one sample", "greedy": "the policy alone, greedy"}
+    for key, estimate in results["policy"].items():
+        yield _result_row(names.get(key, key), estimate)
+    for label, found in results["methods"].items():
+        by = "random scores" if label == "random" else f"guided by {label}"
+        for kind, title in _METHODS.items():
+            for size, estimate in (found.get(kind) or {}).items():
+                yield _result_row(f"{title.format(size)}, {by}", estimate)
+
+
+def _result_row(name: str, estimate: Mapping[str, Any]) -> str:
+    if estimate["mean"] is None:
+        return f"| {name} | not defined | {estimate['n']} |"
+    mean, low, high = (100 * estimate[key] for key in ("mean", "low", "high"))
+    return f"| {name} | {mean:.1f} [{low:.1f}, {high:.1f}] | {estimate['n']} |"
+
+
+def _front_matter(recipe: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    of_tokens = model_card_usage.of_tokens(config)
+    lines = ["library_name: transformers", f"pipeline_tag: {'token' if of_tokens else 'text'}-classification"]
     base = str(recipe.get("base", ""))
     if base.count("/") == 1:
         lines.append(f"base_model: {base}")
@@ -106,9 +101,14 @@ def _progress_note(recipe: Mapping[str, Any]) -> str:
     return "This model discounts, so promises of neighbouring steps cannot be compared, and progress is undefined."
 
 
+def _range(recipe: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[float, float]:
+    return tuple(recipe.get("value_range") or (0.0, 1.0)) if config.get("num_labels", 1) == 1 else (0.0, 1.0)
+
+
 def _facts(recipe: Mapping[str, Any], config: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> Iterator[str]:
     objective = recipe.get("objective")
     yield f"- Base model: {recipe.get('base', 'unknown')}"
+    yield f"- Architecture: {config['architectures'][0]}, weights in {config['dtype']}"
     yield f"- Target: {_OBJECTIVES.get(objective, objective or 'unknown')}"
     settings = ", ".join(f"{name} {value}" for name, value in recipe.get("targets", {}).items())
     if settings:
@@ -118,13 +118,15 @@ def _facts(recipe: Mapping[str, Any], config: Mapping[str, Any], tokenizer: Mapp
         yield "- Data: " + ", ".join(f"{value:,} {name}" for name, value in trained_on.items())
     else:
         yield "- Data: not recorded"
+    if recipe.get("unfinished"):
+        yield f"- Training: not finished, a checkpoint after {recipe['steps']:,} steps"
     yield f"- Read position: {recipe.get('read_position', 'last token of the rendering that ends with the action')}"
-    low, high = recipe.get("value_range") or (0.0, 1.0)
-    yield f"- Value range of the targets: [{low:g}, {high:g}]; the value is linear, no sigmoid belongs on it"
+    yield _value_fact(recipe, config)
     yield f"- Trained on up to {recipe.get('max_tokens') or config['max_position_embeddings']} tokens"
     if recipe.get("seed") is not None:
         yield f"- Seed: {recipe['seed']}"
     yield "- Chat template: chat_template.jinja, the one it was trained with; scores of another rendering mean nothing"
+    yield f"- Padding: token {config['pad_token_id']}, which ends no message; keep it, or others read the wrong token"
     if "auto_map" in tokenizer:
         yield (
             "- Tokenizer: it does not split words as Qwen2's does. The `auto_map` in tokenizer_config.json names a "
@@ -133,30 +135,39 @@ def _facts(recipe: Mapping[str, Any], config: Mapping[str, Any], tokenizer: Mapp
         )
 
 
+def _value_fact(recipe: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    low, high = _range(recipe, config)
+    if config.get("num_labels", 1) == 2:
+        return f"- Value: the probability of label 1, {config['id2label']['1']!r}, softmax(logits)[1], in [0, 1]"
+    return f"- Value range of the targets: [{low:g}, {high:g}]; the value is linear, no sigmoid belongs on it"
+
+
 def _checked(verified: Mapping[str, Any] | None, config: Mapping[str, Any]) -> str:
     if verified is None:
         text = "Nothing: exported without `--verify`."
     else:
+        rounding = verified.get("rounding")
+        ours = "the model as it was trained" if rounding is None else "jaxprm's of the same weights"
         text = (
-            f"Scores of transformers {verified['transformers']} (torch {verified['torch']}, float32, padded batches) "
-            f"against the model as it was trained, at all {verified['read_positions']} read positions of "
+            f"Scores of transformers {verified['transformers']} (torch {verified['torch']}, computed in float32, in "
+            f"padded batches) against {ours}, at all {verified['read_positions']} read positions of "
             f"{verified['trajectories']} conversations: largest difference {verified['largest_difference']:.1e}, "
-            f"bound {verified['bound']:.1e}. Other consumers and other precisions were not checked."
+            f"bound {verified['bound']:.1e}."
         )
+        if rounding is not None:
+            text += (
+                f" Rounding the weights to bfloat16 moved scores by up to {rounding:.1e}. Arithmetic in bfloat16 moves "
+                "them too, which was not measured."
+            )
+        text += " Other consumers and other precisions were not checked."
     if config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
         text += " Its head_dim is not hidden_size / heads, which not every consumer supports."
     return text
 
 
-def _results(recipe: Mapping[str, Any]) -> Iterator[str]:
-    for group in ("validation", "results"):
-        for name, value in _numbers(recipe.get(group) or {}, group):
-            yield f"| {name} | {value:.4g} |"
-
-
-def _numbers(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
+def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
     for name, value in values.items():
         if isinstance(value, Mapping):
-            yield from _numbers(value, f"{prefix} {name}")
+            yield from _numbers(value, f"{prefix}{name} ")
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            yield f"{prefix} {name}", value
+            yield f"{prefix}{name}", value

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 
 @contextmanager
-def bar(label: str, total: int | None, *, initial: int = 0, unit: str = "it") -> Iterator:
+def bar(label: str, total: int | None, *, initial: int = 0, unit: str = "it", **settings) -> Iterator:
     """A tqdm bar on stderr. Not on a terminal it writes a line every 20 seconds instead of redrawing."""
     from tqdm import tqdm
 
@@ -23,8 +23,21 @@ def bar(label: str, total: int | None, *, initial: int = 0, unit: str = "it") ->
         maxinterval=1 if terminal else 60,
         smoothing=0.1,
         file=sys.stderr,
+        **settings,
     ) as progress:
         yield progress
+
+
+@contextmanager
+def absolute(label: str, *, unit: str = "it", **settings) -> Iterator[Callable[[int, int], None]]:
+    """A bar as a function of (done, in all), for work that knows its total only once it has begun."""
+    with bar(label, None, unit=unit, **settings) as progress:
+
+        def show(done: int, total: int) -> None:
+            progress.total = total
+            progress.update(done - progress.n)
+
+        yield show
 
 
 def track(items: Iterable, label: str, total: int | None = None, unit: str = "it") -> Iterator:

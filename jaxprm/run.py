@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.errors import listed
 from jaxprm import config as config_lib
-from jaxprm import environments, files
+from jaxprm import environments, files, trajectory_files
 from jaxprm.errors import UserError
-from jaxprm.progress import bar
+from jaxprm.policies import loading
+from jaxprm.progress import absolute
 from jaxprm.stages import WorkDirectory, identity
 
 STAGES = ("collect", "build", "train", "search", "report")
@@ -27,26 +31,29 @@ class Run:
 
     @functools.cached_property
     def policy(self):
-        from jaxprm.policies import language_model
-
-        settings = self.experiment.policy
-        return language_model.load(settings.path, seed=self.experiment.seed, settings=settings)
+        return loading.load(self.experiment)
 
     @functools.cached_property
-    def policy_directory(self) -> Path:
-        from jaxprm.policies import language_model
-
-        path = self.experiment.policy.path
-        directory = language_model.default_directory() if path == "default" else Path(path)
-        if not (directory / "config.json").is_file():
-            raise UserError(f"policy {directory}: no config.json; set policy.path to a model directory, or to default")
-        return directory
+    def base_directory(self) -> Path:
+        """What reward models start from, and whose tokenizer they read with."""
+        return loading.base_directory(self.experiment)
 
     @functools.cached_property
     def policy_identity(self) -> str:
-        names = ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja")
-        found = [self.policy_directory / name for name in names]
-        return identity([files.sha256(path) for path in found if path.is_file()])
+        """Of a directory its files; a policy that is none is what it is called."""
+        settings = self.experiment.policy
+        if loading.is_directory(settings):
+            return _model_identity(loading.policy_directory(settings), settings.chat_template)
+        return identity(self._policy_inputs)
+
+    def close(self) -> None:
+        """Lets go of what the policy holds, and says what could not be had from it."""
+        if "policy" in vars(self) and hasattr(self.policy, "close"):
+            self.policy.close()
+            usage = getattr(self.policy, "usage", {})
+            if usage.get("retries") or usage.get("failures"):
+                counted = ", ".join(f"{value} {name}" for name, value in usage.items())
+                print(f"policy: {counted}", file=sys.stderr)
 
     def make_environment(self) -> environments.Environment:
         return environments.create(self.experiment.environment.name, self.experiment.environment.arguments)
@@ -74,21 +81,35 @@ class Run:
         finally:
             environment.close()
 
-    @property
+    @functools.cached_property
     def _policy_inputs(self) -> dict[str, Any]:
-        """What its draws depend on; how many are in flight changes the speed alone."""
-        settings = config_lib.to_dict(self.experiment)["policy"]
-        return {name: value for name, value in settings.items() if name != "in_flight"} | {"path": self.policy_identity}
+        """What its draws depend on. How many are in flight, and where a server stands, change the speed alone."""
+        given, settings = config_lib.to_dict(self.experiment)["policy"], self.experiment.policy
+        found = {name: given[name] for name in ("max_action_tokens", "max_tokens")}
+        if loading.is_directory(settings):
+            return found | {"path": self.policy_identity}
+        if settings.endpoint is not None:
+            return found | {"endpoint": {name: given["endpoint"][name] for name in ("model", "extra_body")}}
+        return found | {"path": settings.path, "arguments": given["arguments"]}
 
     @property
     def collect_inputs(self) -> dict[str, Any]:
         plain = config_lib.to_dict(self.experiment)
+        collection = plain["collection"]
+        share = collection.pop("validation_share")
+        del collection["files"], collection["skip_bad"]  # what is skipped, nobody could have finished with
+        if self.experiment.collection.files:
+            return {"files": self._files_identity, "validation_share": share, "seed": plain["seed"]}
         return {
             "environment": plain["environment"],
             "policy": self._policy_inputs,
-            "collection": plain["collection"],
+            "collection": collection,
             "seed": plain["seed"],
         }
+
+    @functools.cached_property
+    def _files_identity(self) -> list[dict[str, str | None]]:
+        return trajectory_files.identity(self.experiment.collection.files)
 
     @property
     def build_inputs(self) -> dict[str, Any]:
@@ -96,7 +117,15 @@ class Run:
         return {
             "trajectories": identity(self.collect_inputs),
             "data": {name: data[name] for name in ("shards", "length", "too_long")},
-        }
+        } | self._base_inputs
+
+    @functools.cached_property
+    def _base_inputs(self) -> dict[str, Any]:
+        """Sampled trajectories depend on the policy, whose tokenizer may encode them; a user's own do not."""
+        directory, template = self.base_directory, self.experiment.policy.chat_template  # or no work is begun
+        if self.experiment.base_model is None and not self.experiment.collection.files:
+            return {}
+        return {"base_model": _model_identity(directory, template)}
 
     def train_inputs(self, model: config_lib.RewardModel, seed: int) -> dict[str, Any]:
         return {
@@ -157,9 +186,20 @@ def run(
             "report": report,
         }
         result = None
-        for name in STAGES[: STAGES.index(until) + 1]:
-            result = steps[name](state)
+        with closing(state):
+            for name in STAGES[: STAGES.index(until) + 1]:
+                result = steps[name](state)
         return result if until == "report" else None
+
+
+def _model_identity(directory: Path, template: str) -> str:
+    """Of a model's files, and of a chat template that is not its own."""
+    from data_pipeline.template_choice import read_template
+    from jaxprm.model.tensor_files import model_files
+
+    text = read_template(template)
+    found = [files.sha256(directory / name) for name in model_files(directory)]
+    return identity(found if text is None else [*found, text])
 
 
 def stage_inputs(state: Run, until: str) -> dict[str, dict[str, Any]]:
@@ -187,6 +227,9 @@ def collect(state: Run) -> None:
     with state.work.stage("collect", state.collect_inputs, list(outputs.values())) as needed:
         if not needed:
             return
+        if settings.files:
+            take_files(state, outputs)
+            return
         for split, output in outputs.items():
             sample(
                 state.make_environment,
@@ -203,35 +246,48 @@ def collect(state: Run) -> None:
             )
 
 
+def take_files(state: Run, outputs: dict[str, Path]) -> None:
+    """The user's own trajectories, in the place of sampled ones."""
+    settings = state.experiment.collection
+    taken = trajectory_files.take(
+        settings.files,
+        outputs,
+        validation_share=settings.validation_share,
+        seed=state.experiment.seed,
+        skip_bad=settings.skip_bad,
+    )
+    print("trajectories: " + ", ".join(f"{count} {split}" for split, count in sorted(taken.splits.items())))
+    if unused := sorted(taken.splits.keys() - outputs.keys()):
+        print(f"not used: trajectories of {', '.join(unused)}")
+    print("".join(f"{line}\n" for line in listed(taken.bad)), end="", file=sys.stderr)
+
+
 def build(state: Run) -> None:
-    """Shards of the collected trajectories, encoded with the policy's tokenizer."""
+    """Shards of the collected trajectories, encoded with the base model's tokenizer."""
     from data_pipeline import build as builder
     from data_pipeline.encode import Encoder
 
-    settings, output = state.experiment.data, state.work / "shards"
+    settings, output, bad = state.experiment.data, state.work / "shards", []
     with state.work.stage("build", state.build_inputs, [output]) as needed:
         if not needed or (output / "metadata.json").exists():
             return
         inputs = {split: [state.work / f"trajectories/{split}.jsonl"] for split in ("train", "validation")}
-        with bar("build shards", None, unit="trajectory") as progress:
-
-            def show(done: int, total: int) -> None:
-                progress.total = total
-                progress.update(done - progress.n)
-
+        with absolute("build shards", unit="trajectory") as show:
             builder.build(
                 inputs,
-                Encoder.load(state.policy_directory),
+                Encoder.load(state.base_directory, state.experiment.policy.chat_template),
                 output,
                 max_length=settings.length,
                 too_long=settings.too_long,
                 shards=settings.shards,
                 progress=show,
+                skip_bad=bad.append if state.experiment.collection.skip_bad else None,
             )
+        print("".join(f"{line}\n" for line in listed(bad)), end="", file=sys.stderr)
 
 
 def train(state: Run) -> None:
-    """Every reward model with every seed, on the same shards, from the policy's weights."""
+    """Every reward model with every seed, on the same shards, from the base model's weights."""
     from jaxprm.training import distributed
 
     for model, seed in state.trained():
@@ -253,8 +309,19 @@ def follow(state: Run) -> None:
 def _train(state: Run, model: config_lib.RewardModel, seed: int, output: Path) -> None:
     from jaxprm.training.train import train_reward_model
 
-    paths = {"shards": state.work / "shards", "base": state.policy_directory, "output": output}
+    paths = {"shards": state.work / "shards", "base": state.base_directory, "output": output}
     train_reward_model(state.experiment, model, seed, **paths, profile=state.profile)
+
+
+def validation_lines(experiment: config_lib.Experiment, workdir: Path) -> list[str]:
+    """What the trained reward models are worth on the validation trajectories, one line each."""
+    lines = []
+    state = Run(experiment, WorkDirectory(workdir))
+    for model, seed in state.trained():
+        recipe = files.read_json(state.model_directory(model.label, seed) / "model/reward_model.json")
+        found = ", ".join(f"{name} {value:.4g}" for name, value in recipe["validation"].items() if value is not None)
+        lines.append(f"{model.label}, seed {seed}: {found}")
+    return lines
 
 
 def search(state: Run) -> None:

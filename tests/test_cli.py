@@ -138,3 +138,52 @@ def test_control_c_is_one_line_and_the_same_command_goes_on(tmp_path):
     for split in ("train", "validation"):
         texts = [(tmp_path / name / f"trajectories/{split}.jsonl").read_text() for name in ("a", "b")]
         assert texts[0] == texts[1] and texts[0]
+
+
+TALK = [{"role": "user", "content": "go"}, {"role": "assistant", "content": "left"}]
+
+
+def write_rows(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_an_import_is_counted_on_the_screen_and_in_a_file(capsys, tmp_path):
+    rows = [{"messages": TALK, "task": "t", "r": 50}, {"messages": TALK, "task": "t", "r": 500}, {"messages": TALK}]
+    command = ["import-trajectories", "--format", "openai", "--input", write_rows(tmp_path / "log", *rows)]
+    command += ["--output", tmp_path / "out", "--outcome-field", "r", "--outcome-scale", "0,100"]
+    code, err = run(capsys, *command)
+    assert code == 2 and "log:2: r = 500 is outside [0, 100]" in err and not (tmp_path / "out").exists()
+    command += ["--skip-bad", "--validation-share", "0.5", "--json", tmp_path / "report"]
+    assert cli.main([str(one) for one in command]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(f"2 trajectories of 3 rows written, 1 left out: {tmp_path / 'out'}\n")
+    assert "1 without an outcome" in out and "1 bad row:" in err
+    report = json.loads((tmp_path / "report").read_text())
+    assert (report["rows"], report["written"], report["skipped"], report["without_outcome"]) == (3, 2, 1, 1)
+    written = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert [line["split"] in ("train", "validation") for line in written] == [True, True]
+    code, err = run(capsys, *command)
+    assert code == 2 and err.endswith("exists already and is not overwritten; name another file, or remove it\n")
+
+
+def test_validate_ends_with_one_for_bad_rows_unless_they_are_skipped(capsys, tmp_path):
+    good, bad = {"id": "a", "messages": TALK, "split": "train", "task": "t"}, {"id": "b"}
+    path = write_rows(tmp_path / "rows", good, bad)
+    assert run(capsys, "validate", write_rows(tmp_path / "good", good))[0] == 0
+    assert run(capsys, "validate", path, "--json", tmp_path / "report")[0] == 1
+    assert json.loads((tmp_path / "report").read_text())["bad"] == [
+        f"{path}:2: Object missing required field `messages`"
+    ]
+    assert run(capsys, "validate", path, "--skip-bad")[0] == 0
+    assert run(capsys, "validate", write_rows(tmp_path / "none", bad), "--skip-bad")[0] == 1
+    leak = write_rows(tmp_path / "leak", good, good | {"split": "test"})
+    assert run(capsys, "validate", leak, "--skip-bad")[0] == 1
+    assert run(capsys, "validate", f"train={path}", f"test={leak}")[0] == 1
+
+
+@pytest.mark.parametrize("options", [["--max-length", "9"], ["--chat-template", "chatml"]])
+def test_validate_needs_a_tokenizer_for_tokens(capsys, tmp_path, options):
+    code, err = run(capsys, "validate", write_rows(tmp_path / "rows", {"id": "a"}), *options)
+    assert code == 2
+    assert_one_line(err, "--tokenizer")

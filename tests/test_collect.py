@@ -226,6 +226,27 @@ def test_what_the_environment_raises_ends_that_episode_with_an_error(method, und
     assert sum(environment.broken for environment in factory.made) == COUNT
 
 
+def test_an_action_that_the_policy_cannot_give_ends_that_episode_and_breaks_no_environment(tmp_path):
+    script = {"walk/train/1": ["up", "down", "fails"], "walk/train/2": ["fails"]}
+    policy = ScriptedPolicy(lambda task, path: script.get(task, ["up"]), fail={"fails"})
+    factory = Factory(Walk)
+    path = sample(tmp_path / "x.jsonl", factory, policy, count=3, in_flight=2)
+    lines = [parse_line(line, where="x") for line in path.read_bytes().splitlines()]
+    assert [line.ended for line in lines] == ["done"] * 3 + ["done", "done", "error"] + ["error"] * 3 + ["done"] * 3
+    for line in lines[5:9]:
+        assert (line.outcome, line.success, line.meta["error"]) == (None, None, "policy: no fails today")
+        assert [message.role for message in line.messages] == ["user"]  # what was not said is not in it
+        assert line.meta["tokens"] == 0
+    # The environments are as good as new: two served all twelve episodes.
+    assert factory.closes == [1, 1]
+
+
+def test_a_policy_that_gives_nothing_is_named_as_the_cause(tmp_path):
+    policy = ScriptedPolicy(lambda task, path: ["up"] if not path else ["fails"], fail={"fails"})
+    with pytest.raises(UserError, match=r"all 20 .* the first: policy: no fails today; mend the policy$"):
+        sample(tmp_path / "x.jsonl", policy=policy)
+
+
 def test_errors_do_not_depend_on_how_many_are_in_flight(tmp_path):
     texts = ("up", "down", "wait", "crash")
     written = [

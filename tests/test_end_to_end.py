@@ -76,6 +76,17 @@ def test_run_again_it_does_nothing_and_another_config_is_refused(quick):
     assert (work / "results.json").read_bytes() == before
 
 
+def test_the_same_trajectories_from_files_train_the_same_models(quick, tmp_path):
+    work, own = quick[0], tmp_path / "own"
+    data = [f"--data={work / f'trajectories/{split}.jsonl'}" for split in ("train", "validation")]
+    done = jaxprm("run", CONFIG, "--quick", "--workdir", own, *data)
+    assert done.stdout.startswith("trajectories: 24 train, 16 validation\n") and "run ends here" in done.stdout
+    trained = sorted(path.relative_to(work) for path in work.glob("reward_models/*/seed-0/model/model.safetensors"))
+    assert len(trained) == 3
+    for path in trained:
+        assert (own / path).read_bytes() == (work / path).read_bytes()
+
+
 def test_a_lost_search_is_made_again_the_same(quick, tmp_path):
     work = tmp_path / "copy"
     shutil.copytree(quick[0], work)

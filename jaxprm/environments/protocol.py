@@ -5,10 +5,10 @@ An environment knows neither models nor arrays. A user's own class is named "mod
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
+from jaxprm import named
 from jaxprm.errors import UserError
 
 Split = Literal["train", "validation", "test"]
@@ -69,38 +69,10 @@ def create(name: str, arguments: Mapping[str, Any] | None = None) -> Environment
       UserError: the name, its module or attribute does not exist, it refuses the arguments, or what it returns lacks a
         part of the protocol.
     """
-    factory = _locate(name)
-    try:
-        environment = factory(**(arguments or {}))
-    except TypeError as error:
-        # Only the call itself is the config's fault: a TypeError from within the class keeps its traceback.
-        if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
-            raise
-        raise UserError(f"environment {name!r}: {error}; mend the config's environment arguments") from error
+    known = f"one of {', '.join(sorted(REGISTERED))}"
+    environment = named.make("environment", name, REGISTERED.get(name, name), arguments or {}, known=known)
     _check(name, environment)
     return environment
-
-
-def _locate(name: str) -> Any:
-    path = REGISTERED.get(name, name)
-    module_name, colon, attribute = path.partition(":")
-    if not (module_name and colon and attribute):
-        known = ", ".join(sorted(REGISTERED))
-        raise UserError(f"environment {name!r}: no such name; use one of {known}, or your own as 'module:attribute'")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (module_name + ".").startswith(error.name + "."):
-            raise  # the module was found, and misses something of its own
-        raise UserError(
-            f"environment {name!r}: no module {error.name!r}; install it or put its folder on PYTHONPATH"
-        ) from error
-    if not callable(factory := getattr(module, attribute, None)):
-        state = "is not callable" if hasattr(module, attribute) else "does not exist"
-        raise UserError(
-            f"environment {name!r}: {attribute!r} {state} in {module.__file__}; name a class of that module"
-        )
-    return factory
 
 
 def _check(name: str, environment: Any) -> None:
@@ -109,8 +81,7 @@ def _check(name: str, environment: Any) -> None:
     if fork not in get_args(Fork):
         raise UserError(f"environment {name!r}: {kind}.fork is {fork!r}; set it to one of {', '.join(get_args(Fork))}")
     needed = _METHODS + (_CLONE_METHODS if fork == "clone" else ())
-    missing = [method for method in needed if not callable(getattr(environment, method, None))]
-    if missing:
+    if missing := named.missing_methods(environment, needed):
         raise UserError(
             f"environment {name!r}: {kind} has no method {', '.join(missing)} (fork is {fork!r}); define it"
         )

@@ -17,6 +17,8 @@ from jaxprm.evaluation import value_metrics
 from jaxprm.evaluation.compute import flops_per_token
 from jaxprm.evaluation.statistics import best_of_n_curve, bootstrap, oracle_curve, paired_difference
 from jaxprm.model import huggingface
+from jaxprm.model.tensor_files import weight_files
+from jaxprm.policies import loading
 from jaxprm.search.stage import search_name
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "transformers", "textcraft", "numpy")
@@ -165,12 +167,15 @@ class Results:
 
     def compute(self) -> dict:
         """Counted per task, means over tasks and seeds; FLOPs by formula from the counts."""
-        per_token = flops_per_token(huggingface.read_config(self.state.policy_directory)[0])
+        per_token = flops_per_token(huggingface.read_config(self.state.base_directory)[0])
+        # A policy that is no directory may be of any size.
+        known, settings = loading.is_directory(self.experiment.policy), self.experiment.policy
+        policy = flops_per_token(huggingface.read_config(loading.policy_directory(settings))[0]) if known else np.nan
         sampled = [line for lines in self.pool.values() for line in lines]
         mean = np.mean([line["meta"]["tokens"] for line in sampled])
         steps = np.mean([sum(m["role"] == "assistant" for m in line["messages"]) for line in sampled])
         table: dict[str, Any] = {"unit": "per task", "flops_per_token": per_token, "methods": {}}
-        table["methods"]["policy"] = {"1": _cost(mean, 0, steps, per_token)}
+        table["methods"]["policy"] = {"1": _cost(mean, 0, steps, policy, per_token)}
         for label in [*self.labels, "random"]:
             sizes = {}
             for n, m in [*self.settings.beams, *((1, k) for k in self.settings.stepwise)]:
@@ -178,10 +183,11 @@ class Results:
                 reward = 0.0 if label == "random" else np.mean([line["reward_tokens"] for line in lines])
                 generated = np.mean([line["policy_tokens"] for line in lines])
                 acted = np.mean([line["environment_steps"] for line in lines])
-                sizes[f"{n}x{m}"] = _cost(generated, reward, acted, per_token)
+                sizes[f"{n}x{m}"] = _cost(generated, reward, acted, policy, per_token)
                 sizes[f"{n}x{m}"]["duplicates_merged"] = float(
                     np.mean([line["merged"] / max(1, line["proposed"]) for line in lines])
                 )
+                sizes[f"{n}x{m}"]["failed"] = int(sum(line.get("failed", 0) for line in lines))
                 sizes[f"{n}x{m}"]["errors"] = int(sum(line["errors"] for line in lines))
             table["methods"][label] = sizes
         return table
@@ -210,8 +216,9 @@ class Results:
         }
         prints["trajectories"] = files.sha256(self.state.work / "trajectories/train.jsonl")
         for model, seed in self.state.trained():
-            path = self.state.model_directory(model.label, seed) / "model/model.safetensors"
-            prints[f"{model.label}/{seed}"] = files.sha256(path)
+            directory = self.state.model_directory(model.label, seed) / "model"
+            hashes = [files.sha256(directory / name) for name in weight_files(directory)]
+            prints[f"{model.label}/{seed}"] = hashes[0] if len(hashes) == 1 else config_lib.fingerprint(hashes)
         return {
             "config": config_lib.to_dict(self.experiment),
             "seeds": list(self.seeds),
@@ -237,7 +244,7 @@ def write_results(state) -> Path:
         "seconds": state.work.seconds(),
         "provenance": results.provenance(),
     }
-    files.write_json(state.work / "results.json", _finite(value))
+    files.write_json(state.work / "results.json", files.without_nan(value))
     trees = []
     for path in sorted((state.work / "search").glob("*.jsonl")):
         if path.name.startswith(("beam-", "stepwise-")):
@@ -256,19 +263,12 @@ def _returns(line: dict, steps: int) -> list[float]:
     return np.cumsum(rewards[::-1])[::-1].tolist() if rewards else [line["outcome"]] * steps
 
 
-def _cost(policy_tokens: float, reward_tokens: float, steps: float, per_token: float) -> dict:
+def _cost(
+    policy_tokens: float, reward_tokens: float, steps: float, policy_flops: float, reward_flops: float
+) -> dict:
     return {
         "policy_tokens": float(policy_tokens),
         "reward_tokens": float(reward_tokens),
         "environment_steps": float(steps),
-        "flops": float((policy_tokens + reward_tokens) * per_token),
+        "flops": float(policy_tokens * policy_flops + reward_tokens * reward_flops),
     }
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: what is not defined is null."""
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -22,6 +22,9 @@ TaskStatistic = Callable[[Array], Array]
 SAMPLES = 2000
 LEVEL = 0.95
 
+# Steps times resamples looked at together: 32 MB an array.
+_BLOCK = 1 << 22
+
 
 def best_of_n_curve(scores: ArrayLike, outcomes: ArrayLike, ns: Sequence[int]) -> Array:
     """Expected outcome of the best-scored of n candidates drawn without replacement, exactly, over all subsets.
@@ -100,7 +103,7 @@ def bootstrap(
 
     def mean(seeds: Array, tasks: Array) -> Array:
         total = np.sum(seeds @ weights * tasks, axis=-1)
-        return _ratio(np.sum(seeds @ (weights * values) * tasks, axis=-1), total)
+        return ratio(np.sum(seeds @ (weights * values) * tasks, axis=-1), total)
 
     ones = (np.ones((1, count)) for count in values.shape)
     return _estimate(mean(*ones)[0], mean(seed_counts, task_counts), np.count_nonzero(weights.sum(0)), level)
@@ -148,6 +151,8 @@ def bootstrap_statistic(
     )
 
 
+# An evaluation asks for the same resamples dozens of times.
+@lru_cache(maxsize=1)
 def _resamples(seeds: int, tasks: int, samples: int, seed: int) -> tuple[Array, Array]:
     """How often each resample draws each seed [samples, seeds] and each task [samples, tasks]."""
     if not seeds or not tasks:
@@ -156,12 +161,15 @@ def _resamples(seeds: int, tasks: int, samples: int, seed: int) -> tuple[Array, 
     draw = lambda count: random.multinomial(count, np.full(count, 1 / count), size=samples).astype(float)
     # Tasks first: methods with different numbers of seeds still share their resamples of the tasks.
     task_counts = draw(tasks)
-    return draw(seeds), task_counts
+    seed_counts = draw(seeds)
+    for counts in (seed_counts, task_counts):
+        counts.setflags(write=False)
+    return seed_counts, task_counts
 
 
 def _mean_of_defined(values: Array, counts: Array) -> Array:
     defined = np.isfinite(values)
-    return _ratio(np.sum(np.where(defined, values, 0) * counts, -1), np.sum(defined * counts, -1))
+    return ratio(np.sum(np.where(defined, values, 0) * counts, -1), np.sum(defined * counts, -1))
 
 
 def _estimate(point: float, draws: Array, n: int, level: float) -> Estimate:
@@ -174,20 +182,29 @@ def _estimate(point: float, draws: Array, n: int, level: float) -> Estimate:
 
 @dataclass(frozen=True)
 class TaskPairs:
-    """Pairs of a positive and a negative step, summed by their tasks: enough for AUROC however tasks are drawn."""
+    """Positive and negative steps, ordered by score, with their tasks: enough for AUROC however tasks are drawn."""
 
-    wins: Array  # [tasks, tasks], weight of the pairs (positive of i, negative of j) ranked rightly; ties count half
+    order: NDArray[np.int64]  # [N], the step's task, by ascending score
+    below: NDArray[np.int64]  # [positives], how many of the ordered steps score lower than each positive
+    through: NDArray[np.int64]  # [positives], how many score no higher
+    labels: NDArray[np.bool_]  # [N], in that order, as are the weights
+    weights: Array
+    wins_within: Array  # [tasks], weight of the pairs inside each task that are ranked rightly; ties count half
     positives: Array  # [tasks], weight of the positive steps
     negatives: Array  # [tasks]
 
     def auroc(self, counts: Array) -> Array:
         """Over all pairs, when task i is drawn counts[b, i] times: [B, tasks] -> [B], NaN without both labels."""
-        return _ratio(np.sum(counts @ self.wins * counts, -1), (counts @ self.positives) * (counts @ self.negatives))
+        rows = max(1, _BLOCK // max(1, len(self.order)))
+        wins = [self._wins(counts[start : start + rows]) for start in range(0, len(counts), rows)]
+        return ratio(np.concatenate(wins), (counts @ self.positives) * (counts @ self.negatives))
 
-    @property
-    def wins_within(self) -> Array:
-        """[tasks], weight of the pairs inside each task that are ranked rightly."""
-        return np.diagonal(self.wins)
+    def _wins(self, counts: Array) -> Array:
+        weights = counts[:, self.order] * self.weights
+        negatives = np.zeros((len(counts), len(self.order) + 1))
+        np.cumsum(np.where(self.labels, 0, weights), axis=-1, out=negatives[:, 1:])
+        beaten = (negatives[:, self.below] + negatives[:, self.through]) / 2
+        return np.sum(weights[:, self.labels] * beaten, axis=-1)
 
     @property
     def pairs_within(self) -> Array:
@@ -198,25 +215,26 @@ class TaskPairs:
 def task_pairs(
     scores: ArrayLike, labels: ArrayLike, tasks: ArrayLike, count: int, weights: ArrayLike | None = None
 ) -> TaskPairs:
-    """Compares every positive with every negative step in O(tasks * N log N).
+    """Prepares the comparison of every positive with every negative step, in O(N log N) and without a table of pairs.
 
     Args:
         scores, labels, tasks, weights: [N]; labels bool, tasks in [0, count), weights 1 by default.
     """
     scores, weights = _finite(scores=scores, weights=np.ones(np.shape(scores)) if weights is None else weights)
-    labels, tasks = np.asarray(labels, bool), np.asarray(tasks)
-    order = np.argsort(scores, kind="stable")
-    scores, labels, tasks, weights = (x[order] for x in (scores, labels, tasks, weights))
-    wins = np.zeros((count, count))
-    for task in np.unique(tasks[~labels]):
-        among = ~labels & (tasks == task)
-        cumulative = np.concatenate([[0.0], np.cumsum(weights[among])])
-        below, through = (
-            cumulative[np.searchsorted(scores[among], scores[labels], side)] for side in ("left", "right")
-        )
-        wins[:, task] = np.bincount(tasks[labels], weights[labels] * (below + through) / 2, minlength=count)
+    labels, tasks = np.asarray(labels, bool), np.asarray(tasks, int)
     positives, negatives = (np.bincount(tasks[x], weights[x], minlength=count) for x in (labels, ~labels))
-    return TaskPairs(wins, positives, negatives)
+    # Equal scores have equal ranks, so one sort by task and rank gives the order inside every task.
+    _, rank = np.unique(scores, return_inverse=True)
+    key = tasks * (rank.max(initial=0) + 1) + rank
+    inside = np.argsort(key, kind="stable")
+    cumulative = np.concatenate([[0.0], np.cumsum(np.where(labels, 0, weights)[inside])])
+    before = (np.cumsum(negatives) - negatives)[tasks[labels]]
+    beaten = sum(cumulative[np.searchsorted(key[inside], key[labels], side)] - before for side in ("left", "right")) / 2
+    wins = np.bincount(tasks[labels], weights[labels] * beaten, minlength=count)
+    order = np.argsort(scores, kind="stable")
+    ordered, positive = scores[order], scores[order][labels[order]]
+    below, through = (np.searchsorted(ordered, positive, side) for side in ("left", "right"))
+    return TaskPairs(tasks[order], below, through, labels[order], weights[order], wins, positives, negatives)
 
 
 def auroc(scores: ArrayLike, labels: ArrayLike, weights: ArrayLike | None = None) -> float:
@@ -237,7 +255,15 @@ def within_task_auroc(
     """
     _, index = np.unique(np.asarray(tasks), return_inverse=True)
     pairs = task_pairs(scores, labels, index, int(index.max(initial=-1)) + 1, weights)
-    return float(_ratio(pairs.wins_within.sum(), pairs.pairs_within.sum()))
+    return float(ratio(pairs.wins_within.sum(), pairs.pairs_within.sum()))
+
+
+def mean_by_task(values: ArrayLike, tasks: ArrayLike, count: int, weights: ArrayLike | None = None) -> TaskStatistic:
+    """The weighted mean as a function of how often each task is drawn. Args as in `task_pairs`."""
+    values, weights = _finite(values=values, weights=np.ones(np.shape(values)) if weights is None else weights)
+    tasks = np.asarray(tasks, int)
+    totals, weight = (np.bincount(tasks, x, minlength=count) for x in (weights * values, weights))
+    return lambda counts: ratio(counts @ totals, counts @ weight)
 
 
 def explained_variance(values: ArrayLike, targets: ArrayLike, weights: ArrayLike | None = None) -> float:
@@ -263,12 +289,12 @@ def explained_variance_by_task(
 
     def statistic(counts: Array) -> Array:
         weight, target, target_squared, residual, residual_squared = (counts @ sums).T
-        variance = lambda total, squared: _ratio(squared, weight) - _ratio(total, weight) ** 2
+        variance = lambda total, squared: ratio(squared, weight) - ratio(total, weight) ** 2
         spread = variance(target, target_squared)
-        constant = spread <= 1e-12 * _ratio(
+        constant = spread <= 1e-12 * ratio(
             target_squared, weight
         )  # all that rounding leaves when the targets are equal
-        return 1 - _ratio(variance(residual, residual_squared), np.where(constant, 0, spread))
+        return 1 - ratio(variance(residual, residual_squared), np.where(constant, 0, spread))
 
     return statistic
 
@@ -290,7 +316,7 @@ def equal_mass_bins(values: ArrayLike, bins: int, weights: ArrayLike | None = No
     return np.unique(wanted[index], return_inverse=True)[1]
 
 
-def _ratio(numerator: ArrayLike, denominator: ArrayLike) -> Array:
+def ratio(numerator: ArrayLike, denominator: ArrayLike) -> Array:
     """Numerator / denominator, NaN where the denominator is 0."""
     numerator, denominator = np.asarray(numerator, float), np.asarray(denominator, float)
     return np.divide(numerator, denominator, out=np.full(denominator.shape, np.nan), where=denominator != 0)

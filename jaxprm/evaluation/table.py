@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from jaxprm import files
@@ -23,14 +24,12 @@ def results_table(path: Path) -> str:
     header = ["success, %", *(titles[kind].format(name) for kind, name in columns)]
     rows = [header]
     for label, found in methods.items():
-        rows.append([label, *(_cell(found.get(kind, {}).get(name)) for kind, name in columns)])
-    widths = [max(len(row[index]) for row in rows) for index in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.insert(1, "-" * len(lines[0]))
+        rows.append([label, *(cell(found.get(kind, {}).get(name)) for kind, name in columns)])
+    lines = grid(rows)
     policy = results["policy"]
     oracle = list(results["oracle"].items())[-1]
-    lines += ["", f"plain policy {_cell(policy['sampled'])}   greedy {_cell(policy['greedy'])}"]
-    lines += [f"any of {oracle[0]} samples succeeds {_cell(oracle[1])}"]
+    lines += ["", f"plain policy {cell(policy['sampled'])}   greedy {cell(policy['greedy'])}"]
+    lines += [f"any of {oracle[0]} samples succeeds {cell(oracle[1])}"]
     return "\n".join(lines)
 
 
@@ -38,8 +37,16 @@ def _names(methods: dict, kind: str) -> list[str]:
     return list(dict.fromkeys(name for found in methods.values() for name in found.get(kind, {})))
 
 
-def _cell(estimate: dict | None) -> str:
+def grid(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table; the first row is the header."""
+    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
+    lines = ["  ".join(one.ljust(width) for one, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
+
+
+def cell(estimate: dict | None, *, scale: float = 100, digits: int = 1) -> str:
+    """Mean and interval, in per cent unless told otherwise."""
     if estimate is None or estimate["mean"] is None:
         return "-"
-    mean, low, high = (f"{100 * estimate[key]:.1f}" for key in ("mean", "low", "high"))
+    mean, low, high = (f"{scale * estimate[key]:.{digits}f}" for key in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]"

@@ -6,7 +6,7 @@ What the transformer cannot represent is refused with the field, its value and w
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -95,7 +95,7 @@ class _Fields:
     def number(self, name: str, value: Any) -> float:
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise UserError(f"{self.path}: {name} = {shown(value)} must be a number")
-        if not 0 < value < math.inf:
+        if not 0 < value <= sys.float_info.max:  # JSON has whole numbers beyond it
             raise UserError(f"{self.path}: {name} = {shown(value)} must be above 0 and finite")
         return float(value)
 

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints of the supported families: read into our parameters, written from them.
+"""Hugging Face checkpoints of the supported families: read into our parameters; `save` writes them.
 
 Only safetensors and JSON are read; anything the transformer cannot represent is refused with the field and its value.
 """
@@ -6,21 +6,16 @@ Only safetensors and JSON are read; anything the transformer cannot represent is
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from jaxprm.errors import UserError
 from jaxprm.model import weights
-from jaxprm.model.families import tensors
-from jaxprm.model.hf_config import hf_config, is_reward_model, read_config
-from jaxprm.model.tensor_files import WEIGHTS
+from jaxprm.model.hf_config import is_reward_model, read_config
+from jaxprm.model.save import write_model as write_model
 from jaxprm.model.transformer import Head, RewardModel, Transformer, TransformerConfig
 
 
@@ -65,38 +60,6 @@ def load_reward_model(
         )
     config = dataclasses.replace(config, tie_embeddings=True)
     return config, weights.load(Path(directory), config, reward=True, dtype=dtype, shardings=shardings)
-
-
-def tensors_of(config: TransformerConfig, state: Any) -> dict[str, np.ndarray]:
-    """A Transformer's or a RewardModel's parameters under their Hugging Face names, float32."""
-    reward = "transformer" in state
-    parameters = {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(state)}
-    found = {}
-    for tensor in tensors(config, reward=reward):
-        parameter = parameters[tensor.path]
-        ours = parameter if tensor.layer is None else parameter[tensor.layer]
-        found[tensor.name] = np.ascontiguousarray((ours.T if tensor.transposed else ours).reshape(tensor.shape))
-    return found
-
-
-def write_model(
-    directory: Path,
-    config: TransformerConfig,
-    state: Any,
-    *,
-    pad_id: int,
-    end_id: int,
-    max_length: int,
-    source: Mapping[str, Any] | None = None,
-) -> None:
-    """Writes config.json and model.safetensors into an existing directory; `source` as in hf_config."""
-    from safetensors.numpy import save_file
-
-    described = hf_config(
-        config, reward="transformer" in state, pad_id=pad_id, end_id=end_id, max_length=max_length, source=source
-    )
-    (directory / "config.json").write_text(json.dumps(described, indent=2) + "\n")
-    save_file(tensors_of(config, jax.device_get(state)), directory / WEIGHTS, metadata={"format": "pt"})
 
 
 def check_vocabulary(directory: str | Path, config: TransformerConfig, tokens: int) -> None:

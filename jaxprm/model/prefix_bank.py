@@ -40,7 +40,7 @@ def _extend(graph, parameters, bank: Cache, source, target, starts, tokens, coun
     rows = rows_of(bank, source, starts, capacity + width)
     positions = starts[:, None] + jnp.arange(width)
     segments = (jnp.arange(width) < counts[:, None]).astype(jnp.int32)
-    output = trunk(tokens, positions, segments, (rows,))
+    output = trunk(tokens, positions, segments, (rows,), dtype=bank.keys[0].dtype)
     grown = rows.append(output.keys, output.values, counts)
 
     filled = slice(capacity + width)
@@ -65,15 +65,26 @@ def rows_for(count: int, most: int) -> int:
 class PrefixBank:
     """The bank of one model. Not thread-safe; nothing outside sees slots but through `place`.
 
-    slots: prefixes held at once; capacity: the longest prefix in tokens; rows: prefixes encoded at once.
+    slots: prefixes held at once; capacity: the longest prefix in tokens; rows: prefixes encoded at once;
+    dtype: what they are computed and kept in.
     `tokens_encoded` counts what was computed, `tokens_reused` what was found.
     """
 
-    def __init__(self, graph: Any, parameters: Any, config: TransformerConfig, *, slots: int, capacity: int, rows: int):
+    def __init__(
+        self,
+        graph: Any,
+        parameters: Any,
+        config: TransformerConfig,
+        *,
+        slots: int,
+        capacity: int,
+        rows: int,
+        dtype: Any = jnp.float32,
+    ):
         self._graph, self._parameters = graph, parameters
         self.capacity, self._rows = capacity, rows
         # A chunk is written whole, so a slot has room for one chunk of padding past its end.
-        self.bank = Cache.empty(config, slots, capacity + CHUNK_WIDTHS[-1])
+        self.bank = Cache.empty(config, slots, capacity + CHUNK_WIDTHS[-1], dtype)
         self._tokens: list[np.ndarray | None] = [None] * slots
         self._keys: list[int] = [0] * slots
         self._index: dict[int, int] = {}

@@ -98,8 +98,13 @@ def _reward_model(experiment: config_lib.Experiment, label: str | None) -> confi
     return found
 
 
-def _policy(experiment: config_lib.Experiment) -> str:
-    from jaxprm.policies import language_model
+def _policy(experiment: config_lib.Experiment) -> str | Path:
+    """The model that the reward models start from. Raises UserError where the config has none with a directory."""
+    from jaxprm.policies import language_model, loading
 
-    path = experiment.policy.path
-    return str(language_model.default_directory() if path == "default" else Path(path))
+    path = experiment.base_model
+    if path is None and loading.is_directory(experiment.policy):
+        path = experiment.policy.path
+    if path is None or path == "default":
+        return loading.base_directory(experiment) if path is None else language_model.default_directory()
+    return path

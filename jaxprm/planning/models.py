@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
-import tempfile
 from pathlib import Path
 
 from jaxprm.errors import UserError
-from jaxprm.model import huggingface
+from jaxprm.model import hub, huggingface
 from jaxprm.model.transformer import RopeScaling, TransformerConfig
 
 # Of their config.json on the Hugging Face hub; without an unembedding, which a reward model has not.
@@ -29,26 +27,16 @@ MODELS = {
         rope_theta=5e5, norm_epsilon=1e-5, family="llama", rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
     ),
 }  # fmt: skip
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def policy_config(model: str) -> TransformerConfig:
-    """The config of a policy: a directory in Hugging Face format, a name in MODELS, or an id on the hub.
+def policy_config(model: str | Path) -> TransformerConfig:
+    """The config of a policy: a name in MODELS, a directory in Hugging Face format, or a name on the hub.
 
     Of the hub config.json alone is fetched. Raises UserError for anything else.
     """
-    if (Path(model) / "config.json").is_file():
-        return huggingface.read_config(model)[0]
-    if (known := model.lower()) in MODELS:
+    if (known := str(model).lower()) in MODELS:
         return MODELS[known]
-    shapes = f"give a model directory, an id on the Hugging Face hub, or one of {', '.join(MODELS)}"
-    if Path(model).exists() or not _HUB_ID.fullmatch(model):
-        raise UserError(f"model {model}: no config.json there; {shapes}")
-    from huggingface_hub import hf_hub_download
-
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            hf_hub_download(model, "config.json", local_dir=folder)
-        except Exception as error:  # the hub's own errors, and those of every layer of the network
-            raise UserError(f"model {model}: not read from the hub ({type(error).__name__}); {shapes}") from None
-        return huggingface.read_config(folder)[0]
+    try:
+        return huggingface.read_config(hub.resolve(model, files=("config.json",)))[0]
+    except UserError as error:
+        raise UserError(f"{error}; shapes that need no file: {', '.join(MODELS)}") from None

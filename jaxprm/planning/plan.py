@@ -145,8 +145,8 @@ def _scoring(where: Slice, config: TransformerConfig, length: int) -> Compilatio
     rows = max(1, scorer.TOKENS_A_CALL // bucket)
     parameters = jax.tree.map(put, reward_model.abstract(config))
     tokens, counts = (put(jax.ShapeDtypeStruct(shape, jnp.int32)) for shape in ((rows, bucket), (rows,)))
-    graph = huggingface.reward_model_graph(config)
-    return compile_ahead(scorer.values_of_rows, graph, parameters, tokens, counts, limit=where.limit)
+    arguments = (huggingface.reward_model_graph(config), parameters, tokens, counts, jnp.dtype(jnp.float32))
+    return compile_ahead(scorer.values_of_rows, *arguments, limit=where.limit)
 
 
 def _estimate(

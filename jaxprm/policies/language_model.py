@@ -16,10 +16,10 @@ import numpy as np
 from flax import nnx
 
 from data_pipeline.encode import Encoder
-from jaxprm.model import huggingface
+from jaxprm.model import hub, huggingface
 from jaxprm.model.prefix_bank import FEW, PrefixBank, rows_of
 from jaxprm.model.transformer import Cache
-from jaxprm.policies.protocol import Action, State, candidate_seed, prefix_hash
+from jaxprm.policies.protocol import Action, DrawKey, State, candidate_seed, draw_keys
 
 # Half of the states each, side by side: one call does not fill two cores, and an accelerator queues them.
 LANES = 2
@@ -115,7 +115,7 @@ class LanguageModelPolicy:
         self._bank = PrefixBank(
             self._graph, parameters, config, slots=2 * self._in_flight, capacity=self.max_tokens, rows=self._in_flight
         )
-        self._memory: dict[tuple[str, str, int, float], Action] = {}
+        self._memory: dict[DrawKey, Action] = {}
         # A turn can end, but not open another message or be padding.
         self._banned = np.zeros(config.vocab_size, bool)
         self._banned[sorted(encoder.special_ids - {encoder.end_id})] = True
@@ -134,13 +134,9 @@ class LanguageModelPolicy:
 
     def propose(self, states: Sequence[State], n: int, temperature: float) -> list[list[Action]]:
         """n actions for each state; a state too long for the cache gets actions that stop at once, with no text."""
-        names = [prefix_hash(state.messages) for state in states]
-        wanted = {}
-        for state, name in zip(states, names, strict=True):
-            for index in range(state.first, state.first + n):
-                key = (state.task, name, index, temperature)
-                if key not in self._memory:
-                    wanted[key] = state
+        keys = draw_keys(states, n, temperature)
+        pairs = zip(states, keys, strict=True)
+        wanted = {key: state for state, row in pairs for key in row if key not in self._memory}
         jobs = []
         for key, state in wanted.items():
             tokens = np.asarray(self._encoder.prompt(state.messages), np.int32)
@@ -151,10 +147,7 @@ class LanguageModelPolicy:
         jobs.sort(key=lambda job: len(job[1]))
         for start in range(0, len(jobs), self._in_flight):
             self._sample(jobs[start : start + self._in_flight], temperature)
-        return [
-            [self._memory[state.task, name, index, temperature] for index in range(state.first, state.first + n)]
-            for state, name in zip(states, names, strict=True)
-        ]
+        return [[self._memory[key] for key in row] for row in keys]
 
     def count_tokens(self, messages: Sequence[dict]) -> int:
         """Length of a conversation, with the opening of the next assistant turn."""
@@ -213,9 +206,9 @@ def default_directory() -> Path:
 
 
 def load(path: str, *, seed: int, settings) -> LanguageModelPolicy:
-    """The policy of a model directory, or the shipped one for "default"."""
-    directory = default_directory() if path == "default" else Path(path)
+    """The policy of a model directory or a name on the hub, or the shipped one for "default"."""
+    directory = default_directory() if path == "default" else hub.resolve(path)
     config, parameters = huggingface.load_transformer(directory)
-    encoder = Encoder.load(directory)
+    encoder = Encoder.load(directory, settings.chat_template)
     huggingface.check_vocabulary(directory, config, encoder.vocabulary_size)
     return LanguageModelPolicy(config, parameters, encoder, seed=seed, settings=settings)

@@ -21,16 +21,33 @@ class State(NamedTuple):
 
 
 class Action(NamedTuple):
-    """One assistant turn. tokens: how many were generated; log_probability: of the whole turn, where known."""
+    """One assistant turn. tokens: how many were generated; log_probability: of the whole turn, where known.
+
+    stop: it ended by itself, was cut at the token limit, or was never obtained; then `error` says why, and there is no
+    text to act on.
+    """
 
     text: str
     tokens: int
     log_probability: float | None = None
-    stop: Literal["end", "length"] = "end"
+    stop: Literal["end", "length", "error"] = "end"
+    error: str | None = None
+
+
+class DrawKey(NamedTuple):
+    """Names a draw: equal ones are the same draw, of a policy with one seed."""
+
+    task: str
+    prefix: str
+    index: int
+    temperature: float
 
 
 class Policy(Protocol):
-    """Batched over states. `usage` counts tokens encoded and generated since the start."""
+    """Batched over states. `usage` counts tokens encoded and generated since the start.
+
+    A run calls `close()` when it ends, where there is one.
+    """
 
     usage: dict[str, int]
 
@@ -49,6 +66,14 @@ def prefix_hash(messages: Sequence[dict]) -> str:
         for message in messages
     ]
     return hashlib.sha256(json.dumps(plain, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def draw_keys(states: Sequence[State], n: int, temperature: float) -> list[list[DrawKey]]:
+    """The n draws asked for in each state, in order."""
+    return [
+        [DrawKey(state.task, name, index, temperature) for index in range(state.first, state.first + n)]
+        for state, name in zip(states, [prefix_hash(state.messages) for state in states], strict=True)
+    ]
 
 
 def candidate_seed(seed: int, task: str, prefix: str, index: int) -> tuple[int, int]:

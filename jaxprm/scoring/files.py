@@ -6,13 +6,15 @@ import errno
 import hashlib
 import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import msgspec
+import numpy as np
 
 from data_pipeline.errors import DataError
+from data_pipeline.template_choice import read_template
 from data_pipeline.trajectory import Trajectory, parse_line
 from jaxprm import files
 from jaxprm.errors import UserError
@@ -30,6 +32,16 @@ class Counts(NamedTuple):
     errors: int
 
 
+class ScoredLine(NamedTuple):
+    """A line of a file of trajectories with the promise of its steps, or with what is wrong with it."""
+
+    number: int  # counts from 1
+    trajectory: Trajectory | None = None
+    messages: Sequence[int] = ()  # [S], the message of each step
+    promises: np.ndarray | None = None  # float32 [S]
+    error: str | None = None
+
+
 class _Written(msgspec.Struct):
     """What is read back of a line of our own."""
 
@@ -37,24 +49,34 @@ class _Written(msgspec.Struct):
     error: str | None = None
 
 
-def score_file(model: Path, input: Path, output: Path, *, chunk: int = 256) -> Counts:
+def score_file(
+    model: Path,
+    input: Path,
+    output: Path,
+    *,
+    chunk: int = 256,
+    dtype: str = "float32",
+    template: str | None = None,
+) -> Counts:
     """Scores every step of every trajectory of `input`; line k of `output` is about line k of `input`.
 
     A line is {"id", "steps": [{"message", "promise", "progress"}], "score"}, or {"id", "error"} where there is nothing
     to score; where not even an id can be read it is null, and "line" tells which line it was. Interrupted, it leaves
-    OUTPUT.partial and goes on from there; with another model or another input it starts anew. OUTPUT is replaced when
-    everything is written.
+    OUTPUT.partial and goes on from there, with the same model and input. OUTPUT is replaced when everything is written.
 
-    chunk: trajectories held in memory at a time.
+    chunk: trajectories held in memory at a time; dtype: of the arithmetic, "float32" or "bfloat16"; template: a chat
+    template in the place of the model's own, as in Encoder.load.
 
-    Raises UserError for a model or a file that cannot be read, and for a full disk.
+    Raises UserError for a model or a file that cannot be read, for an OUTPUT.partial of another model or input, and for
+    a full disk.
     """
     model, input, output = loading.find_model(model), Path(input), Path(output)
     _check_paths(input, output)
-    digest, total = _digest_and_count(input)
-    hashes = {name: files.sha256(model / name) for name in loading.MODEL_FILES if (model / name).is_file()}
-    identity = {"format": FORMAT, "chunk": chunk, "input": digest, "model": hashes}
-    scorer, progress = loading.load_scorer(model), loading.defines_progress(loading.read_recipe(model))
+    digest, total = digest_and_count(input)
+    identity = {"format": FORMAT, "chunk": chunk, "dtype": dtype, "input": digest, "model": loading.identity(model)}
+    identity["chat_template"] = read_template(template)
+    scorer = loading.load_scorer(model, dtype=dtype, template=template)
+    progress = loading.defines_progress(loading.read_recipe(model))
     partial = output.with_name(output.name + ".partial")
     record = output.with_name(output.name + ".partial.json")
     done = errors = 0
@@ -67,7 +89,8 @@ def score_file(model: Path, input: Path, output: Path, *, chunk: int = 256) -> C
         ):
             rest = enumerate(itertools.islice(lines, done, None), start=done + 1)
             while numbered := list(itertools.islice(rest, chunk)):
-                results = _score_lines(scorer, numbered, input.name, progress)
+                scored = score_lines(scorer, numbered, input.name)
+                results = [_result(one, line, progress) for one, (_, line) in zip(scored, numbered, strict=True)]
                 _write(target, b"".join(msgspec.json.encode(result) + b"\n" for result in results))
                 done, errors = done + len(results), errors + sum("error" in result for result in results)
                 shown.set_postfix(errors=errors, refresh=False)
@@ -95,7 +118,7 @@ def _check_paths(input: Path, output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
 
 
-def _digest_and_count(path: Path) -> tuple[str, int]:
+def digest_and_count(path: Path) -> tuple[str, int]:
     """sha256 and number of lines of a file, in one reading."""
     digest, count, last = hashlib.sha256(), 0, b"\n"
     with path.open("rb") as file:
@@ -107,14 +130,16 @@ def _digest_and_count(path: Path) -> tuple[str, int]:
 
 
 def _resume(partial: Path, record: Path, identity: dict[str, Any], chunk: int) -> tuple[int, int]:
-    """(lines, errors among them) that an earlier run of the same identity left; anything else is cut off.
+    """(lines, errors among them) that an earlier run of the same identity left; what is torn is cut off.
 
     Whole chunks are kept: so every trajectory is scored in the company it would have had, and gets the same bits.
+
+    Raises UserError where what is left is of another model, input, chunk or dtype.
     """
-    if not partial.exists() or not record.exists() or record.read_bytes() != msgspec.json.encode(identity):
-        partial.unlink(missing_ok=True)
+    if not partial.exists():
         files.write_atomic(record, msgspec.json.encode(identity).decode())
         return 0, 0
+    _check_record(partial, record, identity)
     kept = kept_errors = end = lines = errors = place = 0
     with partial.open("r+b") as file:
         for line in file:
@@ -131,11 +156,24 @@ def _resume(partial: Path, record: Path, identity: dict[str, Any], chunk: int) -
     return kept, kept_errors
 
 
-def _score_lines(
-    scorer: Scorer, lines: Sequence[tuple[int, bytes]], source: str, progress: bool
-) -> Iterable[dict[str, Any]]:
-    """The result of each (number, line), in order."""
-    results: list[dict[str, Any]] = []
+def _check_record(partial: Path, record: Path, identity: dict[str, Any]) -> None:
+    if not record.is_file():
+        raise UserError(f"{partial}: is in the way, and nothing tells of what it is a part; move it")
+    try:
+        begun = msgspec.json.decode(record.read_bytes(), type=dict[str, Any])
+    except msgspec.MsgspecError as error:
+        raise UserError(f"{record}: {error}; remove it and {partial} to start anew") from None
+    for name, value in identity.items():
+        if begun.get(name) != value:
+            raise UserError(
+                f"{partial}: half of a run with another {name}; run that again to its end, name another output, or "
+                f"remove {partial.name} to start anew"
+            )
+
+
+def score_lines(scorer: Scorer, lines: Sequence[tuple[int, bytes]], source: str) -> list[ScoredLine]:
+    """What each (number, line) of a file named `source` comes to, in order; a bad one holds its error."""
+    results: list[ScoredLine] = []
     encoded, places = [], []
     for number, line in lines:
         where = f"{source}:{number}"
@@ -143,12 +181,19 @@ def _score_lines(
             trajectory = parse_line(line, where=where)
             encoded.append(_encode(scorer, trajectory, where))
             places.append(len(results))
-            results.append({"id": trajectory.id})
+            results.append(ScoredLine(number, trajectory=trajectory, messages=encoded[-1].message_indices))
         except (DataError, UserError) as error:
-            results.append(_failed(line, number, str(error)))
-    for place, one, promises in zip(places, encoded, scorer.score_encoded(encoded, [""] * len(encoded)), strict=True):
-        results[place] |= loading.step_table(one.message_indices, promises, progress=progress)
+            results.append(ScoredLine(number, error=" ".join(str(error).split())))
+    for place, promises in zip(places, scorer.score_encoded(encoded, [""] * len(encoded)), strict=True):
+        results[place] = results[place]._replace(promises=promises)
     return results
+
+
+def _result(scored: ScoredLine, line: bytes, progress: bool) -> dict[str, Any]:
+    """The line that `score` writes."""
+    if scored.error is not None:
+        return _failed(line, scored.number, scored.error)
+    return {"id": scored.trajectory.id} | loading.step_table(scored.messages, scored.promises, progress=progress)
 
 
 def _encode(scorer: Scorer, trajectory: Trajectory, where: str):
@@ -163,7 +208,7 @@ def _failed(line: bytes, number: int, error: str) -> dict[str, Any]:
     except (msgspec.MsgspecError, UnicodeDecodeError):
         id = None
     known = {"id": id} if isinstance(id, str) else {"id": None, "line": number}
-    return known | {"error": " ".join(error.split())}
+    return known | {"error": error}
 
 
 def _write(target: BinaryIO, data: bytes) -> None:

@@ -1,67 +1,148 @@
-"""From a directory to a reward model ready to score, and from promises to the steps a user reads."""
+"""From a directory or a checkpoint to a reward model ready to score, and from promises to the steps a user reads."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import msgspec
 import numpy as np
 
 from data_pipeline.encode import Encoder
+from jaxprm import files
 from jaxprm.errors import UserError
-from jaxprm.model import huggingface
+from jaxprm.model import hub, huggingface, weights
+from jaxprm.model.orbax_reader import DESCRIPTION, is_checkpoint, newest_checkpoint, read_parameters
+from jaxprm.model.tensor_files import WEIGHTS, has_weights, model_files, open_tensors
+from jaxprm.model.transformer import TransformerConfig
+from jaxprm.model.weights_writer import DTYPES
 from jaxprm.scoring.scorer import Scorer
 
-WEIGHTS, RECIPE = "model.safetensors", "reward_model.json"
-# Everything a score depends on.
-MODEL_FILES = ("config.json", WEIGHTS, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", RECIPE)
+RECIPE = "reward_model.json"
+# What stands for a checkpoint's arrays: written once, with the names of the files that hold them.
+_CHECKPOINT_FILES = ("_CHECKPOINT_METADATA", "state/_METADATA", "state/manifest.ocdbt")
 _BELOW = ("model", "seed-*/model", "*/seed-*/model", "reward_models/*/seed-*/model")
+_CHECKPOINTS_BELOW = tuple(pattern.removesuffix("model") + "checkpoints" for pattern in _BELOW)
 
 
 def find_model(path: str | Path) -> Path:
     """The model's own directory: `path`, the model of a training output, or the only reward model of a run.
 
+    A path that is no directory may be a name on the hub, "org/name" or "org/name@revision".
+
+    Where a training has not finished, its newest checkpoint; a checkpoint of any training when it is named itself.
+
     Raises UserError where there is none, or where there are several to choose from.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"model {path}: no such directory; give a trained or exported reward model")
-    if (path / WEIGHTS).is_file():
+    path = hub.resolve(path)
+    if has_weights(path):
         return path
-    found = sorted({one for pattern in _BELOW for one in path.glob(pattern) if (one / WEIGHTS).is_file()})
+    if is_checkpoint(path):
+        return _described(path)
+    found = {one for pattern in _BELOW for one in path.glob(pattern) if has_weights(one)}
+    finished = {one.parent for one in found}
+    for folder in {path, *(one for pattern in _CHECKPOINTS_BELOW for one in path.glob(pattern))}:
+        newest = newest_checkpoint(folder)
+        if newest is not None and folder.parent not in finished:
+            found.add(newest)
     if not found:
-        raise UserError(f"model {path}: no {WEIGHTS} there, and no trained reward model below it")
+        raise UserError(f"model {path}: no {WEIGHTS} there, and no trained reward model or checkpoint below it")
     if len(found) > 1:
-        named = ", ".join(str(one) for one in found[:8]) + (", ..." if len(found) > 8 else "")
+        ordered = sorted(found)
+        named = ", ".join(str(one) for one in ordered[:8]) + (", ..." if len(ordered) > 8 else "")
         raise UserError(f"model {path}: holds {len(found)} reward models, name one of them: {named}")
-    return found[0]
+    (model,) = found
+    return _described(model) if is_checkpoint(model) else model
 
 
-def read_recipe(directory: Path) -> dict[str, Any]:
-    """What reward_model.json says of a model; nothing where there is none."""
-    path = directory / RECIPE
+def files_of(model: Path) -> Path:
+    """The directory with a model's config, tokenizer and recipe: its own, or what lies beside its checkpoints."""
+    return model.parent.parent / DESCRIPTION if is_checkpoint(model) else model
+
+
+def _described(checkpoint: Path) -> Path:
+    if not (files_of(checkpoint) / "config.json").is_file():
+        raise UserError(
+            f"checkpoint {checkpoint}: {files_of(checkpoint)} is missing, which tells what it is a checkpoint of; "
+            "give the training's output with all that is in it, or its finished model"
+        )
+    return checkpoint
+
+
+def identity(model: Path) -> dict[str, str]:
+    """sha256 of every file that the model's scores depend on."""
+    directory = files_of(model)
+    paths = [directory / name for name in (*model_files(directory), RECIPE)]
+    if is_checkpoint(model):
+        paths += [model / name for name in _CHECKPOINT_FILES]
+    return {path.name: files.sha256(path) for path in paths if path.is_file()}
+
+
+def read_recipe(model: Path) -> dict[str, Any]:
+    """What reward_model.json says of a model, and for a checkpoint how far it was trained; {} where there is none."""
+    path = files_of(model) / RECIPE
     if not path.is_file():
         return {}
     try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        recipe = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {error}") from None
+    return recipe | _progress_of(model) if is_checkpoint(model) else recipe
 
 
-def load_scorer(directory: Path, *, rows: int = 8, max_tokens: int = 2048) -> Scorer:
-    """The scorer of a model's own directory. Raises UserError where model and tokenizer do not belong together."""
-    config, parameters = huggingface.load_reward_model(directory)
-    encoder = Encoder.load(directory)
-    huggingface.check_vocabulary(directory, config, encoder.vocabulary_size)
-    trained_with = read_recipe(directory).get("fingerprints", {}).get("tokenizer", encoder.fingerprint)
+def _progress_of(checkpoint: Path) -> dict[str, Any]:
+    """Steps so far, and the last validation up to there."""
+    step, log = int(checkpoint.name), checkpoint.parent.parent / "metrics.jsonl"
+    lines = files.read_lines(log) if log.is_file() else ()
+    validations = [line for line in lines if "validation_loss" in line and line["step"] <= step]
+    last = dict(validations[-1]) if validations else {}
+    last.pop("step", None)
+    validation = {name.removeprefix("validation_"): value for name, value in last.items()}
+    return {"steps": step, "validation": validation, "unfinished": True}
+
+
+def load_reward_model(model: Path) -> tuple[TransformerConfig, Any]:
+    """(config, parameters) of a Hugging Face directory or a checkpoint, in bfloat16 where they are stored in it."""
+    if not is_checkpoint(model):
+        stored = {tensor.dtype for tensor in open_tensors(model).values()}
+        return huggingface.load_reward_model(model, dtype=jnp.bfloat16 if stored == {"BF16"} else jnp.float32)
+    config, _ = huggingface.read_config(files_of(model))
+    # Trained without an unembedding, whatever its base had.
+    config = dataclasses.replace(config, tie_embeddings=True)
+    return config, read_parameters(model, weights.abstract(config, reward=True))
+
+
+def load_encoder(model: Path, template: str | None = None) -> Encoder:
+    """A model's encoder, with a chat template that is not its own where one is chosen, as in Encoder.load.
+
+    Raises UserError where it is not the one the model was trained with.
+    """
+    encoder = Encoder.load(files_of(model), template)
+    trained_with = read_recipe(model).get("fingerprints", {}).get("tokenizer", encoder.fingerprint)
     if trained_with != encoder.fingerprint:
         raise UserError(
-            f"model {directory}: trained with tokenizer {trained_with[:12]}, beside it lies "
+            f"model {model}: trained with tokenizer {trained_with[:12]}, beside it lies "
             f"{encoder.fingerprint[:12]}; put tokenizer.json and the chat template it was trained with beside it"
         )
-    return Scorer(config, parameters, encoder, rows=rows, max_tokens=max_tokens)
+    return encoder
+
+
+def load_scorer(
+    model: Path, *, rows: int = 8, max_tokens: int = 2048, dtype: str = "float32", template: str | None = None
+) -> Scorer:
+    """The scorer of a model that `find_model` found, computing in `dtype`; template: as in `load_encoder`.
+
+    Raises UserError where model and tokenizer do not belong together.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype = {dtype!r} is not supported; supported: {', '.join(DTYPES)}")
+    encoder = load_encoder(model, template)
+    config, parameters = load_reward_model(model)
+    huggingface.check_vocabulary(model, config, encoder.vocabulary_size)
+    return Scorer(config, parameters, encoder, rows=rows, max_tokens=max_tokens, dtype=dtype)
 
 
 def defines_progress(recipe: dict[str, Any]) -> bool:

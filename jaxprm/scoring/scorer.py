@@ -27,37 +27,52 @@ TOKENS_A_CALL = 8192
 CANDIDATE_WIDTHS = (64, 256)
 
 
-@functools.partial(jax.jit, static_argnames=("graph",))
-def values_of_rows(graph, parameters, tokens, counts):
+@functools.partial(jax.jit, static_argnames=("graph", "dtype"))
+def values_of_rows(graph, parameters, tokens, counts, dtype):
     """Values [B, T] of every token of rows [B, T], of which the first counts [B] are real."""
     model = nnx.merge(graph, parameters)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     segments = (positions < counts[:, None]).astype(jnp.int32)
-    return model.value(model.transformer(tokens, positions, segments).hidden)
+    return model.value(model.transformer(tokens, positions, segments, dtype=dtype).hidden)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "capacity"))
 def _values_after(graph, parameters, bank, slots, lengths, tokens, positions, segments, capacity):
     """Values [R, W] of packed candidates, each after its row's cached prefix and blind to its neighbours."""
     model = nnx.merge(graph, parameters)
-    cache = rows_of(bank, slots, lengths, capacity)
-    return model.value(model.transformer(tokens, lengths[:, None] + positions, segments, (cache,)).hidden)
+    cache, dtype = rows_of(bank, slots, lengths, capacity), bank.keys[0].dtype
+    return model.value(model.transformer(tokens, lengths[:, None] + positions, segments, (cache,), dtype=dtype).hidden)
 
 
 class Scorer:
     """A reward model ready to score.
 
-    rows: prefixes held and candidates scored at once; max_tokens: the longest conversation for `score_actions`.
+    rows: prefixes held and candidates scored at once; max_tokens: the longest conversation for `score_actions`; dtype:
+    "float32" or "bfloat16", of the arithmetic, whatever the parameters are kept in.
     `usage` counts tokens encoded; scores are remembered by conversation and candidate.
     """
 
-    def __init__(self, config, parameters: Any, encoder: Encoder, *, rows: int = 64, max_tokens: int = 1024):
-        self.config, self.encoder, self.max_tokens = config, encoder, max_tokens
+    def __init__(
+        self,
+        config,
+        parameters: Any,
+        encoder: Encoder,
+        *,
+        rows: int = 64,
+        max_tokens: int = 1024,
+        dtype: str = "float32",
+    ):
+        self.config, self.encoder, self.max_tokens, self._dtype = config, encoder, max_tokens, jnp.dtype(dtype)
         self._graph, self._parameters = huggingface.reward_model_graph(config), parameters
         self._rows = rows
         self._bank: PrefixBank | None = None
         self._memory: dict[tuple[str, str], float] = {}
         self._encoded = 0
+
+    @property
+    def parameters(self) -> Any:
+        """As they were given."""
+        return self._parameters
 
     @property
     def usage(self) -> dict[str, int]:
@@ -93,7 +108,7 @@ class Scorer:
                 for row, index in enumerate(chunk):
                     counts[row] = len(encoded[index].tokens)
                     tokens[row, : counts[row]] = encoded[index].tokens
-                result = np.asarray(values_of_rows(self._graph, self._parameters, tokens, counts))
+                result = np.asarray(values_of_rows(self._graph, self._parameters, tokens, counts, self._dtype))
                 self._encoded += int(counts.sum())
                 for row, index in enumerate(chunk):
                     values[index] = result[row, encoded[index].read_positions]
@@ -166,8 +181,9 @@ class Scorer:
         if self._bank is None:
             trunk, parameters = huggingface.transformer_graph(self.config), self._parameters["transformer"]
             self._bank = PrefixBank(
-                trunk, parameters, self.config, slots=4 * self._rows, capacity=self.max_tokens, rows=self._rows
-            )
+                trunk, parameters, self.config, slots=4 * self._rows, capacity=self.max_tokens, rows=self._rows,
+                dtype=self._dtype,
+            )  # fmt: skip
         slots, lengths = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
         tokens, positions, segments = (np.zeros((rows, width), np.int32) for _ in range(3))
         slots[: len(group)] = self._bank.place([prefixes[name] for name, _ in group])

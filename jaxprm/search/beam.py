@@ -56,6 +56,7 @@ class Tree:
     proposed: int = 0
     merged: int = 0
     cut: int = 0
+    failed: int = 0
     generated: int = 0
     rounds: int = 0
 
@@ -98,8 +99,9 @@ def beam_search(
     """Searches the tasks in lockstep, so that one call to the policy and one to the scorer serve all of them.
 
     score = promise + progress_weight * progress, progress taken as 0 at the first step. A branch whose environment
-    raised ranks behind all others: it is chosen where nothing else is left. Raises UserError for a score that is not
-    a finite number.
+    raised ranks behind all others: it is chosen where nothing else is left. So does a path for which the policy had no
+    candidate; where it had some, those that failed are left out and counted. Raises UserError for a score that is not a
+    finite number.
     """
     trees = []
     for task in tasks:
@@ -114,6 +116,10 @@ def beam_search(
         parents = [(tree, node) for tree in open_trees for node in tree.frontier if not node.branch.done]
         proposals = policy.propose([State(node.branch.task, node.messages) for _, node in parents], draws, temperature)
         candidates = _candidates(parents, proposals)
+        for (_, parent), nodes, drawn in zip(parents, candidates, proposals, strict=True):
+            if not nodes:
+                parent.branch = forest.abandon(parent.branch, f"policy: {drawn[0].error}")
+                parent.score = -np.inf
         _score(parents, candidates, scorer, progress_weight)
         grown = list(zip(parents, candidates, strict=True))
         for tree in open_trees:
@@ -128,13 +134,15 @@ def beam_search(
 
 
 def _candidates(parents: Iterable[tuple[Tree, Node]], proposals: Sequence[list[Action]]) -> list[list[Node]]:
-    """Distinct candidates of every parent, not yet scored or executed."""
+    """Distinct candidates of every parent, not yet scored or executed; without those that the policy failed to give."""
     found = []
     for (tree, parent), drawn in zip(parents, proposals, strict=True):
         nodes = []
         tree.proposed += len(drawn)
         tree.generated += sum(action.tokens for action in drawn)
-        for action, count in merge_duplicates(drawn):
+        had = [action for action in drawn if action.stop != "error"]
+        tree.failed += len(drawn) - len(had)
+        for action, count in merge_duplicates(had):
             tree.merged += count - 1
             tree.cut += count * (action.stop == "length")
             messages = [*parent.messages, {"role": "assistant", "content": action.text}]

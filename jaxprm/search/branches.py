@@ -7,7 +7,7 @@ an error; `none` allows a single path a task.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxprm.environments import Environment, pool
@@ -77,6 +77,12 @@ class Forest:
         if done and self.fork == "none":
             self._pool.give_back(self._own.pop(branch.task))
         return after
+
+    def abandon(self, branch: Branch, reason: str) -> Branch:
+        """The branch, ended because nobody knows how to go on from it; its environment has done nothing wrong."""
+        if self.fork == "none":
+            self._pool.give_back(self._own.pop(branch.task))
+        return replace(branch, snapshot=None, done=True, outcome=0.0, error=reason)
 
     def cost(self, branch: Branch) -> int:
         """Environment steps that reaching a branch from the one before it took."""

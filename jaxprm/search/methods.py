@@ -34,8 +34,8 @@ def guided_search(
 ) -> Path:
     """Beam search @width x actions (step-wise best-of-`actions` when width is 1) of every task.
 
-    A line: {"task", "outcome", "score", "rounds", "proposed", "merged", "cut", "errors", "policy_tokens",
-    "reward_tokens", "environment_steps", "tree"?}; the first `settings.trees` tasks carry their tree.
+    A line: {"task", "outcome", "score", "rounds", "proposed", "merged", "cut", "failed", "errors",
+    "policy_tokens", "reward_tokens", "environment_steps", "tree"?}; the first `settings.trees` tasks carry their tree.
     """
     if output.exists():
         return output
@@ -86,6 +86,7 @@ def _line(tree: Tree, policy: Policy, forest: Forest, about: dict | None) -> dic
         "proposed": tree.proposed,
         "merged": tree.merged,
         "cut": tree.cut,
+        "failed": tree.failed,
         "errors": sum(node.branch.error is not None for node in (tree.root, *tree.nodes) if node.kept),
         "policy_tokens": tree.generated,
         "reward_tokens": _tree_tokens(tree, policy),

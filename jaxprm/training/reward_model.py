@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +14,19 @@ import msgspec
 from flax import nnx
 from jax.sharding import Mesh
 
+from data_pipeline.encode import Encoder
 from jaxprm import config as config_lib
 from jaxprm import files
 from jaxprm.errors import UserError
-from jaxprm.model import huggingface, weights
+from jaxprm.model import hub, huggingface, weights
+from jaxprm.model.hf_config import hf_config
+from jaxprm.model.tensor_files import weight_files
 from jaxprm.model.transformer import Head, RewardModel, TransformerConfig
 from jaxprm.training import sharding
 from jaxprm.training.step import progress_beta, reads_states
 
 RECIPE = "reward_model.json"
 READ_POSITION = "last token of the chat rendering that ends with the assistant message"
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-)  # fmt: skip
 
 # How often a run is looked at or saved changes nothing in what it computes.
 _CADENCE = ("evaluate_every", "checkpoint_every")
@@ -68,7 +69,7 @@ def identity(
     return {
         "config": config_lib.fingerprint({"reward_model": section, "batch": batch}),
         "base model": config_lib.fingerprint(
-            [files.sha256(path) for path in (base / "config.json", base / "model.safetensors") if path.is_file()]
+            [files.sha256(base / name) for name in ("config.json", *weight_files(base))]
         ),
         "dataset": dataset,
         "tokenizer": tokenizer,
@@ -103,22 +104,45 @@ def is_written(directory: Path, expected: dict[str, Any]) -> bool:
 
 
 def write(
-    directory: Path, config: TransformerConfig, parameters: Any, *, base: Path, pad_id: int, end_id: int, recipe: dict
+    directory: Path, config: TransformerConfig, parameters: Any, *, base: Path, encoder: Encoder, recipe: dict
 ) -> None:
-    """The model in Hugging Face format, the policy's tokenizer and the recipe; whole, or not at all."""
-    _, source = huggingface.read_config(base)
+    """The model in Hugging Face format, the policy's tokenizer with `encoder`'s template, the recipe; or nothing."""
+    with _whole(directory) as beside:
+        huggingface.write_model(beside, config, parameters, **_described(base, encoder, recipe))
+        _write_companions(beside, base, encoder, recipe)
+
+
+def describe(directory: Path, config: TransformerConfig, *, base: Path, encoder: Encoder, recipe: dict) -> None:
+    """All files of the model but its weights: with them a checkpoint can be scored and exported while it is trained.
+
+    Raises OSError for a full disk.
+    """
+    shutil.rmtree(directory, ignore_errors=True)  # of the same run, before it was killed
+    with _whole(directory) as beside:
+        described = hf_config(config, reward=True, **_described(base, encoder, recipe))
+        files.write_json(beside / "config.json", described)
+        _write_companions(beside, base, encoder, recipe)
+
+
+@contextmanager
+def _whole(directory: Path) -> Iterator[Path]:
+    """A new directory beside it, in its place once it is filled."""
     beside = directory.with_name(directory.name + ".partial")
     shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed
     beside.mkdir(parents=True)
-    for name in TOKENIZER_FILES:
-        if (base / name).is_file():
-            shutil.copyfile(base / name, beside / name)
-    length = int(source.get("max_position_embeddings") or recipe["max_tokens"])
-    huggingface.write_model(
-        beside, config, parameters, pad_id=pad_id, end_id=end_id, max_length=length, source=source
-    )
-    files.write_json(beside / RECIPE, recipe)
+    yield beside
     beside.rename(directory)
+
+
+def _described(base: Path, encoder: Encoder, recipe: dict) -> dict[str, Any]:
+    _, source = huggingface.read_config(base)
+    length = int(source.get("max_position_embeddings") or recipe["max_tokens"])
+    return {"pad_id": encoder.pad_id, "end_id": encoder.end_id, "max_length": length, "source": source}
+
+
+def _write_companions(directory: Path, base: Path, encoder: Encoder, recipe: dict) -> None:
+    encoder.write_tokenizer(base, directory)
+    files.write_json(directory / RECIPE, recipe)
 
 
 def recipe(
@@ -142,7 +166,7 @@ def recipe(
         "max_tokens": max_tokens,
         "targets": {"beta": progress_beta(settings)} | {name: getattr(settings, name) for name in targets},
         "config": msgspec.to_builtins(settings),
-        "base": str(base),
+        "base": hub.name_of(base),
         "seed": seed,
         **found,
     }

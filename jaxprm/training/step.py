@@ -97,6 +97,8 @@ class Sums(NamedTuple):
 
     steps: LossSums
     states: LossSums | None  # of the state values, where they are trained
+    values: jax.Array  # sum of w_t M_t over the steps that are trained
+    targets: jax.Array  # sum of w_t Q^_t over them
 
     def total(self, beta: float) -> jax.Array:
         """The loss before it is divided by the weight."""
@@ -104,8 +106,10 @@ class Sums(NamedTuple):
         return total if self.states is None else total + self.states.value
 
     def means(self, beta: float) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """(loss, {"value_loss", "progress_loss", "state_loss"?, "weight"}), float32 scalars."""
+        """(loss, {"value_loss", "progress_loss", "state_loss"?, "weight", "value_mean", "target_mean"}), float32."""
         loss, metrics = self.steps.means(beta)
+        total = jnp.where(self.steps.weight > 0, self.steps.weight, 1)
+        metrics |= {"value_mean": self.values / total, "target_mean": self.targets / total}
         if self.states is not None:
             state_loss, _ = self.states.means(0.0)
             loss, metrics = loss + state_loss, metrics | {"state_loss": state_loss}
@@ -151,7 +155,13 @@ def reward_sums(
             progress_gradient=settings.progress_gradient,
         )
 
-    return Sums(sums(values), sums(state_values) if states else None)
+    weights = jnp.where(mask, batch["weights"], 0)
+    return Sums(
+        sums(values),
+        sums(state_values) if states else None,
+        values=jax.lax.stop_gradient(jnp.sum(weights * jnp.where(mask, values, 0))),
+        targets=jnp.sum(weights * jnp.where(mask, targets, 0)),
+    )
 
 
 def reward_loss(
@@ -170,7 +180,7 @@ def reward_loss(
         target: parameters of the target network; None takes the targets from the pass that is trained.
 
     Returns:
-        (loss, {"value_loss", "progress_loss", "state_loss"?, "weight"}), float32 scalars.
+        (loss, {"value_loss", "progress_loss", "state_loss"?, "weight", "value_mean", "target_mean"}), float32 scalars.
     """
     return reward_sums(graph, parameters, target, batch, settings, compute, frozen).means(progress_beta(settings))
 

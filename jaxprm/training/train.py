@@ -19,6 +19,7 @@ from jaxprm.errors import Interrupted, UserError
 from jaxprm.evaluation.value_metrics import StepRecords
 from jaxprm.losses import check_objective
 from jaxprm.model import huggingface
+from jaxprm.model.orbax_reader import DESCRIPTION
 from jaxprm.progress import bar
 from jaxprm.training import distributed, reward_model, sharding, trainable
 from jaxprm.training.checkpoint import Checkpoints
@@ -72,7 +73,7 @@ def train_reward_model(
     )
 
     # Inputs
-    encoder = Encoder.load(base)
+    encoder = Encoder.load(base, experiment.policy.chat_template)
     dataset = open_dataset(shards, encoder_fingerprint=encoder.fingerprint)
     identity = reward_model.identity(
         settings, data, seed, base=base, dataset=dataset.metadata.fingerprint, tokenizer=encoder.fingerprint
@@ -125,6 +126,20 @@ def train_reward_model(
         batches.restore_state(position)
     held = sharding.held_rows(mesh, data.rows)
     batches.hold(held)
+
+    # Description: with it, a checkpoint of the whole model can be scored and exported before the training ends
+    counts = dataset.metadata.splits["train"]
+    about = reward_model.recipe(
+        settings,
+        seed,
+        base=base,
+        max_tokens=data.length,
+        value_range=_value_range(batches.split),
+        trained_on={"trajectories": counts.trajectories, "tokens": counts.tokens * settings.epochs},
+        fingerprints=identity,
+    )
+    if settings.trainable == "full" and distributed.is_primary():
+        reward_model.describe(output / DESCRIPTION, config, base=base, encoder=encoder, recipe=about)
 
     # Loop: step t is under way before the metrics of step t - 1 are fetched
     validation, pending = None, None
@@ -195,24 +210,12 @@ def train_reward_model(
         checkpoints.close()
 
     # Output
-    counts = dataset.metadata.splits["train"]
-    recipe = reward_model.recipe(
-        settings,
-        seed,
-        base=base,
-        max_tokens=data.length,
-        value_range=_value_range(batches.split),
-        steps=steps,
-        trained_on={"trajectories": counts.trajectories, "tokens": counts.tokens * settings.epochs},
-        validation=validation,
-        fingerprints=identity,
-    )
-    ids = {"pad_id": encoder.pad_id, "end_id": encoder.end_id}
+    final = about | {"steps": steps, "fill": round(batches.fill, 4), "validation": validation}
     if settings.trainable == "head":  # it was let go of when the features were there
         frozen = nnx.State({"transformer": reward_model.from_policy(base, seed, mesh)[1]["transformer"]})
-    final = distributed.fetch(trainable.merged(settings, state["parameters"], frozen))
+    merged = distributed.fetch(trainable.merged(settings, state["parameters"], frozen))
     if distributed.is_primary():
-        reward_model.write(output / "model", config, final, base=base, recipe=recipe, **ids)
+        reward_model.write(output / "model", config, merged, base=base, encoder=encoder, recipe=final)
     distributed.agreed(True)  # the others return when it is there
     return output / "model"
 

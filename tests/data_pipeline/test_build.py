@@ -9,7 +9,7 @@ import tensorflow_datasets as tfds
 
 from data_pipeline.build import build, main
 from data_pipeline.encode import Encoder
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, SplitError
 from data_pipeline.metadata import Metadata
 from data_pipeline.shards import open_dataset
 from data_pipeline.trajectory import Message, read
@@ -260,3 +260,51 @@ def test_command_line_mistakes_are_one_line_and_status_two(
     assert main([word for pair in {**right, option: str(bad)}.items() for word in pair]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and str(bad) in errors[0]
+
+
+def test_bad_rows_are_left_out_counted_and_shown_when_asked(
+    tmp_path, plain_tokenizer, make_trajectory, write_rows, capsys
+):
+    plain_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    special = make_trajectory(3, messages=[Message(role="user", content="<|end|>"), *make_trajectory(3).messages[1:]])
+    rows = [make_trajectory(0), special, make_trajectory(1, outcome=None), make_trajectory(2, ended="error")]
+    train = write_rows(tmp_path / "train.jsonl", rows)
+    train.write_text(train.read_text() + "{broken\n")
+    command = ["--tokenizer", str(tmp_path / "tokenizer"), "--output", str(tmp_path / "data"), "--input", str(train)]
+    assert main(command) == 2 and not (tmp_path / "data").exists()
+    capsys.readouterr()
+    assert main([*command, "--skip-bad"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("train: 2 rows, 1 trajectories, ") and "1 errors" in out
+    assert "left out, 3 bad rows:" in err and all(f"train.jsonl:{line}" in err for line in (2, 3, 5))
+    metadata = Metadata.load(tmp_path / "data")
+    counts = metadata.splits["train"]
+    assert (counts.rows, counts.errors, counts.trajectories, metadata.skipped) == (2, 1, 1, 3)
+
+
+def test_skipping_mends_no_leak_between_splits(tmp_path, plain_encoder, make_trajectory, write_rows):
+    rows = [make_trajectory(7, id=split, split=split) for split in ("train", "validation")]
+    inputs = {None: [write_rows(tmp_path / "rows.jsonl", rows)]}
+    with pytest.raises(SplitError, match="task textcraft/7 is in train and in validation"):
+        build(inputs, plain_encoder, tmp_path / "data", max_length=None, skip_bad=lambda error: None)
+
+
+def test_metadata_of_before_rows_could_be_skipped_is_still_read(dataset_directory, tmp_path):
+    plain = json.loads((dataset_directory / "metadata.json").read_text())
+    assert plain.pop("skipped") == 0
+    (tmp_path / "metadata.json").write_text(json.dumps(plain))
+    assert Metadata.load(tmp_path) == Metadata.load(dataset_directory)
+
+
+def test_a_chat_template_is_chosen_by_name_and_marks_the_shards(
+    tmp_path, chatml_tokenizer, make_trajectory, write_rows
+):
+    chatml_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    train = write_rows(tmp_path / "train.jsonl", [make_trajectory(0)])
+    prints = []
+    for template in ("own", "chatml"):
+        arguments = ["--input", str(train), "--tokenizer", str(tmp_path / "tokenizer"), "--chat-template", template]
+        assert main([*arguments, "--output", str(tmp_path / template)]) == 0
+        prints.append(Metadata.load(tmp_path / template).tokenizer)
+    assert prints == [Encoder.load(tmp_path / "tokenizer", name).fingerprint for name in (None, "chatml")]
+    assert prints[0] != prints[1]

@@ -66,7 +66,8 @@ def test_prefixes_of_a_trajectory_are_the_prompts_and_the_shorter_trajectories(e
         assert shorter.read_positions.tolist() == whole.read_positions[: step + 1].tolist()
 
 
-words = st.text(st.characters(exclude_categories=["Cs"]), max_size=25)
+# hypothesis tries the strings of the project's own source, special tokens among them.
+words = st.text(st.characters(exclude_categories=["Cs"]), max_size=25).filter(lambda text: "<|" not in text)
 
 
 @settings(max_examples=200, deadline=None)
@@ -202,7 +203,8 @@ def test_conversations_that_cannot_be_scored_name_the_row(encoder, messages, rea
 
 def test_template_that_fails_is_one_line(with_template):
     encoder = with_template("{{ raise_exception('roles must\nalternate') }}")
-    with pytest.raises(DataError, match=r"^x: the chat template of test/template fails: roles must alternate$"):
+    said = r"^x: the chat template of test/template fails at message 0 \(user\): roles must alternate; .* chatml .*\)$"
+    with pytest.raises(DataError, match=said):
         encoder.trajectory(CHAT, row="x")
 
 

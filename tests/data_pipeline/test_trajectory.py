@@ -115,3 +115,9 @@ def test_a_line_reads_back_as_it_was_written(trajectory):
     line = to_line(trajectory)
     assert "\n" not in line
     assert parse_line(line, where="x") == trajectory
+
+
+def test_a_line_nested_without_end_is_one_line_of_error():
+    deep = '{"id": "a", "messages": [{"role": "user", "content": "x"}], "meta": {"a": ' + "[" * 99_999
+    with pytest.raises(DataError, match="^x: nested too deeply$"):
+        parse_line(deep, where="x")

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxprm.evaluation import statistics
 from jaxprm.evaluation.statistics import (
     auroc,
     best_of_n_curve,
@@ -17,6 +18,7 @@ from jaxprm.evaluation.statistics import (
     equal_mass_bins,
     explained_variance,
     explained_variance_by_task,
+    mean_by_task,
     oracle_curve,
     paired_difference,
     task_pairs,
@@ -213,6 +215,26 @@ def test_task_pairs_of_a_resample_equal_auroc_of_the_repeated_steps():
     copies = np.repeat(np.arange(40), counts[tasks])
     got = task_pairs(scores, labels, tasks, 5).auroc(counts[None].astype(float))
     np.testing.assert_allclose(got, [auroc(scores[copies], labels[copies])])
+
+
+def test_resamples_are_looked_at_a_few_at_a_time(monkeypatch):
+    random = np.random.default_rng(1)
+    scores, labels = random.integers(0, 5, 30), random.integers(0, 2, 30)
+    pairs = task_pairs(scores, labels, random.integers(0, 6, 30), 6)
+    counts = random.integers(0, 3, (11, 6)).astype(float)
+    together = pairs.auroc(counts)
+    monkeypatch.setattr(statistics, "_BLOCK", 100)
+    np.testing.assert_array_equal(pairs.auroc(counts), together)
+    assert len(set(together)) > 5
+
+
+def test_the_mean_of_a_resample_equals_the_mean_of_the_repeated_values():
+    random = np.random.default_rng(0)
+    values, tasks, weights = random.normal(size=20), random.integers(0, 4, 20), random.integers(0, 3, 20)
+    counts = np.array([[1.0, 1, 1, 1], [2, 0, 3, 1]])
+    got = mean_by_task(values, tasks, 4, weights)(counts)
+    expected = [np.average(values, weights=weights * row[tasks]) for row in counts]
+    np.testing.assert_allclose(got, expected)
 
 
 def test_explained_variance_by_hand():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -55,7 +57,7 @@ def torch_model(case: str, kind: str = "CausalLM", **extra) -> torch.nn.Module:
                 scale = 0.7 if "embed" in name or "lm_head" in name else parameter.shape[1] ** -0.5
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
         if kind != "CausalLM":
-            model.score.weight *= 2
+            model.score.weight *= 4
     return model
 
 
@@ -84,17 +86,35 @@ def real(values: np.ndarray) -> np.ndarray:
     return np.concatenate([row[:length] for row, length in zip(values, LENGTHS, strict=True)])
 
 
-def segments() -> np.ndarray:
-    return (np.arange(TOKENS.shape[1]) < np.array(LENGTHS)[:, None]).astype(np.int32)
+@jax.jit(static_argnames=("graph", "dtype"))
+def _outputs(graph, state, positions, segments, dtype):
+    model = nnx.merge(graph, state)
+    trunk = getattr(model, "transformer", model)
+    hidden = trunk(TOKENS, positions, segments, dtype=dtype).hidden
+    return model.logits(hidden) if trunk is model else model.value(hidden)
 
 
-def our_logits(config, state) -> np.ndarray:
-    hidden = tiny.hidden(huggingface.transformer_graph(config), state, TOKENS, segments())
-    return np.asarray(nnx.merge(huggingface.transformer_graph(config), state).logits(hidden))
+def our_outputs(config, state, *, reward=False, positions=None, segments=None, dtype=jnp.float32) -> np.ndarray:
+    """Logits [B, T, V] of a language model, or values [B, T] of a reward model."""
+    graph = (huggingface.reward_model_graph if reward else huggingface.transformer_graph)(config)
+    own_positions = np.broadcast_to(np.arange(TOKENS.shape[1]), TOKENS.shape)
+    own_segments = (np.arange(TOKENS.shape[1]) < np.array(LENGTHS)[:, None]).astype(np.int32)
+    positions, segments = (a if b is None else b for a, b in ((own_positions, positions), (own_segments, segments)))
+    return np.asarray(_outputs(graph, state, positions, segments, dtype))
 
 
-@pytest.mark.parametrize("version", [4, 5])
-@pytest.mark.parametrize("case", CASES)
+def some_slow(cases, fast) -> list:
+    """Parameters of which those in `fast` stand for all where time is short."""
+    return [case if case in fast else pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+
+
+@pytest.mark.parametrize(
+    ("case", "version"),
+    some_slow(
+        [(case, version) for case in CASES for version in (4, 5)],
+        fast=[("qwen2-untied", 5), ("qwen3-tied", 4), ("qwen3-untied", 5), ("llama-tied", 4)],
+    ),
+)
 def test_language_models_give_torchs_logits_and_give_them_back(tmp_path, case, version):
     theirs = torch_model(case)
     theirs.save_pretrained(tmp_path / "in")
@@ -104,7 +124,7 @@ def test_language_models_give_torchs_logits_and_give_them_back(tmp_path, case, v
     assert reference.std() > 0.3
     config, state = huggingface.load_transformer(tmp_path / "in")
     assert config.tie_embeddings == ("untied" not in case)
-    np.testing.assert_allclose(real(our_logits(config, state)), reference, atol=1e-4)
+    np.testing.assert_allclose(real(our_outputs(config, state)), reference, atol=1e-4)
     _, source = read_config(tmp_path / "in")
     (tmp_path / "out").mkdir()
     huggingface.write_model(tmp_path / "out", config, state, pad_id=0, end_id=1, max_length=7, source=source)
@@ -116,6 +136,105 @@ def test_language_models_give_torchs_logits_and_give_them_back(tmp_path, case, v
         del fields["rope_parameters"], fields["dtype"]
         (tmp_path / "out/config.json").write_text(json.dumps(fields))
         assert read_config(tmp_path / "out")[0] == config
+
+
+SEQUENCE, TOKEN = "SequenceClassification", "TokenClassification"
+
+
+@pytest.mark.parametrize(
+    ("case", "kind", "labels"),
+    some_slow(
+        [(case, kind, labels) for case in CASES for kind in (SEQUENCE, TOKEN) for labels in (1, 2)],
+        fast=[("qwen2-tied", TOKEN, 2), ("qwen3-untied", SEQUENCE, 1), ("llama-tied", TOKEN, 1)],
+    ),
+)
+def test_reward_models_give_torchs_values_and_give_them_back(tmp_path, case, kind, labels):
+    theirs = torch_model(case, kind, num_labels=labels)
+    theirs.save_pretrained(tmp_path / "in")
+    if labels == 2:
+        as_version_4(tmp_path / "in")
+    logits = real(padded_logits(theirs))
+    values = logits[:, 0] if labels == 1 else torch.tensor(logits).softmax(-1)[:, 1].numpy()
+    assert values.std() > 0.3
+    config, state = huggingface.load_reward_model(tmp_path / "in")
+    assert config.head == Head(labels, bias=kind == TOKEN)
+    np.testing.assert_allclose(real(our_outputs(config, state, reward=True)), values, atol=1e-4)
+    (tmp_path / "out").mkdir()
+    source = read_config(tmp_path / "in")[1]
+    huggingface.write_model(tmp_path / "out", config, state, pad_id=0, end_id=1, max_length=7, source=source)
+    again = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    assert type(again) is type(theirs)
+    np.testing.assert_array_equal(real(padded_logits(again)), logits)
+
+
+def test_a_sequence_classifiers_own_answer_is_the_value_of_the_last_token(tmp_path):
+    theirs = torch_model("qwen3-tied", SEQUENCE, num_labels=1)
+    theirs.save_pretrained(tmp_path)
+    mask = torch.arange(TOKENS.shape[1])[None] < torch.tensor(LENGTHS)[:, None]
+    with torch.no_grad():
+        answers = theirs(input_ids=torch.tensor(TOKENS) * mask, attention_mask=mask.long()).logits[:, 0].numpy()
+    config, state = huggingface.load_reward_model(tmp_path)
+    values = our_outputs(config, state, reward=True)
+    last = [row[length - 1] for row, length in zip(values, LENGTHS, strict=True)]
+    np.testing.assert_allclose(last, answers, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["qwen2-untied", "qwen3-untied", "llama-tied"])
+def test_one_wrong_tensor_mask_or_position_would_be_seen(tmp_path, case):
+    """What the tests above compare within 1e-4 moves a hundred times as much for any single mistake."""
+    torch_model(case).save_pretrained(tmp_path)
+    config, state = huggingface.load_transformer(tmp_path)
+    right = real(our_outputs(config, state))
+    for path, parameter in nnx.to_flat_state(state):
+        broken = np.array(parameter[...])
+        if path[0] == "blocks":
+            broken[1] = np.roll(broken[1], 1, axis=-1)
+        else:
+            broken = np.roll(broken, 1, axis=-1)
+        wrong = nnx.from_flat_state([(p, nnx.Param(jnp.asarray(broken)) if p == path else q)
+                                     for p, q in nnx.to_flat_state(state)])
+        assert np.abs(real(our_outputs(config, wrong)) - right).max() > 1e-2, path
+    positions = np.broadcast_to(np.arange(TOKENS.shape[1]), TOKENS.shape).copy()
+    positions[:, 3] += 1
+    assert np.abs(real(our_outputs(config, state, positions=positions)) - right).max() > 1e-2
+    segments = np.ones_like(TOKENS)
+    segments[:, :2] = 2
+    assert np.abs(real(our_outputs(config, state, segments=segments)) - right).max() > 1e-2
+
+
+@pytest.mark.parametrize("case", ["qwen2-tied", "qwen3-untied", "llama-untied"])
+def test_bfloat16_weights_are_kept_bit_for_bit(tmp_path, case):
+    theirs = torch_model(case).to(torch.bfloat16)
+    theirs.save_pretrained(tmp_path)
+    config, state = huggingface.load_transformer(tmp_path, dtype=jnp.bfloat16)
+    table = theirs.model.embed_tokens.weight.detach().view(torch.int16).numpy()
+    np.testing.assert_array_equal(np.asarray(state["embedding"][...]).view(np.int16), table)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype(jnp.bfloat16)}
+    # Loaded anew: a model that is cast casts its rotary frequencies too.
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    exact = real(padded_logits(load(tmp_path, dtype=torch.float32).eval()))
+    np.testing.assert_allclose(real(our_outputs(config, state)), exact, atol=1e-4)
+    # Computed in bfloat16 as well, eight bits of every product: a few per cent of the logits' spread, as in torch.
+    ours, torchs = (
+        np.sqrt(np.mean((rounded - exact) ** 2)) / exact.std()
+        for rounded in (
+            real(our_outputs(config, state, dtype=jnp.bfloat16)),
+            real(padded_logits(load(tmp_path, dtype=torch.bfloat16).eval())),
+        )
+    )
+    assert ours < max(1.5 * torchs, 0.02) and torchs < 0.1
+
+
+@pytest.mark.parametrize("wanted", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+def test_every_stored_precision_is_read_in_the_wanted_one(tmp_path, stored, wanted):
+    theirs = torch_model("qwen2-untied").to(stored)
+    theirs.save_pretrained(tmp_path)
+    _, state = huggingface.load_transformer(tmp_path, dtype=wanted)
+    layer = theirs.model.layers[2].mlp.down_proj.weight.detach().float().numpy().T
+    expected = jnp.asarray(layer).astype(wanted)
+    assert state["blocks"]["down"][...].dtype == wanted
+    np.testing.assert_array_equal(np.asarray(state["blocks"]["down"][2], np.float32), np.asarray(expected, np.float32))
 
 
 @pytest.mark.parametrize("scaling", [None, RopeScaling(8.0, 1.0, 4.0, 8192), RopeScaling(32.0, 1.0, 4.0, 16)])

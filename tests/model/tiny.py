@@ -85,15 +85,24 @@ def conversation(seed: int, *, turns: int = 3) -> list[dict]:
     return messages
 
 
-def write_reward_model(directory: Path, state=None, config: TransformerConfig = CONFIG, **described) -> Path:
-    """A trained reward model's directory, as training leaves it."""
+def write_policy(directory: Path, config: TransformerConfig = CONFIG) -> Path:
+    """A language model's directory, to start a reward model from."""
+    return _write(directory, config, transformer(config))
+
+
+def _write(directory: Path, config: TransformerConfig, state) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     for source in tokenizer_directory().iterdir():
         (directory / source.name).write_bytes(source.read_bytes())
-    state = reward_model(config) if state is None else state
     huggingface.write_model(
         directory, config, state, pad_id=encoder().pad_id, end_id=encoder().end_id, max_length=1024
     )
+    return directory
+
+
+def write_reward_model(directory: Path, state=None, config: TransformerConfig = CONFIG, **described) -> Path:
+    """A trained reward model's directory, as training leaves it."""
+    _write(directory, config, reward_model(config) if state is None else state)
     about = {
         "label": "agentprm",
         "objective": "agentprm",

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ def model(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def one_scorer(monkeypatch, model):
     """Loading is tested below; sharing what was compiled keeps these tests fast."""
-    monkeypatch.setattr(score_files.loading, "load_scorer", lambda directory: shared_scorer())
+    monkeypatch.setattr(score_files.loading, "load_scorer", lambda directory, **_: shared_scorer())
 
 
 _SCORERS: list[Scorer] = []
@@ -173,22 +174,44 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(model, paths, m
     assert leftovers(output) == []
 
 
-@pytest.mark.parametrize("change", ["input", "model", "chunk", "partial"])
-def test_a_run_of_another_input_or_model_starts_anew(model, paths, monkeypatch, tmp_path, change):
+@pytest.mark.parametrize("change", ["input", "model", "chunk", "dtype", "chat_template"])
+def test_half_of_a_run_of_another_input_or_model_is_refused_and_kept(model, paths, monkeypatch, tmp_path, change):
     input, output = paths
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         Interrupt(patch, 2, KeyboardInterrupt())
         score_file(model, input, output, chunk=CHUNK)
+    half = output.with_name("out.jsonl.partial")
+    before, options = half.read_bytes(), {"chunk": CHUNK}
     if change == "input":
         write_lines(input, [line(number) for number in range(9)])
     elif change == "model":
         model = tiny.write_reward_model(tmp_path / "other", tiny.reward_model(seed=1))
-    elif change == "partial":
-        output.with_name("out.jsonl.partial").write_text("of something else\n")
+    elif change == "chat_template":
+        template = tmp_path / "mine.jinja"
+        template.write_text((model / "chat_template.jinja").read_text() + "{# another #}")
+        options["template"] = str(template)
+    else:
+        options |= {"chunk": {"chunk": 5}, "dtype": {"dtype": "bfloat16"}}[change]
+    with pytest.raises(UserError, match=rf"out\.jsonl\.partial: half of a run with another {change};"):
+        score_file(model, input, output, **options)
+    assert half.read_bytes() == before
+    half.unlink()
     everything = Interrupt(monkeypatch, np.inf)
-    score_file(model, input, output, chunk=5 if change == "chunk" else CHUNK)
-    assert everything.seen == {"input": 3, "model": 3, "chunk": 2, "partial": 3}[change]
-    assert len(read(output)) == (9 if change == "input" else 10)
+    score_file(model, input, output, **options)
+    assert everything.seen == (2 if change == "chunk" else 3)
+    assert leftovers(output) == {"model": ["other"], "chat_template": ["mine.jinja"]}.get(change, [])
+
+
+def test_what_is_no_half_of_a_run_is_not_taken_for_one(model, paths, monkeypatch):
+    input, output = paths
+    half, record = (output.with_name("out.jsonl" + suffix) for suffix in (".partial", ".partial.json"))
+    half.write_text("of something else\n")
+    with pytest.raises(UserError, match="is in the way"):
+        score_file(model, input, output)
+    record.write_text("{")
+    with pytest.raises(UserError, match="to start anew"):
+        score_file(model, input, output)
+    assert half.read_text() == "of something else\n"
 
 
 @pytest.mark.parametrize("taken", [0, 700])
@@ -245,6 +268,36 @@ def test_memory_holds_a_chunk_at_a_time(model, paths, monkeypatch):
     monkeypatch.setattr(Scorer, "score_encoded", score_encoded)
     score_file(model, input, output, chunk=10)
     assert sizes == [10, 10, 10, 10, 1]
+
+
+def test_a_file_of_any_length_costs_the_memory_of_a_chunk(model, tmp_path, monkeypatch):
+    """A hundred thousand lines, a stub in the model's place: how many conversations are held at a time."""
+    held, most = weakref.WeakSet(), 0
+
+    class Encoded:
+        tokens, message_indices = np.arange(3), np.array([1])
+
+    class Stub:
+        encoder = property(lambda self: self)
+
+        def trajectory(self, messages, *, row, tools):
+            nonlocal most
+            held.add(one := Encoded())
+            most = max(most, len(held))
+            return one
+
+        def score_encoded(self, encoded, names):
+            return [np.zeros(1, np.float32)] * len(encoded)
+
+    monkeypatch.setattr(score_files.loading, "load_scorer", lambda directory, **_: Stub())
+    lines = 100_000
+    message = json.dumps([{"role": "user", "content": "go"}, {"role": "assistant", "content": "get 1 stick " * 8}])
+    with (tmp_path / "in.jsonl").open("w") as file:
+        file.writelines(f'{{"id": "{number}", "messages": {message}}}\n' for number in range(lines))
+    assert score_file(model, tmp_path / "in.jsonl", tmp_path / "out.jsonl") == Counts(lines, 0)
+    assert 256 <= most <= 2 * 256
+    with (tmp_path / "out.jsonl").open() as file:
+        assert all(json.loads(one)["id"] == str(number) for number, one in enumerate(file))
 
 
 def test_paths_that_cannot_be_are_refused(model, paths, tmp_path):

@@ -1,5 +1,7 @@
 """A score is a function of the conversation alone: not of the batch, the padding, the cache or earlier questions."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -168,3 +170,20 @@ def test_what_cannot_be_encoded_or_is_too_long_is_named(monkeypatch):
     monkeypatch.setattr(scorer_module, "LENGTH_BUCKETS", (64, 128))
     with pytest.raises(UserError, match=r"row-8: [0-9]+ tokens, more than the 128"):
         scorer.score([CONVERSATIONS[4]], rows=["row-8"])
+
+
+def test_parameters_in_bfloat16_are_computed_with_in_either_precision():
+    """In float32 they mean the numbers they hold; in bfloat16 scores move by its rounding, cached or not."""
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), STATE)
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half)
+    conversations = CONVERSATIONS[:2]
+    exact, rounded = (Scorer(tiny.CONFIG, half, tiny.encoder(), rows=2, dtype=one) for one in ("float32", "bfloat16"))
+    for messages, ours in zip(conversations, exact.score(conversations), strict=True):
+        encoded = tiny.encoder().trajectory(messages, row="reference")
+        tiny.assert_close(ours, tiny.values(wide, encoded.tokens[None])[0, encoded.read_positions])
+    far = np.abs(np.concatenate(rounded.score(conversations)) - np.concatenate(exact.score(conversations)))
+    assert 1e-5 < far.max() < 0.1
+    cached, uncached = rounded.score_actions([conversations[1]], [CANDIDATES[:2]])[0], []
+    for text in CANDIDATES[:2]:
+        uncached.append(exact.score([with_action(conversations[1], text)])[0][-1])
+    assert 1e-5 < np.abs(cached - np.array(uncached)).max() < 0.1

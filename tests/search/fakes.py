@@ -119,11 +119,12 @@ class _Policy:
 
 
 class ScriptedPolicy(_Policy):
-    """Draw number i at a path is the script's i-th text there, over and over. 3 tokens each; `cut` hit the limit."""
+    """Draw number i at a path is the script's i-th text there, over and over. 3 tokens each; `cut` hit the limit, and
+    `fail` cannot be had."""
 
-    def __init__(self, script, cut=()):
+    def __init__(self, script, cut=(), fail=()):
         super().__init__()
-        self._script, self._cut = script, cut
+        self._script, self._cut, self._fail = script, cut, fail
 
     def propose(self, states, n, temperature):
         self.calls.append((len(states), n))
@@ -132,6 +133,8 @@ class ScriptedPolicy(_Policy):
     def _draw(self, state, index):
         texts = self._script(state.task, path_of(state.messages))
         text = texts[index % len(texts)]
+        if text in self._fail:
+            return Action("", 0, None, "error", f"no {text} today")
         return Action(text, 3, None, "length" if text in self._cut else "end")
 
 

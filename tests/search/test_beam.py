@@ -25,11 +25,13 @@ SCORES = {
 }  # fmt: skip
 
 
-def search(games, draws, scores, *, width, actions, tasks=None, fork="clone", max_rounds=20, cut=(), **options):
+def search(
+    games, draws, scores, *, width, actions, tasks=None, fork="clone", max_rounds=20, cut=(), fail=(), **options
+):
     """The trees, the environments and the policy of a search by script."""
     factory = Factory(lambda: TreeGame(games, fork))
     forest = Forest(factory)
-    policy = ScriptedPolicy(draws if callable(draws) else lambda task, path: draws[path], cut)
+    policy = ScriptedPolicy(draws if callable(draws) else lambda task, path: draws[path], cut, fail)
     trees = beam_search(
         tasks or list(games), forest, policy, ScriptedScorer(scores),
         width=width, actions=actions, temperature=1.0, max_rounds=max_rounds, **options,
@@ -172,6 +174,47 @@ def test_where_every_branch_raises_the_search_ends_without_success():
     game = {"t": {"a": ValueError("one"), "b": ValueError("two")}}
     (tree,), _, _ = search(game, {(): ["a", "b"]}, {("a",): 0.1, ("b",): 0.9}, width=1, actions=2)
     assert (tree.best.branch.outcome, tree.best.branch.error) == (0.0, "ValueError: two")
+
+
+@pytest.mark.parametrize("fork", ["clone", "replay"])
+def test_candidates_that_the_policy_failed_to_give_are_left_out_and_counted(fork):
+    """The golden tree without b: a and c are kept, and c/f/g is found all the same."""
+    scores = SCORES | {("a", "x"): 0.2}
+    draws = DRAWS | {("a",): ["x", "x"]}
+    (tree,), _, _ = search(GAME, draws, scores, width=2, actions=2, fork=fork, fail={"b"})
+    assert paths(tree.nodes)[:2] == [("a",), ("c",)]
+    assert (tree.proposed, tree.failed, tree.generated) == (4 + 4 + 2, 1, 27)
+    assert tree.best.branch.actions == ("c", "f", "g")
+    assert tree.best.branch.error is None
+
+
+@pytest.mark.parametrize("fork", ["clone", "replay"])
+def test_a_path_without_candidates_ranks_behind_all_that_goes_on(fork):
+    # c has the better score, and nothing follows it; b/e/x and b/d are what is left.
+    draws = DRAWS | {("c",): ["f", "f"], ("b", "e"): ["x"]}
+    scores = SCORES | {("c",): 0.9, ("b", "e", "x"): 0.1}
+    (tree,), factory, _ = search(GAME, draws, scores, width=2, actions=2, fork=fork, fail={"f"})
+    assert path_of(tree.best.messages) == ("b", "d")
+    (ended,) = [node for node in tree.nodes if node.branch.error is not None]
+    assert (ended.branch.actions, ended.branch.done, ended.branch.outcome) == (("c",), True, 0.0)
+    assert ended.branch.error == "policy: no f today"
+    assert tree.failed == 2
+    assert tree_to_dict(tree)["nodes"][ended.id - 1]["observation"] == "at c"
+    assert len(factory.made) == 1  # the environment is not to blame
+
+
+@pytest.mark.parametrize("fork", ["clone", "replay", "none"])
+def test_a_task_for_which_the_policy_gives_nothing_ends_without_success_and_others_go_on(fork):
+    games = {"lost": {"a": 1.0}, "won": {"a": 1.0}}
+    trees, factory, policy = search(
+        games, lambda task, path: ["fails"] if task == "lost" else ["a"], {("a",): 0.5},
+        width=1, actions=2, fork=fork, fail={"fails"},
+    )  # fmt: skip
+    lost, won = trees
+    assert (lost.best.id, lost.best.branch.outcome, lost.best.branch.error) == (0, 0.0, "policy: no fails today")
+    assert (lost.failed, lost.rounds, lost.nodes) == (2, 1, [])
+    assert (won.best.branch.outcome, won.failed) == (1.0, 0)
+    assert policy.calls == [(2, 2)]
 
 
 def test_a_task_that_cannot_start_costs_that_task_only():

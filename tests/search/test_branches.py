@@ -245,3 +245,15 @@ def test_beams_are_refused_where_the_environment_does_not_fork():
     check_can_fork(TreeGame(GAME, "replay"), "beam @2x2")
     with pytest.raises(UserError, match=r'beam @2x2.*fork = "none".*search\.stepwise'):
         check_can_fork(TreeGame(GAME, "none"), "beam @2x2")
+
+
+def test_a_branch_that_is_abandoned_gives_its_environment_to_the_next_task():
+    factory = Factory(lambda: TreeGame({"t": {"a": 1.0}, "u": {"a": 1.0}}, "none"))
+    forest = Forest(factory)
+    _, branch = forest.start("t")
+    ended = forest.abandon(branch, "nobody knows")
+    assert (ended.done, ended.outcome, ended.error, ended.prompt) == (True, 0.0, "nobody knows", "play t")
+    forest.start("u")
+    assert forest.errors == 0
+    forest.close()
+    assert factory.closes == [1, 1]  # the forest's own, and one for both tasks

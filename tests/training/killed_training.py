@@ -25,7 +25,7 @@ from jaxprm.training.train import train_reward_model
 POINTS = {
     "position": ("open", r"\d+.*tmp.*/meta.*/metadata$"),  # after the state was handed over, before the data position
     "commit": ("os.rename", r"\d+\.orbax-checkpoint-tmp[^/]*$"),
-    "deletion": ("os.remove|os.rmdir|shutil.rmtree", r"\d+/.+"),
+    "deletion": ("shutil.rmtree", r"\d+$"),  # of an old checkpoint, when two of its files are gone
 }
 
 
@@ -45,13 +45,20 @@ def die_at(point: str, checkpoints: Path) -> None:
         threading.Thread(target=watch, daemon=True).start()
         return
     events, pattern = POINTS[point]
+    removed: list[str] = []
 
     def hook(event: str, arguments: tuple) -> None:
+        if removed and event == "os.remove":
+            removed.append(str(arguments[0]))
+            if len(removed) > 3:
+                die()
         if not re.fullmatch(events, event) or not isinstance(arguments[0], (str, os.PathLike)):
             return
         path = os.fspath(arguments[0])
         below = path.startswith(str(checkpoints)) and re.match(pattern, path[len(str(checkpoints)) + 1 :])
-        if below and (point != "position" or "r" not in str(arguments[1])):
+        if below and point == "deletion":
+            removed.append(path)
+        elif below and (point != "position" or "r" not in str(arguments[1])):
             die()
 
     sys.addaudithook(hook)

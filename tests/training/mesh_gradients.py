@@ -3,25 +3,32 @@
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python mesh_gradients.py SHARDS
 
 Prints {"DATAxFSDPxTENSORxSEQUENCE": {"gradient", "parameters", "split"}}: differences by norm, relative, and how many
-parameters are split. One mesh computes in microbatches and rematerialises: that changes no gradient either.
+parameters are split. One mesh computes in microbatches and rematerialises: that changes no gradient either. Then
+{"restored", "fingerprints", "split"} of a checkpoint that another mesh wrote, and {"splash": ...}, the difference of
+the TPU's attention, interpreted on a mesh, from the reference.
 """
 
 import json
 import math
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import msgspec
+import numpy as np
 import optax
 from flax import nnx
 
 from data_pipeline.batches import training_batches
 from jaxprm import config as config_lib
 from jaxprm.model import huggingface
-from jaxprm.model.transformer import Compute, RewardModel, TransformerConfig
+from jaxprm.model.splash import splash_attention
+from jaxprm.model.transformer import Compute, RewardModel, TransformerConfig, packed_attention
 from jaxprm.training import sharding
+from jaxprm.training.checkpoint import Checkpoints
+from jaxprm.training.inspection import inspect
 from jaxprm.training.optimizer import make_optimizer
 from jaxprm.training.step import initial_state, loss_and_gradients, make_train_step
 
@@ -67,6 +74,42 @@ def run(sizes: tuple[int, ...], parameters, batches) -> tuple[dict, dict, int]:
     return jax.device_get(gradients), jax.device_get(state["parameters"]), split
 
 
+def restored(parameters) -> dict:
+    """A state saved by one mesh and restored onto another, and what is said of both when the other saves it again."""
+    folder = Path(tempfile.mkdtemp())
+    found = []
+    for sizes in ((2, 2, 2, 1), (1, 8, 1, 1)):
+        mesh = sharding.make_mesh(config_lib.Mesh(**dict(zip(sharding.AXES, sizes, strict=True))))
+        shapes = sharding.place(mesh, jax.eval_shape(lambda p: initial_state(p, OPTIMIZER, SETTINGS), parameters))
+        if not found:
+            init = jax.jit(lambda p: initial_state(p, OPTIMIZER, SETTINGS), out_shardings=sharding.shardings(shapes))
+            state = init(parameters)
+        else:
+            checkpoints = Checkpoints(folder / "0", {})
+            step, state, position = checkpoints.restore(shapes)
+            checkpoints.close()
+            assert (step, position) == (5, {"batches": 5})
+            assert jax.tree.all(jax.tree.map(lambda leaf, shape: leaf.sharding == shape.sharding, state, shapes))
+        checkpoints = Checkpoints(folder / str(len(found)), {})
+        checkpoints.save(5, state, {"batches": 5})
+        checkpoints.close()
+        found.append((jax.device_get(state), inspect(folder / str(len(found)))))
+    (first, told), (second, told_again) = found
+    same = jax.tree.all(jax.tree.map(lambda a, b: a.tobytes() == b.tobytes(), first, second))
+    placed = [one["shardings"]["parameters/transformer/blocks/query/value"]["split"] for one in (told, told_again)]
+    return {"restored": same, "fingerprints": told["fingerprints"] == told_again["fingerprints"], "split": placed}
+
+
+def splash_difference() -> float:
+    mesh = sharding.make_mesh(config_lib.Mesh(data=1, fsdp=2, tensor=2, sequence=2))
+    rules = {name: getattr(sharding.RULES, name) for name in ("batch", "heads", "kv_heads", "length")}
+    keys = jax.random.split(jax.random.key(0), 3)
+    arrays = [jax.random.normal(key, (2, count, 256, 64)) for key, count in zip(keys, (4, 2, 2), strict=True)]
+    segments = jnp.asarray(np.repeat([[1, 2, 3], [1, 2, 4]], [100, 60, 96], axis=1), jnp.int32)
+    found = jax.jit(splash_attention(mesh, **rules, interpret=True))(*arrays, segments)
+    return float(np.abs(found - jax.jit(packed_attention)(*arrays, segments)).max())
+
+
 def difference(found, expected) -> float:
     return float(optax.tree.norm(jax.tree.map(lambda a, b: a - b, found, expected)) / optax.tree.norm(expected))
 
@@ -93,6 +136,8 @@ def main() -> None:
         for mesh, found in results.items()
     }
     print(json.dumps(report))
+    print(json.dumps(restored(spread_model())))
+    print(json.dumps({"splash": splash_difference()}))
 
 
 if __name__ == "__main__":

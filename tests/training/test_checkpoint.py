@@ -22,7 +22,7 @@ def state_of(value: float) -> dict:
 def directory(tmp_path_factory):
     """Three checkpoints, of which the last two are kept."""
     directory = tmp_path_factory.mktemp("checkpoints")
-    checkpoints = Checkpoints(directory, IDENTITY, keep=2)
+    checkpoints = Checkpoints(directory, IDENTITY, keep_latest=2)
     for step in (10, 20, 30):
         checkpoints.save(step, state_of(step), {"batches": step})
     checkpoints.close()
@@ -42,6 +42,35 @@ def test_an_empty_directory_has_nothing_to_restore(tmp_path):
     checkpoints = Checkpoints(tmp_path / "none", IDENTITY)
     assert checkpoints.restore(abstract(state_of(0))) is None
     assert checkpoints.latest_step() is None
+    checkpoints.close()
+
+
+def test_the_best_are_kept_and_the_latest_always(tmp_path):
+    """Of losses .4 .1 .3 .2 and one that was not measured: the two smallest, and the newest, which has none."""
+    losses = {1: 0.4, 2: 0.1, 3: 0.3, 4: 0.2, 5: None}
+    kept = {}
+    checkpoints = Checkpoints(tmp_path, IDENTITY, keep_latest=1, keep_best=2)
+    for step, loss in losses.items():
+        checkpoints.save(step, state_of(step), {"batches": step}, validation_loss=loss)
+        checkpoints._manager.wait_until_finished()
+        kept[step] = sorted(int(path.name) for path in tmp_path.iterdir())
+    checkpoints.close()
+    assert kept[3] == [2, 3] and kept[4] == [2, 4] and kept[5] == [2, 4, 5]
+    # Another process knows the losses from the files.
+    checkpoints = Checkpoints(tmp_path, IDENTITY, keep_latest=1, keep_best=2)
+    assert checkpoints.restore(abstract(state_of(0)))[0] == 5
+    checkpoints.save(6, state_of(6), {"batches": 6}, validation_loss=0.15)
+    checkpoints.close()
+    assert sorted(int(path.name) for path in tmp_path.iterdir()) == [2, 6]
+
+
+def test_a_step_is_written_once(tmp_path):
+    checkpoints = Checkpoints(tmp_path, IDENTITY)
+    for value in (1, 2):
+        checkpoints.save(7, state_of(value), {"batches": value})
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path, IDENTITY)
+    assert checkpoints.restore(abstract(state_of(0)))[2] == {"batches": 1}
     checkpoints.close()
 
 

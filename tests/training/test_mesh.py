@@ -23,7 +23,7 @@ def test_gradients_do_not_depend_on_the_mesh(toy):
     command = [sys.executable, str(Path(__file__).with_name("mesh_gradients.py")), str(toy.shards)]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    report = json.loads(done.stdout.splitlines()[-1])
+    report, checkpoint, attention = map(json.loads, done.stdout.splitlines()[-3:])
     assert set(report) == {"1x1x1x1", "8x1x1x1", "1x8x1x1", "2x2x2x1", "1x2x2x2"}
     for mesh, found in report.items():
         assert found["gradient"] < 1e-5, (mesh, found)
@@ -31,3 +31,7 @@ def test_gradients_do_not_depend_on_the_mesh(toy):
     # Matrices and biases are split over fsdp or tensor, norms and the head are whole; data splits no parameter.
     split = {mesh: found["split"] for mesh, found in report.items()}
     assert split == {"1x1x1x1": 0, "8x1x1x1": 0, "1x8x1x1": 8, "2x2x2x1": 11, "1x2x2x2": 11}
+    # A checkpoint goes from one mesh to another: the same values, the same fingerprints, another layout.
+    assert checkpoint["restored"] and checkpoint["fingerprints"]
+    assert checkpoint["split"] == [[{}, {"fsdp": 2}, {"tensor": 2}], [{}, {"fsdp": 8}, {}]]
+    assert attention["splash"] < 1e-5

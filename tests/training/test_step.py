@@ -173,6 +173,13 @@ def test_every_objective_is_its_naive_loss(objective):
     assert float(metrics["value_loss"]) == pytest.approx(expected["value_loss"], rel=1e-5)
     if objective == "agentprm":
         assert float(metrics["progress_loss"]) == pytest.approx(expected["progress_loss"], rel=1e-5)
+    trained = batch["valid"] & (batch["is_last"] | (objective != "orm"))
+    mean = np.average(np.asarray(values)[trained], weights=batch["weights"][trained])
+    assert float(metrics["value_mean"]) == pytest.approx(mean, rel=1e-4, abs=1e-5)
+    if objective != "agentprm":
+        outcomes = [one["outcome"] for row in ROWS_OF_TWO for one in row]
+        steps = [one["weight"] * (1 if objective == "orm" else len(one["reads"])) for row in ROWS_OF_TWO for one in row]
+        assert float(metrics["target_mean"]) == pytest.approx(np.average(outcomes, weights=steps), rel=1e-5)
     beta = BETA if objective == "agentprm" else 0.0  # the baselines have no progress loss
     assert float(loss) == pytest.approx(expected["value_loss"] + beta * expected["progress_loss"], rel=1e-5)
 

@@ -22,6 +22,7 @@ from data_pipeline.errors import DataError
 from jaxprm import files
 from jaxprm.errors import UserError
 from jaxprm.model import huggingface
+from jaxprm.scoring import loading
 from jaxprm.training import programs, train
 from jaxprm.training.evaluate import evaluate_model, summary
 from jaxprm.training.reward_model import from_policy
@@ -289,3 +290,17 @@ def test_a_reward_model_starts_from_the_policy_and_its_head_from_the_seed(toy, t
     np.testing.assert_array_equal(first["head"][...], again["head"][...])
     assert np.abs(first["head"][...] - other["head"][...]).max() > 1e-3
     assert 0.005 < np.std(first["head"][...]) < 0.05
+
+
+def test_the_last_checkpoint_is_the_model_and_can_be_scored_before_it_is_written(trained, tmp_path):
+    """What lies beside the checkpoints makes models of them; the finished model has the last one's weights."""
+    last = loading.find_model(shutil.copytree(trained.output, tmp_path / "run", ignore=lambda *_: ["model"]))
+    assert last == tmp_path / "run" / "checkpoints" / str(len(trained.losses))
+    (ours, parameters), (config, finished) = (loading.load_reward_model(path) for path in (last, trained.model))
+    assert ours == config
+    jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(parameters), nnx.to_pure_dict(finished))
+    recipes = [loading.read_recipe(path) for path in (last, trained.model)]
+    assert recipes[0].pop("unfinished") is True
+    assert recipes[0].keys() == recipes[1].keys()
+    assert recipes[0]["validation"].keys() == recipes[1]["validation"].keys()
+    assert (files.sha256(trained.output / "model-files" / "config.json")) == files.sha256(trained.model / "config.json")

@@ -1,0 +1,269 @@
+"""Rows of another format to a file of trajectories: streamed, checked line by line, everything left out counted.
+
+Of every row that was written a few bytes are remembered (which ids there are, which split a task is in), nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+
+from data_pipeline import splits
+from data_pipeline.errors import DataError, SplitError
+from data_pipeline.importers import fields, openai, sharegpt, trl
+from data_pipeline.importers.source import Row, read_rows
+from data_pipeline.output import new_file
+from data_pipeline.trajectory import Trajectory, check_steps, parse_line, to_line
+
+FormatName = Literal["openai", "sharegpt", "agentgym", "trl-prm"]
+# Fields of our own that a row may bring; what else it holds goes into `meta`.
+_OWN = ("environment", "split", "ended", "rewards", "step_labels", "policy")
+
+
+class Format(NamedTuple):
+    """How a format's rows are parsed, and where they usually keep what we look for."""
+
+    parse: Callable[[dict[str, Any], fields.Path, openai.Notes], openai.Parsed]
+    messages: str
+    outcome: tuple[str, ...] = ("outcome",)
+
+
+FORMATS: dict[FormatName, Format] = {
+    "openai": Format(openai.parse, "messages"),
+    "sharegpt": Format(sharegpt.parse, "conversations"),
+    "agentgym": Format(sharegpt.parse_agentgym, "conversations", ("outcome", "reward", "score")),
+    "trl-prm": Format(trl.parse, "prompt"),
+}
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """What is read from where. Fields are dotted paths; None takes the format's usual place, where a row has it.
+
+    `split_by` groups rows for the split: None for no split, "" for the task. `skip_bad` leaves bad rows out.
+    """
+
+    format: FormatName
+    messages: str | None = None
+    outcome: str | None = None
+    success: str | None = None
+    id: str | None = None
+    task: str | None = None
+    scale: fields.Scale = fields.Scale()
+    split_by: str | None = None
+    validation_share: float = splits.VALIDATION_SHARE
+    seed: int = 0
+    skip_bad: bool = False
+
+
+class Report(msgspec.Struct, kw_only=True):
+    """What became of the rows: rows = written + skipped. `bad` says why, for each that was skipped.
+
+    `without_outcome` have neither outcome nor rewards. `notes` counts what was changed or left out inside of written
+    rows; `splits` counts trajectories, "" without one.
+    """
+
+    rows: int = 0
+    written: int = 0
+    skipped: int = 0
+    without_outcome: int = 0
+    repeated_ids: int = 0
+    resplit: int = 0
+    splits: Counter[str] = msgspec.field(default_factory=Counter)
+    notes: Counter[str] = msgspec.field(default_factory=Counter)
+    bad: list[str] = msgspec.field(default_factory=list)
+
+
+def import_trajectories(
+    inputs: Sequence[str | PathLike[str]],
+    output: str | PathLike[str],
+    options: Options,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Writes the trajectories of `inputs` to the new file `output`, JSON Lines, in their order.
+
+    progress: called with (bytes read, bytes in all).
+
+    Raises DataError, and leaves no output: for an output that exists, an input that cannot be read, the first bad row
+    unless they are skipped, no row left, or a field that was asked for by name and is in no row.
+    """
+    converter = _Converter(options)
+    sizes = [Path(path).stat().st_size if Path(path).is_file() else 0 for path in inputs]
+    report, before = converter.report, 0
+    with new_file(output) as file:
+        for path, size in zip(inputs, sizes, strict=True):
+            for row in read_rows(path):
+                report.rows += 1
+                try:
+                    trajectory = converter.convert(row, Path(path).stem)
+                except SplitError:
+                    raise
+                except DataError as error:
+                    if not options.skip_bad:
+                        raise DataError(f"{error}; mend the row, or leave bad rows out with --skip-bad") from None
+                    report.skipped += 1
+                    report.bad.append(" ".join(str(error).split()))
+                else:
+                    file.write(to_line(trajectory).encode() + b"\n")
+                    report.written += 1
+                if progress:
+                    progress(before + row.bytes_read, sum(sizes))
+            before += size
+        if not report.written:
+            first = f", all bad, the first: {report.bad[0]}" if report.bad else ""
+            raise DataError(f"no trajectory in {', '.join(map(str, inputs))}: {report.rows} rows{first}")
+        converter.check_found()
+    return report
+
+
+def to_text(report: Report, output: str | PathLike[str]) -> list[str]:
+    """What became of the rows, for a terminal; bad rows not among it."""
+    lines = [f"{report.written} trajectories of {report.rows} rows written, {report.skipped} left out: {output}"]
+    lines += [f"  {count} in {split or 'no split'}" for split, count in sorted(report.splits.items())]
+    for count, what in (
+        (report.without_outcome, "without an outcome: to be scored, but not trained on"),
+        (report.repeated_ids, "had an id that was there before, and got a number behind it"),
+        (report.resplit, "named another split before"),
+    ):
+        lines += [f"  {count} {what}"] if count else []
+    return lines + [f"  {count} {what}" for what, count in sorted(report.notes.items())]
+
+
+class _Converter:
+    """Converts rows, and keeps what holds across them: ids are unique, tasks in one split."""
+
+    def __init__(self, options: Options):
+        self.report = Report()
+        self._options, self._format = options, FORMATS[options.format]
+        self._messages = fields.Path.parse(options.messages or self._format.messages)
+        self._paths = {
+            name: [fields.Path.parse(one) for one in ([given] if given is not None else usual)]
+            for name, given, usual in (
+                ("outcome", options.outcome, self._format.outcome),
+                ("success", options.success, ("success",)),
+                ("id", options.id, ("id",)),
+                ("task", options.task, ("task",)),
+            )
+        }
+        self._group = fields.Path.parse(options.split_by) if options.split_by else None
+        self._found: Counter[str] = Counter()
+        self._ids: set[bytes] = set()
+        self._next: dict[bytes, int] = {}
+        self._splits = splits.Splits()
+        if options.split_by is not None:
+            splits.check_share(options.validation_share)
+
+    def convert(self, row: Row, source: str) -> Trajectory:
+        """The row's trajectory. Raises DataError, naming the row, and then nothing was counted but the row."""
+        if isinstance(row.value, DataError):
+            raise row.value
+        notes: openai.Notes = Counter()
+        try:
+            made, found = self._parse(row.value, f"{source}:{row.number}", notes)
+            line = msgspec.json.encode(made)
+        except RecursionError:
+            raise DataError(f"{row.where}: nested too deeply") from None
+        except (DataError, TypeError, OverflowError, UnicodeError) as error:
+            raise DataError(f"{row.where}: {error}") from None
+        trajectory = parse_line(line, where=row.where)
+        check_steps(trajectory.messages, row.where)
+        splits.named_split(trajectory.split, None, row.where)
+        trajectory, resplit = self._split(trajectory, row)
+        self._count(trajectory, found, notes, resplit)
+        return self._with_unique_id(trajectory)
+
+    def check_found(self) -> None:
+        """Raises DataError for a field that was asked for by name and is in no row: a typing mistake, most likely."""
+        for name in ("outcome", "success"):
+            path = getattr(self._options, name)
+            if path is not None and not self._found[name]:
+                raise DataError(f"--{name}-field {path}: no row has it, of {self.report.written} that could be read")
+
+    def _parse(self, row: dict[str, Any], id: str, notes: openai.Notes) -> tuple[dict[str, Any], set[str]]:
+        parsed = self._format.parse(row, self._messages, notes)
+        used = {*parsed.used, *_OWN}
+        made = {name: row[name] for name in _OWN if row.get(name) is not None and name not in parsed.used}
+        if not isinstance(made.get("policy", {}), dict):
+            used.discard("policy")
+            del made["policy"]
+        for name in made.keys() & parsed.fields.keys():
+            if made[name] != parsed.fields[name]:
+                raise DataError(f"`{name}` is given twice, in the row and by its {self._options.format} form; keep one")
+        made |= parsed.fields
+        found = set()
+        for name, paths in self._paths.items():
+            path, value = next(((path, value) for path in paths if (value := path.find(row)) is not None), (None, None))
+            if path is not None:
+                made[name] = self._value(name, path.text, value)
+                found.add(name)
+                used.add(path.key)
+            elif name in ("id", "task") and getattr(self._options, name) is not None:
+                raise DataError(f"there is no {getattr(self._options, name)}, the field for its {name}")
+        made.setdefault("id", id)
+        made["messages"] = parsed.messages
+        rest = self._messages.without(row)
+        if meta := _meta({key: value for key, value in rest.items() if key not in used and value is not None}):
+            made["meta"] = meta
+        return made, found
+
+    def _value(self, name: str, path: str, value: Any) -> Any:
+        if name == "outcome":
+            return fields.outcome(value, path, self._options.scale)
+        return fields.success(value, path) if name == "success" else fields.name(value, path)
+
+    def _split(self, trajectory: Trajectory, row: Row) -> tuple[Trajectory, bool]:
+        """With its split, and whether that replaces one the row had named."""
+        if self._options.split_by is None:
+            return trajectory, False
+        group = trajectory.task_id
+        if self._group is not None:
+            value = self._group.find(row.value)
+            if value is None:
+                raise DataError(f"{row.where}: there is no {self._group.text} to split by")
+            group = msgspec.json.encode(value).decode()
+        split = splits.split_of(group, validation_share=self._options.validation_share, seed=self._options.seed)
+        try:
+            self._splits.add(trajectory.task_id, split)
+        except SplitError as error:
+            raise SplitError(f"{row.where}: {error}, or by a field whose values share no task") from None
+        return msgspec.structs.replace(trajectory, split=split), trajectory.split not in (None, split)
+
+    def _count(self, trajectory: Trajectory, found: set[str], notes: openai.Notes, resplit: bool) -> None:
+        self._found.update(found)
+        for what, count in notes.items():
+            openai.note(self.report.notes, what, count)
+        self.report.without_outcome += trajectory.outcome is None and trajectory.rewards is None
+        self.report.resplit += resplit
+
+    def _with_unique_id(self, trajectory: Trajectory) -> Trajectory:
+        """Attempts are often logged under their task's name: the second of an id becomes id#2, and so on."""
+        self.report.splits[trajectory.split or ""] += 1
+        key = _digest(trajectory.id)
+        if key not in self._ids:
+            self._ids.add(key)
+            return trajectory
+        self.report.repeated_ids += 1
+        number = self._next.get(key, 2)
+        while (other := _digest(f"{trajectory.id}#{number}")) in self._ids:
+            number += 1
+        self._next[key] = number + 1
+        self._ids.add(other)
+        return msgspec.structs.replace(trajectory, id=f"{trajectory.id}#{number}")
+
+
+def _meta(rest: dict[str, Any]) -> dict[str, Any]:
+    """What a row holds besides; a `meta` of its own is opened, unless a field would be lost."""
+    own = rest.get("meta")
+    if isinstance(own, dict) and not own.keys() & (rest.keys() - {"meta"}):
+        return {key: value for key, value in rest.items() if key != "meta"} | own
+    return rest
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=12).digest()

@@ -1,0 +1,123 @@
+"""Fields of a row by dotted path, and their values checked: outcomes, success, names."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any, NamedTuple
+
+from data_pipeline.errors import DataError
+from data_pipeline.importers.source import kind_of
+
+_PART = re.compile(r"(?:^|\.)([^.\[\]]+)|\[(-?\d+)\]")
+_MISSING = object()
+
+
+class Path(NamedTuple):
+    """Where a value is: `info.reward`, `metrics[0].score`, `labels[-1]`. A field of that very name comes first."""
+
+    text: str
+    parts: tuple[str | int, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Path:
+        """Raises DataError for what is no path."""
+        parts, at = [], 0
+        while at < len(text):
+            found = _PART.match(text, at)
+            if found is None:
+                break
+            parts.append(found[1] if found[1] is not None else int(found[2]))
+            at = found.end()
+        if at < len(text) or not parts or isinstance(parts[0], int):
+            raise DataError(f"field {text!r}: not a path; write it as info.reward or metrics[0].score")
+        return cls(text, tuple(parts))
+
+    def find(self, row: dict[str, Any]) -> Any:
+        """The value, or None where there is none."""
+        if self.text in row:
+            return row[self.text]
+        value: Any = row
+        for part in self.parts:
+            if isinstance(part, str):
+                value = value.get(part, _MISSING) if isinstance(value, dict) else _MISSING
+            else:
+                inside = isinstance(value, list) and -len(value) <= part < len(value)
+                value = value[part] if inside else _MISSING
+            if value is _MISSING:
+                return None
+        return value
+
+    def without(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row without this value, where it is inside of objects alone."""
+        if self.text in row:
+            return {key: value for key, value in row.items() if key != self.text}
+        first, *rest = self.parts
+        inner = row.get(first) if isinstance(first, str) else None
+        if not rest or not isinstance(inner, dict):
+            return row
+        return row | {first: Path(".".join(map(str, rest)), tuple(rest)).without(inner)}
+
+    @property
+    def key(self) -> str | None:
+        """The row's own field that the path is, where it is one and not inside of it."""
+        return self.text if len(self.parts) == 1 else None
+
+
+class Scale(NamedTuple):
+    """Outcomes from `low` (0) to `high` (1), linearly."""
+
+    low: float = 0.0
+    high: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> Scale:
+        """"LOW,HIGH"; DataError unless LOW < HIGH, both finite."""
+        try:
+            low, high = map(float, text.split(","))
+        except ValueError:
+            low = high = math.nan
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise DataError(f"outcome scale {text!r}: write it as LOW,HIGH with LOW < HIGH, such as 0,100")
+        return cls(low, high)
+
+
+def outcome(value: Any, name: str, scale: Scale) -> float:
+    """An outcome in [0, 1] of true, false or a number on `scale`. Raises DataError with the value and the bound."""
+    if isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, (int, float)):
+        raise DataError(f"{name} is {kind_of(value)}; an outcome is a number, true or false")
+    if not scale.low <= value <= scale.high:  # NaN neither
+        raise DataError(
+            f"{name} = {_shown(value)} is outside [{scale.low:g}, {scale.high:g}]; name the range with --outcome-scale "
+            "LOW,HIGH"
+        )
+    return min(1.0, max(0.0, (value - scale.low) / (scale.high - scale.low)))
+
+
+def success(value: Any, name: str) -> bool:
+    """True or false, also written 1 or 0."""
+    if isinstance(value, bool) or (isinstance(value, (int, float)) and value in (0, 1)):
+        return bool(value)
+    shown = f"= {_shown(value)}" if isinstance(value, (int, float)) else f"is {kind_of(value)}"
+    raise DataError(f"{name} {shown}; success is true or false, or 1 or 0")
+
+
+def name(value: Any, field: str) -> str:
+    """An id or a task: a text with something in it, or a whole number."""
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return _shown(value)
+    what = "an empty text" if value == "" else kind_of(value)
+    raise DataError(f"{field} is {what}; a name is a text or a whole number")
+
+
+def _shown(value: float) -> str:
+    """A number in an error or a name; Python refuses to print whole numbers of thousands of digits."""
+    try:
+        text = str(value)
+    except ValueError:
+        return "a number of thousands of digits"
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,0 +1,189 @@
+"""OpenAI's chat format, as APIs, SDKs and fine-tuning files write it, to our messages.
+
+An assistant message is one decision: parts of text are joined. What cannot be kept is counted in `notes` or, where the
+conversation would no longer be the same (images, audio, arguments that are not JSON), an error that names the message.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import msgspec
+
+from data_pipeline.errors import DataError
+from data_pipeline.importers.fields import Path
+from data_pipeline.importers.source import kind_of
+
+Notes = Counter  # what was changed or left out, by description
+_ROLES = {
+    "system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool",
+    "function": "tool",
+}
+_KNOWN = {"role", "content", "tool_calls", "function_call", "tool_call_id", "name", "weight", "step"}
+_TEXT_TYPES = {"text", "input_text", "output_text"}
+_MEDIA = {"audio", "image", "images", "image_url", "video", "videos", "file", "files", "attachments"}
+_MOST_NOTES = 100
+
+
+class Parsed(NamedTuple):
+    """A row's conversation in our format, other fields of ours found in it, and which of the row's fields were used."""
+
+    messages: list[dict[str, Any]]
+    fields: dict[str, Any]
+    used: set[str]
+
+
+def parse(row: dict[str, Any], where: Path, notes: Notes) -> Parsed:
+    """A row with a list of chat messages at `where`, and `tools` or `functions` beside it."""
+    raw = full_list(where.find(row), where.text)
+    messages = [message(one, index, notes) for index, one in enumerate(raw)]
+    found = tools(row)
+    return Parsed(messages, {"tools": found} if found else {}, {where.key, "tools", "functions"} - {None})
+
+
+def message(raw: Any, index: int, notes: Notes) -> dict[str, Any]:
+    """One chat message; DataError names it."""
+    if not isinstance(raw, dict):
+        raise DataError(f"message {index} is {kind_of(raw)}, not an object")
+    hint = "; this looks like ShareGPT, use --format sharegpt" if "from" in raw else ""
+    role = role_of(raw, "role", _ROLES, f"message {index}", hint)
+    where = f"message {index} ({raw['role']})"
+    made: dict[str, Any] = {"role": role}
+    calls = _calls(raw, role, where, notes)
+    content = _text(raw.get("content"), where, notes)
+    if content is None and not calls:
+        if role != "tool":
+            also = "; it has a refusal, which is no action" if raw.get("refusal") else ""
+            raise DataError(f"{where} has neither content nor tool_calls{also}")
+        note(notes, "tool results without content, taken as empty")
+        content = ""
+    made["content"] = content
+    if calls:
+        made["tool_calls"] = calls
+    # Fine-tuning files say `"weight": 0` of an assistant message that is not learnt from, ours `"step": false`.
+    if role == "assistant" and not (flag(raw, "weight", where) and flag(raw, "step", where)):
+        made["step"] = False
+    made |= {key: raw[key] for key in ("name", "tool_call_id") if raw.get(key) is not None}
+    for key, value in raw.items():
+        if key not in _KNOWN and value not in (None, [], "", {}):
+            if key in _MEDIA:
+                raise DataError(f"{where} has `{key}`; only text can be trained on and scored")
+            note(notes, f"message field `{key:.40}`, left out")
+    return made
+
+
+def role_of(raw: dict[str, Any], key: str, roles: Mapping[str, str], where: str, hint: str) -> str:
+    """Our name for the role at `key`; DataError, with `hint`, for one that nobody knows."""
+    given = raw.get(key)
+    role = roles.get(given) if isinstance(given, str) else None
+    if role is None:
+        raise DataError(f"{where}: {key} {given!r:.40} is none of {', '.join(roles)}{hint}")
+    return role
+
+
+def flag(raw: dict[str, Any], key: str, where: str) -> bool:
+    """False where a message says so, or 0; true where it says that, 1 or nothing."""
+    value = raw.get(key)
+    if value is not None and (not isinstance(value, (int, float)) or value not in (0, 1)):
+        raise DataError(f"{where}: {key} is {value!r:.40}, not true or false, or 1 or 0")
+    return value is None or bool(value)
+
+
+def tools(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The tools of a row: a list, or its JSON; the older `functions` are wrapped."""
+    for key in ("tools", "functions"):
+        found = row.get(key)
+        if not found:
+            continue
+        if isinstance(found, str):
+            found = json_value(found, key)
+        found = full_list(found, key) if found else []
+        for index, one in enumerate(found):
+            if not isinstance(one, dict):
+                raise DataError(f"{key}[{index}] is {kind_of(one)}, not an object")
+        return found if key == "tools" else [{"type": "function", "function": one} for one in found]
+    return []
+
+
+def tool_call(name: Any, arguments: Any, where: str, notes: Notes) -> dict[str, str]:
+    """A function's name and its arguments as the JSON of an object."""
+    if not isinstance(name, str) or not name:
+        raise DataError(f"{where}: the function's name is {'empty' if name == '' else kind_of(name)}")
+    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
+        note(notes, "tool calls without arguments, taken as {}")
+        arguments = "{}"
+    value = json_value(arguments, f"{where}: the arguments of {name}") if isinstance(arguments, str) else arguments
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: the arguments of {name} are {kind_of(value)}, not an object")
+    text = arguments if isinstance(arguments, str) else msgspec.json.encode(arguments).decode()
+    return {"name": name, "arguments": text}
+
+
+def json_value(text: str, what: str) -> Any:
+    """A value from its JSON inside a text."""
+    try:
+        return msgspec.json.decode(text)
+    except (msgspec.MsgspecError, UnicodeError) as error:
+        raise DataError(f"{what} are not JSON: {error}: {text[:40]!r}") from None
+
+
+def note(notes: Notes, what: str, count: int = 1) -> None:
+    """Counts it; a file that invents names without end does not fill the memory."""
+    notes[what if what in notes or len(notes) < _MOST_NOTES else "other fields, left out"] += count
+
+
+def full_list(value: Any, name: str) -> list[Any]:
+    """A list with something in it, or its JSON."""
+    if isinstance(value, str) and value:
+        value = json_value(value, name)
+    if not isinstance(value, list) or not value:
+        what = "missing" if value is None else "empty" if value in ([], "") else f"{kind_of(value)}, not a list"
+        raise DataError(f"{name} is {what}")
+    return value
+
+
+def _text(content: Any, where: str, notes: Notes) -> str | None:
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise DataError(f"{where}: content is {kind_of(content)}, not a text or a list of parts")
+    texts = []
+    for index, part in enumerate(content):
+        kind = part.get("type", "text") if isinstance(part, dict) else kind_of(part)
+        if not isinstance(kind, str) or kind not in _TEXT_TYPES:
+            raise DataError(f"{where}: content part {index} is {kind!r:.40}; only text can be trained on and scored")
+        if not isinstance(part.get("text"), str):
+            raise DataError(f"{where}: content part {index} has no text")
+        texts.append(part["text"])
+    if len(texts) > 1:
+        note(notes, "messages in several parts, joined to one text")
+    return "".join(texts) if texts else None
+
+
+def _calls(raw: dict[str, Any], role: str, where: str, notes: Notes) -> list[dict[str, Any]]:
+    given, old = raw.get("tool_calls") or [], raw.get("function_call")
+    if not given and not old:
+        return []
+    if role != "assistant":
+        raise DataError(f"{where} has tool_calls; only an assistant calls tools")
+    if given and old:
+        raise DataError(f"{where} has both tool_calls and function_call; keep one")
+    if old:
+        given = [{"type": "function", "function": old}]
+    if not isinstance(given, list):
+        raise DataError(f"{where}: tool_calls is {kind_of(given)}, not a list")
+    return [_call(one, f"{where}: tool call {index}", notes) for index, one in enumerate(given)]
+
+
+def _call(raw: Any, where: str, notes: Notes) -> dict[str, Any]:
+    function = raw.get("function") if isinstance(raw, dict) else None
+    if not isinstance(function, dict) or raw.get("type") not in (None, "function"):
+        raise DataError(f'{where} is not {{"type": "function", "function": {{"name", "arguments"}}}}')
+    for key in {*raw} - {"id", "type", "function", "index"}:
+        if raw[key] is not None:
+            note(notes, f"tool call field `{key:.40}`, left out")
+    made = {"id": raw["id"]} if raw.get("id") is not None else {}
+    called = tool_call(function.get("name"), function.get("arguments"), where, notes)
+    return made | {"type": "function", "function": called}

@@ -1,0 +1,242 @@
+"""What is in files of trajectories, and every row that is not one: read once, counted in little memory.
+
+Bad rows do not stop the count. A task in two splits is an error of the files: what is measured on the one would have
+been learnt on the other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+import numpy as np
+
+from data_pipeline.errors import DataError
+from data_pipeline.metadata import LENGTH_EDGES
+from data_pipeline.splits import Inputs, named_split
+from data_pipeline.trajectory import Trajectory, check_steps, count_rows, read_numbered
+
+if TYPE_CHECKING:
+    from data_pipeline.encode import Encoder
+
+PERCENTILES = (0, 10, 50, 90, 99, 100)
+
+
+class Spread(msgspec.Struct, frozen=True, kw_only=True):
+    """A distribution: its mean and PERCENTILES, by name ("0" is the least, "100" the largest)."""
+
+    count: int
+    mean: float
+    percentiles: dict[str, float]
+
+
+class SplitCounts(msgspec.Struct, kw_only=True):
+    """Trajectories of one split. `failed`, `partial`, `full` count outcomes of 0, between, and 1.
+
+    `successes` of `with_success` rows that say so; `trainable` rows have an outcome or rewards and did not end in an
+    error.
+    """
+
+    trajectories: int = 0
+    tasks: int = 0
+    trainable: int = 0
+    failed: int = 0
+    partial: int = 0
+    full: int = 0
+    mean_outcome: float | None = None
+    with_success: int = 0
+    successes: int = 0
+
+
+class Groups(msgspec.Struct, frozen=True, kw_only=True):
+    """Attempts by task: of the `repeated` tasks with several, `differing` differ in outcome, what one learns from."""
+
+    tasks: int
+    repeated: int
+    differing: int
+    attempts: Spread
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """What `validate` found. rows = trajectories + bad; `leaks` names tasks in two splits.
+
+    `tokens`, `lengths` (a histogram over LENGTH_EDGES) and `too_long` are there with a tokenizer. `equal` counts
+    trajectories that repeat one before in task, conversation and outcome, `repeated_ids` ids that were there before.
+    """
+
+    files: list[str]
+    rows: int
+    trajectories: int
+    splits: dict[str, SplitCounts]
+    ended: dict[str, int]
+    steps: Spread
+    tokens: Spread | None
+    lengths: dict[str, int] | None
+    max_length: int | None
+    too_long: int | None
+    groups: Groups
+    equal: int
+    repeated_ids: int
+    with_step_labels: int
+    step_labels: Spread | None
+    leaks: list[str]
+    bad: list[str]
+
+
+class _Task(NamedTuple):
+    split: str
+    attempts: int
+    low: float
+    high: float
+
+
+def validate(
+    inputs: Inputs,
+    *,
+    encoder: Encoder | None = None,
+    max_length: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Reads every row of JSONL files by split; under None, rows name their own or are counted under "".
+
+    With an encoder every conversation is encoded and verified as for training, and one that cannot be is a bad row.
+    `progress` is called with (rows done, rows in all). Raises DataError for a file that cannot be read or has no row.
+    """
+    counts = _Counts(encoder)
+    paths = [Path(path) for files in inputs.values() for path in files]
+    total = sum(map(count_rows, paths))
+    if not total:
+        raise DataError(f"{', '.join(map(str, paths))}: empty, there is no row in it")
+
+    def bad(error: DataError) -> None:
+        counts.bad.append(" ".join(str(error).split()))
+        show()
+
+    def show() -> None:
+        counts.rows += 1
+        if progress:
+            progress(counts.rows, total)
+
+    for split, files in inputs.items():
+        for path in files:
+            for where, trajectory in read_numbered(path, skip_bad=bad):
+                try:
+                    counts.add(trajectory, split, where)
+                except DataError as error:
+                    bad(error)
+                else:
+                    show()
+    return counts.report([str(path) for path in paths], max_length)
+
+
+class _Counts:
+    def __init__(self, encoder: Encoder | None):
+        self.rows, self.bad = 0, []
+        self._encoder = encoder
+        self._splits: dict[str, SplitCounts] = {}
+        self._outcomes: dict[str, float] = Counter()
+        self._tasks: dict[bytes, _Task] = {}
+        self._leaks: dict[bytes, str] = {}
+        self._ended: Counter[str] = Counter()
+        self._steps, self._tokens, self._labels = array("q"), array("q"), array("d")
+        self._ids: set[bytes] = set()
+        self._contents: set[bytes] = set()
+        self._repeated_ids = self._equal = self._with_labels = 0
+
+    def add(self, trajectory: Trajectory, split: str | None, where: str) -> None:
+        """Raises DataError for a row that cannot be used, which is then counted nowhere."""
+        row = f"{where} ({trajectory.id})"
+        name = named_split(trajectory.split, split, row) or ""
+        table = check_steps(trajectory.messages, row)
+        if self._encoder is not None:
+            encoded = self._encoder.trajectory(trajectory.messages, row=row, tools=trajectory.tools)
+            self._tokens.append(len(encoded.tokens))
+        self._steps.append(len(table))
+        self._count(trajectory, name, where)
+
+    def _count(self, trajectory: Trajectory, name: str, where: str) -> None:
+        split = self._splits.setdefault(name, SplitCounts())
+        split.trajectories += 1
+        returned = trajectory.outcome if trajectory.rewards is None else sum(trajectory.rewards)
+        split.trainable += returned is not None and trajectory.ended != "error"
+        if trajectory.outcome is not None:
+            self._outcomes[name] += trajectory.outcome
+            kind = {0.0: "failed", 1.0: "full"}.get(trajectory.outcome, "partial")
+            setattr(split, kind, getattr(split, kind) + 1)
+        if trajectory.success is not None:
+            split.with_success += 1
+            split.successes += trajectory.success
+        self._ended[trajectory.ended or ""] += 1
+        if trajectory.step_labels is not None:
+            self._with_labels += 1
+            self._labels.extend(label for label in trajectory.step_labels if label is not None)
+        task = trajectory.task_id
+        self._group(task, name, returned, split, where)
+        self._repeated_ids += not _is_new(self._ids, trajectory.id.encode())
+        content = msgspec.json.encode([task, trajectory.messages, trajectory.tools, returned])
+        self._equal += not _is_new(self._contents, content)
+
+    def _group(self, task: str, name: str, returned: float | None, split: SplitCounts, where: str) -> None:
+        key = _digest(task.encode())
+        known = self._tasks.get(key)
+        low, high = (np.inf, -np.inf) if returned is None else (returned, returned)
+        if known is None:
+            split.tasks += 1
+            self._tasks[key] = _Task(name, 1, low, high)
+            return
+        if known.split != name:
+            both = f"in {known.split or 'no split'} and, in {where}, in {name or 'no split'}"
+            self._leaks.setdefault(key, f"task {task} is {both}; split by task")
+        self._tasks[key] = _Task(known.split, known.attempts + 1, min(known.low, low), max(known.high, high))
+
+    def report(self, files: list[str], max_length: int | None) -> Report:
+        for name, split in self._splits.items():
+            if known := split.failed + split.partial + split.full:
+                split.mean_outcome = self._outcomes[name] / known
+        repeated = [task for task in self._tasks.values() if task.attempts > 1]
+        lengths = np.asarray(self._tokens)
+        return Report(
+            files=files, rows=self.rows, trajectories=len(self._steps), splits=dict(sorted(self._splits.items())),
+            ended=dict(self._ended), steps=_spread(self._steps),
+            tokens=_spread(lengths) if self._encoder else None,
+            lengths=_histogram(lengths) if self._encoder else None,
+            max_length=max_length,
+            too_long=int((lengths > max_length).sum()) if self._encoder and max_length is not None else None,
+            groups=Groups(
+                tasks=len(self._tasks), repeated=len(repeated),
+                differing=sum(task.low < task.high for task in repeated),
+                attempts=_spread([task.attempts for task in self._tasks.values()]),
+            ),
+            equal=self._equal, repeated_ids=self._repeated_ids, with_step_labels=self._with_labels,
+            step_labels=_spread(self._labels) if self._labels else None, leaks=list(self._leaks.values()), bad=self.bad,
+        )
+
+
+def _spread(values: Sequence[float] | np.ndarray) -> Spread:
+    found = np.asarray(values, np.float64)
+    if not len(found):
+        return Spread(count=0, mean=0.0, percentiles={})
+    at = np.percentile(found, PERCENTILES, method="nearest")
+    named = {str(percent): float(value) for percent, value in zip(PERCENTILES, at, strict=True)}
+    return Spread(count=len(found), mean=float(found.mean()), percentiles=named)
+
+
+def _histogram(lengths: np.ndarray) -> dict[str, int]:
+    """Trajectories by length, under the lowest length of their bin; empty bins are left out."""
+    counts = np.histogram(lengths, [*LENGTH_EDGES, np.inf])[0]
+    return {str(edge): int(count) for edge, count in zip(LENGTH_EDGES, counts, strict=True) if count}
+
+
+def _digest(text: bytes) -> bytes:
+    return hashlib.blake2b(text, digest_size=12).digest()
+
+
+def _is_new(known: set[bytes], text: bytes) -> bool:
+    before = len(known)
+    known.add(_digest(text))
+    return len(known) > before

@@ -1,0 +1,64 @@
+"""What a batch is padded with never ends a message: tokenizers as Qwen and Llama ship them."""
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from data_pipeline.encode import Encoder
+from data_pipeline.errors import DataError
+from data_pipeline.padding import padding_id
+from tests.data_pipeline.conftest import CHATML, make_tokenizer
+
+LLAMA = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + "
+    "m['content'] + '<|eot_id|>' }}{% endfor %}"
+)
+QWEN = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2, "<|fim_pad|>": 3}
+LLAMA_3 = {"<|begin_of_text|>": 0, "<|end_of_text|>": 1, "<|reserved_special_token_0|>": 2, "<|eot_id|>": 3,
+           "<|start_header_id|>": 4, "<|end_header_id|>": 5, "<|reserved_special_token_1|>": 6}  # fmt: skip
+LLAMA_31 = LLAMA_3 | {"<|finetune_right_pad_id|>": 7}
+
+
+@pytest.mark.parametrize(
+    ("specials", "declared", "used", "template", "chosen"),
+    [
+        (QWEN, 0, {2}, CHATML, "<|endoftext|>"),  # Qwen2.5-Instruct
+        (QWEN, 0, {0}, CHATML, "<|fim_pad|>"),  # Qwen2.5, a base model: pad is eos
+        (QWEN, 2, {2}, CHATML, "<|endoftext|>"),  # pad set to the end of a turn, as many scripts do
+        (QWEN, 1, {2}, CHATML, "<|endoftext|>"),  # pad begins messages
+        (LLAMA_31, None, {0, 3}, LLAMA, "<|finetune_right_pad_id|>"),
+        (LLAMA_31, 3, {0, 3}, LLAMA, "<|finetune_right_pad_id|>"),
+        (LLAMA_3, None, {0, 3}, LLAMA, "<|reserved_special_token_0|>"),  # Llama 3 has no token for it
+        (LLAMA_3, 6, {0, 3}, LLAMA, "<|reserved_special_token_1|>"),  # somebody's choice stands
+        ({"[PAD]": 5, "</s>": 1}, 1, {1}, "{{ eos_token }}", "[PAD]"),
+        ({"<s>": 0, "</s>": 1, "<unk>": 2}, 1, {0, 1, 2}, "{{ eos_token }}", None),
+    ],
+)
+def test_a_special_token_that_no_conversation_holds_is_chosen(specials, declared, used, template, chosen):
+    found = padding_id(specials, declared=declared, used=used, template=template)
+    assert found == (None if chosen is None else specials[chosen])
+
+
+def encoder(specials, template, end, pad) -> Encoder:
+    made = make_tokenizer(template, specials, end)
+    named = {"eos_token": end} | ({"pad_token": pad} if pad else {})
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made.backend_tokenizer, chat_template=template, **named)
+    return Encoder(tokenizer, source="the model")
+
+
+def test_an_encoder_pads_with_it_and_reads_elsewhere():
+    one = encoder(("<|im_start|>", "<|im_end|>", "<|endoftext|>"), CHATML, "<|im_end|>", "<|im_end|>")
+    assert one.decode([one.pad_id]) == "<|endoftext|>"
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "get 1 log"}]
+    encoded = one.trajectory(messages, row="x")
+    # ChatML ends a message with a newline of its own.
+    assert one.decode([encoded.tokens[encoded.read_positions[-1]]]) == "\n"
+    assert one.pad_id not in encoded.tokens
+    other = encoder(("<|eot_id|>", "<|reserved_special_token_0|>"), LLAMA[len("{{ bos_token }}") :], "<|eot_id|>", None)
+    assert other.decode([other.pad_id]) == "<|pad|>"
+
+
+def test_where_every_special_token_is_in_use_the_tokenizers_own_stands_or_is_missed():
+    template = "{% for m in messages %}{{ m['content'] + '<|pad|>' + '<|im_end|>' }}{% endfor %}"
+    assert encoder(("<|im_end|>",), template, "<|im_end|>", "<|pad|>").pad_id == 0
+    with pytest.raises(DataError, match="the model needs a pad_token and an eos_token"):
+        encoder(("<|im_end|>",), template, "<|im_end|>", None)

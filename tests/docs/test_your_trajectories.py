@@ -1,0 +1,119 @@
+"""docs/your-trajectories.md, executed as it stands, with a small random model in the place of the base model."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from flax import nnx
+
+from data_pipeline import build
+from data_pipeline.encode import Encoder
+from data_pipeline.metadata import Metadata
+from data_pipeline.trajectory import read
+from jaxprm import cli
+from jaxprm.model import huggingface
+from jaxprm.model.transformer import Transformer, TransformerConfig
+from tests.data_pipeline.conftest import CHATML, make_tokenizer
+from tests.docs import pages
+
+PAGE = "your-trajectories.md"
+SIZES = TransformerConfig(
+    vocab_size=512, hidden_size=32, layers=2, heads=2, kv_heads=1, head_dim=16, intermediate_size=48, rope_theta=500.0
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page's files and a base model; its template, like a stock one, knows nothing of tool calls."""
+    folder = tmp_path_factory.mktemp("trajectories")
+    for name, text in pages.files(PAGE).items():
+        (folder / name).write_text(text, encoding="utf-8")
+    base = folder / "models/base"
+    make_tokenizer(CHATML, ("<|im_start|>", "<|im_end|>"), "<|im_end|>").save_pretrained(base)
+    encoder = Encoder.load(base)
+    parameters = jax.jit(lambda: nnx.state(Transformer(SIZES, rngs=nnx.Rngs(0))))()
+    huggingface.write_model(base, SIZES, parameters, pad_id=encoder.pad_id, end_id=encoder.end_id, max_length=1024)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+
+
+def run(command: list[str]) -> int:
+    if command[0] == "make_log.py":
+        runpy.run_path("make_log.py")
+        return 0
+    main = {"jaxprm": cli.main, "data_pipeline.build": build.main}[command[1]]
+    return main(command[2:])
+
+
+def commands(kind: str) -> list[list[str]]:
+    texts = [
+        block.text.replace("\\\n", " ") for block in pages.blocks(PAGE) if (block.language, block.name) == ("sh", kind)
+    ]
+    return [shlex.split(line)[1:] for text in texts for line in text.splitlines()]
+
+
+def shown() -> list[str]:
+    text = (pages.ROOT / "docs" / PAGE).read_text(encoding="utf-8")
+    return [line[4:] for line in text.splitlines() if line.startswith("    ") and not line.startswith("     -")]
+
+
+def test_the_quick_commands_do_what_the_page_says(folder, capsys):
+    said = []
+    for command in commands(""):
+        if "validate" in command and "--chat-template" in command:
+            own = [part for part in command if part not in ("--chat-template", "chatml")]
+            assert run(own) == 1
+            error = next(line for line in capsys.readouterr().out.splitlines() if "trajectories.jsonl:1 " in line)
+            assert error.strip() in shown()
+        assert run(command) == 0
+        said.append(capsys.readouterr())
+    _, imported, counted, encoded, built = said
+    lines = imported.out.splitlines() + [
+        line for line in imported.err.splitlines() if "bad row" in line or "log.jsonl" in line
+    ]
+    assert lines == [line for line in shown() if line in lines] and len(lines) == 5
+    assert "36 rows, 36 trajectories, 0 bad" in counted.out
+    assert "tasks: 12, 12 with several attempts" in counted.out and "in 8 (66.7%) their outcomes differ" in counted.out
+    assert "longer than 1024 tokens: 0" in encoded.out
+    assert built.out.startswith("train: 27 rows") and Metadata.load("shards").splits["validation"].rows == 9
+
+
+def test_the_log_of_the_page_is_imported_as_it_was(folder):
+    run(["make_log.py"])
+    first = json.loads(Path("log.jsonl").read_text().splitlines()[0])
+    import_command = next(command for command in commands("") if "import-trajectories" in command)
+    Path("trajectories.jsonl").unlink(missing_ok=True)
+    assert run(import_command) == 0
+    found = next(read("trajectories.jsonl"))
+    assert (found.id, found.task, found.outcome) == ("0-0", "find-0", 1.0)
+    assert [message.role for message in found.messages] == [message["role"] for message in first["messages"]]
+    assert found.tools == first["tools"] and found.meta == {"metrics": {"reward": 100}}
+
+
+@pytest.mark.slow
+def test_the_page_trains_and_scores(folder):
+    if not Path("trajectories.jsonl").exists():
+        for command in commands("")[:2]:
+            assert run(command) == 0
+    environment = os.environ | {"PYTHONPATH": str(pages.ROOT)}
+    said = []
+    for command in commands("slow"):
+        done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout)
+    assert "trajectories: 27 train, 9 validation" in said[0] and "agentprm, seed 0: loss" in said[0]
+    model = Path("runs/own/reward_models/agentprm/seed-0/model")
+    assert Encoder.load(model).template == Encoder.load("models/base", "chatml").template
+    assert "scored 36 trajectories, 0 errors" in said[1]

@@ -1,0 +1,226 @@
+"""The `evaluate` verb from a file to its table and JSON, with a small random reward model."""
+
+import itertools
+import json
+import random
+
+import numpy as np
+import pytest
+
+from jaxprm import cli
+from jaxprm.evaluation import scored
+from jaxprm.scoring import files as score_files
+from jaxprm.scoring.files import score_file
+from tests.model import tiny
+
+CONVERSATIONS = [tiny.conversation(seed, turns=2 + seed % 3) for seed in range(4)]
+TASKS = 12
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.write_reward_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def promises(model, tmp_path_factory):
+    """The promise of every step of CONVERSATIONS."""
+    folder = tmp_path_factory.mktemp("scores")
+    write(folder / "in.jsonl", [{"id": "a", "messages": messages} for messages in CONVERSATIONS])
+    score_file(model, folder / "in.jsonl", folder / "out.jsonl")
+    lines = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+    return [[step["promise"] for step in line["steps"]] for line in lines]
+
+
+def write(path, rows):
+    path.write_text("".join((one if isinstance(one, str) else json.dumps(one)) + "\n" for one in rows))
+    return path
+
+
+def rows_of(make):
+    """The same conversations in every task, so that both parts of a split hold the same values."""
+    return [
+        {"id": f"{task}#{number}", "task": f"task/{task}", "messages": messages} | make(task, number)
+        for task in range(TASKS)
+        for number, messages in enumerate(CONVERSATIONS)
+    ]
+
+
+def planted_threshold(promises):
+    """In the widest gap that leaves a trajectory without errors, and one with: (below, above) it."""
+    values = sorted(value for one in promises for value in one)
+    lowest = sorted(min(one) for one in promises)
+    neighbours = [pair for pair in itertools.pairwise(values) if lowest[0] <= pair[0] < lowest[-1]]
+    return max(neighbours, key=lambda pair: pair[1] - pair[0])
+
+
+def run(capsys, *arguments):
+    """(exit status, stdout, stderr)."""
+    code = cli.main(["evaluate", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def report_of(capsys, tmp_path, model, rows, *arguments, code=0):
+    input, output = write(tmp_path / "in.jsonl", rows), tmp_path / "out.json"
+    done, out, err = run(capsys, "--model", model, "--input", input, "--json", output, "--samples", 100, *arguments)
+    assert done == code, err
+    refuse = lambda name: pytest.fail(f"{name} in the JSON")
+    return json.loads(output.read_text(), parse_constant=refuse), out
+
+
+def test_labels_planted_at_a_threshold_are_all_found(capsys, tmp_path, model, promises):
+    low, high = planted_threshold(promises)
+    labels = lambda task, number: {"step_labels": [float(value > low) for value in promises[number]]}
+    report, out = report_of(capsys, tmp_path, model, rows_of(labels))
+    (criteria,) = report["step_labels"]["models"].values()
+    promise = criteria["promise"]
+    assert all(low < threshold <= high for threshold in promise["thresholds"].values())
+    assert {name: one["mean"] for name, one in promise["metrics"].items()} == dict.fromkeys(promise["metrics"], 1.0)
+    assert promise["metrics"]["f1"] == {"mean": 1.0, "low": 1.0, "high": 1.0, "n": TASKS // 2}
+    assert report["labels"]["kind"] == "binary" and report["outcomes"] is None
+    assert f"{model}, promise" in out and "thresholds from 6 tasks, numbers from 6 others" in out
+
+
+def test_labels_at_random_are_found_half_the_time(capsys, tmp_path, model, promises):
+    draw = random.Random(0)
+    labels = lambda task, number: {"step_labels": [draw.randint(0, 1) for _ in promises[number]]}
+    report, _ = report_of(capsys, tmp_path, model, rows_of(labels))
+    found = next(iter(report["step_labels"]["models"].values()))["promise"]["metrics"]["balanced_accuracy"]
+    assert found["low"] <= 0.5 <= found["high"] and 0.3 < found["mean"] < 0.7
+
+
+def test_the_first_wrong_step_below_meta_and_a_threshold_of_the_users(capsys, tmp_path, model, promises):
+    low, high = planted_threshold(promises)
+
+    def label(task, number):
+        below = [index for index, value in enumerate(promises[number]) if value <= low]
+        return {"meta": {"label": below[0] if below else -1}}
+
+    report, out = report_of(
+        capsys, tmp_path, model, rows_of(label), "--labels", "meta.label", "--threshold", (low + high) / 2
+    )
+    (criteria,) = report["step_labels"]["models"].values()
+    assert set(criteria) == {"promise"} and criteria["promise"]["metrics"]["f1"]["mean"] == 1.0
+    assert report["labels"]["kind"] == "first-error" and report["labels"]["parts"]["test"]["tasks"] == TASKS
+    errors = sum(min(one) <= low for one in promises) * TASKS
+    assert report["step_labels"]["baselines"]["constant"]["metrics"]["first_error_accuracy"]["mean"] == pytest.approx(
+        1 - errors / (4 * TASKS)
+    )
+    assert "wrong is a promise below" in out
+
+
+def test_outcomes_by_hand(capsys, tmp_path, model, promises):
+    """Of each task the first two conversations succeed: all numbers follow from the four rows of promises."""
+    report, out = report_of(capsys, tmp_path, model, rows_of(lambda task, number: {"outcome": float(number < 2)}))
+    found = next(iter(report["outcomes"]["models"].values()))
+    values = np.array([value for one in promises for value in one])
+    success = np.array([number < 2 for number, one in enumerate(promises) for _ in one])
+    higher = (values[success][:, None] > values[~success][None]).mean()
+    assert found["summary"]["auroc"]["mean"] == pytest.approx(higher)
+    assert found["summary"]["mse"]["mean"] == pytest.approx(np.mean((values - success) ** 2), rel=1e-5)
+    firsts = np.array([one[0] for one in promises])
+    assert found["by_depth"][0]["auroc"]["mean"] == pytest.approx((firsts[:2][:, None] > firsts[2:]).mean())
+    assert found["by_depth"][0]["success"]["mean"] == pytest.approx(firsts[:2].mean(), rel=1e-5)
+    best = max(range(4), key=lambda number: promises[number][-1])
+    assert found["best_of_n"][-1]["n"] == 4 and found["best_of_n"][-1]["final"]["mean"] == float(best < 2)
+    assert report["outcomes"]["baselines"]["constant"]["auroc"]["mean"] == 0.5
+    assert "Against outcomes" in out and "other attempts" in out
+
+
+def test_bad_lines_are_counted_named_and_exit_1(capsys, tmp_path, model, promises):
+    rows = rows_of(lambda task, number: {"outcome": float(number < 2), "meta": {"label": -1}})
+    rows[3]["meta"]["label"] = 99
+    rows[5]["ended"] = "error"
+    rows[7]["meta"] = {}
+    rows.insert(2, "{broken")
+    report, out = report_of(capsys, tmp_path, model, rows, "--labels", "label", code=1)
+    assert report["input"]["lines"] == 4 * TASKS + 1 and report["input"]["errors"] == 2
+    first, second = report["input"]["examples"]
+    assert first.startswith("in.jsonl:3: ") and second.startswith("in.jsonl:5: label = 99: ")
+    counts = report["counts"]
+    assert counts["trajectories"] == 4 * TASKS - 1 and counts["ended_in_error"] == 1
+    assert counts["with_outcome"] == counts["with_labels"] == 4 * TASKS - 2
+    assert "2 of 49 lines could not be used:" in out and "in.jsonl:5: label = 99" in out
+    assert "1 ended in an error" in out
+
+
+def test_two_models_and_a_group(capsys, tmp_path, model):
+    other = tiny.write_reward_model(tmp_path / "other", tiny.reward_model(seed=1), targets={"discount": 0.9})
+    rows = rows_of(lambda task, number: {"outcome": float(number < 2), "split": "ab"[task % 2]})
+    report, out = report_of(capsys, tmp_path, model, rows, "--model", other, "--group", "split")
+    assert [one["name"] for one in report["models"]] == [str(model), str(other)]
+    found = {one["metric"]: one for one in report["paired"]}
+    summaries = [report["outcomes"]["models"][str(one)]["summary"] for one in (model, other)]
+    assert found["mse"]["mean"] == pytest.approx(summaries[0]["mse"]["mean"] - summaries[1]["mse"]["mean"])
+    assert set(report["groups"]) == {"a", "b"} and report["groups"]["a"]["counts"]["tasks"] == TASKS // 2
+    assert "Paired by task" in out and "== a: 24 trajectories of 6 tasks" in out
+
+
+def test_memory_holds_a_chunk_at_a_time(model, tmp_path, monkeypatch):
+    rows = rows_of(lambda task, number: {"outcome": float(number < 2)})
+    input, sizes, original = write(tmp_path / "in.jsonl", rows), [], score_files.score_lines
+
+    def score_lines(scorer, lines, source):
+        sizes.append(len(lines))
+        return original(scorer, lines, source)
+
+    whole = scored.score_models([model], input, labels="step_labels")
+    monkeypatch.setattr(score_files, "score_lines", score_lines)
+    parts = scored.score_models([model], input, labels="step_labels", chunk=10)
+    assert sizes == [10, 10, 10, 10, 8]
+    for one, other in zip(whole.rows, parts.rows, strict=True):
+        assert one.task == other.task
+        np.testing.assert_allclose(one.promises[0], other.promises[0], atol=1e-5)
+
+
+def test_what_one_model_cannot_score_is_left_out_for_all(model, tmp_path, monkeypatch):
+    input, calls = write(tmp_path / "in.jsonl", rows_of(lambda *_: {"outcome": 1.0})[:6]), []
+    score_lines = score_files.score_lines
+
+    def second_fails(scorer, lines, source):
+        calls.append(len(lines))
+        results = score_lines(scorer, lines, source)
+        if len(calls) == 2:
+            results[4] = score_files.ScoredLine(5, error="in.jsonl:5: too long")
+        return results
+
+    monkeypatch.setattr(score_files, "score_lines", second_fails)
+    found = scored.score_models([model, model], input, labels="step_labels")
+    assert (found.errors, found.examples, len(found.rows)) == (1, ["in.jsonl:5: too long"], 5)
+    assert all(len(row.promises) == 2 for row in found.rows)
+
+
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        (["--input", "nothing.jsonl"], ["nothing.jsonl", "no such file"]),
+        (["--model", "none"], ["none", "no such directory"]),
+        (["--json", "."], ["json .", "directory"]),
+        (["--json", "in.jsonl"], ["json in.jsonl", "the input"]),
+        (["--validation-share", "0"], ["validation share 0.0", "(0, 1)"]),
+        (["--samples", "0"], ["samples 0"]),
+        (["--labels", "meta.nothing"], ["labels meta.nothing", "no line has any"]),
+    ],
+)
+def test_mistakes_are_one_line(capsys, tmp_path, monkeypatch, model, arguments, parts):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "in.jsonl", rows_of(lambda task, number: {"outcome": 1.0})[:2])
+    model_too = ["--model", model] if "--model" not in arguments else []
+    input_too = ["--input", "in.jsonl"] if "--input" not in arguments else []
+    code, _, err = run(capsys, *model_too, *input_too, *arguments)
+    (line,) = [line for line in err.splitlines() if line.startswith("jaxprm: ")]
+    assert code == 2
+    for part in parts:
+        assert part in line, line
+
+
+def test_the_same_model_twice_is_refused(capsys, tmp_path, model):
+    input = write(tmp_path / "in.jsonl", rows_of(lambda task, number: {"outcome": 1.0})[:2])
+    code, _, err = run(capsys, "--model", model, "--model", model, "--input", input)
+    assert code == 2 and "is named twice" in err
+
+
+def test_a_file_of_bad_lines_alone_is_an_error(capsys, tmp_path, model):
+    code, _, err = run(capsys, "--model", model, "--input", write(tmp_path / "in.jsonl", ["{", "["]))
+    assert code == 2 and "none of its 2 lines could be scored; in.jsonl:1: " in err

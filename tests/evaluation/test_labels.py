@@ -1,0 +1,124 @@
+"""Step labels as people write them: per step, per message, as a first error; and what is none."""
+
+import math
+
+import numpy as np
+import pytest
+
+from data_pipeline.errors import DataError
+from data_pipeline.trajectory import Message, Trajectory
+from jaxprm.errors import UserError
+from jaxprm.evaluation.labels import Labels, kind_of, lookup, read_labels, wrong_steps
+
+# Steps are messages 1, 3 and 4; message 2 is the user's.
+MESSAGES = [
+    Message(role=role, content="x", **more)
+    for role, more in [("user", {}), ("assistant", {}), ("user", {}), ("assistant", {}), ("assistant", {})]
+]
+
+
+def trajectory(**fields) -> Trajectory:
+    return Trajectory(id="a", messages=MESSAGES, **fields)
+
+
+def read(value, field="label"):
+    return read_labels(trajectory(meta={"label": value, "deep": {"label": value}}), field, "in.jsonl:7")
+
+
+def numbers(labels: Labels) -> list:
+    return [None if math.isnan(one) else one for one in labels.values]
+
+
+def test_the_trajectorys_own_labels_keep_their_floats_and_gaps():
+    found = read_labels(trajectory(step_labels=[0.7, None, 1.0]), "step_labels", "")
+    assert numbers(found) == [0.7, None, 1.0] and not found.first_error
+    assert read_labels(trajectory(), "step_labels", "") is None
+
+
+@pytest.mark.parametrize(
+    "value, expected",
+    [
+        (-1, [1, 1, 1]),
+        (0, [0, None, None]),
+        (1, [1, 0, None]),
+        (2, [1, 1, 0]),
+        ([1, None, -1], [1, None, -1]),
+        ([True, False, None], [1, 0, None]),
+        ({"1": 1, "4": -1}, [1, None, -1]),
+    ],
+)
+@pytest.mark.parametrize("field", ["label", "meta.label", "deep.label", "meta.deep.label"])
+def test_labels_below_meta(value, expected, field):
+    found = read(value, field)
+    assert numbers(found) == expected
+    assert found.first_error == isinstance(value, int)
+
+
+def test_a_path_that_leads_nowhere_is_no_label():
+    assert read(1, "other") is None and read(1, "label.deeper") is None and read(None) is None
+    assert lookup({"a": {"b": 0}}, "a.b") == 0
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        (3, r"in.jsonl:7: label = 3: .* \[0, 2\], or -1"),
+        (-2, r"label = -2"),
+        ([1, 0], r"label has 2 values, the messages have 3 steps"),
+        ([1, "x", 0], r"label\[1\] = 'x': a label is a number"),
+        ("good", r"label is str"),
+        (True, r"label is bool"),
+        (0.5, r"label is float"),
+        ({"2": 1}, r"label labels message '2', which is no step; steps are messages \[1, 3, 4\]"),
+    ],
+)
+def test_what_is_no_label_is_named_with_its_line(value, message):
+    with pytest.raises(DataError, match=message):
+        read(value)
+
+
+def test_messages_of_several_steps_cannot_be_keys():
+    parts = Message(role="assistant", content=[{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])
+    one = Trajectory(id="a", messages=[MESSAGES[0], parts], meta={"label": {"1": 1}})
+    with pytest.raises(DataError, match="several steps"):
+        read_labels(one, "label", "")
+
+
+def labels(*values, first_error=False) -> Labels:
+    return Labels(np.array([math.nan if one is None else one for one in values], float), first_error)
+
+
+@pytest.mark.parametrize(
+    "rows, kind, wrong",
+    [
+        ([labels(1, 0), labels(1, None)], "binary", [False, True, False, False]),
+        ([labels(1, 0), labels(-1, None)], "ternary", [False, False, True, False]),
+        ([labels(1, 0.5)], "soft", None),
+        ([labels(1, 2)], "soft", None),
+        ([labels(1, 0, None, first_error=True)], "first-error", [False, True, False]),
+    ],
+)
+def test_the_kind_is_found_by_the_values(rows, kind, wrong):
+    assert kind_of(rows, "label") == kind
+    assert kind_of(rows, "label", kind) == kind
+    if wrong is not None:
+        assert wrong_steps(np.concatenate([row.values for row in rows]), kind).tolist() == wrong
+
+
+def test_a_file_of_three_labels_may_happen_to_hold_two():
+    assert kind_of([labels(1, 0)], "label", "ternary") == "ternary"
+    assert not wrong_steps(np.array([1.0, 0.0]), "ternary").any()
+
+
+@pytest.mark.parametrize(
+    "rows, wanted, message",
+    [
+        ([labels(1, 0.5)], "binary", "labels label: not binary"),
+        ([labels(1, 0.5)], "first-error", "not first-error"),
+        ([labels(1, 0, first_error=True)], "soft", "not soft"),
+        ([labels(1, 0), labels(1, 0, first_error=True)], None, "split the file"),
+    ],
+)
+def test_labels_that_are_not_what_is_wanted_are_refused(rows, wanted, message):
+    with pytest.raises(UserError, match=message):
+        kind_of(rows, "label", wanted)

@@ -1,0 +1,69 @@
+"""Run by test_sharded_import.py in a process with eight virtual devices: loads a model in many layouts.
+
+    python sharded_import.py DIRECTORY
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxprm import config as config_lib
+from jaxprm.model import huggingface, weights
+from jaxprm.training import sharding
+
+# Of stacked matrices [L, in, out]: whole, split along each axis, along two, over both mesh axes at once.
+LAYOUTS = [
+    (), ("fsdp",), (None, "fsdp"), (None, None, "fsdp"), ("data", "fsdp"), ("data", None, "fsdp"),
+    (None, "fsdp", "data"), (None, ("data", "fsdp")), (None, None, ("fsdp", "data")), (("data", "fsdp"), None),
+]  # fmt: skip
+
+
+def fits(shape: tuple[int, ...], spec: tuple, mesh) -> bool:
+    axes = [() if axis is None else (axis,) if isinstance(axis, str) else axis for axis in spec]
+    return len(axes) <= len(shape) and all(
+        size % int(np.prod([mesh.shape[name] for name in names], dtype=int)) == 0
+        for size, names in zip(shape, axes, strict=False)
+    )
+
+
+def main(directory: Path) -> None:
+    assert jax.device_count() == 8
+    checked = 0
+    for load, dtype in ((huggingface.load_transformer, jnp.bfloat16), (huggingface.load_reward_model, jnp.float32)):
+        reward = load is huggingface.load_reward_model
+        place = directory / ("reward" if reward else "causal")
+        config, whole = load(place, dtype=dtype)
+        shapes = weights.abstract(config, reward=reward, dtype=dtype)
+        for data, layout in [*((2, layout) for layout in LAYOUTS), *((1, layout) for layout in LAYOUTS[:4])]:
+            mesh = sharding.make_mesh(config_lib.Mesh(data=data, fsdp=8 // data))
+
+            def placed(leaf, mesh=mesh, layout=layout):
+                return NamedSharding(mesh, PartitionSpec(*(layout if fits(leaf.shape, layout, mesh) else ())))
+
+            places = jax.tree.map(placed, shapes)
+            _, split = load(place, dtype=dtype, shardings=places)
+            assert jax.tree.structure(split) == jax.tree.structure(whole)
+            for ours, theirs, wanted in zip(*map(jax.tree.leaves, (split, whole, places)), strict=True):
+                assert ours.sharding == wanted, (ours.sharding, wanted)
+                assert ours.dtype == theirs.dtype == dtype
+                np.testing.assert_array_equal(np.asarray(ours, np.float32), np.asarray(theirs, np.float32))
+                checked += wanted.spec != PartitionSpec()
+        # As training places them, and in a computation with them.
+        mesh = sharding.make_mesh(config_lib.Mesh(data=2, fsdp=4))
+        places = jax.tree.map(lambda leaf: leaf.sharding, sharding.place(mesh, shapes))
+        _, split = load(place, dtype=dtype, shardings=places)
+        total = jax.jit(lambda state: sum(jnp.sum(leaf.astype(jnp.float32)) for leaf in jax.tree.leaves(state)))
+        np.testing.assert_allclose(total(split), total(whole), rtol=1e-3)
+    assert checked > 80
+    print(f"{checked} parameters in layouts that split them; {len(nnx.to_flat_state(whole))} in a model")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,146 @@
+"""From a config to a policy: a directory, a user's own class or an endpoint, and what reward models start from."""
+
+from pathlib import Path
+
+import pytest
+
+from jaxprm import stages
+from jaxprm.config import Endpoint, Experiment, Policy
+from jaxprm.errors import UserError
+from jaxprm.policies import language_model, loading
+from jaxprm.policies.openai import OpenAIPolicy
+from jaxprm.policies.protocol import State
+from jaxprm.run import Run, stage_inputs
+
+OWN = """
+from jaxprm.policies.protocol import Action
+
+
+class Parrot:
+    usage = {"encoded": 0, "generated": 0}
+    closed = 0
+
+    def __init__(self, seed, word="hello"):
+        self.text = f"{word} {seed}"
+
+    def propose(self, states, n, temperature):
+        return [[Action(self.text, 2)] * n for _ in states]
+
+    def count_tokens(self, messages):
+        return 3 * len(messages)
+
+    def close(self):
+        self.closed += 1
+
+
+class Mute:
+    def __init__(self, seed):
+        pass
+
+    def count_tokens(self, messages):
+        return 0
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    (tmp_path / "own_policy.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+
+def experiment(base=None, **policy):
+    return Experiment(name="a", seed=5, policy=Policy(**policy), base_model=base)
+
+
+ENDPOINT = Endpoint(model="m", base_url="http://127.0.0.1:9/v1")
+
+
+def test_a_users_own_class_gets_the_seed_and_its_arguments(own):
+    policy = loading.load(experiment(path="own_policy:Parrot", arguments={"word": "ahoy"}))
+    assert policy.propose([State("t", [])], 2, 1.0)[0][1].text == "ahoy 5"
+
+
+@pytest.mark.parametrize(
+    ("path", "arguments", "says"),
+    [
+        ("own_policy:Mute", {}, "policy 'own_policy:Mute': Mute has no method propose; define it"),
+        ("own_policy:Nobody", {}, "policy 'own_policy:Nobody': 'Nobody' does not exist in"),
+        ("nowhere_policy:Parrot", {}, "policy 'nowhere_policy:Parrot': no module 'nowhere_policy'; install it"),
+        ("own_policy:Parrot", {"voice": 1}, "unexpected keyword argument 'voice'; mend the config's policy arguments"),
+    ],
+)
+def test_what_is_no_policy_is_one_line(own, path, arguments, says):
+    with pytest.raises(UserError) as error:
+        loading.load(experiment(path=path, arguments=arguments))
+    assert says in str(error.value)
+
+
+def test_an_endpoint_reads_its_key_from_the_environment_before_anything_is_asked(monkeypatch):
+    served = Endpoint(model="m", api_key_env="JAXPRM_TEST_KEY")
+    with pytest.raises(UserError, match="JAXPRM_TEST_KEY is not set"):
+        loading.load(experiment(endpoint=served))
+    monkeypatch.setenv("JAXPRM_TEST_KEY", "something")
+    assert isinstance(loading.load(experiment(endpoint=served)), OpenAIPolicy)
+
+
+def test_an_endpoint_counts_with_the_base_models_tokenizer_where_there_is_one():
+    messages = [{"role": "user", "content": "Goal: craft oak planks."}]
+    counted = loading.load(experiment(endpoint=ENDPOINT, base="default")).count_tokens(messages)
+    assert counted == len(language_model.Encoder.load(language_model.default_directory()).prompt(messages))
+    assert loading.load(experiment(endpoint=ENDPOINT)).count_tokens(messages) == 4 + 6 != counted
+
+
+@pytest.mark.parametrize("policy", [{"endpoint": ENDPOINT}, {"path": "own_policy:Parrot"}])
+def test_reward_models_of_a_policy_without_a_directory_need_a_base_model(policy):
+    with pytest.raises(UserError, match="base_model is null, and this policy has no directory"):
+        loading.base_directory(experiment(**policy))
+    assert loading.base_directory(experiment(**policy, base="default")) == language_model.default_directory()
+    with pytest.raises(UserError, match="base model nowhere: no config.json; set base_model to a model directory"):
+        loading.base_directory(experiment(**policy, base="nowhere"))
+
+
+def test_a_policys_directory_is_the_base_unless_another_is_given(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert loading.base_directory(experiment(path=str(tmp_path))) == tmp_path
+    assert loading.base_directory(experiment(base=str(tmp_path))) == tmp_path
+    assert loading.base_directory(experiment()) == language_model.default_directory()
+
+
+def inputs(tmp_path: Path, until="build", **changed):
+    return stage_inputs(Run(experiment(**changed), stages.WorkDirectory(tmp_path / "work")), until)
+
+
+def test_where_a_server_stands_and_how_it_is_asked_does_not_change_a_stage_and_its_model_does(tmp_path):
+    moved = Endpoint(
+        model="m", base_url="https://elsewhere/v1", api_key_env="KEY", served_as="n", requests_in_flight=3,
+        timeout_seconds=1.0, retries=0, give_up_after=1,
+    )  # fmt: skip
+    before = inputs(tmp_path, endpoint=ENDPOINT, base="default")
+    assert inputs(tmp_path, endpoint=moved, base="default", in_flight=3) == before
+    for other in (Endpoint(model="n"), Endpoint(model="m", extra_body={"top_p": 0.5})):
+        found = inputs(tmp_path, endpoint=other, base="default")
+        assert found["collect"] != before["collect"] and found["build"] != before["build"]
+
+
+def test_the_base_model_changes_shards_but_not_trajectories(tmp_path, own):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text("{}")
+    first, second = (inputs(tmp_path, path="own_policy:Parrot", base=base) for base in ("default", str(other)))
+    assert first["collect"] == second["collect"]
+    assert first["build"] != second["build"]
+    changed = inputs(tmp_path, path="own_policy:Parrot", arguments={"word": "b"}, base="default")
+    assert changed["collect"] != first["collect"]
+
+
+def test_a_run_closes_its_policy_and_tells_what_was_tried_again(own, tmp_path, capsys):
+    state = Run(experiment(path="own_policy:Parrot"), stages.WorkDirectory(tmp_path / "work"))
+    state.close()
+    assert "policy" not in vars(state)  # it was never made
+    policy = state.policy
+    state.close()
+    assert (policy.closed, capsys.readouterr().err) == (1, "")
+    policy.usage = {"encoded": 3, "retries": 2}
+    state.close()
+    assert capsys.readouterr().err == "policy: 3 encoded, 2 retries\n"

@@ -1,0 +1,171 @@
+"""Reward models of every family, in and out: torch's values of the source, ours, and torch's of what was exported."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from data_pipeline.encode import Encoder
+from jaxprm.errors import UserError
+from jaxprm.export import export
+from jaxprm.model import huggingface
+from jaxprm.scoring import loading
+from tests.model import tiny
+from tests.model.test_families import CASES, TOKENS, as_version_4, padded_logits, real, segments, torch_model
+
+torch.set_num_threads(1)
+AUTO = {
+    "sequence": transformers.AutoModelForSequenceClassification,
+    "token": transformers.AutoModelForTokenClassification,
+}
+NO_BIAS, A_BIAS = torch.zeros(2), torch.tensor([0.4, -0.3])
+
+
+def source(directory, case: str, kind: str, *, bias=None, **fields):
+    """(torch model, its directory with a tokenizer), as transformers saves it."""
+    model = torch_model(case, f"{kind}Classification", vocab_size=tiny.CONFIG.vocab_size, **fields)
+    if kind == "Token":
+        with torch.no_grad():
+            model.score.bias.copy_(bias)
+    model.save_pretrained(directory)
+    for file in tiny.tokenizer_directory().iterdir():
+        (directory / file.name).write_bytes(file.read_bytes())
+    return model, directory
+
+
+def read_back(directory, form: str) -> torch.nn.Module:
+    model, report = AUTO[form].from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    assert not any(report.values())
+    return model.eval()
+
+
+def our_values(directory) -> np.ndarray:
+    config, state = loading.load_reward_model(directory)
+    return real(tiny.values(state, TOKENS, segments=segments(), config=config))
+
+
+def value(logits: np.ndarray) -> np.ndarray:
+    """Of two labels the second's probability."""
+    return logits[:, 0] if logits.shape[-1] == 1 else torch.tensor(logits).softmax(-1)[:, 1].numpy()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values_survive_import_and_export_in_both_formats(tmp_path, case):
+    """Sequence classifier -> ours -> token classifier -> ours -> sequence classifier: the weights never change."""
+    theirs, directory = source(tmp_path / "in", case, "Sequence", num_labels=1)
+    if "qwen2" in case:
+        as_version_4(directory)
+    reference = real(padded_logits(theirs))
+    assert reference.std() > 0.3
+    np.testing.assert_allclose(our_values(directory), reference[:, 0], atol=1e-4)
+    for form, origin in (("token", directory), ("sequence", tmp_path / "token")):
+        export(origin, tmp_path / form, form=form)
+        again = read_back(tmp_path / form, form)
+        assert type(again).__name__ == f"{CASES[case][0]}For{form.title()}Classification"
+        np.testing.assert_array_equal(real(padded_logits(again)), reference)
+        np.testing.assert_allclose(our_values(tmp_path / form), reference[:, 0], atol=1e-4)
+        described = json.loads((tmp_path / form / "config.json").read_text())
+        assert (described["num_labels"], described["problem_type"]) == (1, "regression")
+        # Read by the last token that is not padding, as consumers do.
+        if form == "sequence":
+            encoder = Encoder.load(tmp_path / form)
+            row = torch.tensor([[*TOKENS[1, :17].tolist(), encoder.pad_id, encoder.pad_id]])
+            with torch.no_grad():
+                pooled = again(input_ids=row, attention_mask=(row != encoder.pad_id).long()).logits
+            ends = real(padded_logits(theirs))[29 + 17 - 1]
+            np.testing.assert_allclose(pooled[0].numpy(), ends, atol=1e-5)
+
+
+def test_what_the_source_said_of_itself_is_kept_and_what_is_ours_is_not(tmp_path):
+    _, directory = source(tmp_path / "in", "llama-tied", "Sequence", num_labels=1)
+    path = directory / "config.json"
+    theirs = json.loads(path.read_text())
+    theirs |= {"pretraining_tp": 1, "my_note": "kept", "eos_token_id": [1, 2], "auto_map": {"AutoModel": "evil.Evil"},
+               "_name_or_path": "/home/someone/model"}  # fmt: skip
+    path.write_text(json.dumps(theirs))
+    export(directory, tmp_path / "out", dtype="bfloat16")
+    ours = json.loads((tmp_path / "out/config.json").read_text())
+    assert (ours["my_note"], ours["pretraining_tp"], ours["max_position_embeddings"]) == ("kept", 1, 128)
+    assert "auto_map" not in ours and "/home/someone" not in json.dumps(ours)
+    assert (ours["dtype"], ours["torch_dtype"]) == ("bfloat16", "bfloat16")
+    encoder = Encoder.load(directory)
+    assert (ours["pad_token_id"], ours["eos_token_id"]) == (encoder.pad_id, encoder.end_id)
+    # Both generations of transformers find the rotary embedding.
+    assert ours["rope_scaling"]["factor"] == ours["rope_parameters"]["factor"] == 8.0
+    assert ours["rope_theta"] == ours["rope_parameters"]["rope_theta"] == 500.0
+
+
+@pytest.mark.parametrize("case", ["qwen2-untied", "qwen3-tied", "llama-untied"])
+def test_bfloat16_weights_are_torchs_rounding_in_shards_that_transformers_reads(tmp_path, case):
+    theirs, directory = source(tmp_path / "in", case, "Sequence", num_labels=1)
+    made = export(directory, tmp_path / "out", dtype="bfloat16", max_shard_size="20KB")
+    shards = [name for name in made["files"] if name.endswith(".safetensors")]
+    assert len(shards) > 2 and "model.safetensors.index.json" in made["files"]
+    rounded = {name: tensor.to(torch.bfloat16) for name, tensor in theirs.state_dict().items()}
+    found = {name: tensor for shard in shards for name, tensor in load_file(tmp_path / "out" / shard).items()}
+    assert found.keys() == rounded.keys()
+    assert all(torch.equal(found[name], rounded[name]) for name in found)
+    stored = read_back(tmp_path / "out", "sequence")
+    np.testing.assert_allclose(our_values(tmp_path / "out"), real(padded_logits(stored))[:, 0], atol=1e-4)
+    # Kept in bfloat16, and the same bits when they are exported once more.
+    assert str(loading.load_reward_model(tmp_path / "out")[1]["transformer"]["embedding"][...].dtype) == "bfloat16"
+    export(tmp_path / "out", tmp_path / "again", dtype="bfloat16", max_shard_size="20KB")
+    for shard in shards:
+        assert (tmp_path / "again" / shard).read_bytes() == (tmp_path / "out" / shard).read_bytes()
+
+
+@pytest.mark.parametrize("labels", [1, 2])
+def test_a_head_with_a_bias_is_a_token_classifiers_and_no_other(tmp_path, labels):
+    theirs, directory = source(tmp_path / "in", "qwen3-tied", "Token", num_labels=labels, bias=A_BIAS[:labels])
+    reference = real(padded_logits(theirs))
+    np.testing.assert_allclose(our_values(directory), value(reference), atol=1e-4)
+    export(directory, tmp_path / "token", form="token")
+    again = read_back(tmp_path / "token", "token")
+    np.testing.assert_array_equal(real(padded_logits(again)), reference)
+    with pytest.raises(UserError, match="Qwen3ForSequenceClassification has none; use --format token"):
+        export(directory, tmp_path / "sequence", form="sequence")
+    assert not (tmp_path / "sequence").exists()
+
+
+def test_two_labels_without_a_bias_may_be_either(tmp_path):
+    theirs, directory = source(tmp_path / "in", "llama-tied", "Sequence", num_labels=2, id2label={0: "bad", 1: "good"})
+    reference = real(padded_logits(theirs))
+    for form in ("token", "sequence"):
+        export(directory, tmp_path / form, form=form)
+        again = read_back(tmp_path / form, form)
+        np.testing.assert_array_equal(real(padded_logits(again)), reference)
+        np.testing.assert_allclose(our_values(tmp_path / form), value(reference), atol=1e-4)
+        assert again.config.id2label == {0: "bad", 1: "good"}
+        assert "softmax(logits)[1]" in (tmp_path / form / "README.md").read_text()
+
+
+def test_a_language_model_is_no_reward_model_and_nothing_is_left(tmp_path):
+    torch_model("qwen2-tied").save_pretrained(tmp_path / "in")
+    for file in tiny.tokenizer_directory().iterdir():
+        (tmp_path / "in" / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(UserError, match="is no reward model"):
+        export(tmp_path / "in", tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"in"}
+
+
+def test_options_that_do_not_exist_are_refused_before_anything_is_read(tmp_path):
+    for options, words in (
+        ({"form": "rows"}, "format = 'rows' is not supported; supported: sequence, token"),
+        ({"dtype": "float16"}, "dtype = 'float16' is not supported; supported: float32, bfloat16"),
+        ({"max_shard_size": "many"}, "max_shard_size = 'many' is not a size"),
+    ):
+        with pytest.raises(UserError, match=words):
+            export(tmp_path / "missing", tmp_path / "out", **options)
+
+
+def test_one_wrong_tensor_shows_in_the_values(tmp_path):
+    """What the round trips above would see: a layer's keys of another layer."""
+    theirs, directory = source(tmp_path / "in", "llama-tied", "Sequence", num_labels=1)
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.layers.1.self_attn.k_proj.weight"] = tensors["model.layers.2.self_attn.k_proj.weight"].clone()
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    assert np.abs(our_values(directory) - real(padded_logits(theirs))[:, 0]).max() > 1e-2
+    assert huggingface.read_config(directory)[0].traits.name == "Llama"

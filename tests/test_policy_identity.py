@@ -1,0 +1,56 @@
+"""What stands for a policy in the records of a run changes with everything that changes what the policy says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from jaxprm.config import Experiment, Policy
+from jaxprm.run import Run
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def policy(tmp_path) -> Path:
+    """Files of a sharded model; nothing here reads what they say."""
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (tmp_path / name).write_text("{}")
+    for number in (1, 2):
+        save_file({str(number): np.zeros(number)}, tmp_path / f"{number}.safetensors")
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {str(n): f"{n}.safetensors" for n in (1, 2)}}))
+    return tmp_path
+
+
+def identity(path: Path, **policy) -> str:
+    run = Run(Experiment(name="x", policy=Policy(path=str(path), **policy)), work=None)
+    return run.collect_inputs["policy"]["path"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "2.safetensors", INDEX],
+)
+def test_every_file_counts(policy, name):
+    before = identity(policy)
+    assert identity(policy) == before
+    with (policy / name).open("a") as file:
+        file.write("\n")
+    assert identity(policy) != before
+
+
+def test_a_chosen_template_counts_by_what_it_says(policy, tmp_path):
+    own = identity(policy)
+    assert identity(policy, chat_template="own") == own
+    found = {own, identity(policy, chat_template="chatml"), identity(policy, chat_template="llama3")}
+    mine = tmp_path / "mine.jinja"
+    for text in ("one", "other"):
+        mine.write_text(text)
+        found.add(identity(policy, chat_template=str(mine)))
+    assert len(found) == 5
+    (tmp_path / "same.jinja").write_text("other")
+    assert identity(policy, chat_template=str(tmp_path / "same.jinja")) in found

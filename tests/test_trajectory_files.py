@@ -1,0 +1,158 @@
+"""A user's own trajectories in the place of sampled ones: validated, split by task, or refused before any work."""
+
+import json
+import os
+import shutil
+
+import msgspec
+import pytest
+
+from data_pipeline.errors import DataError, SplitError
+from data_pipeline.trajectory import read
+from jaxprm import cli, config, run, trajectory_files
+from jaxprm.errors import UserError
+from jaxprm.trajectory_files import take
+from tests.model import tiny
+
+OPTIONS = {"validation_share": 0.25, "seed": 0, "skip_bad": False}
+
+
+def row(n=0, **fields):
+    talk = [{"role": "user", "content": f"Goal: {n}."}, {"role": "assistant", "content": f"get {n} stick"}]
+    return {"id": str(n), "messages": talk, "task": f"t{n}", "outcome": n % 2, **fields}
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(one) + "\n" if isinstance(one, dict) else one + "\n" for one in rows))
+    return str(path)
+
+
+@pytest.fixture
+def outputs(tmp_path):
+    (tmp_path / "w").mkdir()
+    return {split: tmp_path / f"w/{split}.jsonl" for split in ("train", "validation")}
+
+
+def test_rows_go_to_the_split_of_their_file_or_their_own_or_their_tasks(tmp_path, outputs):
+    mixed = [*(row(n) for n in range(100)), row(200, split="validation"), row(201, split="test")]
+    files = [write(tmp_path / "m", mixed), "validation=" + write(tmp_path / "v", [row(300)])]
+    taken = take(files, outputs, **OPTIONS)
+    held = [one.task for one in read(outputs["validation"])]
+    assert held[-2:] == ["t200", "t300"] and 10 < len(held) < 45
+    assert taken.splits == {"train": 102 - len(held), "validation": len(held), "test": 1} and not taken.bad
+    trained = list(read(outputs["train"]))
+    assert not {one.task for one in trained} & set(held) and [one.split for one in trained] == ["train"] * len(trained)
+    assert [one.id for one in trained] == sorted((one.id for one in trained), key=int)
+
+
+def test_task_and_success_are_filled_in_where_the_row_tells_them(tmp_path, outputs):
+    rows = [row(1, task=None), row(2, success=True), row(3, outcome=None)]
+    files = ["train=" + write(tmp_path / "t", rows), "validation=" + write(tmp_path / "v", [row(4)])]
+    take(files, outputs, **OPTIONS)
+    first, second, third = read(outputs["train"])
+    assert first.task.startswith("prompt/") and first.success is True
+    assert second.success is True and third.success is None
+
+
+def test_a_bad_row_is_refused_or_left_out_and_reported(tmp_path, outputs):
+    rows = [row(1), "{broken", row(2, messages=[{"role": "user", "content": "x"}]), row(3)]
+    files = ["train=" + write(tmp_path / "t", rows), "validation=" + write(tmp_path / "v", [row(4)])]
+    with pytest.raises(DataError, match="t:2: JSON is malformed"):
+        take(files, outputs, **OPTIONS)
+    assert os.listdir(tmp_path / "w") == []
+    taken = take(files, outputs, **OPTIONS | {"skip_bad": True})
+    assert taken.splits["train"] == 2 and len(taken.bad) == 2
+    assert "t:3 (2): no assistant message is a step" in taken.bad[1]
+
+
+def test_a_task_in_two_splits_is_refused_whatever_is_skipped(tmp_path, outputs):
+    files = [f"{split}=" + write(tmp_path / split, [row(1)]) for split in ("train", "validation")]
+    with pytest.raises(SplitError, match=r"validation:1 \(1\): task t1 is in train and in validation"):
+        take(files, outputs, **OPTIONS | {"skip_bad": True})
+
+
+def test_a_split_without_a_row_is_refused_with_what_would_do(tmp_path, outputs):
+    with pytest.raises(
+        UserError, match=r"no trajectory for validation \(1 in train, 0 bad\); .*validation_share = 0.25"
+    ):
+        take([write(tmp_path / "t", [row(1, split="train")])], outputs, **OPTIONS)
+    assert os.listdir(tmp_path / "w") == []
+
+
+def test_the_same_content_elsewhere_is_the_same_and_another_is_not(tmp_path):
+    one, copy = write(tmp_path / "a", [row(1)]), write(tmp_path / "b", [row(1)])
+    other = write(tmp_path / "c", [row(2)])
+    assert trajectory_files.identity([one]) == trajectory_files.identity([copy])
+    assert trajectory_files.identity([one]) != trajectory_files.identity([other])
+    assert trajectory_files.identity([one]) != trajectory_files.identity([f"train={one}"])
+
+
+def test_runs_that_sample_do_not_depend_on_the_fields_for_files(tmp_path):
+    """Work directories from before these fields came are still theirs."""
+    sampled = config.Experiment(name="x")
+    other = msgspec.structs.replace(sampled, collection=config.Collection(validation_share=0.5, skip_bad=True))
+    inputs = [run.Run(one, run.WorkDirectory(tmp_path)).collect_inputs for one in (sampled, other)]
+    assert inputs[0] == inputs[1]
+    assert set(inputs[0]["collection"]) == {
+        "train_tasks", "validation_tasks", "trajectories_per_task", "temperature",
+    }  # fmt: skip
+
+
+def test_options_are_fields_spelled_out():
+    command = ["train", "c.py", "--workdir", "w", "--data", "train=a", "--data", "b", "--model", "m", "--skip-bad"]
+    options = cli.parse([*command, "--chat-template", "chatml", "seed=3"])
+    assert options.overrides == ["seed=3"]
+    assert cli._spelled_out(options) == [
+        'collection.files=["train=a", "b"]', 'base_model="m"', 'policy.chat_template="chatml"',
+        "collection.skip_bad=true",
+    ]  # fmt: skip
+    assert cli._spelled_out(cli.parse(command[:4])) == []
+
+
+CONFIG = """
+from jaxprm.config import Data, Experiment, RewardModel
+
+model = RewardModel(label="prm", epochs=1, warmup_fraction=0.0, evaluate_every=50)
+config = Experiment(name="own", data=Data(rows=2, length=256, steps_per_row=16), reward_models=(model,))
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A folder with a config, and 36 trajectories and a broken line; the command line that takes them."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.py").write_text(CONFIG)
+    write(tmp_path / "own.jsonl", [*(row(n % 12, id=str(n), outcome=n % 3 / 2) for n in range(36)), "{broken"])
+
+    def command(verb, data="own.jsonl", *more):
+        return [verb, "c.py", "--workdir", "w", "--data", data, "collection.validation_share=0.3", *more]
+
+    return command
+
+
+def test_own_trajectories_are_taken_once_and_changed_ones_are_refused(own, tmp_path, capsys):
+    assert cli.main(own("collect")) == 2
+    assert "own.jsonl:37: JSON is malformed" in (err := capsys.readouterr().err) and err.endswith("with --skip-bad\n")
+    assert cli.main(own("collect", "own.jsonl", "--skip-bad")) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("trajectories: ") and "1 bad row" in err
+    taken = [one for split in ("train", "validation") for one in read(tmp_path / f"w/trajectories/{split}.jsonl")]
+    assert sorted(int(one.id) for one in taken) == list(range(36))
+
+    shutil.move("own.jsonl", "moved.jsonl")
+    assert cli.main(own("collect", "moved.jsonl", "--skip-bad")) == 0  # the same trajectories: nothing to do
+    assert "read trajectories" not in capsys.readouterr().err
+    write(tmp_path / "moved.jsonl", [row(1)])
+    assert cli.main(own("collect", "moved.jsonl")) == 2
+    assert "stage collect was made with files" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_on_own_trajectories_trains_on_them_from_a_model_and_stops(own, tmp_path, capsys):
+    tiny.write_policy(tmp_path / "base")
+    assert cli.main(own("run", "own.jsonl", "--model", "base", "--skip-bad")) == 0
+    out, _ = capsys.readouterr()
+    assert "run ends here" in out and "prm, seed 0: loss" in out
+    recipe = json.loads((tmp_path / "w/reward_models/prm/seed-0/model/reward_model.json").read_text())
+    assert recipe["base"] == "base" and recipe["trained_on"]["trajectories"] > 10
+    assert not (tmp_path / "w/search").exists()

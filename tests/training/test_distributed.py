@@ -1,0 +1,106 @@
+"""What a process makes of its machine before it joins others, and what it does when one of them goes."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxprm.errors import RESUMABLE, UserError
+from jaxprm.training import distributed, peers
+from jaxprm.training.preemption import Preemption, Timer
+
+
+def plug(folder: Path, *devices: tuple[str, str]) -> Path:
+    for index, (vendor, kind) in enumerate(devices):
+        (folder / str(index)).mkdir()
+        (folder / str(index) / "vendor").write_text(vendor + "\n")
+        (folder / str(index) / "class").write_text(kind + "\n")
+    return folder
+
+
+def test_tpu_chips_are_counted_and_google_network_cards_are_not(tmp_path):
+    tpu, card, gpu = ("0x1ae0", "0x120000"), ("0x1ae0", "0x020000"), ("0x10de", "0x030200")
+    assert distributed.tpu_chips(plug(tmp_path, tpu, card, gpu, tpu)) == 2
+    assert distributed.tpu_chips(tmp_path / "nothing") == 0
+
+
+@pytest.mark.parametrize(
+    "slices, environment, cleared",
+    [
+        (-1, {"MEGASCALE_COORDINATOR_ADDRESS": "old"}, True),
+        (-1, {"MEGASCALE_COORDINATOR_ADDRESS": "a", "MEGASCALE_NUM_SLICES": "2"}, False),
+        (1, {"MEGASCALE_COORDINATOR_ADDRESS": "a", "MEGASCALE_NUM_SLICES": "2"}, True),
+    ],
+)
+def test_what_another_run_left_in_the_environment_is_cleared(slices, environment, cleared):
+    found = environment | {"HOME": "/root"}
+    distributed.clear_stale(found, slices)
+    assert found == ({"HOME": "/root"} if cleared else environment | {"HOME": "/root"})
+
+
+@pytest.mark.parametrize(
+    "chips, found, message",
+    [
+        (4, ("cpu", 1, 1), r"has 4 TPU chips, but JAX computes on cpu: install jax\[tpu\]"),
+        (4, ("tpu", 1, 1), r"4 TPU chips, but JAX sees 1: another process holds the rest"),
+        (0, ("cpu", 4, 7), r"sees 4 devices of 7 in 1 processes"),
+    ],
+)
+def test_a_wrong_platform_or_count_is_refused(chips, found, message, monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    with pytest.raises(UserError, match=message) as raised:
+        distributed.check_devices(chips, **dict(zip(("platform", "local", "total"), found, strict=True)))
+    assert "\n" not in str(raised.value)
+
+
+def test_the_right_devices_are_not_refused(monkeypatch):
+    distributed.check_devices(4, platform="tpu", local=4, total=4)
+    distributed.check_devices(4, platform="tpu", local=8, total=8)  # two cores a chip
+    distributed.check_devices(0, platform="cpu", local=1, total=1)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    distributed.check_devices(4, platform="cpu", local=1, total=1)
+
+
+@pytest.mark.parametrize("farewell", [True, False])
+def test_a_connection_that_breaks_ends_the_process_and_a_farewell_does_not(farewell, monkeypatch, capsys):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    ours, theirs = socket.socketpair()
+    listening = peers.Peers()
+    if farewell:
+        theirs.sendall(peers.FAREWELL)
+    theirs.close()
+    listening._listen(ours, 3)
+    assert ended == ([] if farewell else [RESUMABLE])
+    told = capsys.readouterr().err
+    assert told.count("\n") == (not farewell) and ("process 3 is gone" in told) == (not farewell)
+
+
+def test_sigterm_is_a_notice_within_and_what_it_was_after():
+    import signal
+
+    before = signal.getsignal(signal.SIGTERM)
+    with Preemption() as preemption:
+        assert not preemption.noticed(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert preemption.noticed(2)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert jax.process_count() == 1
+
+
+def test_minutes_since_the_last_save(monkeypatch):
+    from jaxprm.training import preemption
+
+    now = [100.0]
+    monkeypatch.setattr(preemption.time, "monotonic", lambda: now[0])
+    timer = Timer(2.0)
+    now[0] += 119
+    assert not timer.due(1)
+    now[0] += 1
+    assert timer.due(2)
+    timer.restart()
+    assert not timer.due(3) and not Timer(None).due(10**9)
