@@ -33,7 +33,18 @@ class Chip:
 
 # By the part of a topology's name that is before the colon.
 CHIPS = {
-    "v4": Chip(275e12, 1228e9, 150e9, "cloud.google.com/tpu/docs/v4"),
+    "v4": Chip(
+        275e12,
+        1228e9,
+        150e9,
+        "cloud.google.com/tpu/docs/v4",
+        Efficiency(
+            0.56,
+            0.59,
+            "MaxText configs/v4/README.md: 22B and 52B models on v4-128 and v4-384, 154 to 162 TFLOP/s/chip "
+            "(attention counted as whole squares)",
+        ),
+    ),
     "v5e": Chip(
         197e12,
         819e9,

@@ -52,10 +52,12 @@ def communication(text: str, devices: int) -> Communication:
             kind = "reduce-scatter" if scatters and kind == "all-reduce" else kind
             channel = re.search(r"channel_id=(\d+)", line)
             key = (kind, channel[1] if channel else (name, line))
-            arrays = [_bytes(*array) for array in _ARRAY.findall(shape)]
-            if started and kind in ("all-gather", "collective-permute"):  # (operands, results, ...)
-                arrays = sorted(arrays)[-1:] if len(arrays) < 4 else arrays[len(arrays) // 2 :]
-            sent = _sent(kind, sum(arrays), _group(line, devices), scattered=not scatters) * times[name]
+            arrays = _ARRAY.findall(shape)
+            if started and kind in ("all-gather", "collective-permute"):  # (operands, results, scalars of its own)
+                arrays = [array for array in arrays if array[1]]
+                arrays = arrays[len(arrays) // 2 :]
+            size = sum(_bytes(*array) for array in arrays)
+            sent = _sent(kind, size, _group(line, devices), scattered=not scatters) * times[name]
             if key not in found or found[key][1] < sent:
                 found[key] = (kind, sent)
     sent: Counter = Counter()

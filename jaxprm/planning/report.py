@@ -58,7 +58,7 @@ def as_text(plan: Plan) -> str:
     mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items() if size > 1) or "one device"
     lines = [
         f"{plan.topology}: {mesh}",
-        f"{_parameters(plan) / 1e9:.2f}B parameters, {settings.trainable} trained by {settings.optimizer}, "
+        f"{_si(_parameters(plan))} parameters, {settings.trainable} trained by {settings.optimizer}, "
         f"{settings.dtype}, remat {settings.remat}, {plan.attention} attention",
         f"{plan.data.rows} rows of {plan.data.length} tokens = {plan.tokens:,} tokens a step"
         + (f" in {settings.microbatches} microbatches" if settings.microbatches > 1 else ""),
@@ -79,7 +79,7 @@ def as_text(plan: Plan) -> str:
     if plan.communication is not None:
         sends = plan.communication
         found = ", ".join(
-            f"{count} {name} ({sends.sent[name] / GIB:.2f} GiB)" for name, count in sorted(sends.counts.items())
+            f"{count} {name} ({_size(sends.sent[name])})" for name, count in sorted(sends.counts.items())
         )
         lines.append(f"between    {found or 'nothing is sent'} from each device in a step; {_host(plan)}")
     lines.append(f"compiled   in {plan.step.seconds:.0f} s" + (": refused" if plan.step.refused else ""))
@@ -90,11 +90,8 @@ def as_text(plan: Plan) -> str:
 
 def verdict(memory: Memory) -> str:
     """Whether it fits, and by how much."""
-    room = memory.limit - memory.total
-    of = f"{memory.limit / GIB:.2f} GiB"
-    if memory.fits:
-        return f"fits: {memory.total / GIB:.2f} of {of}, {room / GIB:.2f} GiB free"
-    return f"does not fit: {memory.total / GIB:.2f} of {of}, {-room / GIB:.2f} GiB too much"
+    room, needed = memory.limit - memory.total, f"{_size(memory.total)} of {_size(memory.limit)}"
+    return f"fits: {needed}, {_size(room)} free" if memory.fits else f"does not fit: {needed}, {_size(-room)} too much"
 
 
 def _estimates(plan: Plan) -> list[str]:
@@ -152,7 +149,7 @@ def _memory(memory: Memory) -> str:
     named = [("arguments", memory.arguments), ("temporaries", memory.temporaries), ("program", memory.program)]
     if memory.outputs is not None:
         named.insert(1, ("outputs of their own", memory.outputs - memory.aliased))
-    return "a device: " + ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in named if size is not None)
+    return "a device: " + ", ".join(f"{name} {_size(size)}" for name, size in named if size is not None)
 
 
 def _host(plan: Plan) -> str:
@@ -160,11 +157,18 @@ def _host(plan: Plan) -> str:
     return f"{count} transfers to or from the host" if count else "no transfer to or from the host"
 
 
-def _si(flops: float) -> str:
+def _si(count: float) -> str:
     for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9)):
-        if flops >= size:
-            return f"{flops / size:.3g} {unit}"
-    return f"{flops / 1e6:.3g} M"
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count / 1e6:.3g} M"
+
+
+def _size(count: float) -> str:
+    for unit, size in (("GiB", GIB), ("MiB", 1 << 20)):
+        if count >= size / 10:
+            return f"{count / size:.2f} {unit}"
+    return f"{count:.0f} B"
 
 
 def _seconds(seconds: float) -> str:

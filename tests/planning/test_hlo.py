@@ -17,11 +17,14 @@ def test_asynchronous_forms_count_their_results():
     text = """ENTRY %main (a: f32[4]) -> f32[8] {
   %a = f32[4]{0} parameter(0)
   %start = (f32[4]{0}, f32[8]{0}) all-gather-start(%a), channel_id=1, replica_groups={{0,1}}, dimensions={0}
-  ROOT %done = f32[8]{0} all-gather-done(%start)
+  %done = f32[8]{0} all-gather-done(%start)
+  %moving = (f32[6,2]{1,0}, f32[6,2]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%a), channel_id=2
+  ROOT %moved = f32[6,2]{1,0} collective-permute-done(%moving)
 }
 """
     found = communication(text, 2)
-    assert (found.counts, found.sent) == ({"all-gather": 1}, {"all-gather": 8 * 4 / 2})
+    assert found.counts == {"all-gather": 1, "collective-permute": 1}
+    assert found.sent == {"all-gather": 8 * 4 / 2, "collective-permute": 6 * 2 * 4}
 
 
 def test_a_scatter_of_its_own_sends_what_it_reduces():

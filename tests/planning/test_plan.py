@@ -64,7 +64,7 @@ def test_a_refused_program_does_not_fit_and_has_no_estimate(monkeypatch):
 def test_text_labels_its_estimates_and_says_what_was_assumed(monkeypatch):
     text = as_text(fake_plan(monkeypatch, fakes.compiles(), TINY))
     assert text.count("(estimate)") == 2 and text.count("assumed") == 3
-    assert "fits: 0.00 of 0.00 GiB" in text and "MaxText" in text and "splash attention" in text
+    assert "fits: 50 B of 64 B, 14 B free" in text and "MaxText" in text and "splash attention" in text
 
 
 def test_the_head_alone_needs_the_pass_over_the_data_too(monkeypatch):
