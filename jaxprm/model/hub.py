@@ -19,21 +19,21 @@ _FILES = (
 _SUBFOLDERS = "*/*"
 
 
-def resolve(path_or_id: str | Path, *, files: Sequence[str] = _FILES) -> Path:
+def resolve(path_or_id: str | Path, *, what: str = "model", files: Sequence[str] = _FILES) -> Path:
     """The directory of a model: a local one as it is, "org/name" or "org/name@revision" from the hub or its cache.
 
     files: which of them are fetched, by name or pattern. They are kept in the hub's cache (HF_HOME). With
     HF_HUB_OFFLINE=1, or without a network, only what is there is found.
 
-    Raises UserError, one line, where there is neither.
+    Raises UserError, one line that begins with `what`, where there is neither.
     """
     path = Path(path_or_id)
     if path.is_dir():
         return path
     named = _NAME.fullmatch(str(path_or_id))
     if path.exists() or not named:
-        raise UserError(f"model {path}: no such directory; give one, or a name on the hub such as org/name")
-    return _download(named["name"], named["revision"], files)
+        raise UserError(f"{what} {path}: no such directory; give one, or a name on the hub such as org/name")
+    return _download(named["name"], named["revision"], what, files)
 
 
 def name_of(directory: str | Path) -> str:
@@ -44,7 +44,7 @@ def name_of(directory: str | Path) -> str:
     return str(directory)
 
 
-def _download(name: str, revision: str | None, files: Sequence[str]) -> Path:
+def _download(name: str, revision: str | None, what: str, files: Sequence[str]) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -70,4 +70,4 @@ def _download(name: str, revision: str | None, files: Sequence[str]) -> Path:
         reason = f"the hub cannot be reached ({said[:200]})"
     else:
         return Path(found)
-    raise UserError(f"model {shown}: no such directory, and {reason}") from None
+    raise UserError(f"{what} {shown}: no such directory, and {reason}") from None

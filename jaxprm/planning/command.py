@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import msgspec
 
 from jaxprm import config as config_lib
+from jaxprm import files
 from jaxprm.errors import UserError
 from jaxprm.planning import compiling
 
@@ -44,8 +44,7 @@ def run(options: Any, show: Callable[[str], None] = print) -> int:
         show(as_text(plan))
         written, fits = as_json(plan), plan.fits
     if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+        files.write_json(options.json, written)
     return 0 if fits else DOES_NOT_FIT
 
 

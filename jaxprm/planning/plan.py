@@ -134,7 +134,7 @@ def make_plan(
     )
 
 
-def _scoring(where: Slice, config: TransformerConfig, length: int) -> Compilation | None:
+def _scoring(where: Slice, config: TransformerConfig, length: int) -> Compilation:
     """`score` on one chip, which is how it runs: rows of the length bucket that such trajectories come in."""
     bucket = scorer.bucket_of(min(length, scorer.LENGTH_BUCKETS[-1]), "plan")
     place = SingleDeviceSharding(where.devices[0])

@@ -22,7 +22,7 @@ def load(experiment: Experiment) -> protocol.Policy:
     if is_directory(settings):
         from jaxprm.policies import language_model
 
-        return language_model.load(settings.path, seed=experiment.seed, settings=settings)
+        return language_model.load(str(policy_directory(settings)), seed=experiment.seed, settings=settings)
     if settings.endpoint is not None:
         from data_pipeline.encode import Encoder
         from jaxprm.policies import openai
@@ -69,7 +69,7 @@ def _directory(what: str, field: str, path: str) -> Path:
         from jaxprm.policies import language_model
 
         return language_model.default_directory()
-    directory = hub.resolve(path)
+    directory = hub.resolve(path, what=what)
     if not (directory / "config.json").is_file():
         raise UserError(f"{what} {directory}: no config.json; set {field} to a model directory, or to default")
     return directory

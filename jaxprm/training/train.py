@@ -136,6 +136,7 @@ def train_reward_model(
         max_tokens=data.length,
         value_range=_value_range(batches.split),
         trained_on={"trajectories": counts.trajectories, "tokens": counts.tokens * settings.epochs},
+        fill=round(batches.fill, 4),
         fingerprints=identity,
     )
     if settings.trainable == "full" and distributed.is_primary():
@@ -210,7 +211,7 @@ def train_reward_model(
         checkpoints.close()
 
     # Output
-    final = about | {"steps": steps, "fill": round(batches.fill, 4), "validation": validation}
+    final = about | {"steps": steps, "validation": validation}
     if settings.trainable == "head":  # it was let go of when the features were there
         frozen = nnx.State({"transformer": reward_model.from_policy(base, seed, mesh)[1]["transformer"]})
     merged = distributed.fetch(trainable.merged(settings, state["parameters"], frozen))

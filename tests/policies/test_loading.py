@@ -96,8 +96,13 @@ def test_reward_models_of_a_policy_without_a_directory_need_a_base_model(policy)
     with pytest.raises(UserError, match="base_model is null, and this policy has no directory"):
         loading.base_directory(experiment(**policy))
     assert loading.base_directory(experiment(**policy, base="default")) == language_model.default_directory()
-    with pytest.raises(UserError, match="base model nowhere: no config.json; set base_model to a model directory"):
+    with pytest.raises(UserError, match="base model nowhere: no such directory; give one, or a name on the hub"):
         loading.base_directory(experiment(**policy, base="nowhere"))
+
+
+def test_a_directory_without_a_model_is_named_with_its_field(tmp_path):
+    with pytest.raises(UserError, match=r"policy .*: no config\.json; set policy\.path to a model directory"):
+        loading.load(experiment(path=str(tmp_path)))
 
 
 def test_a_policys_directory_is_the_base_unless_another_is_given(tmp_path):
