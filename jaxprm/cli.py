@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     inspect = verbs.add_parser("inspect", help="what is in a checkpoint: step, fingerprints, sizes, position, config")
     inspect.add_argument("directory", type=Path, help="a training output, a run, or a step's own directory")
     inspect.add_argument("--json", action="store_true", help="everything, as one JSON object")
+    _plan_verb(verbs)
     score = verbs.add_parser("score", help="score every step of a file of trajectories")
     score.add_argument("--model", type=Path, required=True, help=_MODEL)
     score.add_argument("--input", type=Path, required=True, help="trajectories, JSON Lines")
@@ -145,6 +146,21 @@ def _config_verb(verbs, verb: str, text: str) -> argparse.ArgumentParser:
     if verb != "imitate":
         one.add_argument("--quick", action="store_true", help="the file's `quick` config: a smoke run")
     return one
+
+
+def _plan_verb(verbs) -> None:
+    plan = verbs.add_parser("plan", help="whether a training fits a TPU slice and how fast it may be, without a TPU")
+    plan.add_argument("config", type=Path, help="a Python file that defines `config`")
+    plan.add_argument("overrides", nargs="*", metavar="section.field=value", help="changes to the config")
+    plan.add_argument("--topology", required=True, metavar="NAME", help="the slice: v5e:1x1, v5e:4x4, v5p:2x2x2, ...")
+    plan.add_argument("--mesh", metavar="AXIS=N,...", help="as data=-1,fsdp=16; else the config's")
+    plan.add_argument("--batch", type=int, metavar="ROWS", help="rows of a batch; else the config's data.rows")
+    plan.add_argument("--length", type=int, metavar="TOKENS", help="tokens of a row; else the config's data.length")
+    plan.add_argument("--model", metavar="DIR|ID|NAME", help="the policy's shape; else the config's policy")
+    plan.add_argument("--reward-model", metavar="LABEL", help="which of the config's; else the first")
+    plan.add_argument("--quick", action="store_true", help="the file's `quick` config")
+    plan.add_argument("--json", type=Path, metavar="FILE", help="write the plan as JSON too")
+    plan.add_argument("--search", action="store_true", help="try meshes, batches and remat: many compilations")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -267,6 +283,12 @@ def _imitate(options) -> int:
     with WorkDirectory(options.workdir).lock():
         print(f"policy: {imitate(experiment, options.workdir)}")
     return 0
+
+
+def _plan(options) -> int:
+    from jaxprm.planning import command
+
+    return command.run(options)
 
 
 def _score(options) -> int:
@@ -413,6 +435,7 @@ def _write_report(path: Path | None, report) -> None:
 VERBS = dict.fromkeys(STAGE_VERBS, _stages) | {
     "imitate": _imitate,
     "inspect": _inspect,
+    "plan": _plan,
     "score": _score,
     "check-scorer": _check_scorer,
     "bench": _bench,

@@ -26,7 +26,7 @@ CACHE_BYTES = 2 << 30
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "dtype"))
-def _values_of_rows(graph, parameters, tokens, counts, dtype):
+def values_of_rows(graph, parameters, tokens, counts, dtype):
     """Values [B, T] of every token of rows [B, T], of which the first counts [B] are real."""
     model = nnx.merge(graph, parameters)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -136,7 +136,7 @@ class Engine:
                 for row, index in enumerate(chunk):
                     counts[row] = len(sequences[index])
                     tokens[row, : counts[row]] = sequences[index]
-                result = np.asarray(_values_of_rows(self._graph, self._parameters, tokens, counts, self._dtype))
+                result = np.asarray(values_of_rows(self._graph, self._parameters, tokens, counts, self._dtype))
                 self._encoded += int(counts.sum())
                 self._slots += tokens.size
                 for row, index in enumerate(chunk):
@@ -147,7 +147,7 @@ class Engine:
         """Values of every token of one sequence in a row of its own length: what all else is measured by, and slow,
         as every length is compiled."""
         counts = np.asarray([len(tokens)], np.int32)
-        return np.asarray(_values_of_rows(self._graph, self._parameters, tokens[None], counts, self._dtype))[0]
+        return np.asarray(values_of_rows(self._graph, self._parameters, tokens[None], counts, self._dtype))[0]
 
     def fits(self, prefix: np.ndarray, rest: np.ndarray) -> bool:
         """Whether `after` takes them."""

@@ -23,7 +23,7 @@ from jaxprm import files
 from jaxprm.errors import UserError
 from jaxprm.model import huggingface
 from jaxprm.scoring import loading
-from jaxprm.training import train
+from jaxprm.training import programs, train
 from jaxprm.training.evaluate import evaluate_model, summary
 from jaxprm.training.reward_model import from_policy
 from jaxprm.training.train import train_reward_model
@@ -209,7 +209,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_last_good_checkpoint(toy,
 
         return train_step
 
-    monkeypatch.setattr(train, "make_train_step", make_train_step)
+    monkeypatch.setattr(programs, "make_train_step", make_train_step)
     settings = toy.settings(checkpoint_every=5, evaluate_every=1000)
     where = rf"loss is nan at step 8; last good checkpoint: .*{tmp_path.name}/checkpoints/5;"
     refused(UserError, where, toy, tmp_path, settings=settings)
