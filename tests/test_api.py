@@ -41,9 +41,9 @@ def acted(messages, text) -> list[dict]:
 def test_every_form_of_a_trajectory_gives_the_same_scores(model):
     trajectory = Trajectory(id="row", messages=as_messages(MESSAGES, "test"))
     results = model.score([MESSAGES, {"messages": MESSAGES, "reward": 1}, trajectory, trajectory.messages])
-    assert all(result == results[0] for result in results)
-    tiny.assert_close([step["promise"] for step in results[0]["steps"]], promises(MESSAGES))
-    assert [step["message"] for step in results[0]["steps"]] == [1, 3, 5, 7]
+    for result in results:  # in one call they share a prompt, and rounding with their places in a row
+        assert [step["message"] for step in result["steps"]] == [1, 3, 5, 7]
+        tiny.assert_close([step["promise"] for step in result["steps"]], promises(MESSAGES))
     assert results[0]["score"] == results[0]["steps"][-1]["promise"]
 
 
