@@ -1,0 +1,54 @@
+"""The search stage: values of files with the lengths of what was scored, and every plan's file in its place."""
+
+from types import SimpleNamespace
+
+import numpy as np
+
+from jaxprm import config, files
+from jaxprm.search import stage
+from jaxprm.search.controls import RandomScorer
+from jaxprm.stages import WorkDirectory
+from tests.model import tiny
+from tests.search.fakes import SeededPolicy, Walk
+
+
+class CountingScorer:
+    """The value of a step is its number; conversations are counted."""
+
+    def __init__(self):
+        self.encoder, self.scored = tiny.encoder(), 0
+
+    def score_encoded(self, encoded, names):
+        self.scored += len(encoded)
+        return [np.arange(len(one.read_positions), dtype=np.float32) for one in encoded]
+
+
+def test_equal_conversations_are_scored_once_and_their_tokens_told(tmp_path):
+    first, second = tiny.conversation(1, turns=3), tiny.conversation(2, turns=1)
+    lines = [{"id": str(number), "messages": one} for number, one in enumerate((first, second, first))]
+    lines.append({"id": "failed", "messages": first, "ended": "error"})
+    (tmp_path / "in.jsonl").write_text("".join(map(files.line, lines)))
+    scorer = CountingScorer()
+    stage._score_file(scorer, tmp_path / "in.jsonl", tmp_path / "out.jsonl", "")
+    assert scorer.scored == 2
+    found = list(files.read_lines(tmp_path / "out.jsonl"))
+    assert [(line["id"], line["values"]) for line in found] == [("0", [0, 1, 2]), ("1", [0]), ("2", [0, 1, 2])]
+    for line, messages in zip(found, (first, second, first), strict=True):
+        assert line["tokens"] == len(tiny.encoder().trajectory(messages, row="").tokens)
+        assert line["prompt_tokens"] == len(tiny.encoder().prompt(messages[:1]))
+
+
+def test_every_plan_of_a_run_leaves_its_file(tmp_path):
+    search = config.Search(beams=((2, 2),), stepwise=(2,), diverse=((2, 2),), mcts=((3, 2),), trees=0)
+    models = (config.RewardModel(label="mine"),)
+    experiment = config.Experiment(name="small", search=search, reward_models=models)
+    state = SimpleNamespace(
+        experiment=experiment, work=WorkDirectory(tmp_path), make_environment=Walk, policy=SeededPolicy(),
+        search_inputs={}, collect_inputs={}, trained=list, train_inputs=None,
+    )  # fmt: skip
+    stage._Stages(state).guided(["walk/test/0"], "random", 0, lambda: RandomScorer(0))
+    names = {path.stem for path in (tmp_path / "search").glob("*.jsonl")}
+    assert names == {"beam-2x2-random-0", "stepwise-2-random-0", "diverse-2x2-random-0", "mcts-3x2-random-0"}
+    for name in names:
+        (line,) = files.read_lines(tmp_path / f"search/{name}.jsonl")
+        assert line["task"] == "walk/test/0" and line["reward_encoded"] == 0
