@@ -61,6 +61,16 @@ def test_a_refused_program_does_not_fit_and_has_no_estimate(monkeypatch):
     assert "does not fit" in as_text(plan) and "RESOURCE_EXHAUSTED" in as_text(plan)
 
 
+def test_the_table_of_the_documentation_is_made_of_that_json(monkeypatch):
+    from benchmarks import plans
+
+    asked = plans.Plan("tiny", "v5e:1x1", "data=1", 2, 128)
+    fitting = plans.row(asked, as_json(fake_plan(monkeypatch, fakes.compiles(), TINY)))
+    refused = plans.row(asked, as_json(fake_plan(monkeypatch, fakes.too_large(), TINY)))
+    assert {line.count(" | ") for line in (plans.HEAD.splitlines()[0], fitting, refused)} == {11}
+    assert "| yes, 0.00 free |" in fitting and "| no, 0.00 too much |" in refused and "| - | - |" in refused
+
+
 def test_text_labels_its_estimates_and_says_what_was_assumed(monkeypatch):
     text = as_text(fake_plan(monkeypatch, fakes.compiles(), TINY))
     assert text.count("(estimate)") == 2 and text.count("assumed") == 3
