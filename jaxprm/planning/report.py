@@ -10,15 +10,16 @@ from jaxprm.model.families import parameter_shapes
 from jaxprm.planning.chips import chip_of
 from jaxprm.planning.compiling import Compilation, Memory
 from jaxprm.planning.plan import Plan, versions
-from jaxprm.planning.roofline import ASSUMPTIONS
+from jaxprm.planning.roofline import ASSUMPTIONS, Estimate
 
 GIB = 1 << 30
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
     """JSON types alone. Where the compiler refused the step its estimate is null, and what it did not say too."""
-    sends, guess, chip = plan.communication, plan.estimate, _chip(plan)
-    estimate = dict.fromkeys(("step_seconds", "tokens_per_second_per_chip", "mfu")) if guess is None else None
+    sends, estimate = plan.communication, dict.fromkeys(field.name for field in dataclasses.fields(Estimate))
+    if plan.estimate is not None:
+        estimate = dataclasses.asdict(plan.estimate)
     return {
         "fits": plan.fits,
         "topology": plan.topology,
@@ -44,7 +45,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "sent_bytes_per_device": {} if sends is None else sends.sent,
         "host_transfers": len(plan.transfers),
         "compile_seconds": round(plan.step.seconds, 1),
-        "estimate": estimate or dataclasses.asdict(guess) | {"efficiency": chip["efficiency"], "chip": chip["peaks"]},
+        "estimate": estimate | _chip(plan),
         "assumptions": list(ASSUMPTIONS),
         "features": _program(plan.features),
         "scorer": _program(plan.scoring),
@@ -74,7 +75,7 @@ def as_text(plan: Plan) -> str:
     lines += [
         f"FLOPs      {_si(flops.model)} a step by formula (forward {_si(flops.forward)}, backward "
         f"{_si(flops.backward)}" + (f", target {_si(flops.target)}" if flops.target else "") + "); "
-        f"recomputed {_si(flops.recomputed)}, masked {_si(flops.masked)}",
+        f"recomputed {_si(flops.recomputed)}, masked {_si(flops.masked)}"
     ]
     if plan.communication is not None:
         sends = plan.communication

@@ -56,9 +56,19 @@ def test_a_refused_program_does_not_fit_and_has_no_estimate(monkeypatch):
     assert found["fits"] is False
     assert found["free_bytes_per_device"] == 64 - 80
     assert found["bytes_per_device"]["temporaries"] is None
-    assert found["estimate"] == {"step_seconds": None, "tokens_per_second_per_chip": None, "mfu": None}
+    assert [found["estimate"][name] for name in ("step_seconds", "tokens_per_second_per_chip", "mfu")] == [None] * 3
     assert found["attention"] == "reference"  # there is no text to ask; on a CPU nothing else is chosen
     assert "does not fit" in as_text(plan) and "RESOURCE_EXHAUSTED" in as_text(plan)
+
+
+def test_the_table_of_the_documentation_is_made_of_that_json(monkeypatch):
+    from benchmarks import plans
+
+    asked = plans.Plan("tiny", "v5e:1x1", "data=1", 2, 128)
+    fitting = plans.row(asked, as_json(fake_plan(monkeypatch, fakes.compiles(), TINY)))
+    refused = plans.row(asked, as_json(fake_plan(monkeypatch, fakes.too_large(), TINY)))
+    assert {line.count(" | ") for line in (plans.HEAD.splitlines()[0], fitting, refused)} == {11}
+    assert "| yes, 0.00 free |" in fitting and "| no, 0.00 too much |" in refused and "| - | - |" in refused
 
 
 def test_text_labels_its_estimates_and_says_what_was_assumed(monkeypatch):
