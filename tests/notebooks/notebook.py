@@ -1,4 +1,4 @@
-"""The notebook as a file, and with other settings: as papermill does it, by a cell after the one tagged `parameters`."""
+"""The notebook as a file, and with other settings: as papermill does, by a cell after the one tagged `parameters`."""
 
 from __future__ import annotations
 

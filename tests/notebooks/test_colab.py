@@ -1,9 +1,10 @@
-"""The Colab notebook, every cell of it, on the CPU with a small random model: cut off in its training, then run again."""
+"""Every cell of the Colab notebook, on the CPU with a small random model: cut off in its training, then run again."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -21,12 +22,13 @@ from tests.notebooks import notebook
 
 pytestmark = pytest.mark.slow
 SECONDS = 900
+BEFORE = 5  # steps that are saved when the machine is taken away
 
 
 class Done(NamedTuple):
     folder: Path
     cells: dict[str, str]  # what each printed, by id
-    reached: int  # the step of the checkpoint that the first run left
+    reached: int  # the step of the checkpoint that is gone on from
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +37,14 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     base_model.write(folder / "base")
     settings = {
         "CODE": str(notebook.ROOT), "WORKDIR": str(folder / "work"), "MODEL": str(folder / "base"), "PLATFORM": "cpu",
-        "LENGTH": 1024, "ROWS": 4, "EPOCHS": 3, "LEARNING_RATE": 1e-3, "CHECKPOINT_MINUTES": 0.01,
+        "LENGTH": 1024, "ROWS": 4, "EPOCHS": 1, "LEARNING_RATE": 1e-3, "CHECKPOINT_MINUTES": 0.01,
     }  # fmt: skip
     nbformat.write(notebook.with_settings(notebook.load(), **settings), folder / "in.ipynb")
     cut_off(start(folder, "first.ipynb"), training(folder) / "checkpoints")
     assert not (training(folder) / "model").exists()
-    reached = max(steps(training(folder) / "checkpoints"))
+    # As the page has it where Drive had not sent all of the newest: the one before is taken.
+    *_, reached, newest = sorted(steps(training(folder) / "checkpoints"))
+    shutil.rmtree(training(folder) / "checkpoints" / str(newest))
     again = start(folder, "second.ipynb")
     said, _ = again.communicate(timeout=SECONDS)
     assert again.returncode == 0, said.decode()[-3000:]
@@ -69,9 +73,9 @@ def steps(checkpoints: Path) -> list[int]:
 
 
 def cut_off(process: subprocess.Popen, checkpoints: Path) -> None:
-    """Kills the notebook, its kernel and the command in it as soon as there is a checkpoint."""
+    """Kills the notebook, its kernel and the command in it as soon as there are two checkpoints, of step BEFORE and later."""
     end = time.monotonic() + SECONDS
-    while not steps(checkpoints):
+    while len(found := steps(checkpoints)) < 2 or min(found) < BEFORE:
         assert process.poll() is None, process.communicate()[0].decode()[-3000:]
         assert time.monotonic() < end
         time.sleep(0.05)
@@ -83,9 +87,7 @@ def cut_off(process: subprocess.Popen, checkpoints: Path) -> None:
 def test_the_training_goes_on_from_the_checkpoint(done):
     lines = [json.loads(line) for line in (training(done.folder) / "metrics.jsonl").read_text().splitlines()]
     trained = [line["step"] for line in lines if "value_loss" in line and "validation_loss" not in line]
-    assert trained == list(range(1, len(trained) + 1)) and 0 < done.reached < len(trained)
-    timing = [json.loads(line) for line in (training(done.folder) / "timing.jsonl").read_text().splitlines()]
-    assert timing[-1]["step"] > done.reached
+    assert trained == list(range(1, len(trained) + 1)) and BEFORE <= done.reached < len(trained)
     assert f"| {done.reached}/{len(trained)}" in done.cells["train"]
 
 
@@ -96,7 +98,7 @@ def test_what_was_finished_is_not_done_again(done):
 
 def test_only_adapters_are_in_the_checkpoints(done):
     recipe = json.loads((training(done.folder) / "model/reward_model.json").read_text())
-    assert recipe["settings"]["trainable"] == "lora" and recipe["settings"]["dtype"] == "bfloat16"
+    assert recipe["config"]["trainable"] == "lora" and recipe["config"]["dtype"] == "bfloat16"
 
 
 def test_the_export_is_verified_and_scores_every_step(done):
