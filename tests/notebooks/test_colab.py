@@ -73,7 +73,7 @@ def steps(checkpoints: Path) -> list[int]:
 
 
 def cut_off(process: subprocess.Popen, checkpoints: Path) -> None:
-    """Kills the notebook, its kernel and the command in it as soon as there are two checkpoints, of step BEFORE and later."""
+    """Kills the notebook, its kernel and its command once there are two checkpoints, of step BEFORE and later."""
     end = time.monotonic() + SECONDS
     while len(found := steps(checkpoints)) < 2 or min(found) < BEFORE:
         assert process.poll() is None, process.communicate()[0].decode()[-3000:]
