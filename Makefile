@@ -12,6 +12,9 @@ demo: $(VENV)/.runtime
 demo-quick: $(VENV)/.runtime
 	$(RUN) run configs/textcraft_tiny.py --quick --workdir runs/quick
 
+# The TPU compiler that plans use is installed too: without this JAX looks for a TPU first, and complains.
+test test-all: export JAX_PLATFORMS := cpu
+
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m "not slow" -n 2
 
@@ -20,7 +23,7 @@ test-all: $(VENV)/.dev lint browser
 	$(BIN)/python -m pytest -q -m slow
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff check jaxprm data_pipeline configs notebooks scripts tests
+	$(BIN)/ruff check jaxprm data_pipeline benchmarks configs notebooks scripts tests
 
 browser:
 	@command -v chromium >/dev/null || bash tests/install_browser.sh

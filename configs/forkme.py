@@ -48,6 +48,10 @@ config = Experiment(
         prefix_best_of_n=(1, 2, 4, 8, 16),
         beams=((2, 2), (4, 4)),
         stepwise=(4,),
+        # Other searches, as pairs like the beams, and other scores for best-of-N: see docs/search.md.
+        diverse=(),
+        mcts=(),
+        aggregations=(),
     ),
 )
 

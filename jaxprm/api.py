@@ -45,7 +45,7 @@ class Model:
 
     @property
     def usage(self) -> dict[str, int]:
-        """Tokens encoded so far."""
+        """Tokens so far: `encoded`, and those found in the cache, encoded again and padded; see docs/search.md."""
         return self._scorer.usage
 
     def score(self, trajectories: Sequence[Trajectory | Mapping[str, Any] | Conversation]) -> list[dict[str, Any]]:

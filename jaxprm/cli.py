@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     inspect = verbs.add_parser("inspect", help="what is in a checkpoint: step, fingerprints, sizes, position, config")
     inspect.add_argument("directory", type=Path, help="a training output, a run, or a step's own directory")
     inspect.add_argument("--json", action="store_true", help="everything, as one JSON object")
+    _plan_verb(verbs)
     score = verbs.add_parser("score", help="score every step of a file of trajectories")
     score.add_argument("--model", type=Path, required=True, help=_MODEL)
     score.add_argument("--input", type=Path, required=True, help="trajectories, JSON Lines")
@@ -52,6 +53,10 @@ def parser() -> argparse.ArgumentParser:
     score.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the arithmetic; default float32")
     score.add_argument("--chat-template", default="own", metavar="TEMPLATE", help=_TEMPLATE)
     _evaluate_verb(verbs)
+    check = verbs.add_parser("check-scorer", help="check that a model scores the same batched, packed and cached")
+    check.add_argument("--model", type=Path, required=True, help=_MODEL)
+    check.add_argument("--input", type=Path, help="trajectories to check on; made up when not given")
+    _bench_verb(verbs)
     export = verbs.add_parser("export", help="write a reward model as a Hugging Face directory")
     export.add_argument("--model", type=Path, required=True, help=_MODEL)
     export.add_argument("--output", type=Path, required=True, help="the directory to write")
@@ -73,6 +78,19 @@ def parser() -> argparse.ArgumentParser:
     validate.add_argument("--json", type=Path, metavar="FILE", help="write everything there, with all bad rows")
     validate.add_argument("--skip-bad", action="store_true", help="bad rows are counted, but no reason to fail")
     return main
+
+
+def _bench_verb(verbs) -> None:
+    bench = verbs.add_parser("bench", help="measure what scoring a search costs, on a synthetic tree")
+    bench.add_argument("what", choices=("search",), help="what to measure")
+    lengths = {"prompt": 1500, "action": 60, "observation": 200}
+    for name, default in lengths.items():
+        bench.add_argument(f"--{name}-tokens", type=_count, default=default, metavar="N", help=f"default {default}")
+    for name, default in {"beams": 4, "candidates": 4, "depth": 15}.items():
+        bench.add_argument(f"--{name}", type=_count, default=default, metavar="N", help=f"default {default}")
+    bench.add_argument("--size", choices=("tiny", "small"), default="tiny", help="of the model; default tiny")
+    bench.add_argument("--no-torch", dest="torch", action="store_false", help="leave out the runs that need torch")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
 
 
 def _evaluate_verb(verbs) -> None:
@@ -128,6 +146,21 @@ def _config_verb(verbs, verb: str, text: str) -> argparse.ArgumentParser:
     if verb != "imitate":
         one.add_argument("--quick", action="store_true", help="the file's `quick` config: a smoke run")
     return one
+
+
+def _plan_verb(verbs) -> None:
+    plan = verbs.add_parser("plan", help="whether a training fits a TPU slice and how fast it may be, without a TPU")
+    plan.add_argument("config", type=Path, help="a Python file that defines `config`")
+    plan.add_argument("overrides", nargs="*", metavar="section.field=value", help="changes to the config")
+    plan.add_argument("--topology", required=True, metavar="NAME", help="the slice: v5e:1x1, v5e:4x4, v5p:2x2x2, ...")
+    plan.add_argument("--mesh", metavar="AXIS=N,...", help="as data=-1,fsdp=16; else the config's")
+    plan.add_argument("--batch", type=int, metavar="ROWS", help="rows of a batch; else the config's data.rows")
+    plan.add_argument("--length", type=int, metavar="TOKENS", help="tokens of a row; else the config's data.length")
+    plan.add_argument("--model", metavar="DIR|ID|NAME", help="the policy's shape; else the config's policy")
+    plan.add_argument("--reward-model", metavar="LABEL", help="which of the config's; else the first")
+    plan.add_argument("--quick", action="store_true", help="the file's `quick` config")
+    plan.add_argument("--json", type=Path, metavar="FILE", help="write the plan as JSON too")
+    plan.add_argument("--search", action="store_true", help="try meshes, batches and remat: many compilations")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -252,6 +285,12 @@ def _imitate(options) -> int:
     return 0
 
 
+def _plan(options) -> int:
+    from jaxprm.planning import command
+
+    return command.run(options)
+
+
 def _score(options) -> int:
     from jaxprm.scoring.files import score_file
 
@@ -260,6 +299,28 @@ def _score(options) -> int:
     )
     print(f"scored {counts.scored} trajectories, {counts.errors} errors: {options.output}")
     return 1 if counts.errors else 0
+
+
+def _check_scorer(options) -> int:
+    from jaxprm.scoring.check import check_scorer
+
+    found = check_scorer(options.model, options.input)
+    for way in (*found.ways, found.bfloat16):
+        print(f"{way.name:<28} {way.scores:>7} scores, largest difference {way.largest:.2e}")
+    print(f"one wrong token in the prompt moves the last score by up to {found.control:.2e}")
+    print(f"{'passed' if found.passed else 'FAILED'}: largest difference {found.largest:.2e}, bound {found.bound:.2e}")
+    return 0 if found.passed else 1
+
+
+def _bench(options) -> int:
+    from jaxprm import files
+    from jaxprm.bench.search import Setting, bench_search, table
+
+    found = bench_search(Setting(**{name: getattr(options, name) for name in Setting._fields}), torch=options.torch)
+    print(table(found))
+    if options.json:
+        files.write_json(options.json, found)
+    return 0
 
 
 def _evaluate(options) -> int:
@@ -374,7 +435,10 @@ def _write_report(path: Path | None, report) -> None:
 VERBS = dict.fromkeys(STAGE_VERBS, _stages) | {
     "imitate": _imitate,
     "inspect": _inspect,
+    "plan": _plan,
     "score": _score,
+    "check-scorer": _check_scorer,
+    "bench": _bench,
     "export": _export,
     "import-trajectories": _import_trajectories,
     "validate": _validate,

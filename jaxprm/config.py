@@ -214,7 +214,11 @@ class Mesh(Section):
 
 
 class Search(Section):
-    """What is searched on the held-out tasks. `tasks` null means all of the split."""
+    """What is searched on the held-out tasks. `tasks` null means all of the split.
+
+    beams, diverse: (paths kept, actions of each); mcts: (simulations before a step, actions), with `exploration`;
+    stepwise: actions; aggregations: scores for best-of-N beside the final step's. docs/search.md says more.
+    """
 
     split: Literal["validation", "test"] = "test"
     tasks: Count | None = None
@@ -225,6 +229,10 @@ class Search(Section):
     prefix_best_of_n: Counts = (1, 2, 4, 8, 16)
     beams: tuple[tuple[Count, Count], ...] = ((2, 2), (4, 4))
     stepwise: tuple[Count, ...] = (4,)
+    diverse: tuple[tuple[Count, Count], ...] = ()
+    mcts: tuple[tuple[Count, Count], ...] = ()
+    exploration: NotNegative = 1.0
+    aggregations: tuple[Literal["mean", "min", "max", "product", "sum"], ...] = ()
     progress_weight: NotNegative = 0.0
     trees: Whole = 6
 

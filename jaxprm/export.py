@@ -17,7 +17,7 @@ from jaxprm.model import huggingface, save
 from jaxprm.model.weights_writer import DTYPES, MAX_SHARD, parse_size
 from jaxprm.model_card import model_card, run_results
 from jaxprm.scoring import loading
-from jaxprm.scoring.scorer import LENGTH_BUCKETS
+from jaxprm.scoring.engine import LENGTH_BUCKETS
 
 MARKER = ".jaxprm-export"
 _TORCH = "pip install torch==2.13.0 (PyTorch's own index has a CPU build, which is enough)"

@@ -72,12 +72,12 @@ class Run:
         return [tasks[index * len(tasks) // limit] for index in range(limit)]
 
     def check_can_fork(self) -> None:
-        """Raises UserError where beams are asked for and the environment has a single branch."""
+        """Raises UserError where a search needs several branches and the environment has one."""
         from jaxprm.search.branches import check_can_fork
 
         environment = self.make_environment()
         try:
-            check_can_fork(environment, "search.beams")
+            check_can_fork(environment, "search.beams, diverse and mcts")
         finally:
             environment.close()
 
@@ -175,7 +175,7 @@ def run(
     with state.work.lock():
         # Before any work is spent: what is there must have been made with this config, and the last stage be possible.
         state.work.check(stage_inputs(state, until))
-        if STAGES.index(until) >= STAGES.index("search") and any(width > 1 for width, _ in experiment.search.beams):
+        if STAGES.index(until) >= STAGES.index("search") and _forks(experiment):
             state.check_can_fork()
         files.write_json(workdir / "config.json", config_lib.to_dict(experiment))
         steps: dict[str, Callable[[Run], Any]] = {
@@ -200,6 +200,12 @@ def _model_identity(directory: Path, template: str) -> str:
     text = read_template(template)
     found = [files.sha256(directory / name) for name in model_files(directory)]
     return identity(found if text is None else [*found, text])
+
+
+def _forks(experiment: config_lib.Experiment) -> bool:
+    from jaxprm.search.plans import plans
+
+    return any(plan.forks for plan in plans(experiment.search))
 
 
 def stage_inputs(state: Run, until: str) -> dict[str, dict[str, Any]]:

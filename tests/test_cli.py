@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from jaxprm import cli
+from jaxprm.errors import Interrupted
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configs" / "textcraft_tiny.py"
@@ -187,3 +188,20 @@ def test_validate_needs_a_tokenizer_for_tokens(capsys, tmp_path, options):
     code, err = run(capsys, "validate", write_rows(tmp_path / "rows", {"id": "a"}), *options)
     assert code == 2
     assert_one_line(err, "--tokenizer")
+
+
+def test_an_interruption_is_one_line_and_a_status_of_its_own(monkeypatch, capsys, tmp_path):
+    def stop(options):
+        raise Interrupted("training x: told to stop at step 3 of 9; the same command goes on from there")
+
+    monkeypatch.setitem(cli.VERBS, "inspect", stop)
+    assert cli.main(["inspect", str(tmp_path)]) == 75
+    assert capsys.readouterr().err == (
+        "jaxprm: training x: told to stop at step 3 of 9; the same command goes on from there\n"
+    )
+
+
+@pytest.mark.parametrize("steps", ["3", "0:4", "5:4", "a:b", "1:2:3"])
+def test_steps_to_profile_that_are_none_are_refused(steps, tmp_path, capsys):
+    assert cli.main(["train", str(TINY), "--workdir", str(tmp_path), "--profile", steps]) == 2
+    assert f"--profile {steps}: give the first and the last step" in capsys.readouterr().err

@@ -14,12 +14,14 @@ import numpy as np
 from jaxprm import config as config_lib
 from jaxprm import files
 from jaxprm.evaluation import value_metrics
+from jaxprm.evaluation.budget import Cost, budget_ratio, equal_budget
 from jaxprm.evaluation.compute import flops_per_token
 from jaxprm.evaluation.statistics import best_of_n_curve, bootstrap, oracle_curve, paired_difference
 from jaxprm.model import huggingface
 from jaxprm.model.tensor_files import weight_files
 from jaxprm.policies import loading
-from jaxprm.search.stage import search_name
+from jaxprm.search.best_of_n import AGGREGATIONS
+from jaxprm.search.plans import Plan, plans
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "transformers", "textcraft", "numpy")
 
@@ -35,6 +37,7 @@ class Results:
         self.experiment: config_lib.Experiment = state.experiment
         self.settings = self.experiment.search
         self.seeds = self.experiment.reward_seeds
+        self.plans = plans(self.settings)
         self.folder: Path = state.work / "search"
         self.pool = self._by_task(self.folder / "pool.jsonl")
         self.tasks = list(self.pool)
@@ -50,14 +53,14 @@ class Results:
     def estimate(self, values) -> dict:
         return bootstrap(values, samples=self.experiment.bootstrap_samples, seed=self.experiment.seed)
 
-    def guided(self, width: int, actions: int, label: str) -> list[list[dict]]:
+    def guided(self, plan: Plan, label: str) -> list[list[dict]]:
         """Lines of a guided search, [seeds][tasks]."""
-        names = [search_name(width, actions, label, seed) for seed in self.seeds]
+        names = [plan.file_name(label, seed) for seed in self.seeds]
         return [list(files.read_lines(self.folder / f"{name}.jsonl")) for name in names]
 
-    def outcome_table(self, width: int, actions: int, label: str) -> np.ndarray:
+    def outcome_table(self, plan: Plan, label: str) -> np.ndarray:
         """Outcomes of a guided search, [seeds, tasks]."""
-        return np.array([[line["outcome"] for line in lines] for lines in self.guided(width, actions, label)])
+        return np.array([[line["outcome"] for line in lines] for lines in self.guided(plan, label)])
 
     def pool_values(self, label: str, seed: int) -> list[list[list[float]]]:
         """Values of the pool, [tasks][pool][steps]; a trajectory that ended in an error has none."""
@@ -97,10 +100,21 @@ class Results:
             found[label] = {
                 "best_of_n": self._sized(curves["best_of_n"], settings.best_of_n),
                 "prefix_best_of_n": self._sized(curves["prefix_best_of_n"], settings.prefix_best_of_n),
-                "beam": {f"{n}x{m}": self.estimate(self.outcome_table(n, m, label)) for n, m in settings.beams},
-                "stepwise": {str(k): self.estimate(self.outcome_table(1, k, label)) for k in settings.stepwise},
+                "beam": {},
+                "stepwise": {},
             }
+            for plan in self.plans:
+                found[label].setdefault(plan.kind, {})[plan.size] = self.estimate(self.outcome_table(plan, label))
+            for how in settings.aggregations if label != "random" else ():
+                found[label][f"best_of_n_{how}"] = self._sized(self.aggregated(label, how), settings.best_of_n)
         return found
+
+    def aggregated(self, label: str, how: str) -> np.ndarray:
+        """Expected outcome of best-of-N by another score than the final step's, [seeds, tasks, sizes]."""
+        score = lambda steps: WORST if steps == [WORST] else AGGREGATIONS[how](steps)
+        tables = [self.pool_values(label, seed) for seed in self.seeds]
+        scores = np.array([[[score(steps) for steps in task] for task in table] for table in tables])
+        return np.array([best_of_n_curve(one, self.outcomes, self.settings.best_of_n) for one in scores])
 
     def _sized(self, curve: np.ndarray, sizes) -> dict:
         return {str(n): self.estimate(curve[..., index]) for index, n in enumerate(sizes)}
@@ -109,10 +123,8 @@ class Results:
         """Differences by task: every method against the plain policy, random guidance and the other methods."""
         columns: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
         for label in [*self.labels, "random"]:
-            for n, m in self.settings.beams:
-                columns[f"beam {n}x{m}"][label] = self.outcome_table(n, m, label)
-            for k in self.settings.stepwise:
-                columns[f"stepwise {k}"][label] = self.outcome_table(1, k, label)
+            for plan in self.plans:
+                columns[plan.at][label] = self.outcome_table(plan, label)
             curves = self.curves(label)
             columns[f"prefix_best_of_n {self.settings.prefix_best_of_n[-1]}"][label] = curves["prefix_best_of_n"][
                 ..., -1
@@ -165,12 +177,62 @@ class Results:
             curves.setdefault(model.label, {})[str(seed)] = list(files.read_lines(path))
         return curves
 
+    def _flops(self) -> tuple[float, float]:
+        """Of a token: the policy's, not a number where its size is not known, and the reward models'."""
+        settings = self.experiment.policy
+        reward = flops_per_token(huggingface.read_config(self.state.base_directory)[0])
+        if not loading.is_directory(settings):
+            return np.nan, reward
+        return flops_per_token(huggingface.read_config(loading.policy_directory(settings))[0]), reward
+
+    def budget(self) -> dict:
+        """Searches against best-of-N at equal tokens and FLOPs, and the budget that a label needs for another's score.
+
+        Only where the values of the pool tell how long its trajectories are.
+        """
+        sizes = self.settings.best_of_n
+        options = {"samples": self.experiment.bootstrap_samples, "seed": self.experiment.seed}
+        curves = {label: self.curves(label)["best_of_n"] for label in self.labels}
+        needed = [
+            {"a": a, "b": b, "at": sizes[-1]}
+            | budget_ratio(curves[a], curves[b][..., -1], sizes, sizes[-1], **options)
+            for a in self.labels
+            for b in self.labels
+            if a != b
+        ]
+        equal = []
+        for label in self.labels:
+            if (tokens := self._pool_tokens(label)) is None:
+                continue
+            finals = [[[steps[-1] for steps in task] for task in self.pool_values(label, seed)] for seed in self.seeds]
+            for unit, (policy, reward) in {"tokens": (1.0, 1.0), "flops": self._flops()}.items():
+                if not np.isfinite(policy):
+                    continue
+                cost = Cost(reward * tokens["once"], policy * tokens["sampled"] + reward * tokens["each"])
+                for plan in self.plans:
+                    lines = [line for seed in self.guided(plan, label) for line in seed]
+                    spent = np.mean([policy * line["policy_tokens"] + reward * line["reward_tokens"] for line in lines])
+                    found = equal_budget(
+                        self.outcome_table(plan, label), finals, self.outcomes, budget=spent, cost=cost, **options
+                    )
+                    equal.append({"label": label, "at": plan.at, "unit": unit, "budget": float(spent)} | found)
+        return {"equal": equal, "needed": needed}
+
+    def _pool_tokens(self, label: str) -> dict[str, float] | None:
+        """Mean tokens of best-of-N on a task: the prompt, read once; read and sampled for each candidate."""
+        lines = list(files.read_lines(self.folder / f"values-pool-{label}-{self.seeds[0]}.jsonl"))
+        if not lines or any("tokens" not in line for line in lines):
+            return None
+        sampled = [line["meta"]["tokens"] for some in self.pool.values() for line in some]
+        return {
+            "once": float(np.mean([line["prompt_tokens"] for line in lines])),
+            "each": float(np.mean([line["tokens"] - line["prompt_tokens"] for line in lines])),
+            "sampled": float(np.mean(sampled)),
+        }
+
     def compute(self) -> dict:
         """Counted per task, means over tasks and seeds; FLOPs by formula from the counts."""
-        per_token = flops_per_token(huggingface.read_config(self.state.base_directory)[0])
-        # A policy that is no directory may be of any size.
-        known, settings = loading.is_directory(self.experiment.policy), self.experiment.policy
-        policy = flops_per_token(huggingface.read_config(loading.policy_directory(settings))[0]) if known else np.nan
+        policy, per_token = self._flops()
         sampled = [line for lines in self.pool.values() for line in lines]
         mean = np.mean([line["meta"]["tokens"] for line in sampled])
         steps = np.mean([sum(m["role"] == "assistant" for m in line["messages"]) for line in sampled])
@@ -178,17 +240,20 @@ class Results:
         table["methods"]["policy"] = {"1": _cost(mean, 0, steps, policy, per_token)}
         for label in [*self.labels, "random"]:
             sizes = {}
-            for n, m in [*self.settings.beams, *((1, k) for k in self.settings.stepwise)]:
-                lines = [line for seed in self.guided(n, m, label) for line in seed]
+            for plan in self.plans:
+                lines, key = [line for seed in self.guided(plan, label) for line in seed], plan.cost_key
                 reward = 0.0 if label == "random" else np.mean([line["reward_tokens"] for line in lines])
                 generated = np.mean([line["policy_tokens"] for line in lines])
                 acted = np.mean([line["environment_steps"] for line in lines])
-                sizes[f"{n}x{m}"] = _cost(generated, reward, acted, policy, per_token)
-                sizes[f"{n}x{m}"]["duplicates_merged"] = float(
+                sizes[key] = _cost(generated, reward, acted, policy, per_token)
+                sizes[key]["duplicates_merged"] = float(
                     np.mean([line["merged"] / max(1, line["proposed"]) for line in lines])
                 )
-                sizes[f"{n}x{m}"]["failed"] = int(sum(line.get("failed", 0) for line in lines))
-                sizes[f"{n}x{m}"]["errors"] = int(sum(line["errors"] for line in lines))
+                if label != "random" and all("reward_encoded" in line for line in lines):
+                    encoded = np.mean([line["reward_encoded"] for line in lines])
+                    sizes[key]["reward_encoded_ratio"] = float(encoded / max(1.0, reward))
+                sizes[key]["failed"] = int(sum(line.get("failed", 0) for line in lines))
+                sizes[key]["errors"] = int(sum(line["errors"] for line in lines))
             table["methods"][label] = sizes
         return table
 
@@ -241,13 +306,14 @@ def write_results(state) -> Path:
         "training": results.training(),
         "data": results.data(),
         "compute": results.compute(),
+        "budget": results.budget(),
         "seconds": state.work.seconds(),
         "provenance": results.provenance(),
     }
     files.write_json(state.work / "results.json", files.without_nan(value))
     trees = []
     for path in sorted((state.work / "search").glob("*.jsonl")):
-        if path.name.startswith(("beam-", "stepwise-")):
+        if path.name.startswith(("beam-", "stepwise-", "diverse-", "mcts-")):
             trees += [line["tree"] for line in files.read_lines(path) if "tree" in line]
     files.write_atomic(state.work / "search/trees.json", json.dumps(trees, ensure_ascii=False))
     return state.work / "results.json"

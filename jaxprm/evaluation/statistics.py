@@ -99,7 +99,7 @@ def bootstrap(
     values, weights = np.atleast_2d(values), np.atleast_2d(weights)
     if values.ndim > 2 or np.any(weights < 0):
         raise ValueError(f"values {values.shape} must be [seeds, tasks] or [tasks], and no weight negative")
-    seed_counts, task_counts = _resamples(*values.shape, samples, seed)
+    seed_counts, task_counts = resamples(*values.shape, samples, seed)
 
     def mean(seeds: Array, tasks: Array) -> Array:
         total = np.sum(seeds @ weights * tasks, axis=-1)
@@ -140,7 +140,7 @@ def bootstrap_statistic(
         tasks: how many tasks the functions expect.
         n: the tasks to report, if some have no part in the statistic.
     """
-    seed_counts, task_counts = _resamples(len(statistics), tasks, samples, seed)
+    seed_counts, task_counts = resamples(len(statistics), tasks, samples, seed)
     draws = np.stack([statistic(task_counts) for statistic in statistics], axis=-1)  # [samples, seeds]
     point = np.array([statistic(np.ones((1, tasks)))[0] for statistic in statistics])
     return _estimate(
@@ -153,7 +153,7 @@ def bootstrap_statistic(
 
 # An evaluation asks for the same resamples dozens of times.
 @lru_cache(maxsize=1)
-def _resamples(seeds: int, tasks: int, samples: int, seed: int) -> tuple[Array, Array]:
+def resamples(seeds: int, tasks: int, samples: int, seed: int) -> tuple[Array, Array]:
     """How often each resample draws each seed [samples, seeds] and each task [samples, tasks]."""
     if not seeds or not tasks:
         raise ValueError(f"{seeds} seeds and {tasks} tasks: a bootstrap needs at least one of each")

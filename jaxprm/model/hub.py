@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from jaxprm.errors import UserError
@@ -18,11 +19,11 @@ _FILES = (
 _SUBFOLDERS = "*/*"
 
 
-def resolve(path_or_id: str | Path, *, what: str = "model") -> Path:
+def resolve(path_or_id: str | Path, *, what: str = "model", files: Sequence[str] = _FILES) -> Path:
     """The directory of a model: a local one as it is, "org/name" or "org/name@revision" from the hub or its cache.
 
-    Files are kept in the hub's cache (HF_HOME). With HF_HUB_OFFLINE=1, or without a network, only what is there is
-    found.
+    files: which of them are fetched, by name or pattern. They are kept in the hub's cache (HF_HOME). With
+    HF_HUB_OFFLINE=1, or without a network, only what is there is found.
 
     Raises UserError, one line that begins with `what`, where there is neither.
     """
@@ -32,7 +33,7 @@ def resolve(path_or_id: str | Path, *, what: str = "model") -> Path:
     named = _NAME.fullmatch(str(path_or_id))
     if path.exists() or not named:
         raise UserError(f"{what} {path}: no such directory; give one, or a name on the hub such as org/name")
-    return _download(named["name"], named["revision"], what)
+    return _download(named["name"], named["revision"], what, files)
 
 
 def name_of(directory: str | Path) -> str:
@@ -43,14 +44,14 @@ def name_of(directory: str | Path) -> str:
     return str(directory)
 
 
-def _download(name: str, revision: str | None, what: str) -> Path:
+def _download(name: str, revision: str | None, what: str, files: Sequence[str]) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
     shown = name if revision is None else f"{name}@{revision}"
     try:
         found = huggingface_hub.snapshot_download(
-            name, revision=revision, allow_patterns=list(_FILES), ignore_patterns=[_SUBFOLDERS]
+            name, revision=revision, allow_patterns=list(files), ignore_patterns=[_SUBFOLDERS]
         )
     except errors.GatedRepoError:
         reason = "its licence must be accepted on the hub; then set HF_TOKEN"

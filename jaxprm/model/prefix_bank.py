@@ -1,8 +1,9 @@
 """Keys and values of conversation prefixes, found again by their tokens: the one cache behind sampling and scoring.
 
 A conversation grows by a turn at a time, and search forks it. The bank holds one slot a prefix on the device; placing
-a longer prefix forks the slot of the longest prefix that is held and encodes only what is new. Slots are reused in
-order of last use; what was dropped is encoded again, which costs time and changes nothing.
+a longer prefix forks the slot that has most of it and encodes only what is new. Where the turn that was chosen has been
+scored before, its keys and values come from the ring of what was scored last, and only the observation is new. Slots
+are reused in order of last use; what was dropped is encoded again, which costs time, is counted, and changes nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,30 +21,93 @@ from flax import nnx
 from jaxprm.errors import UserError
 from jaxprm.model.transformer import Cache, TransformerConfig
 
-# Two widths, since each costs seconds of compilation: a turn, and a long prompt.
-CHUNK_WIDTHS = (64, 256)
-# Cached lengths compiled for: a call costs what its bucket costs, not what the longest episode would.
-CAPACITY_BUCKETS = (0, 192, 384, 640, 1024, 2048, 4096)
 # A call with few rows to fill is made this much smaller: the end of every search is.
 FEW = 4
 _HASH_BASE = np.uint64(0x9E3779B97F4A7C15)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "capacity"), donate_argnames=("bank",))
-def _extend(graph, parameters, bank: Cache, source, target, starts, tokens, counts, *, capacity: int) -> Cache:
+class Shapes(NamedTuple):
+    """Lengths in tokens that programs are compiled for, ascending: each costs seconds, and too few cost padding.
+
+    growth: what is appended to a prefix at once; packed: rows of continuations to score; kept: one continuation of
+    those, moved into its prefix; lengths: cached tokens read, so that a call costs what its own longest does.
+    """
+
+    growth: tuple[int, ...] = (64, 256)
+    packed: tuple[int, ...] = (64, 256)
+    kept: tuple[int, ...] = (64, 256)
+    lengths: tuple[int, ...] = (0, 192, 384, 640, 1024, 2048, 4096)
+
+
+class Ring(NamedTuple):
+    """Keys and values of the rows scored last: L arrays [N, K, W, E] each."""
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+
+    def write(self, rows: jax.Array, keys: Sequence[jax.Array], values: Sequence[jax.Array]) -> Ring:
+        """Puts chunks [R, K, T, E] a layer into `rows` [R]; a row out of range is dropped."""
+
+        def put(buffers, chunks):
+            pairs = zip(buffers, chunks, strict=True)
+            return tuple(b.at[rows, :, : c.shape[2]].set(c.astype(b.dtype), mode="drop") for b, c in pairs)
+
+        return Ring(put(self.keys, keys), put(self.values, values))
+
+    def read(self, rows: jax.Array, offsets: jax.Array, width: int) -> tuple[tuple[jax.Array, ...], ...]:
+        """(keys, values), [R, K, `width`, E] a layer, of the tokens of `rows` [R] from `offsets` [R] on."""
+        places = offsets[:, None] + jnp.arange(width)
+
+        def take(buffer):
+            return buffer.at[rows[:, None], :, places].get(mode="clip").swapaxes(1, 2)
+
+        return tuple(map(take, self.keys)), tuple(map(take, self.values))
+
+
+class Kept(NamedTuple):
+    """A scored continuation `tokens` of the first `base` tokens of a slot: in a row of the ring, from `offset` on."""
+
+    base: int
+    tokens: np.ndarray
+    row: int
+    offset: int
+
+
+class _Job(NamedTuple):
+    """`prefix` into slot `target`: its first `start` tokens from slot `source`, then what is kept, the rest is new."""
+
+    source: int
+    target: int
+    start: int
+    kept: Kept | None
+    prefix: np.ndarray
+
+    @property
+    def known(self) -> int:
+        return self.start + (len(self.kept.tokens) if self.kept else 0)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "capacity", "kept_width"), donate_argnames=("bank",))
+def _extend(
+    graph, parameters, bank: Cache, ring: Ring, source, target, starts, kept, tokens, counts, *, capacity, kept_width
+) -> Cache:
     """Encodes `counts[r]` of tokens [R, W] after the first `starts[r]` of slot `source[r]` into slot `target[r]`.
 
-    `capacity`, static, is no less than any start: what lies beyond it is neither read nor copied.
+    kept: int32 [3, R], ring rows, offsets and counts of what comes in between; kept_width, static, is no less than any
+    count, and 0 where nothing is kept. `capacity`, static, is no less than any start: what lies beyond it is neither
+    read nor copied.
     """
     trunk = nnx.merge(graph, parameters)
     width = tokens.shape[1]
-    rows = rows_of(bank, source, starts, capacity + width)
-    positions = starts[:, None] + jnp.arange(width)
+    rows = rows_of(bank, source, starts, capacity + kept_width + width)
+    if kept_width:
+        rows = rows.append(*ring.read(kept[0], kept[1], kept_width), kept[2])
+    positions = rows.lengths[:, None] + jnp.arange(width)
     segments = (jnp.arange(width) < counts[:, None]).astype(jnp.int32)
     output = trunk(tokens, positions, segments, (rows,), dtype=bank.keys[0].dtype)
     grown = rows.append(output.keys, output.values, counts)
 
-    filled = slice(capacity + width)
+    filled = slice(grown.capacity)
     keys = (b.at[target, :, :, filled].set(n, mode="drop") for b, n in zip(bank.keys, grown.keys, strict=True))
     values = (b.at[target, :, filled].set(n, mode="drop") for b, n in zip(bank.values, grown.values, strict=True))
     return Cache(tuple(keys), tuple(values), bank.lengths)
@@ -62,12 +126,18 @@ def rows_for(count: int, most: int) -> int:
     return few if count <= few else most
 
 
+def bucket(length: int, buckets: Sequence[int]) -> int:
+    """The smallest of ascending `buckets` that holds `length`; the last where none does."""
+    return next((one for one in buckets if length <= one), buckets[-1])
+
+
 class PrefixBank:
     """The bank of one model. Not thread-safe; nothing outside sees slots but through `place`.
 
-    slots: prefixes held at once; capacity: the longest prefix in tokens; rows: prefixes encoded at once;
-    dtype: what they are computed and kept in.
-    `tokens_encoded` counts what was computed, `tokens_reused` what was found.
+    slots: prefixes held at once; capacity: the longest prefix in tokens; rows: prefixes encoded at once; dtype: what
+    they are computed and kept in; ring: rows of scored continuations that are kept.
+    `tokens_encoded` counts what was computed and `slots_computed` the same with padding, `tokens_reused` what was
+    found, `tokens_again` what had been dropped among the computed.
     """
 
     def __init__(
@@ -80,110 +150,178 @@ class PrefixBank:
         capacity: int,
         rows: int,
         dtype: Any = jnp.float32,
+        shapes: Shapes = Shapes(),
+        ring: int = 0,
     ):
         self._graph, self._parameters = graph, parameters
-        self.capacity, self._rows = capacity, rows
-        # A chunk is written whole, so a slot has room for one chunk of padding past its end.
-        self.bank = Cache.empty(config, slots, capacity + CHUNK_WIDTHS[-1], dtype)
-        self._tokens: list[np.ndarray | None] = [None] * slots
-        self._keys: list[int] = [0] * slots
-        self._index: dict[int, int] = {}
+        self.slots, self.capacity, self.shapes, self._rows = slots, capacity, shapes, rows
+        # A chunk is written whole, so a slot has room for one of each kind past its end.
+        self.bank = Cache.empty(config, slots, capacity + shapes.growth[-1] + (shapes.kept[-1] if ring else 0), dtype)
+        shape = (ring, config.kv_heads, shapes.packed[-1], config.head_dim)
+        empty = tuple(jnp.zeros(shape, dtype) for _ in range(config.layers)) if ring else ()
+        self.ring, self._ring_rows = Ring(empty, tuple(map(jnp.copy, empty))), ring
+        self._ring_next = 0
+        self._ring_owner = np.full(ring, -1)
+        self._table = np.full((slots, capacity), -1, np.int32)
+        self._held = np.zeros(slots, np.int64)
+        self._kept: dict[int, list[Kept]] = {}
         self._order: OrderedDict[int, None] = OrderedDict.fromkeys(range(slots))
-        self.tokens_encoded = 0
-        self.tokens_reused = 0
+        self._dropped: dict[int, set[int]] = {}
+        self.tokens_encoded = self.tokens_reused = self.tokens_again = self.slots_computed = self.evictions = 0
 
     def bucket(self, length: int) -> int:
         """The capacity to compile for, where `length` cached tokens are read: few, as each costs a compilation."""
-        return next((bucket for bucket in CAPACITY_BUCKETS if length <= bucket <= self.capacity), self.capacity)
+        found = bucket(length, self.shapes.lengths)
+        return found if length <= found <= self.capacity else self.capacity
+
+    def buckets(self, longest: int) -> list[int]:
+        """Every capacity that prefixes of up to `longest` tokens are computed with."""
+        lengths = (*(length for length in self.shapes.lengths if length < longest), longest)
+        return sorted({self.bucket(length) for length in lengths})
+
+    def warm_up(self, longest: int) -> None:
+        """Compiles what `place` runs for prefixes of up to `longest` tokens; changes nothing that is held."""
+        for capacity in self.buckets(longest):
+            for width in self.shapes.growth:
+                most = self._rows_of(width)
+                for rows in {rows_for(1, most), most}:
+                    none, nowhere = np.zeros(rows, np.int32), np.full(rows, self.slots, np.int32)
+                    for kept_width in (0, *self.shapes.kept) if self._ring_rows and capacity else (0,):
+                        self.bank = _extend(
+                            self._graph, self._parameters, self.bank, self.ring, none, nowhere, none,
+                            np.zeros((3, rows), np.int32), np.zeros((rows, width), np.int32), none,
+                            capacity=capacity, kept_width=kept_width,
+                        )  # fmt: skip
 
     def place(self, prefixes: Sequence[np.ndarray]) -> np.ndarray:
-        """A slot for each prefix of tokens, int32 [T] each; equal prefixes share one. Holds until the next call.
+        """A slot that begins with each prefix of tokens, int32 [T] each. Holds until the next call.
 
         Twice as many slots as prefixes are always enough.
 
         Raises UserError for a prefix longer than the capacity.
         """
-        slots, pending, pinned = np.empty(len(prefixes), np.int32), {}, set()
-        for index, prefix in enumerate(prefixes):
+        for prefix in prefixes:
             if len(prefix) > self.capacity:
                 raise UserError(
                     f"a conversation of {len(prefix)} tokens is longer than the cache of {self.capacity}; "
                     "raise policy.max_tokens or shorten the episode"
                 )
-            name = prefix.tobytes()
-            if name in pending:
-                slots[index] = pending[name][1]
+        distinct = {prefix.tobytes(): prefix for prefix in prefixes}
+        found = {name: self._longest(prefix) for name, prefix in distinct.items()}
+        # All sources first: what one prefix is forked from must not make room for another.
+        pinned = {source for source, start, _ in found.values() if start}
+        for source in pinned:
+            self._order.move_to_end(source)
+        placed, jobs = {}, []
+        for name, prefix in distinct.items():
+            source, start, kept = found[name]
+            if start == len(prefix) > 0:
+                placed[name] = source
+                self.tokens_reused += start
                 continue
-            hashes = _prefix_hashes(prefix)
-            source, length = self._longest(prefix, hashes)
-            self.tokens_reused += length
-            if length == len(prefix) and length:
-                slots[index] = source
-                pinned.add(source)
-                self._order.move_to_end(source)
-                continue
-            if length:
-                pinned.add(source)
-            target = self._free(pinned, len(prefixes))
+            target = self._free(pinned, len(distinct))
             pinned.add(target)
-            slots[index] = target
-            pending[name] = (source, target, length, prefix)
-            self._keys[target] = int(hashes[-1]) if len(prefix) else 0
-        self._encode(list(pending.values()))
-        for _, target, _, prefix in pending.values():
-            self._tokens[target] = prefix
-            self._index[self._keys[target]] = target
-        return slots
+            placed[name] = target
+            jobs.append(job := _Job(source, target, start, kept, prefix))
+            self.tokens_reused += job.known
+            self.tokens_again += self._dropped_of(prefix, job.known)
+        self._encode(jobs)
+        for job in jobs:
+            self._held[job.target] = len(job.prefix)
+            self._table[job.target, : len(job.prefix)] = job.prefix
+        return np.asarray([placed[prefix.tobytes()] for prefix in prefixes], np.int32)
 
-    def _longest(self, prefix: np.ndarray, hashes: np.ndarray) -> tuple[int, int]:
-        """(slot, length) of the longest held prefix of `prefix`; length 0 if there is none."""
-        for length in range(len(prefix), 0, -1):
-            slot = self._index.get(int(hashes[length - 1]))
-            if slot is not None and np.array_equal(self._tokens[slot], prefix[:length]):
-                self._order.move_to_end(slot)
-                return slot, length
-        return 0, 0
+    def ring_rows(self, count: int) -> np.ndarray:
+        """`count` rows of the ring to write to; what was kept there is forgotten. Out of range where there is none."""
+        if count > self._ring_rows:
+            return np.full(count, self._ring_rows, np.int32)
+        rows = (self._ring_next + np.arange(count)) % self._ring_rows
+        self._ring_next = (self._ring_next + count) % self._ring_rows
+        for row in rows:
+            owner = self._ring_owner[row]
+            if owner in self._kept:
+                self._kept[owner] = [kept for kept in self._kept[owner] if kept.row != row]
+            self._ring_owner[row] = -1
+        return rows.astype(np.int32)
+
+    def keep(self, slot: int, kept: Kept) -> None:
+        """Remembers a continuation that was written to the ring, for as long as slot and row hold what they hold."""
+        if kept.row < self._ring_rows and len(kept.tokens) <= self.shapes.kept[-1]:
+            self._kept.setdefault(slot, []).append(kept)
+            self._ring_owner[kept.row] = slot
+
+    def _longest(self, prefix: np.ndarray) -> tuple[int, int, Kept | None]:
+        """(slot, length, kept) of what is held of `prefix`: tokens of a slot, and perhaps a continuation of them."""
+        same = self._table[:, : len(prefix)] == prefix
+        common = np.where(same.all(axis=1), len(prefix), np.argmin(same, axis=1)) if len(prefix) else self._held * 0
+        # Where two conversations part before a chunk's length, a fork saves less than another shape costs.
+        apart = (common < np.minimum(self._held, len(prefix))) & (common < self.shapes.growth[0])
+        common = np.where(apart, 0, common)
+        slot = int(common.argmax())
+        best, found = int(common[slot]), (slot, int(common[slot]), None)
+        for owner, some in self._kept.items():
+            for kept in some:
+                end = kept.base + len(kept.tokens)
+                fits = best < end <= len(prefix) and kept.base <= common[owner]
+                if fits and np.array_equal(prefix[kept.base : end], kept.tokens):
+                    best, found = end, (owner, kept.base, kept)
+        return found
 
     def _free(self, pinned: set[int], wanted: int) -> int:
         for slot in self._order:
             if slot not in pinned:
                 break
         else:
-            raise UserError(f"the cache has {len(self._tokens)} slots, too few for {wanted} prefixes at once")
-        if self._tokens[slot] is not None:
-            if self._index.get(self._keys[slot]) == slot:
-                del self._index[self._keys[slot]]
-            self._tokens[slot] = None
+            raise UserError(f"the cache has {self.slots} slots, too few for {wanted} prefixes at once")
+        if length := int(self._held[slot]):
+            self.evictions += 1
+            self._dropped.setdefault(length, set()).add(int(_prefix_hashes(self._table[slot, :length])[-1]))
+        self._table[slot], self._held[slot] = -1, 0
+        self._kept.pop(slot, None)
         self._order.move_to_end(slot)
         return slot
 
-    def _encode(self, jobs: list[tuple[int, int, int, np.ndarray]]) -> None:
+    def _dropped_of(self, prefix: np.ndarray, known: int) -> int:
+        """Tokens of `prefix` after the first `known` that a dropped slot held."""
+        hashes = _prefix_hashes(prefix)
+        lengths = (length for length in self._dropped if known < length <= len(prefix))
+        dropped = (length - known for length in lengths if int(hashes[length - 1]) in self._dropped[length])
+        return max(dropped, default=0)
+
+    def _rows_of(self, width: int) -> int:
+        # Long chunks go a few rows at a time, so that all shapes do about the same work.
+        return max(1, self._rows * self.shapes.growth[0] // width)
+
+    def _encode(self, jobs: list[_Job]) -> None:
         """Forks and extends, `rows` jobs at a time, alike lengths together; long rests take several chunks."""
+        widths = self.shapes.growth
         while jobs:
-            jobs.sort(key=lambda job: len(job[3]) - job[2])
-            longest = len(jobs[-1][3]) - jobs[-1][2]
-            width = next((w for w in CHUNK_WIDTHS if longest <= w), CHUNK_WIDTHS[-1])
-            # Long chunks go a few rows at a time, so that the two shapes do about the same work.
-            rows = rows_for(len(jobs), max(1, self._rows * CHUNK_WIDTHS[0] // width))
+            jobs.sort(key=lambda job: len(job.prefix) - job.known)
+            width = bucket(len(jobs[-1].prefix) - jobs[-1].known, widths)
+            rows = rows_for(len(jobs), self._rows_of(width))
             now, jobs = jobs[-rows:], jobs[:-rows]
-            source, target = np.zeros(rows, np.int32), np.full(rows, len(self._tokens), np.int32)
-            starts, counts = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+            source, starts, counts = np.zeros((3, rows), np.int32)
+            target, kept = np.full(rows, self.slots, np.int32), np.zeros((3, rows), np.int32)
             tokens = np.zeros((rows, width), np.int32)
-            for row, (slot, new, length, prefix) in enumerate(now):
-                chunk = prefix[length : length + width]
-                source[row], target[row], starts[row], counts[row] = slot, new, length, len(chunk)
+            for row, job in enumerate(now):
+                chunk = job.prefix[job.known : job.known + width]
+                source[row], target[row], starts[row], counts[row] = job.source, job.target, job.start, len(chunk)
                 tokens[row, : len(chunk)] = chunk
-                if length + len(chunk) < len(prefix):
-                    jobs.append((new, new, length + len(chunk), prefix))
+                if job.kept:
+                    kept[:, row] = job.kept.row, job.kept.offset, len(job.kept.tokens)
+                if (end := job.known + len(chunk)) < len(job.prefix):
+                    jobs.append(_Job(job.target, job.target, end, None, job.prefix))
+            longest = int(kept[2].max())
             self.bank = _extend(
-                self._graph, self._parameters, self.bank, source, target, starts, tokens, counts,
-                capacity=self.bucket(int(starts.max())),
-            )
+                self._graph, self._parameters, self.bank, self.ring, source, target, starts, kept, tokens, counts,
+                capacity=self.bucket(int(starts.max())), kept_width=bucket(longest, self.shapes.kept) if longest else 0,
+            )  # fmt: skip
             self.tokens_encoded += int(counts.sum())
+            self.slots_computed += rows * width
 
 
 def _prefix_hashes(tokens: np.ndarray) -> np.ndarray:
-    """A 64-bit hash of every prefix of `tokens`, [T]; a match is confirmed by comparing tokens."""
+    """A 64-bit hash of every prefix of `tokens`, [T]."""
     with np.errstate(over="ignore"):
         powers = np.cumprod(np.full(len(tokens), _HASH_BASE, np.uint64))
         mixed = (np.asarray(tokens, np.uint64) + np.uint64(1)) * powers

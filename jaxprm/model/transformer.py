@@ -106,9 +106,10 @@ class TransformerConfig:
 
 
 class Cache(NamedTuple):
-    """Keys and values of a shared prefix, one array a layer, and how much of them is filled.
+    """Keys and values of shared prefixes, one array a layer, and how much of them is filled.
 
-    keys: L arrays [B, K, E, C], values: L arrays [B, K, C, E]; lengths: int32 [B], positions 0..length-1 are filled.
+    keys: L arrays [G, K, E, C], values: L arrays [G, K, C, E]; lengths: int32 [G], positions 0..length-1 are filled.
+    G is B, or a part of it: a row serves B / G consecutive rows of the tokens that read it.
     With tokens last, a query's scores are sums of whole rows: five times faster on a CPU than the other way round.
     """
 
@@ -211,33 +212,43 @@ def attention(query, keys, values, mask, cached=()) -> jax.Array:
     """Grouped-query attention over cached tokens and a chunk.
 
     query [B, H, T, E]; keys, values [B, K, S, E]; mask [B, T, S];
-    cached: blocks of (keys [B, K, E, C], values [B, K, C, E], filled bool [B, C]). Returns [B, H, T, E].
+    cached: blocks of (keys [G, K, E, C], values [G, K, C, E], filled bool [G, C]), where a cached row serves B / G
+    consecutive rows of the chunk and is read once for all of them. Returns [B, H, T, E].
     Blocks keep their places: no cache is copied.
     """
     batch, heads, length, head_dim = query_shape = query.shape
     kv_heads = keys.shape[1]
     query = query.reshape(batch, kv_heads, heads // kv_heads * length, head_dim) * (head_dim**-0.5)
 
-    def scores_against(these, allowed):
-        scores = jnp.einsum("bkxe,bkes->bkxs", query, these, preferred_element_type=jnp.float32)
-        scores = scores.reshape(batch, kv_heads, heads // kv_heads, length, -1)
-        return jnp.where(allowed, scores, -1e30)
+    def gather(x, rows):  # [B, K, X, .] -> [G, K, B / G * X, .]
+        if rows == batch:
+            return x
+        return x.reshape(rows, batch // rows, *x.shape[1:]).swapaxes(1, 2).reshape(rows, kv_heads, -1, x.shape[-1])
 
-    blocks = [*cached, (keys.swapaxes(2, 3), values, None)]
-    scores = [
-        scores_against(these, mask[:, None, None] if filled is None else filled[:, None, None, None])
-        for these, _, filled in blocks
-    ]
+    def spread(x):  # and back
+        if len(x) == batch:
+            return x
+        x = x.reshape(len(x), kv_heads, batch // len(x), -1, x.shape[-1])
+        return x.swapaxes(1, 2).reshape(batch, kv_heads, -1, x.shape[-1])
+
+    def scores_against(these, allowed):
+        scores = jnp.einsum("gkxe,gkes->gkxs", gather(query, len(these)), these, preferred_element_type=jnp.float32)
+        if allowed.ndim == 2:
+            return jnp.where(allowed[:, None, None], scores, -1e30)
+        whole = scores.reshape(batch, kv_heads, heads // kv_heads, length, -1)
+        return jnp.where(allowed[:, None, None], whole, -1e30).reshape(scores.shape)
+
+    blocks = [*(block for block in cached if block[1].shape[2]), (keys.swapaxes(2, 3), values, mask)]
+    scores = [scores_against(these, allowed) for these, _, allowed in blocks]
     # One softmax over all blocks, each in its place: joining them would copy the scores.
-    peaks = [block.max(axis=-1, keepdims=True) for block in scores]
+    peaks = [spread(block.max(axis=-1, keepdims=True)) for block in scores]
     peak = jax.lax.stop_gradient(functools.reduce(jnp.maximum, peaks))
-    weights = [jnp.exp(block - peak) for block in scores]
-    total = sum(block.sum(axis=-1, keepdims=True) for block in weights)
+    weights = [jnp.exp(block - gather(peak, len(block))) for block in scores]
+    total = sum(spread(block.sum(axis=-1, keepdims=True)) for block in weights)
     mixed = sum(
-        block.astype(those.dtype).reshape(batch, kv_heads, heads // kv_heads * length, -1) @ those
-        for block, (_, those, _) in zip(weights, blocks, strict=True)
+        spread(block.astype(those.dtype) @ those) for block, (_, those, _) in zip(weights, blocks, strict=True)
     )
-    return (mixed.reshape((*total.shape[:-1], head_dim)) / total).astype(values.dtype).reshape(query_shape)
+    return (mixed / total).astype(values.dtype).reshape(query_shape)
 
 
 def packed_attention(query, keys, values, segments) -> jax.Array:
@@ -375,7 +386,8 @@ class Transformer(nnx.Module):
         """Hidden states of every token.
 
         tokens, positions, segments: int32 [B, T]. Tokens read the tokens of their own segment at or before them
-        and the filled part of their row of every cache: a prefix, say, and what was generated after it. The caches
+        and the filled part of their row of every cache: a prefix, say, and what was generated after it. A cache of
+        fewer rows, a divisor of B, is shared: each of its rows by the same number of consecutive ones. The caches
         are not changed: `Cache.append` keeps what the caller wants kept. `compute` is for passes without caches, and
         says the dtype too; so are `adapters`, as for a Block but stacked on a layer axis.
         """

@@ -23,20 +23,23 @@ from jaxprm.policies.protocol import Action, DrawKey, State, candidate_seed, dra
 
 # Half of the states each, side by side: one call does not fill two cores, and an accelerator queues them.
 LANES = 2
+# Candidates of one state that read one copy of its prefix. A second number would be a second compilation.
+SHARED = 4
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "end_id", "steps", "capacity"))
 def _generate(
     graph, parameters, bank, slots, lengths, last, keys, active, temperature, banned, *, end_id, steps, capacity
 ):
-    """Samples up to `steps` tokens after `last` [R] in a copy of `slots` [R].
+    """Samples up to `steps` tokens after `last` [R], each R / G rows after a copy of one of `slots` [G].
 
-    keys: uint32 [R, 2]; active: bool [R], rows to fill; banned: bool [V], never sampled. Returns (tokens int32
-    [R, steps], counts [R], ended bool [R], log probabilities [R]); the end token counts as generated. Log probabilities
-    are the model's own, at temperature 1.
+    lengths: int32 [G], filled of the slots; keys: uint32 [R, 2]; active: bool [R], rows to fill; banned: bool [V],
+    never sampled. Returns (tokens int32 [R, steps], counts [R], ended bool [R], log probabilities [R]); the end token
+    counts as generated. Log probabilities are the model's own, at temperature 1.
     """
     model = nnx.merge(graph, parameters)
-    rows, few = slots.shape[0], max(1, slots.shape[0] // FEW)
+    rows, few = len(last), max(1, len(last) // FEW)
+    shared = rows // len(slots)
 
     def draw(logits, keys, step):
         # Inverse transform: one uniform number a row, not one a vocabulary entry.
@@ -53,7 +56,7 @@ def _generate(
         """Advances the rows until no more than `until` are open: (state, step)."""
         # The prefix stays outside the loop's state: what a loop carries, it may copy at every step.
         prefix = rows_of(bank, given["slots"], given["lengths"], capacity)
-        ones = jnp.ones((len(given["slots"]), 1), jnp.int32)
+        ones = jnp.ones((len(given["starts"]), 1), jnp.int32)
 
         def more(carry):
             state, step = carry
@@ -62,7 +65,7 @@ def _generate(
         def advance(carry):
             state, step = carry
             turn, is_open = state["turn"], state["open"]
-            positions = (given["lengths"] + turn.lengths)[:, None]
+            positions = (given["starts"] + turn.lengths)[:, None]
             output = model(state["last"][:, None], positions, ones, (prefix, turn))
             logits = jnp.where(banned, -jnp.inf, model.logits(output.hidden[:, 0]))
             token, log_probability = draw(logits, given["keys"], step)
@@ -79,7 +82,12 @@ def _generate(
 
         return jax.lax.while_loop(more, advance, (state, step))
 
-    given = {"slots": slots, "lengths": lengths, "keys": jax.vmap(jax.random.wrap_key_data)(keys)}
+    given = {
+        "slots": slots,
+        "lengths": lengths,
+        "starts": jnp.repeat(lengths, shared),
+        "keys": jax.vmap(jax.random.wrap_key_data)(keys),
+    }
     state = {
         "turn": Cache.empty(model.config, rows, steps + 1),
         "last": last,
@@ -91,6 +99,7 @@ def _generate(
     state, step = sample(given, state, 0, few)
     # The longest turns end among themselves. Where fewer are left than fit, row 0 stands in, and stays what it is.
     rest = jnp.nonzero(state["open"], size=few, fill_value=0)[0]
+    given = given | {"slots": jnp.repeat(slots, shared), "lengths": given["starts"]}
     given, ended = jax.tree.map(lambda leaf: leaf[rest], (given, state))
     ended, _ = sample(given, ended, step, 0)
     done = {name: state[name].at[rest].set(ended[name]) for name in ("tokens", "counts", "open", "log_probability")}
@@ -109,12 +118,14 @@ class LanguageModelPolicy:
         self._parameters, self._encoder, self._seed = parameters, encoder, seed
         self._in_flight = settings.in_flight
         self._rows = -(-settings.in_flight // LANES)
+        self._shared = SHARED if self._rows % SHARED == 0 else 1
         self._lanes = ThreadPoolExecutor(LANES, thread_name_prefix="sample")
         self._steps = settings.max_action_tokens
         self.max_tokens = settings.max_tokens
         self._bank = PrefixBank(
-            self._graph, parameters, config, slots=2 * self._in_flight, capacity=self.max_tokens, rows=self._in_flight
-        )
+            self._graph, parameters, config,
+            slots=2 * LANES * self._rows, capacity=self.max_tokens, rows=self._in_flight,
+        )  # fmt: skip
         self._memory: dict[DrawKey, Action] = {}
         # A turn can end, but not open another message or be padding.
         self._banned = np.zeros(config.vocab_size, bool)
@@ -137,37 +148,57 @@ class LanguageModelPolicy:
         keys = draw_keys(states, n, temperature)
         pairs = zip(states, keys, strict=True)
         wanted = {key: state for state, row in pairs for key in row if key not in self._memory}
-        jobs = []
+        jobs, prompts = [], {}
         for key, state in wanted.items():
-            tokens = np.asarray(self._encoder.prompt(state.messages), np.int32)
+            if (name := key[1]) not in prompts:
+                prompts[name] = np.asarray(self._encoder.prompt(state.messages), np.int32)
+            tokens = prompts[name]
             if len(tokens) + self._steps > self.max_tokens:
                 self._memory[key] = Action("", 0, None, "length")
             else:
                 jobs.append((key, tokens))
-        jobs.sort(key=lambda job: len(job[1]))
-        for start in range(0, len(jobs), self._in_flight):
-            self._sample(jobs[start : start + self._in_flight], temperature)
+        self._sample_all(jobs, temperature)
         return [[self._memory[key] for key in row] for row in keys]
 
     def count_tokens(self, messages: Sequence[dict]) -> int:
         """Length of a conversation, with the opening of the next assistant turn."""
         return len(self._encoder.prompt(messages))
 
-    def _sample(self, jobs: list, temperature: float) -> None:
+    def _sample_all(self, jobs: list, temperature: float) -> None:
+        """Jobs (key, tokens), those of one prefix in groups as far as they fill groups, alike lengths together."""
+        of_prefix: dict[bytes, list] = {}
+        for job in jobs:
+            of_prefix.setdefault(job[1].tobytes(), []).append(job)
+        groups: dict[int, list[list]] = {self._shared: [], 1: []}
+        for some in of_prefix.values():
+            # A place left empty costs what a filled one does: a rest goes together only where it nearly fills a group.
+            together = (len(some) + 1) // self._shared * self._shared if self._shared > 1 else 0
+            groups[self._shared] += [some[at : at + self._shared] for at in range(0, together, self._shared)]
+            groups[1] += [[job] for job in some[together:]]
+        for size, found in groups.items():
+            found.sort(key=lambda group: len(group[0][1]))
+            at_once = self._rows // size * LANES
+            for start in range(0, len(found), at_once):
+                self._sample(found[start : start + at_once], size, temperature)
+
+    def _sample(self, groups: list[list], size: int, temperature: float) -> None:
         # The last token is fed to the decoder: its output is the first distribution to draw from.
-        slots = self._bank.place([tokens[:-1] for _, tokens in jobs])
-        lanes = [slice(start, start + self._rows) for start in range(0, len(jobs), self._rows)]
-        for _ in self._lanes.map(lambda lane: self._sample_lane(jobs[lane], slots[lane], temperature), lanes):
+        slots = self._bank.place([group[0][1][:-1] for group in groups])
+        each = self._rows // size
+        lanes = [slice(start, start + each) for start in range(0, len(groups), each)]
+        for _ in self._lanes.map(lambda lane: self._sample_lane(groups[lane], size, slots[lane], temperature), lanes):
             pass
 
-    def _sample_lane(self, jobs: list, placed: np.ndarray, temperature: float) -> None:
-        rows, count = self._rows, len(jobs)
-        slots, lengths, last = np.zeros(rows, np.int32), np.zeros(rows, np.int32), np.zeros(rows, np.int32)
-        seeds = np.zeros((rows, 2), np.uint32)
-        slots[:count] = placed
-        for row, ((task, name, index, _), tokens) in enumerate(jobs):
-            lengths[row], last[row] = len(tokens) - 1, tokens[-1]
-            seeds[row] = candidate_seed(self._seed, task, name, index)
+    def _sample_lane(self, groups: list[list], size: int, placed: np.ndarray, temperature: float) -> None:
+        rows = self._rows
+        slots, lengths = np.zeros((2, rows // size), np.int32)
+        last, active, seeds = np.zeros(rows, np.int32), np.zeros(rows, bool), np.zeros((rows, 2), np.uint32)
+        jobs: dict[int, Any] = {}
+        for number, group in enumerate(groups):
+            slots[number], lengths[number] = placed[number], len(group[0][1]) - 1
+            for row, (key, tokens) in enumerate(group, start=number * size):
+                jobs[row], active[row], last[row] = key, True, tokens[-1]
+                seeds[row] = candidate_seed(self._seed, *key[:3])
         tokens, counts, ended, log_probabilities = jax.device_get(
             _generate(
                 self._graph,
@@ -177,7 +208,7 @@ class LanguageModelPolicy:
                 lengths,
                 last,
                 seeds,
-                np.arange(rows) < count,
+                active,
                 np.float32(temperature),
                 self._banned,
                 end_id=self._encoder.end_id,
@@ -185,12 +216,12 @@ class LanguageModelPolicy:
                 capacity=self._bank.bucket(int(lengths.max())),
             )
         )
-        for row, (key, _) in enumerate(jobs):
+        for row, key in jobs.items():
             ids = tokens[row, : counts[row] - int(ended[row])].tolist()
             stop = "end" if ended[row] else "length"
             self._memory[key] = Action(self._text(ids), int(counts[row]), float(log_probabilities[row]), stop)
         with self._lock:
-            self.generated += int(counts[:count].sum())
+            self.generated += int(counts[active].sum())
 
     def _text(self, ids: list[int]) -> str:
         text = self._encoder.decode(ids)

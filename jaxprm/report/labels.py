@@ -81,6 +81,9 @@ def name(label: str) -> str:
     return look(label).name
 
 
+_SEARCHES = ("beam", "best_of_n", "prefix_best_of_n", "stepwise", "diverse", "mcts")
+
+
 def search_name(at: str) -> str:
     """A search in words: "beam/4x4" -> "beam 4×4", "best_of_n 16" -> "best of 16", anything else unchanged."""
     kind, size = split_search(at)
@@ -92,6 +95,8 @@ def search_name(at: str) -> str:
         "best_of_n": f"best of {readable}",
         "prefix_best_of_n": f"best of {readable} prefixes",
         "stepwise": f"step-wise best of {readable}",
+        "diverse": f"diverse beam {readable}",
+        "mcts": f"tree search {readable}",
     }
     return forms.get(kind, at)
 
@@ -106,7 +111,7 @@ def split_search(at: str) -> tuple[str, str]:
     words = at.replace("/", " ").replace(":", " ").replace("@", " ").split()
     if len(words) == 1 and "x" in words[0] and words[0].replace("x", "").isdigit():
         return "beam", words[0]
-    if len(words) == 2 and words[0] in ("beam", "best_of_n", "prefix_best_of_n", "stepwise"):
+    if len(words) == 2 and words[0] in _SEARCHES:
         return words[0], words[1]
     return "", at
 

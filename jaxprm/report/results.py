@@ -12,7 +12,9 @@ import msgspec
 from jaxprm.errors import UserError
 
 T = TypeVar("T")
-SEARCHES = ("best_of_n", "prefix_best_of_n", "stepwise", "beam")
+AGGREGATED = tuple(f"best_of_n_{how}" for how in ("mean", "min", "max", "product", "sum"))
+TREE_SEARCHES = ("diverse", "mcts")
+SEARCHES = ("best_of_n", "prefix_best_of_n", "stepwise", "beam", *TREE_SEARCHES, *AGGREGATED)
 
 
 class Estimate(msgspec.Struct, frozen=True):
@@ -50,6 +52,36 @@ class Paired(msgspec.Struct, frozen=True):
         return Estimate(self.mean, self.low, self.high, self.n)
 
 
+class EqualBudget(msgspec.Struct, frozen=True):
+    """A search, and best of the n trajectories that cost as much."""
+
+    label: str
+    at: str
+    unit: str
+    n: float
+    capped: bool = False
+    searched: Estimate | None = None
+    best_of_n: Estimate | None = None
+    difference: Estimate | None = None
+
+
+class NeededBudget(msgspec.Struct, frozen=True):
+    """How many times less budget a needs to reach the best-of-`at` of b; 0 where it does not."""
+
+    a: str
+    b: str
+    at: int
+    mean: float | None = None
+    low: float | None = None
+    high: float | None = None
+    reached: float | None = None
+
+
+class Budget(msgspec.Struct, frozen=True):
+    equal: list[EqualBudget] = []
+    needed: list[NeededBudget] = []
+
+
 class DepthRow(msgspec.Struct, frozen=True):
     depth: float
     success: Estimate | None = None
@@ -79,6 +111,7 @@ class Results(msgspec.Struct, frozen=True):
     validation: dict[str, Any] = {}
     training: dict[str, dict[str, list[dict[str, float | None]]]] = {}
     compute: Any = None
+    budget: Budget = Budget()
     seconds: dict[str, Any] = {}
     data: Any = None
     provenance: Any = None

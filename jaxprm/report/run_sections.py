@@ -11,7 +11,7 @@ import msgspec
 from jaxprm.report import html, panels
 from jaxprm.report.blocks import BAND, figure, level_words, panel_sample, section, side
 from jaxprm.report.labels import duration, search_name
-from jaxprm.report.results import Results, is_number
+from jaxprm.report.results import Budget, Results, is_number
 
 FOLD_ROWS = 10
 SHORT_TEXT = 60
@@ -28,7 +28,41 @@ def cost(results: Results) -> str:
         )
         drawn = figure(spent, "cost", words, titled=False)
     body = side(drawn, _seconds_table(results.seconds)) + _compute_table(results.compute)
+    body += _equal_table(results.budget) + _needed_table(results.budget)
     return section("cost", "What it cost", "Counted, not estimated.", body) if body else ""
+
+
+def _equal_table(budget: Budget) -> str:
+    """Each search beside the best-of-N that costs as much, in tokens, and in FLOPs where they differ from those."""
+    rows = [
+        [
+            f'{html.method(row.label)} <span class="how">{escape(search_name(row.at))}</span>',
+            row.unit,
+            html.data(row.n, f"{'more than ' if row.capped else ''}{row.n:.1f}"),
+            html.share(row.searched),
+            html.share(row.best_of_n),
+            html.difference(row.difference),
+        ]
+        for row in budget.equal
+    ]
+    if not rows:
+        return ""
+    heads = ["Search", "Equal", "Pays for best of", "Search", "Best of N", "Difference"]
+    table = html.table(heads, rows, caption="Searches against best-of-N by the final step, at equal cost")
+    return html.fold(f"At equal budgets, {len(rows)} comparisons", table) if len(rows) > FOLD_ROWS else table
+
+
+def _needed_table(budget: Budget) -> str:
+    rows = []
+    for row in budget.needed:
+        if row.mean is None:
+            continue
+        ratio = html.data(row.mean, f"{row.mean:.2f}" if row.mean else "does not")
+        if row.low is not None and row.high is not None:
+            ratio += f' <span class="interval">[{row.low:.2f}, {row.high:.2f}]</span>'
+        rows.append([html.method(row.a), f"{html.method(row.b)} best of {row.at}", ratio])
+    caption = "How many times less budget best-of-N needs to reach another's score; 0 where it does not in the pool"
+    return html.table(["Best of N by", "reaches", "at a budget smaller by"], rows, caption=caption) if rows else ""
 
 
 def _compute_table(compute: Any) -> str:

@@ -5,14 +5,14 @@ Each function returns its HTML, or an empty string where nothing was measured.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html import escape
 
 from jaxprm.report import html, panels
 from jaxprm.report.blocks import BAND, figure, level_words, panel_sample, sample_words, section, side
 from jaxprm.report.headline import headline
 from jaxprm.report.labels import ALIASES, look, name, plural, search_name, size_name, split_search
-from jaxprm.report.results import Estimate, Paired, Results, size_key
+from jaxprm.report.results import AGGREGATED, TREE_SEARCHES, Estimate, Paired, Results, size_key
 
 AXIS_STEP = 0.2
 MIN_REACH = 0.05
@@ -109,7 +109,27 @@ def scaling(results: Results) -> str:
     if results.oracle_curve():
         words += " The oracle counts a task when any of the N succeeds: no choice can do better."
     intro = "How success grows with the number of candidates to choose from."
-    return section("scaling", "More samples to choose from", intro, figure(found, "scaling", words))
+    body = figure(found, "scaling", words)
+    body += _size_table(results, AGGREGATED, "Best of N by other scores of a trajectory than its final step's")
+    body += _size_table(results, TREE_SEARCHES, "Diverse beams, and tree search by simulations x actions")
+    return section("scaling", "More samples to choose from", intro, body)
+
+
+def _size_table(results: Results, searches: Sequence[str], caption: str) -> str:
+    """A row for each label and search that was measured, a column for each size."""
+    curves = {(label, search): results.curve(label, search) for label in results.methods for search in searches}
+    curves = {key: curve for key, curve in curves.items() if curve}
+    if not curves:
+        return ""
+    sizes = sorted({size for curve in curves.values() for size in curve}, key=size_key)
+    rows = [
+        [
+            f'{html.method(label)} <span class="how">{escape(search.removeprefix("best_of_n_"))}</span>',
+            *(html.share(curve.get(size)) for size in sizes),
+        ]
+        for (label, search), curve in curves.items()
+    ]
+    return html.table(["Method", *map(size_name, sizes)], rows, caption=caption)
 
 
 def pairs(results: Results) -> str:

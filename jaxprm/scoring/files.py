@@ -20,7 +20,8 @@ from jaxprm import files
 from jaxprm.errors import UserError
 from jaxprm.progress import bar
 from jaxprm.scoring import loading
-from jaxprm.scoring.scorer import Scorer, bucket_of
+from jaxprm.scoring.engine import bucket_of
+from jaxprm.scoring.scorer import Scorer
 
 FORMAT = 1
 

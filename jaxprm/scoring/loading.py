@@ -69,6 +69,12 @@ def _described(checkpoint: Path) -> Path:
             f"checkpoint {checkpoint}: {files_of(checkpoint)} is missing, which tells what it is a checkpoint of; "
             "give the training's output with all that is in it, or its finished model"
         )
+    trainable = read_recipe(checkpoint).get("config", {}).get("trainable", "full")
+    if trainable != "full":
+        raise UserError(
+            f"checkpoint {checkpoint}: of a training with trainable = {trainable!r}, it holds the part of the model "
+            "that is trained and not the rest; let the training end, and give its output's model"
+        )
     return checkpoint
 
 

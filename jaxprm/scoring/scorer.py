@@ -1,55 +1,31 @@
-"""Promise of every step, jitted in a few fixed shapes: finished trajectories in one pass, candidates after a cache.
-
-A number does not depend on what else is in the batch: a row reads nothing but itself, and its shape follows from its
-own length alone.
-"""
+"""Promise of every step of conversations: finished ones in one pass, candidates after what is known of their state."""
 
 from __future__ import annotations
 
-import functools
 import json
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from data_pipeline.encode import Encoder
-from jaxprm.errors import UserError
-from jaxprm.model import huggingface
-from jaxprm.model.prefix_bank import PrefixBank, rows_for, rows_of
+from jaxprm.model.prefix_bank import Shapes, bucket
 from jaxprm.policies.protocol import prefix_hash
+from jaxprm.scoring.engine import CACHE_BYTES, LENGTH_BUCKETS, Engine
 
-LENGTH_BUCKETS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
-TOKENS_A_CALL = 8192
-CANDIDATE_WIDTHS = (64, 256)
-
-
-@functools.partial(jax.jit, static_argnames=("graph", "dtype"))
-def _values_of_rows(graph, parameters, tokens, counts, dtype):
-    """Values [B, T] of every token of rows [B, T], of which the first counts [B] are real."""
-    model = nnx.merge(graph, parameters)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    segments = (positions < counts[:, None]).astype(jnp.int32)
-    return model.value(model.transformer(tokens, positions, segments, dtype=dtype).hidden)
-
-
-@functools.partial(jax.jit, static_argnames=("graph", "capacity"))
-def _values_after(graph, parameters, bank, slots, lengths, tokens, positions, segments, capacity):
-    """Values [R, W] of packed candidates, each after its row's cached prefix and blind to its neighbours."""
-    model = nnx.merge(graph, parameters)
-    cache, dtype = rows_of(bank, slots, lengths, capacity), bank.keys[0].dtype
-    return model.value(model.transformer(tokens, lengths[:, None] + positions, segments, (cache,), dtype=dtype).hidden)
+# Rows of what follows a shared prompt; a conversation goes into the narrowest that holds it.
+FINISHED_WIDTHS = (128, 256, 512, 1024)
 
 
 class Scorer:
     """A reward model ready to score.
 
-    rows: prefixes held and candidates scored at once; max_tokens: the longest conversation for `score_actions`; dtype:
-    "float32" or "bfloat16", of the arithmetic, whatever the parameters are kept in.
-    `usage` counts tokens encoded; scores are remembered by conversation and candidate.
+    rows: candidates' rows computed at once; max_tokens: the longest conversation for `score_actions`; dtype:
+    "float32" or "bfloat16", of the arithmetic, whatever the parameters are kept in; cache_bytes: memory for
+    conversations that may go on; shapes: lengths to compile for.
+    `usage` counts tokens, see Engine; scores are remembered by conversation and candidate.
     """
 
     def __init__(
@@ -61,23 +37,20 @@ class Scorer:
         rows: int = 64,
         max_tokens: int = 1024,
         dtype: str = "float32",
+        cache_bytes: int = CACHE_BYTES,
+        shapes: Shapes = Shapes(),
     ):
-        self.config, self.encoder, self.max_tokens, self._dtype = config, encoder, max_tokens, jnp.dtype(dtype)
-        self._graph, self._parameters = huggingface.reward_model_graph(config), parameters
-        self._rows = rows
-        self._bank: PrefixBank | None = None
+        self.config, self.parameters, self.encoder, self.max_tokens = config, parameters, encoder, max_tokens
+        self.engine = Engine(
+            config, parameters, rows=rows, max_tokens=max_tokens, shapes=shapes, cache_bytes=cache_bytes,
+            dtype=jnp.dtype(dtype),
+        )  # fmt: skip
         self._memory: dict[tuple[str, str], float] = {}
-        self._encoded = 0
-
-    @property
-    def parameters(self) -> Any:
-        """As they were given."""
-        return self._parameters
 
     @property
     def usage(self) -> dict[str, int]:
-        """Tokens encoded so far, padding not counted."""
-        return {"encoded": self._encoded + (self._bank.tokens_encoded if self._bank else 0)}
+        """Tokens so far, padding not counted, and more: see Engine.usage."""
+        return self.engine.usage
 
     def score(
         self, trajectories: Sequence[Sequence], *, tools: Sequence | None = None, rows: Sequence[str] | None = None
@@ -95,24 +68,31 @@ class Scorer:
         return self.score_encoded(encoded, names)
 
     def score_encoded(self, encoded: Sequence, names: Sequence[str]) -> list[np.ndarray]:
-        """As `score`, for conversations that are encoded already."""
-        buckets: dict[int, list[int]] = {}
-        for index, (one, name) in enumerate(zip(encoded, names, strict=True)):
-            buckets.setdefault(bucket_of(len(one.tokens), name), []).append(index)
-        values: list[np.ndarray] = [np.empty(0, np.float32)] * len(encoded)
-        for bucket, indices in sorted(buckets.items()):
-            rows = max(1, TOKENS_A_CALL // bucket)
-            for start in range(0, len(indices), rows):
-                chunk = indices[start : start + rows]
-                tokens, counts = np.zeros((rows, bucket), np.int32), np.zeros(rows, np.int32)
-                for row, index in enumerate(chunk):
-                    counts[row] = len(encoded[index].tokens)
-                    tokens[row, : counts[row]] = encoded[index].tokens
-                result = np.asarray(_values_of_rows(self._graph, self._parameters, tokens, counts, self._dtype))
-                self._encoded += int(counts.sum())
-                for row, index in enumerate(chunk):
-                    values[index] = result[row, encoded[index].read_positions]
-        return values
+        """As `score`, for conversations that are encoded already.
+
+        A prompt that several share is encoded once, where their rows are narrower without it.
+        """
+        prompts = [one.tokens[: one.state_positions[0] + 1] for one in encoded]
+        sharing = Counter(prompt.tobytes() for prompt in prompts)
+        of_width: dict[int | None, list[int]] = {}
+        for index, (one, prompt) in enumerate(zip(encoded, prompts, strict=True)):
+            rest = len(one.tokens) - len(prompt)
+            width = bucket(rest, FINISHED_WIDTHS)
+            narrower = rest <= width < bucket(len(one.tokens), LENGTH_BUCKETS)
+            shares = narrower and sharing[prompt.tobytes()] > 1 and len(prompt) <= self.max_tokens
+            of_width.setdefault(width if shares else None, []).append(index)
+        promises: list[np.ndarray] = [np.empty(0, np.float32)] * len(encoded)
+        for width, indices in of_width.items():
+            starts = [len(prompts[index]) if width else 0 for index in indices]
+            rests = [encoded[index].tokens[start:] for index, start in zip(indices, starts, strict=True)]
+            if width:
+                jobs = [(prompts[index], rest) for index, rest in zip(indices, rests, strict=True)]
+                values = self.engine.after(jobs, width=width)
+            else:
+                values = self.engine.whole(rests, [names[index] for index in indices])
+            for index, start, found in zip(indices, starts, values, strict=True):
+                promises[index] = found[encoded[index].read_positions - start]
+        return promises
 
     def score_actions(
         self,
@@ -145,66 +125,17 @@ class Scorer:
         scores = self.score_encoded([one for _, one in whole], ["candidate"] * len(whole))
         for (key, _), values in zip(whole, scores, strict=True):
             self._memory[key] = float(values[-1])
-        self._score_cached(prefixes, cached)
+        found = self.engine.after([(prefixes[name], rest) for (name, _), rest in cached])
+        self._memory |= {key: float(values[-1]) for (key, _), values in zip(cached, found, strict=True)}
         return [np.asarray([self._memory[key] for key in some], np.float32) for some in keys]
 
     def _sort_out(self, key, one, prefix, cached, whole) -> None:
         """A candidate that continues its prompt token by token goes after the cache; any other is scored whole."""
         rest = one.tokens[len(prefix) :]
-        continues = np.array_equal(one.tokens[: len(prefix)], prefix) and 0 < len(rest) <= CANDIDATE_WIDTHS[-1]
-        if continues and len(one.tokens) <= self.max_tokens:
+        if np.array_equal(one.tokens[: len(prefix)], prefix) and self.engine.fits(prefix, rest):
             cached.append((key, rest))
         else:
             whole.append((key, one))
-
-    def _score_cached(self, prefixes: dict[str, np.ndarray], candidates: list) -> None:
-        """Packs candidates into rows of their state, as they come, and scores them some rows at a time."""
-        # Rows of alike prefixes share a length bucket.
-        candidates.sort(key=lambda item: (len(prefixes[item[0][0]]), item[0][0]))
-        rows: list[tuple[str, list]] = []
-        for key, rest in candidates:
-            name, used = key[0], sum(len(other) for _, other in rows[-1][1]) if rows else 0
-            if not rows or rows[-1][0] != name or used + len(rest) > CANDIDATE_WIDTHS[-1]:
-                rows.append((name, []))
-            rows[-1][1].append((key, rest))
-        width_of = {
-            id(row): next(w for w in CANDIDATE_WIDTHS if sum(len(rest) for _, rest in row[1]) <= w) for row in rows
-        }
-        for width in CANDIDATE_WIDTHS:
-            group = [row for row in rows if width_of[id(row)] == width]
-            size = max(1, self._rows * CANDIDATE_WIDTHS[0] // width)
-            for start in range(0, len(group), size):
-                some = group[start : start + size]
-                self._score_rows(prefixes, some, rows_for(len(some), size), width)
-
-    def _score_rows(self, prefixes, group: list, rows: int, width: int) -> None:
-        if self._bank is None:
-            trunk, parameters = huggingface.transformer_graph(self.config), self._parameters["transformer"]
-            self._bank = PrefixBank(
-                trunk, parameters, self.config, slots=4 * self._rows, capacity=self.max_tokens, rows=self._rows,
-                dtype=self._dtype,
-            )  # fmt: skip
-        slots, lengths = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
-        tokens, positions, segments = (np.zeros((rows, width), np.int32) for _ in range(3))
-        slots[: len(group)] = self._bank.place([prefixes[name] for name, _ in group])
-        ends: list[list[int]] = []
-        for row, (name, candidates) in enumerate(group):
-            lengths[row], used = len(prefixes[name]), 0
-            ends.append([])
-            for number, (_, rest) in enumerate(candidates):
-                place = slice(used, used := used + len(rest))
-                tokens[row, place], positions[row, place], segments[row, place] = rest, np.arange(len(rest)), number + 1
-                ends[-1].append(used - 1)
-        values = np.asarray(
-            _values_after(
-                self._graph, self._parameters, self._bank.bank, slots, lengths, tokens, positions, segments,
-                capacity=self._bank.bucket(int(lengths.max())),
-            )
-        )
-        self._encoded += int((segments > 0).sum())
-        for row, (_, candidates) in enumerate(group):
-            for (key, _), end in zip(candidates, ends[row], strict=True):
-                self._memory[key] = float(values[row, end])
 
 
 def _as_message(candidate: str | dict) -> dict:
@@ -219,11 +150,3 @@ def _action_name(message: dict) -> str:
     """A plain text names itself; any other message, with its calls of tools or its parts, is named by its hash."""
     plain = message.keys() == {"role", "content"} and isinstance(message["content"], str)
     return "text " + message["content"] if plain else "message " + prefix_hash([message])
-
-
-def bucket_of(length: int, name: str) -> int:
-    """The padded length a conversation is scored at. Raises UserError, with its name, for one that is too long."""
-    for bucket in LENGTH_BUCKETS:
-        if length <= bucket:
-            return bucket
-    raise UserError(f"{name}: {length} tokens, more than the {LENGTH_BUCKETS[-1]} that can be scored; shorten it")

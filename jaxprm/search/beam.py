@@ -2,7 +2,8 @@
 
 @NxM keeps N nodes and draws M actions from each; the first expansion draws N * M from the start. Every candidate is
 scored before it is executed; the best N of the new candidates and the finished paths are kept, and only those are
-executed. Step-wise best-of-K is @1xK: it never needs two branches of a task.
+executed. Step-wise best-of-K is @1xK: it never needs two branches of a task. Diverse, N searches run side by side that
+keep one path each (DVTS, Beeching et al. 2024): what looks best early cannot crowd out the others.
 """
 
 from __future__ import annotations
@@ -19,14 +20,19 @@ from jaxprm.search.branches import Branch, Forest
 
 
 class ActionScorer(Protocol):
-    """Promise of candidate actions, one array of scores a state."""
+    """Promise of candidate actions, one array of scores a state. `usage["encoded"]` counts the tokens it read."""
+
+    usage: dict[str, int]
 
     def score_actions(self, states: Sequence[list[dict]], candidates: Sequence[Sequence[str]]) -> list[np.ndarray]: ...
 
 
 @dataclass
 class Node:
-    """A path: its last action, what that action was worth, and where it led."""
+    """A path: its last action, what that action was worth, and where it led.
+
+    draw: the number of its first draw; subtree: of a diverse search, the one of the N that it belongs to.
+    """
 
     id: int
     parent: Node | None
@@ -36,6 +42,8 @@ class Node:
     score: float = -np.inf
     count: int = 1
     kept: bool = True
+    draw: int = 0
+    subtree: int = 0
 
     @property
     def progress(self) -> float | None:
@@ -75,6 +83,18 @@ def keep_best(finished: Sequence[Node], candidates: Sequence[Node], width: int) 
     return sorted([*finished, *candidates], key=lambda node: -node.score)[:width]
 
 
+def keep_diverse(finished: Sequence[Node], candidates: Sequence[Node], width: int) -> list[Node]:
+    """The best of each subtree, ties as in `keep_best`; where some have none, the best of the rest fill up to `width`.
+
+    All of a start's draws may be equal; then there are fewer paths than `width`.
+    """
+    ranked = keep_best(finished, candidates, len(finished) + len(candidates))
+    first = {node.subtree: node for node in reversed(ranked)}
+    kept = [node for node in ranked if first[node.subtree] is node]
+    rest = [node for node in ranked if first[node.subtree] is not node]
+    return keep_best([], [*kept, *rest[: max(0, width - len(kept))]], width)
+
+
 def merge_duplicates(actions: Sequence[Action]) -> list[tuple[Action, int]]:
     """Equal texts once, in order of first appearance, with how often each was drawn."""
     counts: dict[str, list] = {}
@@ -94,6 +114,7 @@ def beam_search(
     temperature: float,
     max_rounds: int,
     progress_weight: float = 0.0,
+    diverse: bool = False,
     on_round: Callable[[Sequence[Tree]], None] | None = None,
 ) -> list[Tree]:
     """Searches the tasks in lockstep, so that one call to the policy and one to the scorer serve all of them.
@@ -114,23 +135,52 @@ def beam_search(
             break
         draws = width * actions if round_number == 1 else actions
         parents = [(tree, node) for tree in open_trees for node in tree.frontier if not node.branch.done]
-        proposals = policy.propose([State(node.branch.task, node.messages) for _, node in parents], draws, temperature)
-        candidates = _candidates(parents, proposals)
-        for (_, parent), nodes, drawn in zip(parents, candidates, proposals, strict=True):
-            if not nodes:
-                parent.branch = forest.abandon(parent.branch, f"policy: {drawn[0].error}")
-                parent.score = -np.inf
-        _score(parents, candidates, scorer, progress_weight)
+        _, candidates = expand(parents, draws, forest, policy, scorer, temperature, progress_weight)
         grown = list(zip(parents, candidates, strict=True))
         for tree in open_trees:
             new = [node for (owner, _), nodes in grown if owner is tree for node in nodes]
             done = [node for node in tree.frontier if node.branch.done]
-            tree.frontier = keep_best(done, new, width)
+            if diverse:
+                for node in new:
+                    node.subtree = node.draw // actions if round_number == 1 else node.parent.subtree
+                # From the start, N groups of draws; from then on every path is a search of its own.
+                tree.frontier = keep_diverse(done, new, width if round_number == 1 else len(tree.frontier))
+                if round_number == 1:
+                    for number, node in enumerate(tree.frontier):
+                        node.subtree = number
+            else:
+                tree.frontier = keep_best(done, new, width)
             tree.rounds = round_number
-            _execute(tree, new, forest)
+            kept = {id(node) for node in tree.frontier}
+            for node in new:
+                if id(node) in kept:
+                    execute(node, forest)
         if on_round is not None:
             on_round(trees)
     return trees
+
+
+def expand(
+    parents: Sequence[tuple[Tree, Node]],
+    draws: int,
+    forest: Forest,
+    policy: Policy,
+    scorer: ActionScorer,
+    temperature: float,
+    progress_weight: float = 0.0,
+) -> tuple[list[list[Action]], list[list[Node]]]:
+    """What was drawn after every parent, and its distinct candidates, scored and not executed.
+
+    A parent without any is over, with the reason.
+    """
+    proposals = policy.propose([State(node.branch.task, node.messages) for _, node in parents], draws, temperature)
+    candidates = _candidates(parents, proposals)
+    for (_, parent), nodes, drawn in zip(parents, candidates, proposals, strict=True):
+        if not nodes:
+            parent.branch = forest.abandon(parent.branch, f"policy: {drawn[0].error}")
+            parent.score = -np.inf
+    _score(parents, candidates, scorer, progress_weight)
+    return proposals, candidates
 
 
 def _candidates(parents: Iterable[tuple[Tree, Node]], proposals: Sequence[list[Action]]) -> list[list[Node]]:
@@ -142,11 +192,13 @@ def _candidates(parents: Iterable[tuple[Tree, Node]], proposals: Sequence[list[A
         tree.generated += sum(action.tokens for action in drawn)
         had = [action for action in drawn if action.stop != "error"]
         tree.failed += len(drawn) - len(had)
+        texts = [action.text for action in drawn]
         for action, count in merge_duplicates(had):
             tree.merged += count - 1
             tree.cut += count * (action.stop == "length")
             messages = [*parent.messages, {"role": "assistant", "content": action.text}]
-            node = Node(len(tree.nodes) + 1, parent, parent.branch, messages, count=count, kept=False)
+            draw = texts.index(action.text)
+            node = Node(len(tree.nodes) + 1, parent, parent.branch, messages, count=count, kept=False, draw=draw)
             tree.nodes.append(node)
             nodes.append(node)
         found.append(nodes)
@@ -164,18 +216,14 @@ def _score(parents, candidates: Sequence[list[Node]], scorer: ActionScorer, prog
             node.score = node.promise + progress_weight * (node.progress or 0.0)
 
 
-def _execute(tree: Tree, new: Sequence[Node], forest: Forest) -> None:
-    """Runs the kept ones among the new candidates, and only those."""
-    kept = {id(node) for node in tree.frontier}
-    for node in new:
-        if id(node) not in kept:
-            continue
-        node.kept = True
-        node.branch = forest.step(node.branch, node.messages[-1]["content"])
-        if node.branch.error is not None:
-            node.score = -np.inf
-        if not node.branch.done:
-            node.messages = [*node.messages, {"role": "user", "content": node.branch.observations[-1]}]
+def execute(node: Node, forest: Forest) -> None:
+    """Takes a candidate's action in its parent's environment branch; the observation joins its messages."""
+    node.kept = True
+    node.branch = forest.step(node.branch, node.messages[-1]["content"])
+    if node.branch.error is not None:
+        node.score = -np.inf
+    if not node.branch.done:
+        node.messages = [*node.messages, {"role": "user", "content": node.branch.observations[-1]}]
 
 
 def tree_to_dict(tree: Tree, **about) -> dict:

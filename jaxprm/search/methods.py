@@ -14,6 +14,8 @@ from jaxprm.policies.protocol import Policy
 from jaxprm.progress import bar
 from jaxprm.search.beam import ActionScorer, Tree, beam_search, tree_to_dict
 from jaxprm.search.branches import Forest, check_can_fork
+from jaxprm.search.mcts import tree_search
+from jaxprm.search.plans import Plan
 
 # Tasks searched together: enough to fill a batch, few enough that a kill costs little.
 TASKS_AT_ONCE = 24
@@ -27,15 +29,16 @@ def guided_search(
     output: Path,
     *,
     settings: config_lib.Search,
-    width: int,
-    actions: int,
+    plan: Plan,
     label: str,
     about: dict,
 ) -> Path:
-    """Beam search @width x actions (step-wise best-of-`actions` when width is 1) of every task.
+    """One search of every task.
 
     A line: {"task", "outcome", "score", "rounds", "proposed", "merged", "cut", "failed", "errors",
-    "policy_tokens", "reward_tokens", "environment_steps", "tree"?}; the first `settings.trees` tasks carry their tree.
+    "policy_tokens", "reward_tokens", "reward_encoded", "environment_steps", "tree"?}; the first `settings.trees` tasks
+    carry their tree. Tasks are scored together: "reward_encoded", what the scorer read, is shared among those of a
+    call in proportion to their "reward_tokens", the least it could have read.
     """
     if output.exists():
         return output
@@ -45,25 +48,17 @@ def guided_search(
     with_tree = set(tasks[:: max(1, len(tasks) // settings.trees)][: settings.trees]) if settings.trees else set()
     forest = Forest(make_environment)
     try:
-        if width > 1:
-            check_can_fork(forest.environment, f"beam @{width}x{actions}")
+        if plan.forks:
+            check_can_fork(forest.environment, plan.at)
         about_trees = {task: about | forest.describe(task) for task in missing if task in with_tree}
         with bar(label, len(tasks), initial=len(done), unit="task") as progress, files.appending(partial) as append:
             successes = [line["outcome"] for line in files.whole_lines(partial)]
             for start in range(0, len(missing), TASKS_AT_ONCE):
                 chunk = missing[start : start + TASKS_AT_ONCE]
-                trees = beam_search(
-                    chunk,
-                    forest,
-                    policy,
-                    scorer,
-                    width=width,
-                    actions=actions,
-                    temperature=settings.temperature,
-                    max_rounds=forest.environment.max_rounds,
-                    progress_weight=settings.progress_weight,
-                )
-                append([_line(tree, policy, forest, about_trees.get(tree.task)) for tree in trees])
+                before = scorer.usage["encoded"]
+                trees = _searched(plan, chunk, forest, policy, scorer, settings)
+                lines = [_line(tree, policy, forest, about_trees.get(tree.task)) for tree in trees]
+                append(_share(lines, scorer.usage["encoded"] - before))
                 successes += [tree.best.branch.outcome or 0.0 for tree in trees]
                 progress.set_postfix(success=f"{np.mean(successes):.1%}", refresh=False)
                 progress.update(len(chunk))
@@ -73,6 +68,15 @@ def guided_search(
     files.write_atomic(output, "".join(files.line(ordered[task]) for task in tasks))
     partial.unlink()
     return output
+
+
+def _searched(plan: Plan, tasks: Sequence[str], forest: Forest, policy, scorer, settings) -> list[Tree]:
+    common = {"temperature": settings.temperature, "max_rounds": forest.environment.max_rounds}
+    if plan.kind == "mcts":
+        common |= {"simulations": plan.width, "exploration": settings.exploration}
+        return tree_search(tasks, forest, policy, scorer, actions=plan.actions, **common)
+    common |= {"progress_weight": settings.progress_weight, "diverse": plan.kind == "diverse"}
+    return beam_search(tasks, forest, policy, scorer, width=plan.width, actions=plan.actions, **common)
 
 
 def _line(tree: Tree, policy: Policy, forest: Forest, about: dict | None) -> dict:
@@ -95,6 +99,11 @@ def _line(tree: Tree, policy: Policy, forest: Forest, about: dict | None) -> dic
     if about is not None:
         line["tree"] = tree_to_dict(tree, **about)
     return line
+
+
+def _share(lines: list[dict], encoded: int) -> list[dict]:
+    least = sum(line["reward_tokens"] for line in lines)
+    return [line | {"reward_encoded": encoded * line["reward_tokens"] / max(1, least)} for line in lines]
 
 
 def _tree_tokens(tree: Tree, policy: Policy) -> int:

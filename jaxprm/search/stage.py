@@ -11,20 +11,10 @@ from jaxprm.progress import bar
 from jaxprm.scoring.loading import load_scorer
 from jaxprm.search.controls import RandomScorer
 from jaxprm.search.methods import guided_search
+from jaxprm.search.plans import plans
 from jaxprm.stages import identity
 
 SCORED_AT_ONCE = 256
-
-
-def search_name(width: int, actions: int, label: str, seed: int) -> str:
-    """The file of a guided search, without its ending."""
-    kind = f"beam-{width}x{actions}" if width > 1 else f"stepwise-{actions}"
-    return f"{kind}-{label}-{seed}"
-
-
-def sizes(settings) -> list[tuple[int, int]]:
-    """(width, actions) of every guided search."""
-    return [*settings.beams, *((1, actions) for actions in settings.stepwise)]
 
 
 def stage_inputs(state) -> dict[str, dict[str, Any]]:
@@ -34,14 +24,8 @@ def stage_inputs(state) -> dict[str, dict[str, Any]]:
     found = {"pool": pool, "greedy": common}
 
     def guided(label: str, seed: int, judge: dict[str, Any]) -> None:
-        for width, actions in sizes(settings):
-            own = {
-                "width": width,
-                "actions": actions,
-                "progress_weight": settings.progress_weight,
-                "trees": settings.trees,
-            }
-            found[search_name(width, actions, label, seed)] = common | own | judge
+        for plan in plans(settings):
+            found[plan.file_name(label, seed)] = common | plan.inputs(settings) | judge
 
     for seed in state.experiment.reward_seeds:
         guided("random", seed, {"random_seed": seed})
@@ -114,10 +98,10 @@ class _Stages:
                 _score_file(scorer(), source, output, name.replace("-", " "))
 
     def guided(self, tasks: list[str], label: str, seed: int, scorer) -> None:
-        """Beam and step-wise searches of every size."""
+        """Every search of the run."""
         state = self._state
-        for width, actions in sizes(state.experiment.search):
-            name = search_name(width, actions, label, seed)
+        for plan in plans(state.experiment.search):
+            name = plan.file_name(label, seed)
             output, stage = self._stage(name)
             with stage as needed:
                 if needed:
@@ -128,10 +112,9 @@ class _Stages:
                         tasks,
                         output,
                         settings=state.experiment.search,
-                        width=width,
-                        actions=actions,
+                        plan=plan,
                         label=f"{name.rsplit('-', 2)[0]} {label}/{seed}",
-                        about={"method": label, "beam": f"{width}x{actions}", "seed": seed},
+                        about={"method": label, "beam": plan.cost_key, "seed": seed},
                     )
 
 
@@ -144,18 +127,24 @@ def _scorer(state, model, seed: int):
 
 
 def _score_file(scorer, source: Path, output: Path, label: str) -> None:
-    """{"id", "values"} a line; equal conversations are scored once."""
+    """{"id", "values", "tokens", "prompt_tokens"} a line; equal conversations are scored once."""
     lines = [line for line in files.read_lines(source) if line.get("ended") != "error"]
     keys = [files.line(line["messages"]) for line in lines]
     # The last of equal conversations stands for all: only its id is ever shown, and only in an error.
     distinct = dict(zip(keys, lines, strict=True))
     unique = list(distinct)
-    known: dict[str, list[float]] = {}
+    known: dict[str, dict[str, Any]] = {}
     with bar(label, len(unique), unit="trajectory") as progress:
         for start in range(0, len(unique), SCORED_AT_ONCE):
             chunk = unique[start : start + SCORED_AT_ONCE]
-            scored = scorer.score([distinct[k]["messages"] for k in chunk], rows=[distinct[k]["id"] for k in chunk])
-            known |= {key: values.tolist() for key, values in zip(chunk, scored, strict=True)}
+            names = [distinct[key]["id"] for key in chunk]
+            encoded = [
+                scorer.encoder.trajectory(distinct[key]["messages"], row=name)
+                for key, name in zip(chunk, names, strict=True)
+            ]
+            for key, one, values in zip(chunk, encoded, scorer.score_encoded(encoded, names), strict=True):
+                tokens = {"tokens": len(one.tokens), "prompt_tokens": int(one.state_positions[0]) + 1}
+                known[key] = {"values": values.tolist()} | tokens
             progress.update(len(chunk))
-    rows = [{"id": line["id"], "values": known[key]} for line, key in zip(lines, keys, strict=True)]
+    rows = [{"id": line["id"]} | known[key] for line, key in zip(lines, keys, strict=True)]
     files.write_atomic(output, "".join(map(files.line, rows)))

@@ -33,7 +33,7 @@ def joined(
 
     Raises UserError when JAX would compute on something other than the machine's TPU chips, or on fewer.
     """
-    chips = tpu_chips()
+    chips = 0 if _wants_cpu() else tpu_chips()
     if coordinator is not None or chips:
         _initialize(coordinator, processes, process, slices=slices, on_tpu=chips > 0)
         platform = jax.default_backend()
@@ -97,8 +97,7 @@ def clear_stale(environment: Any, slices: int) -> None:
 
 def check_devices(chips: int, *, platform: str, local: int, total: int) -> None:
     """Raises UserError when there are TPU chips and JAX has not got them all, or the processes have unequal shares."""
-    asked = os.environ.get("JAX_PLATFORMS", "")
-    if chips and platform != "tpu" and "cpu" not in asked.split(","):
+    if chips and platform != "tpu" and not _wants_cpu():
         raise UserError(
             f"this machine has {chips} TPU chips, but JAX computes on {platform}: install jax[tpu]=={jax.__version__}, "
             "or set JAX_PLATFORMS=cpu to mean it"
@@ -112,6 +111,10 @@ def check_devices(chips: int, *, platform: str, local: int, total: int) -> None:
             f"process {jax.process_index()} sees {local} devices of {total} in {jax.process_count()} processes: "
             "all need as many; restart them together"
         )
+
+
+def _wants_cpu() -> bool:
+    return "cpu" in os.environ.get("JAX_PLATFORMS", "").split(",")
 
 
 def is_primary() -> bool:

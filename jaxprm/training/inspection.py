@@ -54,7 +54,7 @@ def inspect(directory: str | Path) -> dict[str, Any]:
         {"checkpoint", "step", "fingerprints": {"parameters", "optimizer", "target"?}, "sizes": {part: {"arrays",
         "numbers", "bytes"}}, "shardings": {name: {"shape", "dtype", "split"}}, "position", "identity", "config"}
     """
-    path = find_checkpoint(Path(directory))
+    path = find_checkpoint(Path(directory)).absolute()  # Orbax finds nothing under a relative path
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of metadata that only a manager's folder has
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         tree = reader.metadata(path / "state").item_metadata.tree

@@ -32,18 +32,28 @@ READ_POSITION = "last token of the chat rendering that ends with the assistant m
 _CADENCE = ("evaluate_every", "checkpoint_every")
 
 
+def from_policy_config(policy: TransformerConfig) -> TransformerConfig:
+    """The config of the reward model that is made from a policy with this one."""
+    # No token is predicted: an unembedding would be memory, and three times that with the optimizer's moments.
+    return dataclasses.replace(policy, head=Head(), tie_embeddings=True)
+
+
+def abstract(config: TransformerConfig) -> nnx.State:
+    """Shapes of the parameters, in the tree of `from_policy`."""
+    head = {name: part for name, part in weights.abstract(config, reward=True).items() if name != "transformer"}
+    return nnx.State({"transformer": weights.abstract(config, reward=False), **head})
+
+
 def from_policy(base: Path, seed: int, mesh: Mesh | None = None) -> tuple[TransformerConfig, nnx.State]:
     """(config, parameters): the policy's transformer and a head drawn from the seed.
 
     With a mesh everything is made where it will lie: no host, and no device, ever has the whole model.
     """
-    config, _ = huggingface.read_config(base)
-    # No token is predicted: an unembedding would be memory, and three times that with the optimizer's moments.
-    config = dataclasses.replace(config, head=Head(), tie_embeddings=True)
+    config = from_policy_config(huggingface.read_config(base)[0])
     places = None
     if mesh is not None:
         sharding.check_model(mesh, config)
-        places = sharding.shardings(sharding.place(mesh, weights.abstract(config, reward=True)))
+        places = sharding.shardings(sharding.place(mesh, abstract(config)))
     trunk_places, head_place = (None, None) if places is None else (places["transformer"], places["head"])
     config, trunk = huggingface.load_transformer(base, unembedding=False, shardings=trunk_places)
     make_head = jax.jit(lambda: nnx.state(RewardModel(config, rngs=nnx.Rngs(seed)))["head"], out_shardings=head_place)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import msgspec
 import numpy as np
 from flax import nnx
@@ -21,25 +20,15 @@ from jaxprm.evaluation.value_metrics import StepRecords
 from jaxprm.losses import check_objective
 from jaxprm.model import huggingface
 from jaxprm.model.orbax_reader import DESCRIPTION
-from jaxprm.model.transformer import Compute
 from jaxprm.progress import bar
 from jaxprm.training import distributed, reward_model, sharding, trainable
 from jaxprm.training.checkpoint import Checkpoints
-from jaxprm.training.computing import make_compute
 from jaxprm.training.evaluate import step_values, summary
 from jaxprm.training.features import Features, features_of_split
 from jaxprm.training.metrics import Metrics, Profile, not_finite, numbers
-from jaxprm.training.optimizer import make_optimizer
 from jaxprm.training.preemption import Preemption, Timer
-from jaxprm.training.step import (
-    FIELDS,
-    hidden_states,
-    initial_state,
-    make_evaluation_step,
-    make_train_step,
-    progress_beta,
-    reads_states,
-)
+from jaxprm.training.programs import Programs, batch_fields, make_programs
+from jaxprm.training.step import progress_beta
 
 LOGGED = {"loss": "validation_loss"}  # in metrics.jsonl, beside the training's own loss
 SHOWN_TRAJECTORIES = 8
@@ -95,7 +84,6 @@ def train_reward_model(
     # Mesh
     mesh = sharding.make_mesh(experiment.mesh)
     sharding.check_rows(mesh, data.rows, data.length, settings.microbatches)
-    rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 
     # Data: the batches of all epochs in an order that the seed decides, and validation once through
     shape = {"rows": data.rows, "length": data.length, "steps_per_row": data.steps_per_row}
@@ -107,62 +95,20 @@ def train_reward_model(
     # Model: read and drawn where it will lie, then taken apart into what is trained and what is not
     config, parameters = reward_model.from_policy(base, seed, mesh)
     huggingface.check_vocabulary(base, config, encoder.vocabulary_size)
-    trainable.check_trainable(settings, config)
-    graph = huggingface.reward_model_graph(config)
-    compute = make_compute(settings, config, mesh, data.length)
-
-    def split(parameters: Any) -> tuple[Any, Any]:
-        return trainable.split(settings, parameters, jax.random.key(seed))
-
-    if settings.trainable == "full":
-        frozen, frozen_at = nnx.State({}), nnx.State({})
-    else:
-        parts = sharding.shardings(sharding.place(mesh, jax.eval_shape(split, parameters)))
-        # Layers that are cut in two fit into no buffer of the whole.
-        donated = () if settings.trainable == "last_k" else 0
-        parameters, frozen = jax.jit(split, donate_argnums=donated, out_shardings=parts)(parameters)
-        frozen_at = parts[1]
+    programs = make_programs(settings, config, mesh, length=data.length, steps=steps, seed=seed)
+    frozen = nnx.State({})
+    if settings.trainable != "full":
+        parameters, frozen = programs.split(parameters)
 
     # A frozen transformer runs once over the data; from there on batches bring what it said
-    fields, features = FIELDS, None
+    fields, features = batch_fields(settings), None
     if settings.trainable == "head":
         features = _features(
-            graph, nnx.State(dict(parameters.items()) | dict(frozen.items())), compute, settings, mesh,
+            programs, nnx.State(dict(parameters.items()) | dict(frozen.items())), mesh,
             {"train": evaluation_batches(dataset, "train", **shape), "validation": validation_batches},
             shards.with_name("features") / reward_model.features_identity(settings, identity),
         )  # fmt: skip
-        fields = (*(field for field in FIELDS if field not in features["train"].replaces), *features["train"].names)
-        frozen, frozen_at = nnx.State({}), nnx.State({})
-
-    # Optimizer, and where its state lies
-    optimizer = make_optimizer(
-        learning_rate=settings.learning_rate,
-        steps=steps,
-        warmup_steps=round(settings.warmup_fraction * steps),
-        weight_decay=settings.weight_decay,
-        clip=settings.gradient_clip,
-        head_multiplier=settings.head_multiplier,
-        optimizer=settings.optimizer,
-        schedule=settings.schedule,
-    )
-
-    def init(parameters):
-        return initial_state(parameters, optimizer, settings)
-
-    abstract = sharding.place(mesh, jax.eval_shape(init, parameters))
-    shardings = sharding.shardings(abstract)
-    # Pinned on both sides: left to the compiler, a parameter's sharding can drift, and the step compiles again.
-    train_step = jax.jit(
-        make_train_step(graph, optimizer, settings, compute),
-        donate_argnums=0,
-        in_shardings=(shardings, rows, frozen_at),
-        out_shardings=(shardings, whole),
-    )
-    evaluation_step = jax.jit(
-        make_evaluation_step(graph, settings, compute),
-        in_shardings=(shardings["parameters"], rows, frozen_at),
-        out_shardings=whole,
-    )
+        frozen = nnx.State({})
 
     # Restore: state and data position together
     checkpoints = Checkpoints(
@@ -173,10 +119,10 @@ def train_reward_model(
         config=msgspec.to_builtins(settings, str_keys=True) | {"mesh": dict(mesh.shape)},
     )
     if checkpoints.latest_step() is None:
-        start, state = 0, jax.jit(init, donate_argnums=0, out_shardings=shardings)(parameters)
+        start, state = 0, programs.init(parameters)
     else:
         del parameters  # there is no room for both
-        start, state, position = checkpoints.restore(abstract)
+        start, state, position = checkpoints.restore(programs.state)
         batches.restore_state(position)
     held = sharding.held_rows(mesh, data.rows)
     batches.hold(held)
@@ -190,6 +136,7 @@ def train_reward_model(
         max_tokens=data.length,
         value_range=_value_range(batches.split),
         trained_on={"trajectories": counts.trajectories, "tokens": counts.tokens * settings.epochs},
+        fill=round(batches.fill, 4),
         fingerprints=identity,
     )
     if settings.trainable == "full" and distributed.is_primary():
@@ -221,7 +168,8 @@ def train_reward_model(
             def validate() -> StepRecords:
                 trained = state["parameters"]
                 return step_values(
-                    lambda batch: evaluation_step(trained, put(batch, "validation"), frozen), validation_batches
+                    lambda batch: programs.evaluation_step(trained, put(batch, "validation"), frozen),
+                    validation_batches,
                 )
 
             timer = Timer(settings.checkpoint_minutes)
@@ -231,7 +179,7 @@ def train_reward_model(
                 batch = put(next(batches), "train", held=held, rows=data.rows)
                 metrics.waited(time.monotonic() - began)
                 with jax.transfer_guard("disallow"):  # nothing but the batch goes to the devices
-                    state, found = train_step(state, batch, frozen)
+                    state, found = programs.train_step(state, batch, frozen)
                 settle()
                 pending = (step, found)
                 stops = preemption.noticed(step)
@@ -263,7 +211,7 @@ def train_reward_model(
         checkpoints.close()
 
     # Output
-    final = about | {"steps": steps, "fill": round(batches.fill, 4), "validation": validation}
+    final = about | {"steps": steps, "validation": validation}
     if settings.trainable == "head":  # it was let go of when the features were there
         frozen = nnx.State({"transformer": reward_model.from_policy(base, seed, mesh)[1]["transformer"]})
     merged = distributed.fetch(trainable.merged(settings, state["parameters"], frozen))
@@ -274,25 +222,16 @@ def train_reward_model(
 
 
 def _features(
-    graph: nnx.GraphDef,
+    programs: Programs,
     parameters: nnx.State,
-    compute: Compute,
-    settings: config_lib.RewardModel,
     mesh: jax.sharding.Mesh,
     batches: dict[str, EvaluationBatches],
     folder: Path,
 ) -> dict[str, Features]:
     """Hidden states of every split, from the folder's files or from one pass."""
-
-    @jax.jit(out_shardings=sharding.replicated(mesh))
-    def features_step(parameters: nnx.State, batch: dict[str, jax.Array]) -> Any:
-        model = nnx.merge(graph, parameters)
-        found = hidden_states(model, batch, states=reads_states(settings), compute=compute)
-        return jax.tree.map(lambda x: x.astype(jnp.float32), found)
-
     return {
         split: features_of_split(
-            lambda batch: features_step(parameters, sharding.put_batch(batch, mesh)),
+            lambda batch: programs.features_step(parameters, sharding.put_batch(batch, mesh)),
             one,
             one.split.step_starts,
             folder / split,

@@ -49,7 +49,7 @@ def commands() -> list[list[str]]:
 
 def test_the_page_goes_from_a_log_to_a_loop(done):
     verbs = [arguments[2] for arguments in commands() if arguments[0] == "-m"]
-    assert verbs == ["import-trajectories", "validate", "train", "evaluate", "score", "export"]
+    assert verbs == ["import-trajectories", "validate", "plan", "train", "evaluate", "score", "export"]
 
 
 def test_no_row_is_lost_and_no_task_is_in_two_splits(done):
@@ -61,6 +61,11 @@ def test_no_row_is_lost_and_no_task_is_in_two_splits(done):
     splits = {split: {one.task for one in found if one.split == split} for split in ("train", "validation")}
     assert not splits["train"] & splits["validation"] and len(splits["validation"]) > 3
     assert "240 trajectories, 0 bad" in said["validate"]
+
+
+def test_the_plan_is_for_the_chip_that_was_named(done):
+    plan = json.loads((done[0] / "plan.json").read_text())
+    assert plan["fits"] is True and plan["bytes_per_device"]["total"] < plan["bytes_per_device"]["limit"]
 
 
 def test_both_reward_models_are_trained_with_the_template_and_judged(done):

@@ -386,6 +386,8 @@ def test_ctrl_c_says_what_there_is(launch, found, line):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A shell's background job ignores Ctrl-C, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 30
     while not (launch.cloud.home / "hangs").exists():

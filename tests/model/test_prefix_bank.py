@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from jaxprm.errors import UserError
 from jaxprm.model import huggingface
 from jaxprm.model.prefix_bank import PrefixBank
-from jaxprm.scoring.scorer import _values_after
+from jaxprm.scoring.engine import _values_after
 from tests.model import tiny
 
 STATE = tiny.reward_model()
@@ -33,8 +33,8 @@ def values_after(bank: PrefixBank, prefixes, rests) -> np.ndarray:
     lengths = np.pad(np.array([len(prefix) for prefix in prefixes], np.int32), padding)
     tokens = np.pad(np.stack(rests), [*padding, (0, 0)])
     positions = np.broadcast_to(np.arange(REST, dtype=np.int32), tokens.shape)
-    values = _values_after(
-        GRAPH, STATE, bank.bank, np.pad(slots, padding), lengths, tokens, positions, np.ones_like(tokens),
+    values, _ = _values_after(
+        GRAPH, STATE, bank.bank, None, None, np.pad(slots, padding), lengths, tokens, positions, np.ones_like(tokens),
         capacity=CAPACITY,
     )  # fmt: skip
     return np.asarray(values)[: len(prefixes)]
@@ -121,16 +121,6 @@ def test_twice_as_many_slots_as_prefixes_are_enough_and_fewer_are_refused_in_wor
     bank.place(grown)
     with pytest.raises(UserError, match="2 slots, too few for 3 prefixes"):
         new_bank(2).place(grown)
-
-
-def test_prefixes_are_told_apart_by_their_tokens_where_hashes_collide(monkeypatch):
-    monkeypatch.setattr("jaxprm.model.prefix_bank._prefix_hashes", lambda tokens: np.full(len(tokens), 7, np.uint64))
-    bank = new_bank()
-    prefixes = [random_tokens(seed, 12) for seed in range(3)]
-    rests = [random_tokens(9, REST)] * 3
-    reference = uncached(prefixes, rests)
-    for _ in range(2):
-        tiny.assert_close(values_after(bank, prefixes, rests), reference)
 
 
 def test_a_slot_of_another_prefix_moves_the_score():

@@ -158,6 +158,25 @@ def test_a_candidate_that_reads_or_stands_wrongly_moves_its_score(candidates, br
     assert (moved.max(axis=-1) > 1e-2).all()
 
 
+def test_a_cached_row_serves_several_rows_and_each_row_its_own_turn(references):
+    """Six rows after three prefixes and a turn of their own equal the same with every prefix copied."""
+    prefix, twice = filled([tokens[:5] for tokens in SEQUENCES]), np.repeat(np.arange(3), 2)
+    copied = jax.tree.map(lambda leaf: leaf[twice], prefix)
+    tokens, positions, segments = chunk([tokens[5:8] for tokens in SEQUENCES], [5, 5, 5])
+    tokens = np.concatenate([tokens, tokens[:, ::-1]]).reshape(2, 3, CHUNK).swapaxes(0, 1).reshape(6, CHUNK)
+    rows = (tokens, positions[twice], segments[twice])
+    shared, turn = after((prefix, Cache.empty(tiny.CONFIG, 6, CAPACITY)), *rows)
+    expected, _ = after((copied, Cache.empty(tiny.CONFIG, 6, CAPACITY)), *rows)
+    tiny.assert_close(np.asarray(shared)[:, :3], np.asarray(expected)[:, :3])
+    more = (tokens[:, ::-1], rows[1] + 3, rows[2])
+    tiny.assert_close(*(np.asarray(after((cache, turn), *more)[0])[:, :3] for cache in (prefix, copied)))
+    for row, reference in enumerate(references):
+        tiny.assert_close(shared[2 * row, :3], reference[5:8])
+    other = jax.tree.map(lambda leaf: leaf[::-1], prefix)
+    wrong, _ = after((other, Cache.empty(tiny.CONFIG, 6, CAPACITY)), *rows)
+    assert np.abs(np.asarray(wrong) - np.asarray(shared))[[0, 1, 4, 5], :3].max(axis=-1).min() > 1e-2
+
+
 def test_a_prefix_and_a_turn_in_two_caches_equal_one_pass(references):
     prefix = filled([tokens[:5] for tokens in SEQUENCES])
     middle = chunk([tokens[5:8] for tokens in SEQUENCES], [5, 5, 5])

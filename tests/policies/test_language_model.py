@@ -93,6 +93,24 @@ def test_candidates_are_the_same_whatever_batch_they_are_in(sampled):
     assert without_log_probability(later) == without_log_probability([some[1:] for some in sampled])
 
 
+def test_candidates_of_a_state_share_a_copy_of_its_prefix(monkeypatch, sampled):
+    """Seven make two groups of four, one with an empty place; single ones of two states have a copy each."""
+    calls, generate = [], language_model._generate
+
+    def spy(graph, parameters, bank, slots, lengths, last, *rest, **options):
+        calls.append((len(last), len(slots), int(rest[1].sum())))
+        return generate(graph, parameters, bank, slots, lengths, last, *rest, **options)
+
+    monkeypatch.setattr(language_model, "_generate", spy)
+    policy = new_policy(in_flight=8)
+    assert without_log_probability([policy.propose(STATES[:1], 7, 1.0)[0][:4]]) == without_log_probability(sampled[:1])
+    assert sorted(calls) == [(4, 1, 3), (4, 1, 4)]
+    calls.clear()
+    drawn = policy.propose([STATES[1], STATES[2]._replace(first=3)], 1, 1.0)
+    assert calls == [(4, 4, 2)]
+    assert without_log_probability(drawn) == without_log_probability([sampled[1][:1], sampled[2][3:]])
+
+
 def test_a_long_episode_through_the_cache_draws_what_a_fresh_policy_draws():
     policy, messages = new_policy(), STATES[0].messages
     for turn in range(4):

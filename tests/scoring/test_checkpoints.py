@@ -117,6 +117,14 @@ def test_a_checkpoint_without_what_lies_beside_it_is_refused(output):
         loading.find_model(output)
 
 
+@pytest.mark.parametrize("trainable", ["lora", "head", "last_k"])
+def test_a_checkpoint_of_a_part_of_the_model_is_refused_in_words(output, trainable):
+    path = output / DESCRIPTION / "reward_model.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"config": {"trainable": trainable}}))
+    with pytest.raises(UserError, match=f"trainable = '{trainable}', it holds the part .* let the training end"):
+        loading.find_model(output)
+
+
 def test_a_checkpoint_of_another_model_is_refused_by_parameter(output):
     path = output / DESCRIPTION / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 57}))

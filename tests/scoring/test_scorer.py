@@ -8,7 +8,7 @@ import pytest
 from data_pipeline.encode import Encoder
 from data_pipeline.errors import DataError
 from jaxprm.errors import UserError
-from jaxprm.scoring import scorer as scorer_module
+from jaxprm.scoring import engine as engine_module
 from jaxprm.scoring.scorer import Scorer
 from tests.model import tiny
 
@@ -67,10 +67,22 @@ def test_every_step_equals_an_unpadded_pass_in_any_batch_and_order(references):
 
 
 def test_more_conversations_than_rows_come_back_in_order(references, monkeypatch):
-    monkeypatch.setattr(scorer_module, "TOKENS_A_CALL", 512)
+    monkeypatch.setattr(engine_module, "TOKENS_A_CALL", 512)
     order = [index % 6 for index in range(11)]
     for index, steps in zip(order, new_scorer().score([CONVERSATIONS[index] for index in order]), strict=True):
         tiny.assert_close(steps, references[index])
+
+
+def test_a_pool_encodes_the_prompt_that_its_conversations_share_once(references):
+    """Conversations with a prompt in common, and one with another."""
+    pool = [with_action(CONVERSATIONS[2][:5], text) for text in CANDIDATES]
+    pool = [*pool[::2], CONVERSATIONS[1], *pool[1::2]]
+    scorer = new_scorer()
+    for messages, steps in zip(pool, scorer.score(pool), strict=True):
+        tiny.assert_close(steps, reference(messages))
+    encoded = [tiny.encoder().trajectory(messages, row="") for messages in pool]
+    prompt = len(encoded[0].tokens[: encoded[0].state_positions[0] + 1])
+    assert scorer.usage["encoded"] == sum(len(one.tokens) for one in encoded) - 3 * prompt
 
 
 def test_candidates_equal_the_whole_conversations_for_growing_and_forking_states(whole):
@@ -167,7 +179,7 @@ def test_what_cannot_be_encoded_or_is_too_long_is_named(monkeypatch):
     scorer = new_scorer()
     with pytest.raises(DataError, match=r"row-7.*<\|end\|>"):
         scorer.score([with_action(CONVERSATIONS[0][:1], "say <|end|> twice")], rows=["row-7"])
-    monkeypatch.setattr(scorer_module, "LENGTH_BUCKETS", (64, 128))
+    monkeypatch.setattr(engine_module, "LENGTH_BUCKETS", (64, 128))
     with pytest.raises(UserError, match=r"row-8: [0-9]+ tokens, more than the 128"):
         scorer.score([CONVERSATIONS[4]], rows=["row-8"])
 

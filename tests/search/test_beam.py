@@ -367,3 +367,30 @@ def test_one_call_to_policy_and_scorer_a_round_serves_all_tasks():
     beam_search(list(games), forest, policy, scorer, width=2, actions=2, temperature=1.0, max_rounds=9)
     assert policy.calls == [(2, 4), (1, 2), (1, 2)]
     assert scorer.calls == 3
+
+
+def test_a_diverse_beam_keeps_a_path_of_every_group_of_draws():
+    # Groups of two draws: a .9 and b .8, c .1 and d .2. A plain beam keeps a and b, a diverse one a and d. Then d's
+    # own candidates compete with each other alone: d/y .05 stays beside a/x .7, where a/z .6 goes.
+    game = {"t": {"a": {"x": 0.0, "z": 0.0}, "b": {"x": 0.0}, "c": {"x": 0.0}, "d": {"x": 0.0, "y": 1.0}}}
+    draws = {(): ["a", "b", "c", "d"], ("a",): ["x", "z"], ("b",): ["x"], ("d",): ["x", "y"]}
+    scores = {("a",): 0.9, ("b",): 0.8, ("c",): 0.1, ("d",): 0.2, ("a", "x"): 0.7, ("a", "z"): 0.6, ("b", "x"): 0.5}
+    scores |= {("d", "x"): 0.01, ("d", "y"): 0.05}
+    frontiers = {False: [], True: []}
+    for diverse, found in frontiers.items():
+        search(
+            game, draws, scores, width=2, actions=2, diverse=diverse,
+            on_round=lambda trees, found=found: found.append(paths(trees[0].frontier)),
+        )  # fmt: skip
+    assert frontiers[False] == [[("a",), ("b",)], [("a", "x"), ("a", "z")]]
+    assert frontiers[True] == [[("a",), ("d",)], [("a", "x"), ("d", "y")]]
+
+
+def test_a_group_whose_draws_are_all_taken_gets_the_best_of_the_rest():
+    # Draws a b a a: the second group has nothing of its own, so b goes on too, as a search of its own.
+    game = {"t": {"a": {"x": 0.0}, "b": {"y": 1.0}}}
+    draws = {(): ["a", "b", "a", "a"], ("a",): ["x"], ("b",): ["y"]}
+    scores = {("a",): 0.9, ("b",): 0.1, ("a", "x"): 0.3, ("b", "y"): 0.2}
+    (tree,), _, _ = search(game, draws, scores, width=2, actions=2, diverse=True)
+    assert paths(tree.frontier) == [("a", "x"), ("b", "y")]
+    assert path_of(tree.best.messages) == ("a", "x")

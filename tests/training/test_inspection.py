@@ -80,6 +80,11 @@ def test_a_step_a_training_and_a_run_are_found(saved):
     assert inspect(checkpoints / "3")["step"] == 3
 
 
+def test_a_path_may_be_relative(saved, monkeypatch):
+    monkeypatch.chdir(saved.parent)
+    assert inspect("seed-0") == inspect(saved)
+
+
 def test_none_or_several_are_told_in_one_line(saved, tmp_path):
     (tmp_path / "empty").mkdir()
     for path, message in ((tmp_path / "none", "no such directory"), (tmp_path / "empty", "no checkpoint there")):

@@ -15,7 +15,8 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from jaxprm import config as config_lib
 from jaxprm.errors import UserError
 from jaxprm.model.axes import PARAMETERS
-from jaxprm.model.transformer import RewardModel, Transformer, TransformerConfig
+from jaxprm.model.families import FAMILIES
+from jaxprm.model.transformer import Head, RewardModel, Transformer, TransformerConfig
 from jaxprm.training import sharding
 from jaxprm.training.sharding import AXES, Rules
 
@@ -125,12 +126,15 @@ def test_a_model_that_does_not_divide_is_named(changes, mesh, message):
     refused(message, sharding.check_model, mesh_of(*mesh), dataclasses.replace(SIZES, **changes))
 
 
-def test_every_parameter_has_its_axes_declared_and_nothing_else_is():
-    untied = dataclasses.replace(SIZES, tie_embeddings=False)
-    names = set(specs(sharding.place(mesh_of(1, 1, 1, 1), model_shapes(untied))))
-    assert names == set(PARAMETERS)
-    language = nnx.state(nnx.eval_shape(lambda: Transformer(untied, rngs=nnx.Rngs(0))))
-    assert set(specs(sharding.place(mesh_of(1, 1, 1, 1), language))) == set(PARAMETERS) - {"head"}
+@pytest.mark.parametrize("head", [Head(), Head(labels=2, bias=True)])
+def test_every_parameter_of_every_family_has_its_axes_declared_and_nothing_else_is(head):
+    mesh, declared = mesh_of(1, 1, 1, 1), set()
+    for family in FAMILIES:
+        config = dataclasses.replace(SIZES, tie_embeddings=False, family=family, head=head)
+        language = nnx.state(nnx.eval_shape(lambda config=config: Transformer(config, rngs=nnx.Rngs(0))))
+        declared |= set(specs(sharding.place(mesh, model_shapes(config))))
+        declared |= set(specs(sharding.place(mesh, language)))
+    assert declared == set(PARAMETERS) - ({"head_bias"} if not head.bias else set())
 
 
 def test_parameters_are_split_by_what_their_axes_are():

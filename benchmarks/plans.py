@@ -1,0 +1,116 @@
+"""Compiles the plans of docs/plan.md one after another and writes their table; what is done already is not done again.
+
+    python benchmarks/plans.py --output runs/plans            # all that are missing, the smallest first
+    python benchmarks/plans.py --output runs/plans --rows     # no compiling: the rows of the table, from what is there
+
+Needs libtpu. Each plan is a process of its own, whose command line is in its JSON file's name and in the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+GIB = 1 << 30
+HEAD = (
+    "| model | slice | mesh | rows x tokens | remat | GiB a device: arguments + temporaries = total of limit | fits | "
+    "T FLOPs a step | a step at least, binds | expected tokens/s/chip | scorer, GiB | compiled in |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+class Plan(NamedTuple):
+    """One row: bfloat16, splash attention where `auto` takes it."""
+
+    model: str
+    topology: str
+    mesh: str
+    rows: int
+    length: int = 4096
+    remat: str = "full"
+    optimizer: str = "adamw"
+
+    @property
+    def name(self) -> str:
+        parts = (self.model, self.topology, self.mesh, f"{self.rows}x{self.length}", self.remat, self.optimizer)
+        return "_".join(parts).replace(":", "-").replace(",", "-").replace("=", "")
+
+    def command(self, output: Path) -> list[str]:
+        overrides = {"dtype": "bfloat16", "remat": self.remat, "optimizer": self.optimizer}
+        return [
+            sys.executable, "-m", "jaxprm", "plan", "configs/forkme.py",
+            *(f"reward_models.0.{field}={value}" for field, value in overrides.items()),
+            "--model", self.model, "--topology", self.topology, "--mesh", self.mesh,
+            "--batch", str(self.rows), "--length", str(self.length), "--json", str(output),
+        ]  # fmt: skip
+
+
+PLANS = (
+    Plan("qwen2.5-0.5b", "v5e:1x1", "data=1", 4),
+    Plan("qwen2.5-0.5b", "v5e:2x4", "fsdp=8", 16),
+    Plan("qwen2.5-3b", "v5e:4x4", "fsdp=16", 16),
+    Plan("qwen2.5-7b", "v6e:2x4", "fsdp=8", 8),
+    Plan("qwen2.5-7b", "v5p:2x2x2", "fsdp=8", 16),
+    Plan("qwen2.5-7b", "v5e:4x4", "fsdp=16", 16),
+    Plan("llama-3.1-8b", "v6e:4x4", "fsdp=16", 32),
+    Plan("qwen2.5-7b", "v5p:2x2x2", "fsdp=8", 8, length=16_384),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compiles the plans of docs/plan.md and writes their table.")
+    parser.add_argument("--output", type=Path, required=True, help="a folder: one JSON file a plan, and rows.md")
+    parser.add_argument("--rows", action="store_true", help="compile nothing")
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    for plan in () if options.rows else PLANS:
+        path = options.output / f"{plan.name}.json"
+        if path.is_file():
+            continue
+        print(" ".join(plan.command(path)[1:]), flush=True)
+        done = subprocess.run(plan.command(path.with_suffix(".partial")))
+        if done.returncode not in (0, 3):
+            print(f"{plan.name}: status {done.returncode}", file=sys.stderr)
+            continue
+        path.with_suffix(".partial").rename(path)
+        _write(options.output)
+    _write(options.output)
+    print((options.output / "rows.md").read_text())
+
+
+def _write(output: Path) -> None:
+    """The rows of what is there, in the order of PLANS."""
+    paths = [(plan, output / f"{plan.name}.json") for plan in PLANS]
+    rows = [row(plan, json.loads(path.read_text())) for plan, path in paths if path.is_file()]
+    (output / "rows.md").write_text("\n".join([HEAD, *rows]) + "\n")
+
+
+def row(plan: Plan, found: dict) -> str:
+    """A line of the table."""
+    sizes, guess, scorer = found["bytes_per_device"], found["estimate"], found["scorer"]
+
+    def gib(size: int | None) -> str:
+        return "?" if size is None else f"{size / GIB:.2f}"
+
+    bound = expected = "-"
+    if guess["step_seconds"] is not None:
+        bound = f"{guess['bound_seconds']:.3g} s, {guess['binds']}"
+        expected = f"{guess['tokens_per_second_per_chip']:,.0f}"
+    free = found["free_bytes_per_device"]
+    fits = f"yes, {gib(free)} free" if found["fits"] else f"no, {gib(-free)} too much"
+    cells = (
+        plan.model, plan.topology, plan.mesh, f"{plan.rows} x {plan.length}", plan.remat,
+        f"{gib(sizes['arguments'])} + {gib(sizes['temporaries'])} = {gib(sizes['total'])} of {gib(sizes['limit'])}",
+        fits, f"{found['flops_per_step'] / 1e12:,.0f}", bound, expected,
+        ("" if scorer["fits"] else "no: ") + gib(scorer["bytes_per_device"]["total"]),
+        f"{found['compile_seconds']:.0f} s",
+    )  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()

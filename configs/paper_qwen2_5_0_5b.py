@@ -1,0 +1,61 @@
+"""The paper's settings (arXiv 2511.08325, Algorithm 1 and its experiments) for Qwen2.5-0.5B-Instruct.
+
+The policy is served by any OpenAI-compatible server of that model, fine-tuned or not; the reward models start from the
+model itself. Everything at once, on TextCraft as AgentGym has it, or trained on trajectories of your own:
+
+python -m jaxprm run configs/paper_qwen2_5_0_5b.py --workdir runs/paper-0.5b
+python -m jaxprm train configs/paper_qwen2_5_0_5b.py --data trajectories.jsonl --workdir runs/own-0.5b
+
+The paper gives 16 trajectories a query at temperature 1.0, up to 5 epochs, learning rate 1e-6, beta 1.0, lambda 0.95,
+and searches at temperature 0.7. It does not give the batch, the warmup, the weight decay or the head's own rate: those
+are ours. One chip: reward_models.0.microbatches=16, and so on for each; docs/training.md says what else saves memory.
+"""
+
+from jaxprm.config import Collection, Data, Endpoint, Environment, Experiment, Mesh, Policy, RewardModel, Search
+
+
+def reward_model(label: str, objective: str, beta: float) -> RewardModel:
+    return RewardModel(
+        label=label,
+        objective=objective,
+        beta=beta,
+        gae_lambda=0.95,
+        epochs=5,
+        learning_rate=1e-6,
+        head_multiplier=100.0,
+        weight_decay=0.0,
+        dtype="bfloat16",
+        remat="full",
+        microbatches=2,
+        evaluate_every=200,
+        checkpoint_every=200,
+        checkpoint_minutes=15.0,
+        keep_best=1,
+    )
+
+
+config = Experiment(
+    name="paper_qwen2_5_0_5b",
+    environment=Environment(name="textcraft"),  # ten distractors and twenty rounds
+    policy=Policy(
+        endpoint=Endpoint(model="Qwen/Qwen2.5-0.5B-Instruct"), max_action_tokens=256, max_tokens=4096, in_flight=128
+    ),
+    base_model="Qwen/Qwen2.5-0.5B-Instruct",
+    collection=Collection(trajectories_per_task=16, temperature=1.0),
+    data=Data(rows=16, length=4096, steps_per_row=128, too_long="window"),
+    reward_models=(
+        reward_model("agentprm", "agentprm", 1.0),
+        reward_model("agentprm_no_progress", "agentprm", 0.0),
+        reward_model("pvm", "pvm", 0.0),
+        reward_model("orm", "orm", 0.0),
+    ),
+    mesh=Mesh(data=1, fsdp=-1),
+    search=Search(
+        temperature=0.7,
+        pool=64,
+        best_of_n=(1, 2, 4, 8, 16, 32, 64),
+        prefix_best_of_n=(1, 2, 4, 8, 16, 32, 64),
+        beams=((2, 2), (4, 4), (8, 8)),
+        stepwise=(4, 8),
+    ),
+)

@@ -1,0 +1,1 @@
+"""Measurements a user can repeat on a machine of their own."""

@@ -1,0 +1,175 @@
+"""A plan as JSON and as text."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from jaxprm.model.families import parameter_shapes
+from jaxprm.planning.chips import chip_of
+from jaxprm.planning.compiling import Compilation, Memory
+from jaxprm.planning.plan import Plan, versions
+from jaxprm.planning.roofline import ASSUMPTIONS
+
+GIB = 1 << 30
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """JSON types alone. Where the compiler refused the step its estimate is null, and what it did not say too."""
+    sends, guess, chip = plan.communication, plan.estimate, _chip(plan)
+    estimate = dict.fromkeys(("step_seconds", "tokens_per_second_per_chip", "mfu")) if guess is None else None
+    return {
+        "fits": plan.fits,
+        "topology": plan.topology,
+        "devices": plan.devices,
+        "mesh": plan.mesh,
+        "parameters": _parameters(plan),
+        "rows": plan.data.rows,
+        "length": plan.data.length,
+        "reward_model": plan.settings.label,
+        "trainable": plan.settings.trainable,
+        "optimizer": plan.settings.optimizer,
+        "dtype": plan.settings.dtype,
+        "remat": plan.settings.remat,
+        "microbatches": plan.settings.microbatches,
+        "attention": plan.attention,
+        "bytes_per_device": _bytes(plan.training.memory),
+        "free_bytes_per_device": plan.training.memory.limit - plan.training.memory.total,
+        "refused": plan.training.refused or None,
+        "flops_per_step": plan.flops.model,
+        "flops": dataclasses.asdict(plan.flops),
+        "tokens_per_step": plan.tokens,
+        "collectives": {} if sends is None else sends.counts,
+        "sent_bytes_per_device": {} if sends is None else sends.sent,
+        "host_transfers": len(plan.transfers),
+        "compile_seconds": round(plan.step.seconds, 1),
+        "estimate": estimate or dataclasses.asdict(guess) | {"efficiency": chip["efficiency"], "chip": chip["peaks"]},
+        "assumptions": list(ASSUMPTIONS),
+        "features": _program(plan.features),
+        "scorer": _program(plan.scoring),
+        "versions": versions(),
+    }
+
+
+def as_text(plan: Plan) -> str:
+    """What a person reads."""
+    memory, settings = plan.training.memory, plan.settings
+    mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items() if size > 1) or "one device"
+    lines = [
+        f"{plan.topology}: {mesh}",
+        f"{_si(_parameters(plan))} parameters, {settings.trainable} trained by {settings.optimizer}, "
+        f"{settings.dtype}, remat {settings.remat}, {plan.attention} attention",
+        f"{plan.data.rows} rows of {plan.data.length} tokens = {plan.tokens:,} tokens a step"
+        + (f" in {settings.microbatches} microbatches" if settings.microbatches > 1 else ""),
+        "",
+        f"memory     {_memory(memory)}",
+        f"           {verdict(memory)}",
+    ]
+    if plan.features is not None:
+        lines.append(f"features   {verdict(plan.features.memory)}; the step itself: {verdict(plan.step.memory)}")
+    if plan.scoring is not None:
+        lines.append(f"scorer     one chip, float32: {verdict(plan.scoring.memory)}")
+    flops = plan.flops
+    lines += [
+        f"FLOPs      {_si(flops.model)} a step by formula (forward {_si(flops.forward)}, backward "
+        f"{_si(flops.backward)}" + (f", target {_si(flops.target)}" if flops.target else "") + "); "
+        f"recomputed {_si(flops.recomputed)}, masked {_si(flops.masked)}",
+    ]
+    if plan.communication is not None:
+        sends = plan.communication
+        found = ", ".join(
+            f"{count} {name} ({_size(sends.sent[name])})" for name, count in sorted(sends.counts.items())
+        )
+        lines.append(f"between    {found or 'nothing is sent'} from each device in a step; {_host(plan)}")
+    lines.append(f"compiled   in {plan.step.seconds:.0f} s" + (": refused" if plan.step.refused else ""))
+    if plan.training.refused:
+        lines.append(f"           {plan.training.refused}")
+    return "\n".join(lines + _estimates(plan))
+
+
+def verdict(memory: Memory) -> str:
+    """Whether it fits, and by how much."""
+    room, needed = memory.limit - memory.total, f"{_size(memory.total)} of {_size(memory.limit)}"
+    return f"fits: {needed}, {_size(room)} free" if memory.fits else f"does not fit: {needed}, {_size(-room)} too much"
+
+
+def _estimates(plan: Plan) -> list[str]:
+    guess, chip = plan.estimate, _chip(plan)
+    if guess is None:
+        return []
+    lines = [
+        "",
+        f"bound      (estimate) a step takes at least {_seconds(guess.bound_seconds)}, {guess.binds} binds: compute "
+        f"{_seconds(guess.compute_seconds)}, memory {_seconds(guess.memory_seconds)}, interconnect "
+        f"{_seconds(guess.interconnect_seconds)}; at most {guess.bound_tokens_per_second_per_chip:,.0f} tokens/s/chip",
+    ]
+    if guess.expected:
+        tokens = plan.tokens / plan.devices
+        lines.append(
+            f"expected   (estimate) {_seconds(guess.best_seconds)} to {_seconds(guess.step_seconds)} a step, "
+            f"{tokens / guess.step_seconds:,.0f} to {tokens / guess.best_seconds:,.0f} tokens/s/chip, "
+            f"MFU {guess.mfu:.0%} or more, if it is as efficient as {chip['efficiency']['source']}"
+        )
+    else:
+        lines.append("expected   nothing published to go by for this generation")
+    peaks = chip["peaks"]
+    lines.append(
+        f"peaks      {peaks['flops'] / 1e12:.0f} TFLOP/s, memory {peaks['hbm'] / 1e9:.0f} GB/s, links "
+        f"{peaks['interconnect'] / 1e9:.0f} GB/s ({peaks['source']})"
+    )
+    return lines + [f"assumed    {text}" for text in ASSUMPTIONS]
+
+
+def _chip(plan: Plan) -> dict[str, Any]:
+    peaks = dataclasses.asdict(chip_of(plan.topology))
+    return {"efficiency": peaks.pop("efficiency"), "peaks": peaks}
+
+
+def _parameters(plan: Plan) -> int:
+    return sum(math.prod(shape) for shape in parameter_shapes(plan.model, reward=True).values())
+
+
+def _program(part: Compilation | None) -> dict[str, Any] | None:
+    if part is None:
+        return None
+    return {
+        "fits": part.memory.fits,
+        "bytes_per_device": _bytes(part.memory),
+        "compile_seconds": round(part.seconds, 1),
+        "refused": part.refused or None,
+    }
+
+
+def _bytes(memory: Memory) -> dict[str, int | None]:
+    return dataclasses.asdict(memory)
+
+
+def _memory(memory: Memory) -> str:
+    named = [("arguments", memory.arguments), ("temporaries", memory.temporaries), ("program", memory.program)]
+    if memory.outputs is not None:
+        named.insert(1, ("outputs of their own", memory.outputs - memory.aliased))
+    return "a device: " + ", ".join(f"{name} {_size(size)}" for name, size in named if size is not None)
+
+
+def _host(plan: Plan) -> str:
+    count = len(plan.transfers)
+    return f"{count} transfers to or from the host" if count else "no transfer to or from the host"
+
+
+def _si(count: float) -> str:
+    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count / 1e6:.3g} M"
+
+
+def _size(count: float) -> str:
+    for unit, size in (("GiB", GIB), ("MiB", 1 << 20)):
+        if count >= size / 10:
+            return f"{count / size:.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"

@@ -1,0 +1,79 @@
+"""The formula against a count of every matrix product in the program that JAX traces."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxprm import config as config_lib
+from jaxprm.planning.flops import attended_pairs, train_step_flops
+from jaxprm.planning.models import MODELS
+from jaxprm.training import sharding
+from jaxprm.training.programs import batch_fields, batch_shapes, make_programs
+from tests.planning.fakes import TINY
+
+LENGTHS = {"one block": 64, "three blocks": 160}
+SETTINGS = {
+    "full": {},
+    "minimal": {"remat": "minimal"},
+    "remat": {"remat": "full"},
+    "states and target": {"bootstrap": "state", "target_update": "ema"},
+    "microbatches": {"microbatches": 2},
+    "lora": {"trainable": "lora", "lora": config_lib.Lora(rank=4, targets=("query", "down"))},
+    "lora and remat": {"trainable": "lora", "lora": config_lib.Lora(rank=4, targets=("value", "up")), "remat": "full"},
+    "last": {"trainable": "last_k", "last_k": 2, "remat": "minimal"},
+    "head": {"trainable": "head"},
+}
+
+
+def products(jaxpr) -> int:
+    """FLOPs of every dot_general, a loop's as often as it runs."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            size = math.prod(equation.outvars[0].aval.shape)
+            total += 2 * size * math.prod(left[axis] for axis in contracted)
+        times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        inner = [getattr(value, "jaxpr", value) for value in jax.tree.leaves(list(equation.params.values()))]
+        total += times * sum(products(one) for one in inner if hasattr(one, "eqns"))
+    return total
+
+
+@pytest.mark.parametrize("length", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("changes", SETTINGS.values(), ids=SETTINGS)
+def test_the_formula_counts_every_product_that_is_traced(changes, length):
+    settings = config_lib.RewardModel(label="x", **changes)
+    data = config_lib.Data(rows=2, length=length, steps_per_row=5)
+    mesh = sharding.make_mesh(config_lib.Mesh(), jax.devices()[:1])
+    programs = make_programs(settings, TINY, mesh, length=length, steps=10, seed=0)
+    batch = batch_shapes(batch_fields(settings), data, TINY, mesh)
+    traced = jax.make_jaxpr(programs.train_step)(programs.state, batch, programs.frozen)
+    assert train_step_flops(TINY, settings, data, "reference").computed == products(traced.jaxpr)
+
+
+def test_the_counter_counts_loops():
+    def twice(x):
+        return jax.lax.scan(lambda carry, _: (carry @ jnp.ones((3, 3)), None), x, length=4)[0]
+
+    assert products(jax.make_jaxpr(twice)(jnp.ones((2, 3))).jaxpr) == 4 * 2 * 2 * 3 * 3
+
+
+def test_pairs_by_hand():
+    assert attended_pairs(64, "reference") == 64 * 64
+    assert attended_pairs(128, "reference") == 64 * 64 + 64 * 128
+    assert attended_pairs(100, "reference") == 64 * 64 + 36 * 100
+    assert attended_pairs(1024, "splash") == 512 * 512 + 512 * 1024
+    assert attended_pairs(384, "splash") == 128 * (128 + 256 + 384)
+
+
+def test_six_flops_a_weight_and_token():
+    """The rule of thumb, without the embedding and with short rows: 6 N for each token."""
+    model = MODELS["llama-3.1-8b"]
+    data = config_lib.Data(rows=1, length=128, steps_per_row=1)
+    found = train_step_flops(model, config_lib.RewardModel(label="x"), data, "splash")
+    weights = 32 * (4096 * 4096 * 2 + 4096 * 1024 * 2 + 3 * 4096 * 14_336)
+    assert found.model / 128 == pytest.approx(6 * weights, rel=0.01)
+    assert found.backward == 2 * found.forward

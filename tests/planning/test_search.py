@@ -1,0 +1,56 @@
+from jaxprm import config as config_lib
+from jaxprm.planning.compiling import Memory
+from jaxprm.planning.models import MODELS
+from jaxprm.planning.search import Candidate, Found, changed, frontier, meshes, staircase
+
+SETTINGS = config_lib.RewardModel(label="x")
+
+
+def found(rows: int, total: int, speed: float | None, *, limit: int = 100) -> Found:
+    memory = Memory(0, 0, 0, total, 0, total, limit)
+    return Found(Candidate(config_lib.Mesh(), rows, "full"), memory, speed)
+
+
+def test_meshes_divide_the_model():
+    """Qwen2.5-0.5B has 14 heads and 2 kv heads: two parts, not four."""
+    sizes = [(mesh.data, mesh.fsdp, mesh.tensor) for mesh in meshes(8, MODELS["qwen2.5-0.5b"])]
+    assert sizes == [(8, 1, 1), (1, 8, 1), (1, 4, 2)]
+    assert [(mesh.data, mesh.fsdp, mesh.tensor) for mesh in meshes(1, MODELS["llama-3.1-8b"])] == [(1, 1, 1)]
+    assert (1, 4, 4) in [(mesh.data, mesh.fsdp, mesh.tensor) for mesh in meshes(16, MODELS["llama-3.1-8b"])]
+
+
+def test_larger_batches_are_rematerialised_more_until_none_fits():
+    """A device holds 40 rows by their cost: 10 a row, 5 with `minimal`, 2 with `full`."""
+    cost = {"none": 10, "minimal": 5, "full": 2}
+
+    def evaluate(candidate):
+        total = candidate.rows * cost[candidate.remat]
+        return Found(candidate, Memory(0, 0, 0, total, 0, total, 40), 1.0)
+
+    tried = list(staircase([config_lib.Mesh(data=4)], evaluate, settings=SETTINGS, devices=4))
+    assert [(one.candidate.rows, one.candidate.remat, one.memory.fits) for one in tried] == [
+        (4, "none", True), (8, "none", False), (8, "minimal", True), (16, "minimal", False), (16, "full", True),
+        (32, "full", False),
+    ]  # fmt: skip
+
+
+def test_the_first_batch_divides_over_the_mesh():
+    def evaluate(candidate):
+        return Found(candidate, Memory(0, 0, 0, 9, 0, 9, 1), None)
+
+    rows = config_lib.RewardModel(label="x", microbatches=2)
+    tried = list(staircase([config_lib.Mesh(fsdp=4, tensor=2)], evaluate, settings=rows, devices=8, rows=10))
+    rows_and_remats = [(one.candidate.rows, one.candidate.remat) for one in tried]
+    assert rows_and_remats == [(16, "none"), (16, "minimal"), (16, "full")]
+
+
+def test_the_frontier_is_what_nothing_beats():
+    fast, lean = found(8, 90, 30.0), found(2, 20, 10.0)
+    beaten, too_large, middle = found(4, 95, 20.0), found(16, 120, None), found(4, 50, 20.0)
+    assert frontier([lean, beaten, too_large, fast, middle]) == [fast, middle, lean]
+    assert frontier([too_large]) == []
+
+
+def test_a_candidate_changes_what_it_names():
+    settings, data = changed(SETTINGS, config_lib.Data(), Candidate(config_lib.Mesh(), 24, "minimal"))
+    assert (settings.remat, data.rows, settings.label) == ("minimal", 24, "x")

@@ -1,0 +1,151 @@
+"""Search over tokens: whatever is kept, forked, dropped or packed, values are those of whole sequences, and no token of
+a tree is computed twice while its state is held."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxprm.errors import UserError
+from jaxprm.model.prefix_bank import PrefixBank, Shapes
+from jaxprm.scoring.engine import Engine
+from tests.model import tiny
+
+STATE = tiny.reward_model()
+LONGEST, REST = 120, 12
+# One length of each kind, so that little is compiled: continuations share rows of 30 tokens, growth takes two chunks.
+SHAPES = Shapes(growth=(16,), packed=(30,), kept=(REST,), lengths=(LONGEST,))
+# Bytes of keys and values: layers, kv heads, head dim, float32, and the tokens a slot has room for.
+SLOT = 2 * 3 * 2 * 12 * 4 * (LONGEST + 16 + REST + 30)
+
+
+def new_engine(slots: int = 24, **options) -> Engine:
+    return Engine(tiny.CONFIG, STATE, rows=4, max_tokens=LONGEST, shapes=SHAPES, cache_bytes=slots * SLOT, **options)
+
+
+def tokens_of(rng, length: int) -> np.ndarray:
+    return rng.integers(0, tiny.CONFIG.vocab_size, size=length).astype(np.int32)
+
+
+def uncached(jobs) -> list[np.ndarray]:
+    """The same from a forward pass over whole sequences, padded to one shape."""
+    values = []
+    for start in range(0, len(jobs), 8):
+        rows, segments = np.zeros((2, 8, LONGEST), np.int32)
+        for row, job in enumerate(jobs[start : start + 8]):
+            tokens = np.concatenate(job)
+            rows[row, : len(tokens)], segments[row, : len(tokens)] = tokens, 1
+        found = tiny.values(STATE, rows, segments=segments)
+        values += [found[row, len(p) : len(p) + len(r)] for row, (p, r) in enumerate(jobs[start : start + 8])]
+    return values
+
+
+def search(engine: Engine, seed: int, rounds: int = 4) -> list[tuple]:
+    """(jobs, values) of each round of a search that forks old states, drops others and mixes everything up."""
+    rng = np.random.default_rng(seed)
+    states = [tokens_of(rng, rng.integers(0, 40)) for _ in range(2)]
+    found = []
+    for _ in range(rounds):
+        some = [states[index] for index in rng.integers(max(0, len(states) - 5), len(states), size=4)]
+        jobs = [(state, tokens_of(rng, rng.integers(1, REST + 1))) for state in some for _ in range(rng.integers(1, 5))]
+        jobs = [jobs[index] for index in rng.permutation(len(jobs))]
+        found.append((jobs, engine.after(jobs)))
+        for prefix, rest in jobs[:4]:
+            grown = np.concatenate([prefix, rest, tokens_of(rng, rng.integers(0, 25))])
+            states.append(grown[: LONGEST - REST])
+    return found
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 10**6), slots=st.sampled_from([2, 5, 24]))
+def test_cached_equals_uncached_for_any_tree_order_fork_eviction_and_packing(seed, slots):
+    engine = new_engine(slots)
+    for jobs, values in search(engine, seed):
+        for ours, reference in zip(values, uncached(jobs), strict=True):
+            tiny.assert_close(ours, reference)
+    if slots == 2:
+        assert engine.usage["again"] > 0
+
+
+def test_every_token_of_a_tree_is_encoded_once():
+    """Three states of a prompt of 20: 4 candidates of 10 after each, two of which go on with an observation of 7."""
+    rng, engine = np.random.default_rng(1), new_engine()
+    states, least = [tokens_of(rng, 20)], 20
+    for _ in range(3):
+        jobs = [(state, tokens_of(rng, 10)) for state in states for _ in range(4)]
+        engine.after(jobs)
+        least += 10 * len(jobs)
+        assert engine.usage["encoded"] == least
+        states = [np.concatenate([*jobs[at], tokens_of(rng, 7)]) for at in (1, len(jobs) - 1)]
+        least += 7 * len(states)
+    engine.after([(state, tokens_of(rng, 1)) for state in states])
+    assert engine.usage["encoded"] == least + 2
+    assert engine.usage["again"] == 0
+
+
+def test_padding_is_counted():
+    engine, rng = new_engine(), np.random.default_rng(2)
+    engine.after([(tokens_of(rng, 20), tokens_of(rng, 5))])
+    # 20 tokens in two chunks of 16 and 5 in a row of 30, one row each.
+    assert (engine.usage["encoded"], engine.usage["slots"]) == (25, 2 * 16 + 30)
+
+
+def test_what_was_dropped_is_encoded_again_and_counted():
+    engine, rng = new_engine(2), np.random.default_rng(3)
+    states = [tokens_of(rng, 10 + number) for number in range(3)]
+    for state in (*states, states[0]):
+        engine.after([(state, tokens_of(rng, 2))])
+    assert engine.usage["encoded"] == 10 + 11 + 12 + 10 + 4 * 2
+    assert engine.usage["again"] == 10
+
+
+@pytest.mark.parametrize("broken", ["offset", "row"])
+def test_a_wrong_place_of_what_is_kept_moves_the_score(monkeypatch, broken):
+    """The comparisons above would see it."""
+    keep = PrefixBank.keep
+
+    def wrong(bank, slot, kept):
+        keep(bank, slot, kept._replace(**{broken: (getattr(kept, broken) + 1) % 4}))
+
+    rng = np.random.default_rng(4)
+    prompts = [tokens_of(rng, 20) for _ in range(3)]
+    jobs = [(prompt, tokens_of(rng, 10)) for prompt in prompts for _ in range(2)]
+    later = [(np.append(np.concatenate(jobs[at]), [3, 4]).astype(np.int32), tokens_of(rng, 4)) for at in (0, 2, 4)]
+    expected = uncached(later)
+    monkeypatch.setattr(PrefixBank, "keep", wrong)
+    engine = new_engine()
+    engine.after(jobs)
+    moved = [np.abs(ours - right).max() for ours, right in zip(engine.after(later), expected, strict=True)]
+    assert min(moved) > 1e-2
+
+
+def test_after_the_warm_up_nothing_compiles():
+    engine = new_engine()
+    engine.warm_up(LONGEST)
+    usage = engine.usage
+    with tiny.compilations() as seen:
+        search(engine, 5)
+    assert seen == []
+    assert usage["encoded"] == 0
+
+
+@pytest.mark.slow
+def test_in_bfloat16_the_cache_changes_scores_by_rounding_alone():
+    rounded, exact, unrounded = [], [], []
+    for jobs, values in search(new_engine(dtype="bfloat16"), 6):
+        rounded += [v[-1] for v in values]
+        exact += [v[-1] for v in uncached(jobs)]
+    whole = new_engine(dtype="bfloat16")
+    for jobs, _ in search(new_engine(), 6):
+        unrounded += [v[-1] for v in whole.whole([np.concatenate(job) for job in jobs], [""] * len(jobs))]
+    spread = np.std(exact)
+    assert spread > 0.3
+    assert np.abs(np.subtract(rounded, unrounded)).max() < 0.1 * spread
+    assert 1e-5 < np.abs(np.subtract(rounded, exact)).max() < 0.15 * spread
+
+
+def test_a_cache_too_small_for_two_conversations_is_refused():
+    with pytest.raises(UserError, match=r"cache_bytes = 1000: two conversations of 120 tokens take \d+; raise it"):
+        Engine(tiny.CONFIG, STATE, rows=4, max_tokens=LONGEST, shapes=SHAPES, cache_bytes=1000).after(
+            [(np.zeros(1, np.int32), np.ones(1, np.int32))]
+        )
