@@ -23,7 +23,7 @@ test-all: $(VENV)/.dev lint browser
 	$(BIN)/python -m pytest -q -m slow
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff check jaxprm data_pipeline benchmarks configs scripts tests
+	$(BIN)/ruff check jaxprm data_pipeline benchmarks configs notebooks scripts tests
 
 browser:
 	@command -v chromium >/dev/null || bash tests/install_browser.sh

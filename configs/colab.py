@@ -1,0 +1,29 @@
+"""Qwen2.5-0.5B on one chip of 16 GB and trajectories of your own; what notebooks/agentprm_colab_tpu.ipynb trains.
+
+python -m jaxprm train configs/colab.py --data trajectories.jsonl --model Qwen/Qwen2.5-0.5B-Instruct --workdir runs/own
+
+Adapters, not all parameters: AdamW's state of 0.49 billion parameters is 5.9 GB, which the chip holds, but a
+checkpoint is as large, three lie on the disk at times, and each passes through the host's memory. Of adapters it is
+0.1 GB. With reward_models.0.trainable=full take optimizer=adafactor, or a disk and a host that are large enough.
+"""
+
+from jaxprm.config import Data, Experiment, RewardModel
+
+config = Experiment(
+    name="colab",
+    data=Data(rows=8, length=2048, steps_per_row=64, too_long="error"),
+    reward_models=(
+        RewardModel(
+            label="agentprm",
+            trainable="lora",
+            epochs=4,
+            learning_rate=1e-4,
+            dtype="bfloat16",
+            remat="full",
+            microbatches=2,
+            # By the clock: what a disconnect costs is minutes, whatever a step takes.
+            checkpoint_every=1_000_000,
+            checkpoint_minutes=10.0,
+        ),
+    ),
+)

@@ -1,0 +1,17 @@
+"""python execute.py IN.ipynb OUT.ipynb: every cell, in the current folder; OUT is written whatever happens."""
+
+from __future__ import annotations
+
+import sys
+
+import nbclient
+import nbformat
+
+if __name__ == "__main__":
+    given, output = sys.argv[1:]
+    notebook = nbformat.read(given, as_version=4)
+    client = nbclient.NotebookClient(notebook, timeout=1200, kernel_name="python3")
+    try:
+        client.execute()
+    finally:
+        nbformat.write(notebook, output)

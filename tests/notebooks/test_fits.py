@@ -1,0 +1,103 @@
+"""The notebook's arithmetic against the model, the optimizers and the adapters as they are made."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxprm import config as config_lib
+from jaxprm.model import transformer
+from jaxprm.training import optimizer, trainable
+from jaxprm.training.step import initial_state
+from notebooks import colab, fits
+
+QWEN = {
+    "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "num_hidden_layers": 24,
+    "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864,
+}  # fmt: skip
+OTHERS = [
+    {"model_type": "qwen3", "vocab_size": 500, "hidden_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
+     "num_key_value_heads": 2, "head_dim": 128, "intermediate_size": 384},
+    {"model_type": "llama", "vocab_size": 700, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
+     "intermediate_size": 256},
+]  # fmt: skip
+# Peaks that libtpu's compiler gives for the train step of QWEN on v5e:1x1, rows 8, length 2048, microbatches 2.
+COMPILED = {"lora": 3.90e9, "adafactor": 7.15e9, "adamw": 11.10e9}
+
+
+def abstract(config: dict) -> tuple[transformer.TransformerConfig, nnx.State]:
+    """The reward model of a config.json, as shapes."""
+    heads = config["num_attention_heads"]
+    sizes = transformer.TransformerConfig(
+        vocab_size=config["vocab_size"], hidden_size=config["hidden_size"], layers=config["num_hidden_layers"],
+        heads=heads, kv_heads=config.get("num_key_value_heads", heads),
+        head_dim=config.get("head_dim", config["hidden_size"] // heads),
+        intermediate_size=config["intermediate_size"], rope_theta=1e4, family=config["model_type"],
+    )  # fmt: skip
+    return sizes, jax.eval_shape(lambda: nnx.state(transformer.RewardModel(sizes, rngs=nnx.Rngs(0))))
+
+
+def count(tree) -> int:
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+
+
+def needs(config: dict, train: str) -> fits.Needs:
+    return fits.needs(config, train=train, rows=8, length=2048, microbatches=2, export_bytes=2)
+
+
+@pytest.mark.parametrize("config", [QWEN, *OTHERS], ids=lambda config: config["model_type"])
+def test_parameters_and_adapters_are_counted_as_they_are_made(config):
+    _, parameters = abstract(config)
+    assert fits.parameters(config) == count(parameters)
+    settings = config_lib.RewardModel(label="a", trainable="lora")
+    trained, _ = jax.eval_shape(lambda one: trainable.split(settings, one, jax.random.key(0)), parameters)
+    assert needs(config, "lora").trained == count(trained)
+
+
+@pytest.mark.parametrize("train", fits.OVERRIDES)
+def test_a_checkpoint_is_as_large_as_the_training_state(train):
+    _, parameters = abstract(QWEN)
+    chosen = dict(one.split("=") for one in fits.OVERRIDES[train])
+    settings = config_lib.RewardModel(label="a", **chosen)
+    if train == "lora":
+        parameters, _ = jax.eval_shape(lambda one: trainable.split(settings, one, jax.random.key(0)), parameters)
+    update = optimizer.make_optimizer(
+        learning_rate=1e-4, steps=10, warmup_steps=1, weight_decay=0.0, clip=1.0, optimizer=settings.optimizer
+    )
+    state = jax.eval_shape(lambda one: initial_state(one, update, settings), parameters)
+    assert needs(QWEN, train).checkpoint == pytest.approx(4 * count(state), rel=0.01)
+
+
+@pytest.mark.parametrize("train, peak", COMPILED.items())
+def test_the_chip_is_promised_no_less_than_the_compiler_takes(train, peak):
+    assert peak < sum(needs(QWEN, train).chip.values()) < 1.15 * peak
+
+
+def test_what_does_not_fit_is_refused_with_what_to_change():
+    fits.check(needs(QWEN, "lora"), disk=15e9)
+    fits.check(needs(QWEN, "adafactor"), disk=15e9)
+    with pytest.raises(colab.Stop, match=r"the disk of WORKDIR has 15.0 GB, and this needs about 20.7: .*TRAIN lora"):
+        fits.check(needs(QWEN, "adamw"), disk=15e9)
+    large = QWEN | {"hidden_size": 2048, "num_hidden_layers": 36, "intermediate_size": 11008}
+    with pytest.raises(colab.Stop, match="the chip has 16.9 GB, .*a smaller LENGTH or MODEL"):
+        fits.check(needs(large, "lora"), disk=1e12)
+    with pytest.raises(colab.Stop, match="the host's memory has 8.0 GB, .* needs about 8.9: .*"):
+        fits.check(needs(QWEN, "adamw"), disk=1e12, host=8e9)
+
+
+def test_the_table_has_every_need_in_gigabytes():
+    lines = fits.table(needs(QWEN, "adamw")).splitlines()
+    assert lines[0] == "494 M parameters, 494.0 M trained; GB:"
+    shown = {line[:36].strip(): float(line[36:]) for line in lines[1:]}
+    assert shown["optimizer"] == 3.95 and shown["checkpoint"] == 5.93 and shown["disk, at most"] == 20.75
+    parts = [size for line, size in shown.items() if line in needs(QWEN, "adamw").chip]
+    assert shown["chip, of 16.9"] == pytest.approx(sum(parts), abs=0.04)
+
+
+def test_what_a_run_has_written_counts_as_room(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b").write_bytes(b"12345")
+    (tmp_path / "c").write_bytes(b"678")
+    assert fits.used(tmp_path) == 8
