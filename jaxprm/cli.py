@@ -181,6 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # What TensorFlow and XLA say at start-up drowns the one line that matters.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch
     try:
         return VERBS[options.verb](options)
     except KeyboardInterrupt:
