@@ -154,5 +154,7 @@ def test_a_run_on_own_trajectories_trains_on_them_from_a_model_and_stops(own, tm
     out, _ = capsys.readouterr()
     assert "run ends here" in out and "prm, seed 0: loss" in out
     recipe = json.loads((tmp_path / "w/reward_models/prm/seed-0/model/reward_model.json").read_text())
-    assert recipe["base"] == "base" and recipe["trained_on"]["trajectories"] > 10
+    # Attempts that are equal are stored once: a task's three attempts here.
+    tasks = {one.task for one in read(tmp_path / "w/trajectories/train.jsonl")}
+    assert recipe["base"] == "base" and recipe["trained_on"]["trajectories"] == len(tasks) > 5
     assert not (tmp_path / "w/search").exists()
