@@ -6,6 +6,7 @@ computes with the dead one waits. Here every process holds a connection with pro
 
 from __future__ import annotations
 
+import hmac
 import os
 import socket
 import sys
@@ -19,6 +20,8 @@ from jaxprm.errors import RESUMABLE
 
 FAREWELL = b"."
 CONNECT_SECONDS = 20
+# Shown on connecting, so that nobody else on the network is taken for a process of the run.
+SECRET_BYTES = 16
 
 
 class Peers:
@@ -30,28 +33,39 @@ class Peers:
 
     def connect(self) -> None:
         """Called by every process at the same place. Where no connection can be made, the heartbeat alone is left."""
-        server, address = None, np.zeros(5, np.int32)
+        server, here = None, np.zeros(5 + SECRET_BYTES, np.int32)
         if jax.process_index() == 0:
-            server = socket.create_server(("", 0))
-            address[:] = [*socket.inet_aton(_own_address()), server.getsockname()[1]]
-        address = np.asarray(multihost_utils.broadcast_one_to_all(address))
+            own = _own_address()
+            server = socket.create_server((own, 0))
+            here[:] = [*socket.inet_aton(own), server.getsockname()[1], *os.urandom(SECRET_BYTES)]
+        here = np.asarray(multihost_utils.broadcast_one_to_all(here))
+        secret = bytes(here[5:].astype(np.uint8))
         try:
             if server is not None:
-                server.settimeout(CONNECT_SECONDS)
-                for _ in range(jax.process_count() - 1):
-                    connection, _ = server.accept()
-                    connection.settimeout(CONNECT_SECONDS)
-                    self._watch(connection, int.from_bytes(connection.recv(4), "big"))
+                self._accept(server, secret)
             else:
-                host = socket.inet_ntoa(bytes(address[:4].astype(np.uint8)))
-                connection = socket.create_connection((host, int(address[4])), timeout=CONNECT_SECONDS)
-                connection.sendall(jax.process_index().to_bytes(4, "big"))
+                host = socket.inet_ntoa(bytes(here[:4].astype(np.uint8)))
+                connection = socket.create_connection((host, int(here[4])), timeout=CONNECT_SECONDS)
+                connection.sendall(secret + jax.process_index().to_bytes(4, "big"))
                 self._watch(connection, 0)
         except OSError:
             pass
         finally:
             if server is not None:
                 server.close()
+
+    def _accept(self, server: socket.socket, secret: bytes) -> None:
+        server.settimeout(CONNECT_SECONDS)
+        waiting = jax.process_count() - 1
+        while waiting:
+            connection, _ = server.accept()
+            connection.settimeout(CONNECT_SECONDS)
+            said = connection.recv(SECRET_BYTES + 4, socket.MSG_WAITALL)
+            if hmac.compare_digest(said[:SECRET_BYTES], secret):
+                self._watch(connection, int.from_bytes(said[SECRET_BYTES:], "big"))
+                waiting -= 1
+            else:
+                connection.close()
 
     def leave(self) -> None:
         """Says farewell: this process ends, and nobody has to."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from pathlib import Path
 
 import jax
@@ -104,3 +105,24 @@ def test_minutes_since_the_last_save(monkeypatch):
     assert timer.due(2)
     timer.restart()
     assert not timer.due(3) and not Timer(None).due(10**9)
+
+
+def test_a_stranger_is_not_taken_for_a_process_of_the_run(monkeypatch):
+    monkeypatch.setattr(peers.jax, "process_count", lambda: 2)
+    secret = b"s" * peers.SECRET_BYTES
+    watched = []
+    group = peers.Peers()
+    monkeypatch.setattr(group, "_watch", lambda connection, process: watched.append((connection, process)))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        waiting = threading.Thread(target=group._accept, args=(server, secret))
+        waiting.start()
+        address = server.getsockname()
+        with socket.create_connection(address) as stranger:
+            stranger.sendall(b"x" * peers.SECRET_BYTES + (1).to_bytes(4, "big"))
+            stranger.settimeout(10)
+            assert stranger.recv(1) == b"" and not watched
+        with socket.create_connection(address) as process:
+            process.sendall(secret + (1).to_bytes(4, "big"))
+            waiting.join(10)
+            assert [number for _, number in watched] == [1]
+            watched[0][0].close()
