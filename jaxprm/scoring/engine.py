@@ -79,6 +79,7 @@ class Engine:
         self._graph, self._parameters = huggingface.reward_model_graph(config), parameters
         self._cache_bytes, self._wanted_rows = cache_bytes, rows
         self._encoded = self._slots = 0
+        self._past = dict.fromkeys(("encoded", "reused", "again", "slots"), 0)
 
     @property
     def bytes_of_a_slot(self) -> int:
@@ -117,7 +118,12 @@ class Engine:
             bank = self._bank
             counts = (bank.tokens_encoded, bank.tokens_reused, bank.tokens_again, bank.slots_computed)
             found = {name: value + count for (name, value), count in zip(found.items(), counts, strict=True)}
-        return found
+        return {name: value + self._past[name] for name, value in found.items()}
+
+    def forget(self) -> None:
+        """Lets go of everything in the cache; what was compiled stays, and the counts go on."""
+        self._past, self._encoded, self._slots = self.usage, 0, 0
+        self.__dict__.pop("_bank", None)
 
     def whole(self, sequences: Sequence[np.ndarray], names: Sequence[str]) -> list[np.ndarray]:
         """Values of every token of each sequence int32 [T]: float32 [T]. The cache is neither read nor changed.

@@ -52,6 +52,11 @@ class Scorer:
         """Tokens so far, padding not counted, and more: see Engine.usage."""
         return self.engine.usage
 
+    def forget(self) -> None:
+        """Forgets scores and conversations: what is asked next costs, and rounds, as if it were the first."""
+        self._memory.clear()
+        self.engine.forget()
+
     def score(
         self, trajectories: Sequence[Sequence], *, tools: Sequence | None = None, rows: Sequence[str] | None = None
     ) -> list[np.ndarray]:

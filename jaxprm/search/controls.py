@@ -25,6 +25,9 @@ class RandomScorer:
             for name, texts in zip(map(prefix_hash, states), candidates, strict=True)
         ]
 
+    def forget(self) -> None:
+        """Nothing is kept."""
+
     def _uniform(self, name: str, text: str) -> float:
         digest = hashlib.sha256(f"{self._seed}\x1f{name}\x1f{text}".encode()).digest()
         # As many bits as float32 holds, so that no score is rounded up to 1.

@@ -105,10 +105,12 @@ class _Stages:
             output, stage = self._stage(name)
             with stage as needed:
                 if needed:
+                    judge = scorer()
+                    judge.forget()  # so that a search costs and finds the same, whatever was searched before
                     guided_search(
                         state.make_environment,
                         state.policy,
-                        scorer(),
+                        judge,
                         tasks,
                         output,
                         settings=state.experiment.search,

@@ -149,3 +149,18 @@ def test_a_cache_too_small_for_two_conversations_is_refused():
         Engine(tiny.CONFIG, STATE, rows=4, max_tokens=LONGEST, shapes=SHAPES, cache_bytes=1000).after(
             [(np.zeros(1, np.int32), np.ones(1, np.int32))]
         )
+
+
+def test_what_was_forgotten_is_computed_again_to_the_same_bits_and_counted_on():
+    """A search must cost and find the same whatever was searched before it with the same model."""
+    engine = new_engine()
+    first = search(engine, seed=3)
+    once = engine.usage
+    engine.forget()
+    assert engine.usage == once
+    with tiny.compilations() as compiled:
+        second = search(engine, seed=3)
+    assert not compiled
+    assert engine.usage == {name: 2 * count for name, count in once.items()} and once["encoded"] > 100
+    for (_, one), (_, other) in zip(first, second, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
