@@ -57,7 +57,7 @@ PLANS = (
     Plan("qwen2.5-7b", "v5p:2x2x2", "fsdp=8", 16),
     Plan("qwen2.5-7b", "v5e:4x4", "fsdp=16", 16),
     Plan("llama-3.1-8b", "v6e:4x4", "fsdp=16", 32),
-    Plan("qwen2.5-7b", "v5p:2x2x2", "fsdp=8", 8, length=16_384),
+    Plan("qwen2.5-0.5b", "v5e:2x4", "fsdp=8", 8, length=8192),
 )
 
 
