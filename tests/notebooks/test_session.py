@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -119,7 +120,9 @@ def test_a_command_shows_what_it_says_and_the_memory_it_took(capsys):
     said = capsys.readouterr().out
     assert "out\n" in said and "erré\n" in said
     peak = float(said.split("largest process ")[1].split(" GB")[0])
-    assert 0.3 <= peak < 1 and "MORE" not in said
+    # A process begins as its parent, whose size counts as its own: a notebook's is small, that of tests may not be.
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    assert 0.3 <= peak < max(1, own + 0.1) and "MORE" not in said
 
 
 def test_more_memory_than_a_free_machine_can_spare_is_said(capsys, monkeypatch):
