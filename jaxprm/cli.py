@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxprm.errors import RESUMABLE, Interrupted
+from jaxprm.host_memory import keep_freed
 
 STAGE_VERBS = {
     "run": ("report", "the whole loop: collect, build, train, search, report"),
@@ -221,6 +222,7 @@ def _one_line(error: Exception) -> str | None:
 
 
 def _stages(options) -> int:
+    keep_freed()
     from jaxprm import config
     from jaxprm.run import run, validation_lines
     from jaxprm.training import distributed
@@ -276,6 +278,7 @@ def _spelled_out(options) -> list[str]:
 
 
 def _imitate(options) -> int:
+    keep_freed()
     from jaxprm import config
     from jaxprm.stages import WorkDirectory
     from jaxprm.training.imitate import imitate

@@ -58,7 +58,6 @@ def module(tmp_path, monkeypatch):
     (tmp_path / "user_counter.py").write_text(COUNTER)
     (tmp_path / "user_needs.py").write_text("import surely_not_installed_xyz")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "user_counter", raising=False)
 
 
 def test_a_registered_name_is_made_with_its_arguments():
