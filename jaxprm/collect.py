@@ -106,6 +106,8 @@ def _act(episode: Episode, text: str) -> None:
         episode.observation = result.observation
         if result.done or len(episode.rewards) >= episode.environment.max_rounds:
             episode.outcome, episode.done = pool.outcome(episode.environment), True
+            if hasattr(episode.environment, "answer"):
+                episode.about = episode.about | {"answer": pool.answer(episode.environment)}
         else:
             episode.messages = [*episode.messages, {"role": "user", "content": result.observation}]
 

@@ -216,8 +216,10 @@ class Mesh(Section):
 class Search(Section):
     """What is searched on the held-out tasks. `tasks` null means all of the split.
 
-    beams, diverse: (paths kept, actions of each); mcts: (simulations before a step, actions), with `exploration`;
-    stepwise: actions; aggregations: scores for best-of-N beside the final step's. docs/search.md says more.
+    beams, diverse: (paths kept, actions of each); lookahead: (paths, actions, steps ahead); mcts: (simulations before a
+    step, actions), with `exploration`; stepwise: actions; aggregations: scores and votes for best-of-N beside the final
+    step's. stop_at: a finished path of at least this score ends the search of its task; budget: so does having spent so
+    many tokens or FLOPs. docs/search.md says more.
     """
 
     split: Literal["validation", "test"] = "test"
@@ -230,10 +232,14 @@ class Search(Section):
     beams: tuple[tuple[Count, Count], ...] = ((2, 2), (4, 4))
     stepwise: tuple[Count, ...] = (4,)
     diverse: tuple[tuple[Count, Count], ...] = ()
+    lookahead: tuple[tuple[Count, Count, Count], ...] = ()
     mcts: tuple[tuple[Count, Count], ...] = ()
     exploration: NotNegative = 1.0
-    aggregations: tuple[Literal["mean", "min", "max", "product", "sum"], ...] = ()
+    aggregations: tuple[Literal["mean", "min", "max", "product", "sum", "vote", "weighted_vote"], ...] = ()
     progress_weight: NotNegative = 0.0
+    stop_at: float | None = None
+    budget: Positive | None = None
+    budget_unit: Literal["tokens", "flops"] = "tokens"
     trees: Whole = 6
 
 

@@ -71,16 +71,6 @@ class Run:
             return tasks
         return [tasks[index * len(tasks) // limit] for index in range(limit)]
 
-    def check_can_fork(self) -> None:
-        """Raises UserError where a search needs several branches and the environment has one."""
-        from jaxprm.search.branches import check_can_fork
-
-        environment = self.make_environment()
-        try:
-            check_can_fork(environment, "search.beams, diverse and mcts")
-        finally:
-            environment.close()
-
     @functools.cached_property
     def _policy_inputs(self) -> dict[str, Any]:
         """What its draws depend on. How many are in flight, and where a server stands, change the speed alone."""
@@ -175,8 +165,10 @@ def run(
     with state.work.lock():
         # Before any work is spent: what is there must have been made with this config, and the last stage be possible.
         state.work.check(stage_inputs(state, until))
-        if STAGES.index(until) >= STAGES.index("search") and _forks(experiment):
-            state.check_can_fork()
+        if STAGES.index(until) >= STAGES.index("search"):
+            from jaxprm.search import stage
+
+            stage.check(state)
         files.write_json(workdir / "config.json", config_lib.to_dict(experiment))
         steps: dict[str, Callable[[Run], Any]] = {
             "collect": collect,
@@ -200,12 +192,6 @@ def _model_identity(directory: Path, template: str) -> str:
     text = read_template(template)
     found = [files.sha256(directory / name) for name in model_files(directory)]
     return identity(found if text is None else [*found, text])
-
-
-def _forks(experiment: config_lib.Experiment) -> bool:
-    from jaxprm.search.plans import plans
-
-    return any(plan.forks for plan in plans(experiment.search))
 
 
 def stage_inputs(state: Run, until: str) -> dict[str, dict[str, Any]]:

@@ -17,9 +17,10 @@ from jaxprm import environments, files
 from jaxprm.collect import collect, rollouts, trajectory
 from jaxprm.environments import StepResult
 from jaxprm.errors import UserError
-from jaxprm.search.beam import beam_search, tree_to_dict
+from jaxprm.search.beam import beam_search
 from jaxprm.search.branches import Forest
 from jaxprm.search.controls import RandomScorer
+from jaxprm.search.tree import tree_to_dict
 from tests.search.fakes import Factory, ScriptedPolicy, SeededPolicy, TreeGame, Walk
 
 ROOT = Path(__file__).parents[1]

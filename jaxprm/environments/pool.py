@@ -63,7 +63,13 @@ def outcome(environment: Environment) -> float:
     return value
 
 
-def _text(value: Any, method: str) -> str:
+def answer(environment: Environment) -> str | None:
+    """What the episode came to, where there is something to compare with other episodes'."""
+    value = environment.answer()
+    return None if value is None else _text(value, "answer", "answer")
+
+
+def _text(value: Any, method: str, what: str = "observation") -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{method}() returned a {type(value).__name__} for the observation; it must be text")
+        raise TypeError(f"{method}() returned a {type(value).__name__} for the {what}; it must be text")
     return value

@@ -30,7 +30,8 @@ class Environment(Protocol):
 
     fork: how search returns to an earlier state: "clone" by snapshot and restore, "replay" by reset and the same
     actions, "none" not at all. Only "clone" needs snapshot and restore. What an optional `describe(task) -> dict`
-    returns goes into the trajectories' meta.
+    returns goes into the trajectories' meta, and so does the `answer() -> str | None` of a finished episode, where
+    there is one: what votes compare.
     """
 
     fork: Fork

@@ -15,13 +15,12 @@ from jaxprm import config as config_lib
 from jaxprm import files
 from jaxprm.evaluation import value_metrics
 from jaxprm.evaluation.budget import Cost, budget_ratio, equal_budget
-from jaxprm.evaluation.compute import flops_per_token
+from jaxprm.evaluation.compute import flops_of_tokens
 from jaxprm.evaluation.statistics import best_of_n_curve, bootstrap, oracle_curve, paired_difference
-from jaxprm.model import huggingface
 from jaxprm.model.tensor_files import weight_files
-from jaxprm.policies import loading
 from jaxprm.search.best_of_n import AGGREGATIONS
 from jaxprm.search.plans import Plan, plans
+from jaxprm.search.vote import VOTES, vote_curve
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "transformers", "textcraft", "numpy")
 
@@ -111,8 +110,13 @@ class Results:
 
     def aggregated(self, label: str, how: str) -> np.ndarray:
         """Expected outcome of best-of-N by another score than the final step's, [seeds, tasks, sizes]."""
-        score = lambda steps: WORST if steps == [WORST] else AGGREGATIONS[how](steps)
         tables = [self.pool_values(label, seed) for seed in self.seeds]
+        if how in VOTES:
+            answers = [[line["meta"].get("answer") for line in lines] for lines in self.pool.values()]
+            finals = ([[steps[-1] for steps in task] for task in table] for table in tables)
+            options = {"sizes": self.settings.best_of_n, "seed": self.experiment.seed}
+            return np.array([vote_curve(VOTES[how](one), answers, self.outcomes, **options) for one in finals])
+        score = lambda steps: WORST if steps == [WORST] else AGGREGATIONS[how](steps)
         scores = np.array([[[score(steps) for steps in task] for task in table] for table in tables])
         return np.array([best_of_n_curve(one, self.outcomes, self.settings.best_of_n) for one in scores])
 
@@ -177,14 +181,6 @@ class Results:
             curves.setdefault(model.label, {})[str(seed)] = list(files.read_lines(path))
         return curves
 
-    def _flops(self) -> tuple[float, float]:
-        """Of a token: the policy's, not a number where its size is not known, and the reward models'."""
-        settings = self.experiment.policy
-        reward = flops_per_token(huggingface.read_config(self.state.base_directory)[0])
-        if not loading.is_directory(settings):
-            return np.nan, reward
-        return flops_per_token(huggingface.read_config(loading.policy_directory(settings))[0]), reward
-
     def budget(self) -> dict:
         """Searches against best-of-N at equal tokens and FLOPs, and the budget that a label needs for another's score.
 
@@ -205,7 +201,7 @@ class Results:
             if (tokens := self._pool_tokens(label)) is None:
                 continue
             finals = [[[steps[-1] for steps in task] for task in self.pool_values(label, seed)] for seed in self.seeds]
-            for unit, (policy, reward) in {"tokens": (1.0, 1.0), "flops": self._flops()}.items():
+            for unit, (policy, reward) in {"tokens": (1.0, 1.0), "flops": flops_of_tokens(self.state)}.items():
                 if not np.isfinite(policy):
                     continue
                 cost = Cost(reward * tokens["once"], policy * tokens["sampled"] + reward * tokens["each"])
@@ -232,7 +228,7 @@ class Results:
 
     def compute(self) -> dict:
         """Counted per task, means over tasks and seeds; FLOPs by formula from the counts."""
-        policy, per_token = self._flops()
+        policy, per_token = flops_of_tokens(self.state)
         sampled = [line for lines in self.pool.values() for line in lines]
         mean = np.mean([line["meta"]["tokens"] for line in sampled])
         steps = np.mean([sum(m["role"] == "assistant" for m in line["messages"]) for line in sampled])
@@ -252,6 +248,8 @@ class Results:
                 if label != "random" and all("reward_encoded" in line for line in lines):
                     encoded = np.mean([line["reward_encoded"] for line in lines])
                     sizes[key]["reward_encoded_ratio"] = float(encoded / max(1.0, reward))
+                if ended := sum("ended" in line for line in lines):
+                    sizes[key]["ended_early"] = ended
                 sizes[key]["failed"] = int(sum(line.get("failed", 0) for line in lines))
                 sizes[key]["errors"] = int(sum(line["errors"] for line in lines))
             table["methods"][label] = sizes
@@ -313,7 +311,7 @@ def write_results(state) -> Path:
     files.write_json(state.work / "results.json", files.without_nan(value))
     trees = []
     for path in sorted((state.work / "search").glob("*.jsonl")):
-        if path.name.startswith(("beam-", "stepwise-", "diverse-", "mcts-")):
+        if path.name.startswith(("beam-", "stepwise-", "diverse-", "lookahead-", "mcts-")):
             trees += [line["tree"] for line in files.read_lines(path) if "tree" in line]
     files.write_atomic(state.work / "search/trees.json", json.dumps(trees, ensure_ascii=False))
     return state.work / "results.json"

@@ -81,7 +81,7 @@ def name(label: str) -> str:
     return look(label).name
 
 
-_SEARCHES = ("beam", "best_of_n", "prefix_best_of_n", "stepwise", "diverse", "mcts")
+_SEARCHES = ("beam", "best_of_n", "prefix_best_of_n", "stepwise", "diverse", "lookahead", "mcts")
 
 
 def search_name(at: str) -> str:
@@ -96,6 +96,7 @@ def search_name(at: str) -> str:
         "prefix_best_of_n": f"best of {readable} prefixes",
         "stepwise": f"step-wise best of {readable}",
         "diverse": f"diverse beam {readable}",
+        "lookahead": f"lookahead {readable}",
         "mcts": f"tree search {readable}",
     }
     return forms.get(kind, at)

@@ -12,8 +12,8 @@ import msgspec
 from jaxprm.errors import UserError
 
 T = TypeVar("T")
-AGGREGATED = tuple(f"best_of_n_{how}" for how in ("mean", "min", "max", "product", "sum"))
-TREE_SEARCHES = ("diverse", "mcts")
+AGGREGATED = tuple(f"best_of_n_{how}" for how in ("mean", "min", "max", "product", "sum", "vote", "weighted_vote"))
+TREE_SEARCHES = ("diverse", "lookahead", "mcts")
 SEARCHES = ("best_of_n", "prefix_best_of_n", "stepwise", "beam", *TREE_SEARCHES, *AGGREGATED)
 
 

@@ -111,7 +111,8 @@ def scaling(results: Results) -> str:
     intro = "How success grows with the number of candidates to choose from."
     body = figure(found, "scaling", words)
     body += _size_table(results, AGGREGATED, "Best of N by other scores of a trajectory than its final step's")
-    body += _size_table(results, TREE_SEARCHES, "Diverse beams, and tree search by simulations x actions")
+    caption = "Diverse beams, beams that look ahead (paths x actions x steps), and tree search by simulations x actions"
+    body += _size_table(results, TREE_SEARCHES, caption)
     return section("scaling", "More samples to choose from", intro, body)
 
 
@@ -122,9 +123,10 @@ def _size_table(results: Results, searches: Sequence[str], caption: str) -> str:
     if not curves:
         return ""
     sizes = sorted({size for curve in curves.values() for size in curve}, key=size_key)
+    how = lambda search: escape(search.removeprefix("best_of_n_").replace("_", " "))
     rows = [
         [
-            f'{html.method(label)} <span class="how">{escape(search.removeprefix("best_of_n_"))}</span>',
+            f'{html.method(label)} <span class="how">{how(search)}</span>',
             *(html.share(curve.get(size)) for size in sizes),
         ]
         for (label, search), curve in curves.items()

@@ -207,6 +207,7 @@
         list.append(make("dt", "", term), definition);
       };
       if (known(node.promise)) entry("promise", make("b", "", fixed(node.promise)), gauge(node.promise, tree.method));
+      if (known(node.looked)) entry("further on", make("b", "", fixed(node.looked)), gauge(node.looked, tree.method));
       if (known(node.progress)) entry("progress", change(node.progress));
       if (node.count > 1) entry("proposed", make("span", "", `${node.count} times, merged`));
       if (node.done) entry("ended", make("span", "", ending(node.outcome)));

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from jaxprm.policies.protocol import Action, Policy
-from jaxprm.search.beam import ActionScorer, Node, Tree, execute, expand
 from jaxprm.search.branches import Forest
+from jaxprm.search.limits import Limits
+from jaxprm.search.tree import ActionScorer, Node, Tree, expand, take
 
 
 @dataclass
@@ -70,8 +71,7 @@ class Search:
     def commit(self, forest: Forest) -> None:
         """Takes the most visited action; among equals the one of highest value."""
         self.root = max(self.children[self.root.id], key=lambda node: (self.visits[node.id], self.value(node)))
-        if not self.root.kept:
-            execute(self.root, forest)
+        take(self.root, forest)
         self.tree.frontier = [self.root]
         self.tree.rounds += 1
 
@@ -97,6 +97,7 @@ def tree_search(
     temperature: float,
     max_rounds: int,
     exploration: float = 1.0,
+    limits: Limits = Limits(),
 ) -> list[Tree]:
     """Searches the tasks in lockstep, so that one call to the policy and one to the scorer serve a simulation of each.
 
@@ -112,12 +113,12 @@ def tree_search(
         root = Node(0, None, branch, [{"role": "user", "content": prompt}])
         searches.append(Search(Tree(task, root, [root]), exploration, root))
     for _ in range(max_rounds):
-        searching = [search for search in searches if not search.root.branch.done]
+        searching = [search for search in searches if not search.tree.finished]
         for _ in range(simulations if searching else 0):
             paths = [search.select() for search in searching]
             for path in paths:
-                if not path[-1].kept:
-                    execute(path[-1], forest)
+                if path[-1] is not path[0]:
+                    take(path[-1], forest)
             growing = [
                 (search, path[-1]) for search, path in zip(searching, paths, strict=True) if not path[-1].branch.done
             ]
@@ -131,4 +132,6 @@ def tree_search(
             searching = [search for search in searching if not search.root.branch.done]
         for search in searching:
             search.commit(forest)
+            if not search.tree.finished:
+                search.tree.ended = limits.reached(search.tree, policy.count_tokens)
     return [search.tree for search in searches]

@@ -12,10 +12,12 @@ from jaxprm import files
 from jaxprm.environments import Environment
 from jaxprm.policies.protocol import Policy
 from jaxprm.progress import bar
-from jaxprm.search.beam import ActionScorer, Tree, beam_search, tree_to_dict
+from jaxprm.search.beam import beam_search
 from jaxprm.search.branches import Forest, check_can_fork
+from jaxprm.search.limits import Limits, Prices, tokens_read
 from jaxprm.search.mcts import tree_search
 from jaxprm.search.plans import Plan
+from jaxprm.search.tree import ActionScorer, Tree, tree_to_dict
 
 # Tasks searched together: enough to fill a batch, few enough that a kill costs little.
 TASKS_AT_ONCE = 24
@@ -32,13 +34,15 @@ def guided_search(
     plan: Plan,
     label: str,
     about: dict,
+    prices: Prices = Prices(),
 ) -> Path:
     """One search of every task.
 
-    A line: {"task", "outcome", "score", "rounds", "proposed", "merged", "cut", "failed", "errors",
+    A line: {"task", "outcome", "score", "rounds", "ended"?, "proposed", "merged", "cut", "failed", "errors",
     "policy_tokens", "reward_tokens", "reward_encoded", "environment_steps", "tree"?}; the first `settings.trees` tasks
     carry their tree. Tasks are scored together: "reward_encoded", what the scorer read, is shared among those of a
-    call in proportion to their "reward_tokens", the least it could have read.
+    call in proportion to their "reward_tokens", the least it could have read. `prices` are those of the settings'
+    budget; "ended" says which of their limits ended a search.
     """
     if output.exists():
         return output
@@ -56,7 +60,7 @@ def guided_search(
             for start in range(0, len(missing), TASKS_AT_ONCE):
                 chunk = missing[start : start + TASKS_AT_ONCE]
                 before = scorer.usage["encoded"]
-                trees = _searched(plan, chunk, forest, policy, scorer, settings)
+                trees = _searched(plan, chunk, forest, policy, scorer, settings, prices)
                 lines = [_line(tree, policy, forest, about_trees.get(tree.task)) for tree in trees]
                 append(_share(lines, scorer.usage["encoded"] - before))
                 successes += [tree.best.branch.outcome or 0.0 for tree in trees]
@@ -70,12 +74,13 @@ def guided_search(
     return output
 
 
-def _searched(plan: Plan, tasks: Sequence[str], forest: Forest, policy, scorer, settings) -> list[Tree]:
-    common = {"temperature": settings.temperature, "max_rounds": forest.environment.max_rounds}
+def _searched(plan: Plan, tasks: Sequence[str], forest: Forest, policy, scorer, settings, prices) -> list[Tree]:
+    limits = Limits(settings.stop_at, settings.budget, prices)
+    common = {"temperature": settings.temperature, "max_rounds": forest.environment.max_rounds, "limits": limits}
     if plan.kind == "mcts":
         common |= {"simulations": plan.width, "exploration": settings.exploration}
         return tree_search(tasks, forest, policy, scorer, actions=plan.actions, **common)
-    common |= {"progress_weight": settings.progress_weight, "diverse": plan.kind == "diverse"}
+    common |= {"progress_weight": settings.progress_weight, "diverse": plan.kind == "diverse", "ahead": plan.ahead}
     return beam_search(tasks, forest, policy, scorer, width=plan.width, actions=plan.actions, **common)
 
 
@@ -91,11 +96,13 @@ def _line(tree: Tree, policy: Policy, forest: Forest, about: dict | None) -> dic
         "merged": tree.merged,
         "cut": tree.cut,
         "failed": tree.failed,
-        "errors": sum(node.branch.error is not None for node in (tree.root, *tree.nodes) if node.kept),
+        "errors": sum(node.branch.error is not None for node in (tree.root, *tree.nodes) if node.executed or node.kept),
         "policy_tokens": tree.generated,
-        "reward_tokens": _tree_tokens(tree, policy),
-        "environment_steps": sum(forest.cost(node.branch) for node in tree.nodes if node.kept),
+        "reward_tokens": tokens_read(tree, policy.count_tokens),
+        "environment_steps": sum(forest.cost(node.branch) for node in tree.nodes if node.executed),
     }
+    if tree.ended is not None:
+        line["ended"] = tree.ended
     if about is not None:
         line["tree"] = tree_to_dict(tree, **about)
     return line
@@ -104,13 +111,3 @@ def _line(tree: Tree, policy: Policy, forest: Forest, about: dict | None) -> dic
 def _share(lines: list[dict], encoded: int) -> list[dict]:
     least = sum(line["reward_tokens"] for line in lines)
     return [line | {"reward_encoded": encoded * line["reward_tokens"] / max(1, least)} for line in lines]
-
-
-def _tree_tokens(tree: Tree, policy: Policy) -> int:
-    """Tokens of the search tree, every one counted once: what a scorer has to read at the least."""
-    count = policy.count_tokens
-    total = count(tree.root.messages)
-    for node in tree.nodes:
-        parent = node.parent.messages
-        total += count(node.messages) - count(parent)
-    return total

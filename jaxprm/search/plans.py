@@ -8,17 +8,20 @@ from jaxprm import config as config_lib
 
 
 class Plan(NamedTuple):
-    """kind: "beam", "diverse", "stepwise" or "mcts"; width: paths kept, or simulations before a step of mcts; actions:
-    drawn in a state."""
+    """kind: "beam", "diverse", "lookahead", "stepwise" or "mcts"; width: paths kept, or simulations before a step of
+    mcts; actions: drawn in a state; ahead: steps that a candidate is followed."""
 
     kind: str
     width: int
     actions: int
+    ahead: int = 0
 
     @property
     def size(self) -> str:
-        """As in results.json: K of step-wise best-of-K, NxM of all others."""
-        return str(self.actions) if self.kind == "stepwise" else f"{self.width}x{self.actions}"
+        """As in results.json: K of step-wise best-of-K, NxMxA with lookahead, NxM of all others."""
+        if self.kind == "stepwise":
+            return str(self.actions)
+        return f"{self.width}x{self.actions}" + (f"x{self.ahead}" if self.ahead else "")
 
     @property
     def at(self) -> str:
@@ -32,7 +35,7 @@ class Plan(NamedTuple):
     @property
     def forks(self) -> bool:
         """Whether it needs several branches of a task."""
-        return self.width > 1
+        return self.width > 1 or self.ahead > 0
 
     def file_name(self, label: str, seed: int) -> str:
         """The file of the search in WORKDIR/search, without its ending. A beam that keeps one path is step-wise."""
@@ -47,8 +50,14 @@ class Plan(NamedTuple):
             "progress_weight": settings.progress_weight,
             "trees": settings.trees,
         }
-        if self.kind in ("diverse", "mcts"):
+        if self.kind in ("diverse", "lookahead", "mcts"):
             found["kind"] = self.kind
+        if self.ahead:
+            found["ahead"] = self.ahead
+        if settings.stop_at is not None:
+            found["stop_at"] = settings.stop_at
+        if settings.budget is not None:
+            found |= {"budget": settings.budget, "budget_unit": settings.budget_unit}
         if self.kind == "mcts":
             found["exploration"] = settings.exploration
         return found
@@ -60,5 +69,6 @@ def plans(settings: config_lib.Search) -> list[Plan]:
         *(Plan("beam", *size) for size in settings.beams),
         *(Plan("stepwise", 1, actions) for actions in settings.stepwise),
         *(Plan("diverse", *size) for size in settings.diverse),
+        *(Plan("lookahead", *size) for size in settings.lookahead),
         *(Plan("mcts", *size) for size in settings.mcts),
     ]

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from jaxprm import files
 from jaxprm.collect import collect
+from jaxprm.errors import UserError
+from jaxprm.evaluation.compute import flops_of_tokens
 from jaxprm.progress import bar
 from jaxprm.scoring.loading import load_scorer
+from jaxprm.search.branches import check_can_fork
 from jaxprm.search.controls import RandomScorer
+from jaxprm.search.limits import Prices
 from jaxprm.search.methods import guided_search
 from jaxprm.search.plans import plans
+from jaxprm.search.vote import VOTES
 from jaxprm.stages import identity
 
 SCORED_AT_ONCE = 256
@@ -35,6 +41,33 @@ def stage_inputs(state) -> dict[str, dict[str, Any]]:
         for name, upstream in (("pool", pool), ("validation", state.collect_inputs)):
             found[f"values-{name}-{model.label}-{seed}"] = trained | {"trajectories": identity(upstream)}
     return found
+
+
+def check(state) -> None:
+    """Raises UserError for what the settings ask of the environment or the policy and they have not."""
+    settings = state.experiment.search
+    environment = state.make_environment()
+    try:
+        if any(plan.forks for plan in plans(settings)):
+            check_can_fork(environment, "search.beams, diverse, lookahead and mcts")
+        if (votes := sorted(VOTES.keys() & set(settings.aggregations))) and not hasattr(environment, "answer"):
+            raise UserError(
+                f"search.aggregations: {', '.join(votes)} compare answers, and the environment has no answer() method"
+            )
+    finally:
+        environment.close()
+    prices(state, "")
+
+
+def prices(state, label: str) -> Prices:
+    """What a token costs in the unit of the budget. Random scores read none."""
+    settings, free = state.experiment.search, label == "random"
+    if settings.budget is None or settings.budget_unit == "tokens":
+        return Prices(read=float(not free))
+    policy, reward = flops_of_tokens(state)
+    if not math.isfinite(policy):
+        raise UserError('search.budget_unit = "flops": the size of the policy is not known; give the budget in tokens')
+    return Prices(policy, 0.0 if free else reward)
 
 
 def search(state) -> None:
@@ -117,6 +150,7 @@ class _Stages:
                         plan=plan,
                         label=f"{name.rsplit('-', 2)[0]} {label}/{seed}",
                         about={"method": label, "beam": plan.cost_key, "seed": seed},
+                        prices=prices(state, label),
                     )
 
 

@@ -9,7 +9,7 @@ from jaxprm.evaluation.results import Results
 
 SEARCH = config.Search(
     pool=2, best_of_n=(1, 2), prefix_best_of_n=(1, 2), beams=((2, 2),), stepwise=(), mcts=((3, 2),),
-    aggregations=("mean", "product"),
+    aggregations=("mean", "product", "vote", "weighted_vote"),
 )  # fmt: skip
 
 
@@ -25,7 +25,8 @@ def results(tmp_path, monkeypatch):
     messages = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}]
     names = [(task, number) for task in ("t", "u") for number in (0, 1)]
     write("pool", [
-        {"id": f"{task}{number}", "task": task, "outcome": float(number), "messages": messages, "meta": {"tokens": 30}}
+        {"id": f"{task}{number}", "task": task, "outcome": float(number), "messages": messages,
+         "meta": {"tokens": 30, "answer": f"{number}"}}
         for task, number in names
     ])  # fmt: skip
     # good: the final promise tells, the mean does not; bad: the other way round.
@@ -39,8 +40,10 @@ def results(tmp_path, monkeypatch):
     for label in ("good", "bad", "random"):
         for kind, reward in (("beam-2x2", 300.0), ("mcts-3x2", 75.0)):
             lines = [{"task": task, "outcome": 1.0, "errors": 0, "reward_encoded": reward} for task in ("t", "u")]
+            if kind == "beam-2x2":
+                lines[0]["ended"] = "budget"
             write(f"{kind}-{label}-0", [line | searched for line in lines])
-    monkeypatch.setattr(Results, "_flops", lambda self: (10.0, 2.0))
+    monkeypatch.setattr("jaxprm.evaluation.results.flops_of_tokens", lambda state: (10.0, 2.0))
     return Results(SimpleNamespace(experiment=experiment, work=tmp_path))
 
 
@@ -50,6 +53,9 @@ def test_best_of_n_by_other_scores(results):
     # Means .5 and .3, products .09 and .05: both take the failure.
     assert found["best_of_n_mean"]["2"]["mean"] == found["best_of_n_product"]["2"]["mean"] == 0.0
     assert found["best_of_n_mean"]["1"]["mean"] == 0.5
+    # Two answers with a vote each: a draw. Weighted by final promises of .1 and .5 the right one wins.
+    assert found["best_of_n_vote"]["2"]["mean"] == 0.5
+    assert found["best_of_n_weighted_vote"]["2"]["mean"] == 1.0
     assert "best_of_n_mean" not in results.methods()["random"]
 
 
@@ -65,6 +71,7 @@ def test_tokens_read_are_told_over_the_least_possible(results, monkeypatch):
     assert costs["mcts 3x2"]["reward_encoded_ratio"] == 0.5
     assert costs["2x2"]["flops"] == 50 * 10 + 150 * 2
     assert "reward_encoded_ratio" not in results.compute()["methods"]["random"]["2x2"]
+    assert costs["2x2"]["ended_early"] == 1 and "ended_early" not in costs["mcts 3x2"]
 
 
 def test_a_search_is_compared_with_the_best_of_n_of_equal_cost(results):

@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 
 from jaxprm.errors import UserError
 from jaxprm.policies.protocol import Action
-from jaxprm.search.beam import Node, beam_search, keep_best, merge_duplicates, tree_to_dict
+from jaxprm.search.beam import beam_search, keep_best
 from jaxprm.search.branches import Branch, Forest
+from jaxprm.search.tree import Node, merge_duplicates, tree_to_dict
 from tests.search.fakes import Factory, ScriptedPolicy, ScriptedScorer, TreeGame, path_of
 
 GAME = {

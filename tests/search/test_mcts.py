@@ -5,9 +5,10 @@ import math
 import pytest
 
 from jaxprm.policies.protocol import Action
-from jaxprm.search.beam import beam_search, tree_to_dict
+from jaxprm.search.beam import beam_search
 from jaxprm.search.branches import Forest
 from jaxprm.search.mcts import Search, tree_search
+from jaxprm.search.tree import tree_to_dict
 from tests.search.fakes import Factory, ScriptedPolicy, ScriptedScorer, TreeGame, path_of
 
 GAME = {"t": {"a": {"x": 0.0, "y": 0.25}, "b": 0.5}}

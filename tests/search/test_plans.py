@@ -1,14 +1,19 @@
 """Searches by name: their files, what they depend on, and that each is run, resumed and counted."""
 
+import msgspec
 import pytest
 
 from jaxprm import config, files
 from jaxprm.errors import UserError
+from jaxprm.search.limits import Prices
 from jaxprm.search.methods import guided_search
 from jaxprm.search.plans import Plan, plans
 from tests.search.fakes import ScriptedScorer, SeededPolicy, Walk
 
-SETTINGS = config.Search(beams=((2, 2),), stepwise=(3,), diverse=((2, 3),), mcts=((4, 3),), trees=1)
+SETTINGS = config.Search(
+    beams=((2, 2),), stepwise=(3,), diverse=((2, 3),), lookahead=((2, 2, 1),), mcts=((4, 3),), trees=1
+)
+FORKING = [*(Plan(kind, 2, 2) for kind in ("beam", "diverse", "mcts")), Plan("lookahead", 1, 2, 1)]
 TASKS = ["walk/test/0", "walk/test/1", "walk/test/2"]
 
 
@@ -34,15 +39,20 @@ def lines_of(path):
 
 def test_files_of_searches_are_named_by_kind_and_size():
     names = [plan.file_name("agentprm", 1) for plan in plans(SETTINGS)]
-    assert names == ["beam-2x2-agentprm-1", "stepwise-3-agentprm-1", "diverse-2x3-agentprm-1", "mcts-4x3-agentprm-1"]
+    assert names == [
+        f"{name}-agentprm-1" for name in ("beam-2x2", "stepwise-3", "diverse-2x3", "lookahead-2x2x1", "mcts-4x3")
+    ]
     assert Plan("beam", 1, 3).file_name("orm", 0) == "stepwise-3-orm-0"
-    assert [plan.at for plan in plans(SETTINGS)] == ["beam 2x2", "stepwise 3", "diverse 2x3", "mcts 4x3"]
+    searches = ["beam 2x2", "stepwise 3", "diverse 2x3", "lookahead 2x2x1", "mcts 4x3"]
+    assert [plan.at for plan in plans(SETTINGS)] == searches
 
 
 def test_a_search_depends_on_what_changes_it_and_no_search_on_what_is_anothers():
-    beam, _, diverse, mcts = (plan.inputs(SETTINGS) for plan in plans(SETTINGS))
+    beam, _, diverse, lookahead, mcts = (plan.inputs(SETTINGS) for plan in plans(SETTINGS))
     assert beam == {"width": 2, "actions": 2, "progress_weight": 0.0, "trees": 1}
-    assert diverse["kind"] == "diverse" and mcts["exploration"] == 1.0
+    assert diverse["kind"] == "diverse" and mcts["exploration"] == 1.0 and lookahead["ahead"] == 1
+    limited = msgspec.structs.replace(SETTINGS, stop_at=0.9, budget=500.0)
+    assert plans(limited)[0].inputs(limited) == beam | {"stop_at": 0.9, "budget": 500.0, "budget_unit": "tokens"}
 
 
 @pytest.mark.parametrize("plan", plans(SETTINGS), ids=lambda plan: plan.at)
@@ -68,12 +78,24 @@ def test_a_search_that_is_killed_goes_on_where_it_was(tmp_path, monkeypatch):
     assert lines_of(run(plan, tmp_path / "out.jsonl")) == whole
 
 
-@pytest.mark.parametrize("kind", ["beam", "diverse", "mcts"])
-def test_a_search_that_needs_branches_is_refused_where_there_is_one(kind, tmp_path, monkeypatch):
-    plan = Plan(kind, 2, 2)
+@pytest.mark.parametrize("plan", FORKING, ids=lambda plan: plan.at)
+def test_a_search_that_needs_branches_is_refused_where_there_is_one(plan, tmp_path, monkeypatch):
     monkeypatch.setattr(Walk, "fork", "none")
     with pytest.raises(UserError, match=plan.at):
         run(plan, tmp_path / "out.jsonl")
+
+
+def test_limits_end_a_search_and_the_line_says_so(tmp_path):
+    plan = Plan("beam", 2, 2)
+    whole = lines_of(run(plan, tmp_path / "whole.jsonl"))
+    assert not any("ended" in line for line in whole)
+    poor = lines_of(run(plan, tmp_path / "poor.jsonl", settings=msgspec.structs.replace(SETTINGS, budget=1.0)))
+    assert [(line["ended"], line["rounds"], line["outcome"]) for line in poor] == [("budget", 1, 0.0)] * 3
+    # Budgets in another unit have other prices.
+    settings = msgspec.structs.replace(SETTINGS, budget=1.0, budget_unit="flops")
+    options = {"settings": settings, "plan": plan, "label": "", "about": {}, "prices": Prices(1e-6, 1e-6)}
+    cheap = guided_search(Walk, SeededPolicy(), CountingScorer(), TASKS, tmp_path / "cheap.jsonl", **options)
+    assert lines_of(cheap) == whole
 
 
 def test_one_simulation_is_step_wise_best_of_k(tmp_path, monkeypatch):

@@ -3,8 +3,11 @@
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 
 from jaxprm import config, files
+from jaxprm.errors import UserError
+from jaxprm.run import Run
 from jaxprm.search import stage
 from jaxprm.search.controls import RandomScorer
 from jaxprm.stages import WorkDirectory
@@ -39,7 +42,9 @@ def test_equal_conversations_are_scored_once_and_their_tokens_told(tmp_path):
 
 
 def test_every_plan_of_a_run_leaves_its_file(tmp_path):
-    search = config.Search(beams=((2, 2),), stepwise=(2,), diverse=((2, 2),), mcts=((3, 2),), trees=0)
+    search = config.Search(
+        beams=((2, 2),), stepwise=(2,), diverse=((2, 2),), lookahead=((2, 2, 1),), mcts=((3, 2),), trees=0
+    )
     models = (config.RewardModel(label="mine"),)
     experiment = config.Experiment(name="small", search=search, reward_models=models)
     state = SimpleNamespace(
@@ -48,7 +53,35 @@ def test_every_plan_of_a_run_leaves_its_file(tmp_path):
     )  # fmt: skip
     stage._Stages(state).guided(["walk/test/0"], "random", 0, lambda: RandomScorer(0))
     names = {path.stem for path in (tmp_path / "search").glob("*.jsonl")}
-    assert names == {"beam-2x2-random-0", "stepwise-2-random-0", "diverse-2x2-random-0", "mcts-3x2-random-0"}
+    kinds = ("beam-2x2", "stepwise-2", "diverse-2x2", "lookahead-2x2x1", "mcts-3x2")
+    assert names == {f"{kind}-random-0" for kind in kinds}
     for name in names:
         (line,) = files.read_lines(tmp_path / f"search/{name}.jsonl")
         assert line["task"] == "walk/test/0" and line["reward_encoded"] == 0
+
+
+def checked(environment, tmp_path, policy=None, **search):
+    settings = {"search": config.Search(**search), "policy": policy or config.Policy(), "base_model": "default"}
+    experiment = config.Experiment(name="small", **settings)
+    state = Run(experiment, WorkDirectory(tmp_path))
+    state.__dict__["make_environment"] = environment
+    stage.check(state)
+
+
+def test_what_the_environment_cannot_do_is_said_before_any_work(tmp_path, monkeypatch):
+    checked(Walk, tmp_path, lookahead=((1, 2, 1),))
+    with pytest.raises(UserError, match=r"search\.aggregations: vote, weighted_vote compare answers.*answer\(\)"):
+        checked(Walk, tmp_path, aggregations=("weighted_vote", "mean", "vote"))
+    monkeypatch.setattr(Walk, "answer", lambda self: "up", raising=False)
+    checked(Walk, tmp_path, aggregations=("weighted_vote",))
+    monkeypatch.setattr(Walk, "fork", "none")
+    with pytest.raises(UserError, match=r'fork = "none".*search\.stepwise'):
+        checked(Walk, tmp_path, lookahead=((1, 2, 1),), beams=())
+
+
+def test_a_budget_in_flops_needs_a_policy_whose_size_is_known(tmp_path):
+    checked(Walk, tmp_path, budget=1e9, budget_unit="flops")
+    own = config.Policy(path="tests.search.fakes:SeededPolicy")
+    with pytest.raises(UserError, match="give the budget in tokens"):
+        checked(Walk, tmp_path, own, budget=1e9, budget_unit="flops")
+    checked(Walk, tmp_path, own, budget=1e9)
