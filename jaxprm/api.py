@@ -15,6 +15,7 @@ import msgspec
 
 from data_pipeline.chat_template import as_messages
 from data_pipeline.trajectory import Message, Trajectory
+from jaxprm import config as config_lib
 from jaxprm.errors import UserError
 from jaxprm.scoring import loading
 from jaxprm.scoring.scorer import Scorer
@@ -105,19 +106,32 @@ def load(
     max_tokens: int = 2048,
     dtype: str = "float32",
     chat_template: str | None = None,
+    mesh: Mapping[str, int] | None = None,
 ) -> Model:
     """A reward model, from its directory, its training output, a run with a single one, or by its name on the hub.
 
     rows: states whose candidates are scored at once; max_tokens: conversations up to this length are kept in the
     cache of `score_actions`, longer ones are encoded anew. Memory of the cache grows with both. dtype: "float32" or
     "bfloat16", of the arithmetic and of the cache. chat_template: in the place of the model's own, for models trained
-    elsewhere whose template rewrites earlier turns: "chatml", "llama3", or a file.
+    elsewhere whose template rewrites earlier turns: "chatml", "llama3", or a file. mesh: devices of this process to
+    share the work, as in a config: {"tensor": 4} splits parameters and cache four ways; without it the first does all.
 
     Raises UserError or DataError where there is no model, or one that cannot be read.
     """
     model = loading.find_model(directory)
-    scorer = loading.load_scorer(model, rows=rows, max_tokens=max_tokens, dtype=dtype, template=chat_template)
+    options: dict[str, Any] = {"rows": rows, "max_tokens": max_tokens, "dtype": dtype, "template": chat_template}
+    scorer = loading.load_scorer(model, **options, mesh=mesh_of(mesh))
     return Model(scorer, loading.read_recipe(model))
+
+
+def mesh_of(sizes: Mapping[str, int] | None) -> config_lib.Mesh | None:
+    """The section of a config. Raises UserError for an axis that there is not."""
+    if sizes is None:
+        return None
+    try:
+        return msgspec.convert(dict(sizes), config_lib.Mesh)
+    except msgspec.ValidationError as error:
+        raise UserError(f"mesh = {dict(sizes)}: {error}; its axes are data, fsdp, tensor and sequence") from None
 
 
 def _parts(trajectory: Any, name: str) -> tuple[Conversation, list[dict] | None, str]:

@@ -53,6 +53,9 @@ def parser() -> argparse.ArgumentParser:
     score.add_argument("--output", type=Path, required=True, help="scores, one line for each line of the input")
     score.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the arithmetic; default float32")
     score.add_argument("--chat-template", default="own", metavar="TEMPLATE", help=_TEMPLATE)
+    score.add_argument(
+        "--mesh", type=_axes, metavar="AXIS=N,...", help="devices that share the work: tensor=4; default: all, by rows"
+    )
     _evaluate_verb(verbs)
     check = verbs.add_parser("check-scorer", help="check that a model scores the same batched, packed and cached")
     check.add_argument("--model", type=Path, required=True, help=_MODEL)
@@ -131,6 +134,14 @@ def _import_verb(verbs) -> None:
     one.add_argument("--seed", type=int, default=0, help="of the split (default: 0)")
     one.add_argument("--skip-bad", action="store_true", help="leave bad rows out, show and count them")
     one.add_argument("--json", type=Path, metavar="FILE", help="write all counts there, with all bad rows")
+
+
+def _axes(text: str) -> dict[str, int]:
+    pairs = [part.partition("=") for part in text.split(",")]
+    try:
+        return {axis.strip(): int(size) for axis, _, size in pairs}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give axes and sizes, as tensor=4,fsdp=2") from None
 
 
 def _count(text: str) -> int:
@@ -296,11 +307,14 @@ def _plan(options) -> int:
 
 
 def _score(options) -> int:
+    from jaxprm.api import mesh_of
     from jaxprm.scoring.files import score_file
+    from jaxprm.scoring.loading import all_devices
 
     counts = score_file(
-        options.model, options.input, options.output, dtype=options.dtype, template=options.chat_template
-    )
+        options.model, options.input, options.output, dtype=options.dtype, template=options.chat_template,
+        mesh=mesh_of(options.mesh) or all_devices(),
+    )  # fmt: skip
     print(f"scored {counts.scored} trajectories, {counts.errors} errors: {options.output}")
     return 1 if counts.errors else 0
 

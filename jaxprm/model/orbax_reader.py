@@ -24,18 +24,19 @@ def newest_checkpoint(directory: Path) -> Path | None:
     return max(found, key=lambda one: int(one.name), default=None)
 
 
-def read_parameters(directory: Path, shapes: Any) -> Any:
+def read_parameters(directory: Path, shapes: Any, shardings: Any = None) -> Any:
     """The parameters of a checkpoint, as its directory holds them and nothing else of it, on this process' device.
 
-    shapes: their tree with shapes and dtypes. The run's own `Checkpoints` would tidy up what a live training is
-    writing; this touches nothing.
+    shapes: their tree with shapes and dtypes; shardings: a like tree, where they go instead. The run's own
+    `Checkpoints` would tidy up what a live training is writing; this touches nothing.
 
     Raises UserError for parameters of other shapes, and for a checkpoint that is gone before it is read.
     """
     import orbax.checkpoint as ocp  # two seconds, for those who read no checkpoint
 
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), shapes)
+    places = jax.tree.map(lambda leaf: here, shapes) if shardings is None else shardings
+    wanted = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, places)
     item = {"parameters": wanted}
     arguments = ocp.args.PyTreeRestore(
         item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True

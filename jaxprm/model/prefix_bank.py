@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 
 from jaxprm.errors import UserError
+from jaxprm.model.layout import ONE_DEVICE, Layout
 from jaxprm.model.transformer import Cache, TransformerConfig
 
 # A call with few rows to fill is made this much smaller: the end of every search is.
@@ -87,30 +88,32 @@ class _Job(NamedTuple):
         return self.start + (len(self.kept.tokens) if self.kept else 0)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "capacity", "kept_width"), donate_argnames=("bank",))
+@functools.partial(jax.jit, static_argnames=("graph", "capacity", "kept_width", "layout"), donate_argnames=("bank",))
 def _extend(
-    graph, parameters, bank: Cache, ring: Ring, source, target, starts, kept, tokens, counts, *, capacity, kept_width
-) -> Cache:
+    graph, parameters, bank: Cache, ring: Ring, source, target, starts, kept, tokens, counts,
+    *, capacity, kept_width, layout=ONE_DEVICE,
+) -> Cache:  # fmt: skip
     """Encodes `counts[r]` of tokens [R, W] after the first `starts[r]` of slot `source[r]` into slot `target[r]`.
 
     kept: int32 [3, R], ring rows, offsets and counts of what comes in between; kept_width, static, is no less than any
     count, and 0 where nothing is kept. `capacity`, static, is no less than any start: what lies beyond it is neither
-    read nor copied.
+    read nor copied. layout, static: of rows and bank.
     """
     trunk = nnx.merge(graph, parameters)
     width = tokens.shape[1]
     rows = rows_of(bank, source, starts, capacity + kept_width + width)
+    rows = layout.of_rows(rows)
     if kept_width:
         rows = rows.append(*ring.read(kept[0], kept[1], kept_width), kept[2])
     positions = rows.lengths[:, None] + jnp.arange(width)
     segments = (jnp.arange(width) < counts[:, None]).astype(jnp.int32)
-    output = trunk(tokens, positions, segments, (rows,), dtype=bank.keys[0].dtype)
+    output = trunk(layout.of_rows(tokens), positions, segments, (rows,), dtype=bank.keys[0].dtype)
     grown = rows.append(output.keys, output.values, counts)
 
     filled = slice(grown.capacity)
     keys = (b.at[target, :, :, filled].set(n, mode="drop") for b, n in zip(bank.keys, grown.keys, strict=True))
     values = (b.at[target, :, filled].set(n, mode="drop") for b, n in zip(bank.values, grown.values, strict=True))
-    return Cache(tuple(keys), tuple(values), bank.lengths)
+    return layout.of_slots(Cache(tuple(keys), tuple(values), bank.lengths))
 
 
 def rows_of(bank: Cache, slots, lengths, capacity: int) -> Cache:
@@ -135,7 +138,8 @@ class PrefixBank:
     """The bank of one model. Not thread-safe; nothing outside sees slots but through `place`.
 
     slots: prefixes held at once; capacity: the longest prefix in tokens; rows: prefixes encoded at once; dtype: what
-    they are computed and kept in; ring: rows of scored continuations that are kept.
+    they are computed and kept in; ring: rows of scored continuations that are kept; layout: of the cache on a mesh, on
+    which the parameters lie already.
     `tokens_encoded` counts what was computed and `slots_computed` the same with padding, `tokens_reused` what was
     found, `tokens_again` what had been dropped among the computed.
     """
@@ -152,14 +156,16 @@ class PrefixBank:
         dtype: Any = jnp.float32,
         shapes: Shapes = Shapes(),
         ring: int = 0,
+        layout: Layout = ONE_DEVICE,
     ):
-        self._graph, self._parameters = graph, parameters
+        self._graph, self._parameters, self._layout = graph, parameters, layout
         self.slots, self.capacity, self.shapes, self._rows = slots, capacity, shapes, rows
         # A chunk is written whole, so a slot has room for one of each kind past its end.
-        self.bank = Cache.empty(config, slots, capacity + shapes.growth[-1] + (shapes.kept[-1] if ring else 0), dtype)
+        room = capacity + shapes.growth[-1] + (shapes.kept[-1] if ring else 0)
+        self.bank = layout.made(lambda: Cache.empty(config, slots, room, dtype))
         shape = (ring, config.kv_heads, shapes.packed[-1], config.head_dim)
-        empty = tuple(jnp.zeros(shape, dtype) for _ in range(config.layers)) if ring else ()
-        self.ring, self._ring_rows = Ring(empty, tuple(map(jnp.copy, empty))), ring
+        empty = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(config.layers)) if ring else ()
+        self.ring, self._ring_rows = layout.made(lambda: Ring(empty(), empty())), ring
         self._ring_next = 0
         self._ring_owner = np.full(ring, -1)
         self._table = np.full((slots, capacity), -1, np.int32)
@@ -190,7 +196,7 @@ class PrefixBank:
                         self.bank = _extend(
                             self._graph, self._parameters, self.bank, self.ring, none, nowhere, none,
                             np.zeros((3, rows), np.int32), np.zeros((rows, width), np.int32), none,
-                            capacity=capacity, kept_width=kept_width,
+                            capacity=capacity, kept_width=kept_width, layout=self._layout,
                         )  # fmt: skip
 
     def place(self, prefixes: Sequence[np.ndarray]) -> np.ndarray:
@@ -315,6 +321,7 @@ class PrefixBank:
             self.bank = _extend(
                 self._graph, self._parameters, self.bank, self.ring, source, target, starts, kept, tokens, counts,
                 capacity=self.bucket(int(starts.max())), kept_width=bucket(longest, self.shapes.kept) if longest else 0,
+                layout=self._layout,
             )  # fmt: skip
             self.tokens_encoded += int(counts.sum())
             self.slots_computed += rows * width

@@ -16,6 +16,7 @@ from flax import nnx
 
 from jaxprm.errors import UserError
 from jaxprm.model import huggingface
+from jaxprm.model.layout import ONE_DEVICE, Layout
 from jaxprm.model.prefix_bank import Kept, PrefixBank, Shapes, bucket, rows_for, rows_of
 from jaxprm.model.transformer import TransformerConfig
 
@@ -25,25 +26,28 @@ TOKENS_A_CALL = 8192
 CACHE_BYTES = 2 << 30
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "dtype"))
-def values_of_rows(graph, parameters, tokens, counts, dtype):
+@functools.partial(jax.jit, static_argnames=("graph", "dtype", "layout"))
+def values_of_rows(graph, parameters, tokens, counts, dtype, layout=ONE_DEVICE):
     """Values [B, T] of every token of rows [B, T], of which the first counts [B] are real."""
-    model = nnx.merge(graph, parameters)
+    model, tokens = nnx.merge(graph, parameters), layout.of_rows(tokens)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     segments = (positions < counts[:, None]).astype(jnp.int32)
     return model.value(model.transformer(tokens, positions, segments, dtype=dtype).hidden)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "capacity"), donate_argnames=("ring",))
-def _values_after(graph, parameters, bank, ring, ring_rows, slots, lengths, tokens, positions, segments, capacity):
+@functools.partial(jax.jit, static_argnames=("graph", "capacity", "layout"), donate_argnames=("ring",))
+def _values_after(
+    graph, parameters, bank, ring, ring_rows, slots, lengths, tokens, positions, segments, capacity,
+    layout=ONE_DEVICE,
+):  # fmt: skip
     """Values [R, W] of packed continuations, each after its row's cached prefix and blind to its neighbours.
 
     The second result is the ring, where there is one, with their keys and values in `ring_rows` [R].
     """
     model = nnx.merge(graph, parameters)
-    cache, dtype = rows_of(bank, slots, lengths, capacity), bank.keys[0].dtype
-    output = model.transformer(tokens, lengths[:, None] + positions, segments, (cache,), dtype=dtype)
-    return model.value(output.hidden), ring and ring.write(ring_rows, output.keys, output.values)
+    cache, dtype = layout.of_rows(rows_of(bank, slots, lengths, capacity)), bank.keys[0].dtype
+    output = model.transformer(layout.of_rows(tokens), lengths[:, None] + positions, segments, (cache,), dtype=dtype)
+    return model.value(output.hidden), ring and layout.of_slots(ring.write(ring_rows, output.keys, output.values))
 
 
 class _Row(NamedTuple):
@@ -61,7 +65,8 @@ class Engine:
     """A reward model over tokens.
 
     rows: rows of the narrowest shape computed at once; max_tokens: the longest sequence that goes through the cache;
-    cache_bytes: what its keys and values may take. Raises UserError where not even two prefixes fit in there.
+    cache_bytes: what its keys and values may take; layout: on the mesh where the parameters lie. Raises UserError where
+    not even two prefixes fit in there.
     """
 
     def __init__(
@@ -74,7 +79,9 @@ class Engine:
         shapes: Shapes = Shapes(),
         cache_bytes: int = CACHE_BYTES,
         dtype: Any = jnp.float32,
+        layout: Layout = ONE_DEVICE,
     ):
+        self._layout = layout
         self.config, self.max_tokens, self.shapes, self._dtype = config, max_tokens, shapes, jnp.dtype(dtype)
         self._graph, self._parameters = huggingface.reward_model_graph(config), parameters
         self._cache_bytes, self._wanted_rows = cache_bytes, rows
@@ -102,7 +109,7 @@ class Engine:
         return PrefixBank(
             huggingface.transformer_graph(config), self._parameters["transformer"], config,
             slots=slots, capacity=self.max_tokens, rows=min(self._wanted_rows, slots // 2), dtype=self._dtype,
-            shapes=shapes, ring=slots,
+            shapes=shapes, ring=slots, layout=self._layout,
         )  # fmt: skip
 
     @property
@@ -135,14 +142,17 @@ class Engine:
             buckets.setdefault(bucket_of(len(tokens), name), []).append(index)
         values: list[np.ndarray] = [np.empty(0, np.float32)] * len(sequences)
         for width, indices in sorted(buckets.items()):
-            rows = max(1, TOKENS_A_CALL // width)
+            rows, parts = max(1, TOKENS_A_CALL // width), self._layout.parts
+            rows -= rows % parts if rows > parts else 0
             for start in range(0, len(indices), rows):
                 chunk = indices[start : start + rows]
                 tokens, counts = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
                 for row, index in enumerate(chunk):
                     counts[row] = len(sequences[index])
                     tokens[row, : counts[row]] = sequences[index]
-                result = np.asarray(values_of_rows(self._graph, self._parameters, tokens, counts, self._dtype))
+                result = np.asarray(
+                    values_of_rows(self._graph, self._parameters, tokens, counts, self._dtype, self._layout)
+                )
                 self._encoded += int(counts.sum())
                 self._slots += tokens.size
                 for row, index in enumerate(chunk):
@@ -184,7 +194,7 @@ class Engine:
                     none, chunk = np.zeros(rows, np.int32), np.zeros((rows, width), np.int32)
                     _, bank.ring = _values_after(
                         self._graph, self._parameters, bank.bank, bank.ring, np.full(rows, bank.slots, np.int32), none,
-                        none, chunk, chunk, chunk, capacity=capacity,
+                        none, chunk, chunk, chunk, capacity=capacity, layout=self._layout,
                     )  # fmt: skip
 
     def _rows_of(self, width: int) -> int:
@@ -205,7 +215,7 @@ class Engine:
             ring_rows[:count] = bank.ring_rows(count)
         found, ring = _values_after(
             self._graph, self._parameters, bank.bank, bank.ring if keeps else None, ring_rows, slots, lengths, tokens,
-            positions, segments, capacity=bank.bucket(int(lengths.max())),
+            positions, segments, capacity=bank.bucket(int(lengths.max())), layout=self._layout,
         )  # fmt: skip
         found = np.asarray(found)
         self._encoded += int((segments > 0).sum())

@@ -16,6 +16,7 @@ import numpy as np
 from data_pipeline.errors import DataError
 from data_pipeline.template_choice import read_template
 from data_pipeline.trajectory import Trajectory, parse_line
+from jaxprm import config as config_lib
 from jaxprm import files
 from jaxprm.errors import UserError
 from jaxprm.progress import bar
@@ -58,6 +59,7 @@ def score_file(
     chunk: int = 256,
     dtype: str = "float32",
     template: str | None = None,
+    mesh: config_lib.Mesh | None = None,
 ) -> Counts:
     """Scores every step of every trajectory of `input`; line k of `output` is about line k of `input`.
 
@@ -66,7 +68,7 @@ def score_file(
     OUTPUT.partial and goes on from there, with the same model and input. OUTPUT is replaced when everything is written.
 
     chunk: trajectories held in memory at a time; dtype: of the arithmetic, "float32" or "bfloat16"; template: a chat
-    template in the place of the model's own, as in Encoder.load.
+    template in the place of the model's own, as in Encoder.load; mesh: of this process' devices, None is one.
 
     Raises UserError for a model or a file that cannot be read, for an OUTPUT.partial of another model or input, and for
     a full disk.
@@ -76,7 +78,7 @@ def score_file(
     digest, total = digest_and_count(input)
     identity = {"format": FORMAT, "chunk": chunk, "dtype": dtype, "input": digest, "model": loading.identity(model)}
     identity["chat_template"] = read_template(template)
-    scorer = loading.load_scorer(model, dtype=dtype, template=template)
+    scorer = loading.load_scorer(model, dtype=dtype, template=template, mesh=mesh)
     progress = loading.defines_progress(loading.read_recipe(model))
     partial = output.with_name(output.name + ".partial")
     record = output.with_name(output.name + ".partial.json")

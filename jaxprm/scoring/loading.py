@@ -7,14 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import msgspec
 import numpy as np
 
 from data_pipeline.encode import Encoder
+from jaxprm import config as config_lib
 from jaxprm import files
 from jaxprm.errors import UserError
 from jaxprm.model import hub, huggingface, weights
+from jaxprm.model.layout import ONE_DEVICE, Layout
 from jaxprm.model.orbax_reader import DESCRIPTION, is_checkpoint, newest_checkpoint, read_parameters
 from jaxprm.model.tensor_files import WEIGHTS, has_weights, model_files, open_tensors
 from jaxprm.model.transformer import TransformerConfig
@@ -110,18 +113,29 @@ def _progress_of(checkpoint: Path) -> dict[str, Any]:
     return {"steps": step, "validation": validation, "unfinished": True}
 
 
-def load_reward_model(model: Path, *, half: bool = False) -> tuple[TransformerConfig, Any]:
+def load_reward_model(
+    model: Path, *, half: bool = False, mesh: jax.sharding.Mesh | None = None
+) -> tuple[TransformerConfig, Any]:
     """(config, parameters) of a Hugging Face directory or a checkpoint, in bfloat16 where they are stored in it.
 
-    half: a directory's in bfloat16 whatever they are stored in, for those who want no more of them.
+    half: a directory's in bfloat16 whatever they are stored in, for those who want no more of them; mesh: where the
+    parameters are to lie, as in training. Raises UserError where the model does not divide over it.
     """
+    places = None
+    if mesh is not None:
+        from jaxprm.training import sharding
+
+        config = dataclasses.replace(huggingface.read_config(files_of(model))[0], tie_embeddings=True)
+        sharding.check_model(mesh, config)
+        places = sharding.shardings(sharding.place(mesh, weights.abstract(config, reward=True)))
     if not is_checkpoint(model):
         half = half or {tensor.dtype for tensor in open_tensors(model).values()} == {"BF16"}
-        return huggingface.load_reward_model(model, dtype=jnp.bfloat16 if half else jnp.float32)
+        dtype = jnp.bfloat16 if half else jnp.float32
+        return huggingface.load_reward_model(model, dtype=dtype, shardings=places)
     config, _ = huggingface.read_config(files_of(model))
     # Trained without an unembedding, whatever its base had.
     config = dataclasses.replace(config, tie_embeddings=True)
-    return config, read_parameters(model, weights.abstract(config, reward=True))
+    return config, read_parameters(model, weights.abstract(config, reward=True), places)
 
 
 def load_encoder(model: Path, template: str | None = None) -> Encoder:
@@ -140,18 +154,36 @@ def load_encoder(model: Path, template: str | None = None) -> Encoder:
 
 
 def load_scorer(
-    model: Path, *, rows: int = 8, max_tokens: int = 2048, dtype: str = "float32", template: str | None = None
+    model: Path,
+    *,
+    rows: int = 8,
+    max_tokens: int = 2048,
+    dtype: str = "float32",
+    template: str | None = None,
+    mesh: config_lib.Mesh | None = None,
 ) -> Scorer:
     """The scorer of a model that `find_model` found, computing in `dtype`; template: as in `load_encoder`.
+
+    mesh: the devices of this process that share the work; None is the first of them.
 
     Raises UserError where model and tokenizer do not belong together.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype = {dtype!r} is not supported; supported: {', '.join(DTYPES)}")
     encoder = load_encoder(model, template)
-    config, parameters = load_reward_model(model)
+    layout = ONE_DEVICE
+    if mesh is not None:
+        from jaxprm.training.sharding import make_mesh
+
+        layout = Layout(make_mesh(mesh, jax.local_devices()))
+    config, parameters = load_reward_model(model, mesh=layout.mesh)
     huggingface.check_vocabulary(model, config, encoder.vocabulary_size)
-    return Scorer(config, parameters, encoder, rows=rows, max_tokens=max_tokens, dtype=dtype)
+    return Scorer(config, parameters, encoder, rows=rows, max_tokens=max_tokens, dtype=dtype, layout=layout)
+
+
+def all_devices() -> config_lib.Mesh | None:
+    """The mesh of what computes much and was told no other: rows go to all devices of this process."""
+    return config_lib.Mesh() if jax.local_device_count() > 1 else None
 
 
 def defines_progress(recipe: dict[str, Any]) -> bool:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from data_pipeline.encode import Encoder
+from jaxprm.model.layout import ONE_DEVICE, Layout
 from jaxprm.model.prefix_bank import Shapes, bucket
 from jaxprm.policies.protocol import prefix_hash
 from jaxprm.scoring.engine import CACHE_BYTES, LENGTH_BUCKETS, Engine
@@ -24,7 +25,7 @@ class Scorer:
 
     rows: candidates' rows computed at once; max_tokens: the longest conversation for `score_actions`; dtype:
     "float32" or "bfloat16", of the arithmetic, whatever the parameters are kept in; cache_bytes: memory for
-    conversations that may go on; shapes: lengths to compile for.
+    conversations that may go on; shapes: lengths to compile for; layout: on the mesh where the parameters lie.
     `usage` counts tokens, see Engine; scores are remembered by conversation and candidate.
     """
 
@@ -39,11 +40,12 @@ class Scorer:
         dtype: str = "float32",
         cache_bytes: int = CACHE_BYTES,
         shapes: Shapes = Shapes(),
+        layout: Layout = ONE_DEVICE,
     ):
         self.config, self.parameters, self.encoder, self.max_tokens = config, parameters, encoder, max_tokens
         self.engine = Engine(
             config, parameters, rows=rows, max_tokens=max_tokens, shapes=shapes, cache_bytes=cache_bytes,
-            dtype=jnp.dtype(dtype),
+            dtype=jnp.dtype(dtype), layout=layout,
         )  # fmt: skip
         self._memory: dict[tuple[str, str], float] = {}
 

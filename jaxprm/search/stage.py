@@ -6,12 +6,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from jaxprm import files
 from jaxprm.collect import collect
 from jaxprm.errors import UserError
 from jaxprm.evaluation.compute import flops_of_tokens
 from jaxprm.progress import bar
-from jaxprm.scoring.loading import load_scorer
+from jaxprm.scoring.loading import all_devices, load_scorer
 from jaxprm.search.branches import check_can_fork
 from jaxprm.search.controls import RandomScorer
 from jaxprm.search.limits import Prices
@@ -156,10 +158,11 @@ class _Stages:
 
 def _scorer(state, model, seed: int):
     settings = state.experiment.policy
+    # Searching is process 0's alone: a mesh of the whole run is more than it has.
+    mesh = all_devices() if jax.process_count() > 1 else state.experiment.mesh if jax.device_count() > 1 else None
     directory = state.model_directory(model.label, seed) / "model"
-    return load_scorer(
-        directory, rows=max(1, settings.in_flight // 2), max_tokens=settings.max_tokens + settings.max_action_tokens
-    )
+    longest = settings.max_tokens + settings.max_action_tokens
+    return load_scorer(directory, rows=max(1, settings.in_flight // 2), max_tokens=longest, mesh=mesh)
 
 
 def _score_file(scorer, source: Path, output: Path, label: str) -> None:
