@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
@@ -57,19 +58,21 @@ def rollouts(
     jobs, active = iter(jobs), []
     with closing(pool.Pool(make_environment)) as environments:
         while True:
-            while len(active) < in_flight and (job := next(jobs, None)) is not None:
-                active.append(_start(environments.take(), *job))
+            starting = list(itertools.islice(jobs, in_flight - len(active)))
+            active += environments.map(lambda job: _start(environments.take(), *job), starting)
             if not active:
                 return
             if waiting := [episode for episode in active if not episode.done]:
                 states = [State(episode.task, episode.messages, episode.number) for episode in waiting]
+                acting = []
                 for episode, (action,) in zip(waiting, policy.propose(states, 1, temperature), strict=True):
                     episode.tokens += action.tokens
                     episode.cut += action.stop == "length"
                     if action.stop == "error":
                         episode.error, episode.done = f"{OF_POLICY}{action.error}", True
                     else:
-                        _act(episode, action.text)
+                        acting.append((episode, action.text))
+                environments.map(lambda one: _act(*one), acting)
             for episode in [episode for episode in active if episode.done]:
                 if episode.broken:
                     environments.discard(episode.environment)

@@ -36,10 +36,17 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Environment(Section):
-    """`name` is a registered environment or a user's `module:attribute`; `arguments` go to its constructor."""
+    """`name` is a registered environment or a user's `module:attribute`; `arguments` go to its constructor.
+
+    workers: 0 for environments in this process, one after the other; else each in a process of its own, so many of
+    which work at a time. There a call may take `timeout` seconds, and a process hold `memory_mb` between episodes.
+    """
 
     name: str = "textcraft"
     arguments: dict[str, Any] = {}
+    workers: Whole = 0
+    timeout: Positive = 120.0
+    memory_mb: Count | None = None
 
 
 class Model(Section):

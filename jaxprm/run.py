@@ -13,6 +13,7 @@ from typing import Any
 from data_pipeline.errors import listed
 from jaxprm import config as config_lib
 from jaxprm import environments, files, trajectory_files
+from jaxprm.environments.worker import Workers
 from jaxprm.errors import UserError
 from jaxprm.policies import loading
 from jaxprm.progress import absolute
@@ -47,16 +48,26 @@ class Run:
         return identity(self._policy_inputs)
 
     def close(self) -> None:
-        """Lets go of what the policy holds, and says what could not be had from it."""
+        """Lets go of what the policy holds, and says what could not be had from it, or from environments."""
         if "policy" in vars(self) and hasattr(self.policy, "close"):
             self.policy.close()
             usage = getattr(self.policy, "usage", {})
             if usage.get("retries") or usage.get("failures"):
                 counted = ", ".join(f"{value} {name}" for name, value in usage.items())
                 print(f"policy: {counted}", file=sys.stderr)
+        if ended := getattr(vars(self).get("make_environment"), "ended", None):
+            counted = ", ".join(f"{count} {reason}" for reason, count in sorted(ended.items()))
+            print(f"environment: processes replaced: {counted}", file=sys.stderr)
 
-    def make_environment(self) -> environments.Environment:
-        return environments.create(self.experiment.environment.name, self.experiment.environment.arguments)
+    @functools.cached_property
+    def make_environment(self) -> Callable[[], environments.Environment]:
+        settings = self.experiment.environment
+        if not settings.workers:
+            return functools.partial(environments.create, settings.name, settings.arguments)
+        memory = None if settings.memory_mb is None else settings.memory_mb << 20
+        return Workers(
+            settings.name, settings.arguments, at_once=settings.workers, timeout=settings.timeout, memory=memory
+        )
 
     def tasks(self, split: str, limit: int | None) -> list[str]:
         """The first tasks of a split, spread evenly over it: a split may be ordered by difficulty."""
@@ -83,6 +94,12 @@ class Run:
         return found | {"path": settings.path, "arguments": given["arguments"]}
 
     @property
+    def _environment_inputs(self) -> dict[str, Any]:
+        """Where and how many at a time they run changes the speed alone."""
+        given = config_lib.to_dict(self.experiment)["environment"]
+        return {name: given[name] for name in ("name", "arguments")}
+
+    @property
     def collect_inputs(self) -> dict[str, Any]:
         plain = config_lib.to_dict(self.experiment)
         collection = plain["collection"]
@@ -91,7 +108,7 @@ class Run:
         if self.experiment.collection.files:
             return {"files": self._files_identity, "validation_share": share, "seed": plain["seed"]}
         return {
-            "environment": plain["environment"],
+            "environment": self._environment_inputs,
             "policy": self._policy_inputs,
             "collection": collection,
             "seed": plain["seed"],
@@ -130,7 +147,7 @@ class Run:
         """What every search depends on; each adds its own."""
         plain = config_lib.to_dict(self.experiment)
         return {
-            "environment": plain["environment"],
+            "environment": self._environment_inputs,
             "policy": self._policy_inputs,
             "seed": plain["seed"],
             "search": {name: plain["search"][name] for name in ("split", "tasks", "temperature")},

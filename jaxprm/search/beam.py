@@ -15,7 +15,7 @@ from jaxprm.policies.protocol import Policy
 from jaxprm.search.branches import Forest
 from jaxprm.search.limits import Limits
 from jaxprm.search.lookahead import look_ahead
-from jaxprm.search.tree import ActionScorer, Node, Tree, expand, take
+from jaxprm.search.tree import ActionScorer, Node, Tree, expand, plant, take
 
 
 def keep_best(finished: Sequence[Node], candidates: Sequence[Node], width: int) -> list[Node]:
@@ -58,11 +58,7 @@ def beam_search(
     nothing else is left. So does a path for which the policy had no candidate; where it had some, those that failed are
     left out and counted. Raises UserError for a score that is not a finite number.
     """
-    trees = []
-    for task in tasks:
-        prompt, branch = forest.start(task)
-        root = Node(0, None, branch, [{"role": "user", "content": prompt}])
-        trees.append(Tree(task, root, [root]))
+    trees = plant(tasks, forest)
     for round_number in range(1, max_rounds + 1):
         open_trees = [tree for tree in trees if not tree.finished]
         if not open_trees:
@@ -74,6 +70,7 @@ def beam_search(
         if ahead:
             found = [(tree, node) for (tree, _), nodes in grown for node in nodes]
             look_ahead(found, ahead, forest, policy, scorer, progress_weight)
+        taken: list[Node] = []
         for tree in open_trees:
             new = [node for (owner, _), nodes in grown if owner is tree for node in nodes]
             done = [node for node in tree.frontier if node.branch.done]
@@ -89,9 +86,9 @@ def beam_search(
                 tree.frontier = keep_best(done, new, width)
             tree.rounds = round_number
             kept = {id(node) for node in tree.frontier}
-            for node in new:
-                if id(node) in kept:
-                    take(node, forest)
+            taken += [node for node in new if id(node) in kept]
+        take(taken, forest)
+        for tree in open_trees:
             tree.ended = limits.reached(tree, policy.count_tokens) if not tree.finished else None
         if on_round is not None:
             on_round(trees)

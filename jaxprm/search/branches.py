@@ -6,9 +6,11 @@ an error; `none` allows a single path a task.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxprm.environments import Environment, pool
 from jaxprm.errors import UserError
@@ -28,16 +30,43 @@ class Branch:
     prompt: str = ""
 
 
+T, R = TypeVar("T"), TypeVar("R")
+
+
 class Forest:
-    """Runs branches of many tasks on as few environments as their way of forking needs."""
+    """Runs branches of many tasks on as few environments as their way of forking needs: one for each task, or as many
+    as may work at the same time, each with its share of the tasks.
+    """
 
     def __init__(self, make_environment: Callable[[], Environment]):
         self._pool = pool.Pool(make_environment)
-        self.environment = self._pool.take()
+        self._shared: dict[int, Environment] = {0: self._pool.take()}
+        self._places: dict[str, int] = {}
         self._own: dict[str, Environment] = {}
         self.fork = self.environment.fork
+        self._lock = threading.Lock()
         self.steps = 0
         self.errors = 0
+
+    @property
+    def environment(self) -> Environment:
+        """Any of them, for what all of them say."""
+        return self._shared[0]
+
+    def map(self, act: Callable[[T], R], items: Sequence[T], task_of: Callable[[T], str]) -> list[R]:
+        """What `act` returns for every item, in order; items of tasks in different environments at the same time."""
+        groups: dict[Any, list[int]] = defaultdict(list)
+        for index, item in enumerate(items):
+            task = task_of(item)
+            groups[task if self.fork == "none" else self._place(task)].append(index)
+        found: dict[int, R] = {}
+
+        def run(indices: list[int]) -> None:
+            for index in indices:
+                found[index] = act(items[index])
+
+        self._pool.map(run, list(groups.values()))
+        return [found[index] for index in range(len(items))]
 
     def start(self, task: str) -> tuple[str, Branch]:
         """The prompt of a task and its first branch, which is over at once, with its error, if there is no prompt."""
@@ -60,7 +89,7 @@ class Forest:
         try:
             self._return_to(environment, branch)
             result = pool.step(environment, action)
-            self.steps += 1
+            self._count(steps=1)
             done = result.done or len(actions) >= environment.max_rounds
             after = Branch(
                 branch.task,
@@ -95,21 +124,32 @@ class Forest:
     def close(self) -> None:
         self._pool.close()
 
+    def _place(self, task: str) -> int:
+        return self._places.setdefault(task, len(self._places) % self._pool.at_once)
+
+    def _count(self, steps: int = 0, errors: int = 0) -> None:
+        with self._lock:
+            self.steps += steps
+            self.errors += errors
+
     def _environment(self, task: str) -> Environment:
         if self.fork != "none":
-            return self.environment
+            if (place := self._place(task)) not in self._shared:
+                self._shared[place] = self._pool.take()
+            return self._shared[place]
         if task not in self._own:
             self._own[task] = self._pool.take()
         return self._own[task]
 
     def _failed(self, branch: Branch, actions: tuple[str, ...], error: Exception) -> Branch:
-        self.errors += 1
+        self._count(errors=1)
         if self.fork == "none":
             self._pool.discard(self._own.pop(branch.task))
         elif self.fork == "replay":
             # Clones stay where they are: their snapshots may belong to them.
-            self._pool.discard(self.environment)
-            self.environment = self._pool.take()
+            place = self._place(branch.task)
+            self._pool.discard(self._shared[place])
+            self._shared[place] = self._pool.take()
         reason = f"{type(error).__name__}: {error}"
         return Branch(branch.task, actions, branch.observations, None, True, 0.0, reason, branch.prompt)
 
@@ -120,7 +160,7 @@ class Forest:
             _compare(pool.reset(environment, branch.task), branch.prompt)
             for action, expected in zip(branch.actions, branch.observations, strict=True):
                 observed = pool.step(environment, action).observation
-                self.steps += 1
+                self._count(steps=1)
                 _compare(observed, expected)
 
 

@@ -24,8 +24,7 @@ def look_ahead(
     that raises itself ranks last. What is drawn on the way belongs to the tree, marked as `ahead`, and is paid for.
     """
     tips = {id(candidate): candidate for _, candidate in candidates}
-    for _, candidate in candidates:
-        execute(candidate, forest)
+    execute([candidate for _, candidate in candidates], forest)
     going = list(candidates)
     for _ in range(steps):
         going = [(tree, candidate) for tree, candidate in going if not tips[id(candidate)].branch.done]
@@ -34,19 +33,19 @@ def look_ahead(
         parents = [(tree, tips[id(candidate)]) for tree, candidate in going]
         before = [(tip.branch, tip.score) for _, tip in parents]
         _, found = expand(parents, 1, forest, policy, scorer, temperature=0.0)
-        further = []
+        further = [node for nodes in found for node in nodes]
+        for node in further:
+            node.ahead = True
+        execute(further, forest)
+        reached = []
         for (tree, candidate), (_, tip), (branch, score), nodes in zip(going, parents, before, found, strict=True):
             if not nodes:
                 # Not this path's end: it is not on the way that it will be asked to go on.
                 tip.branch, tip.score = branch, score
-                continue
-            (node,) = nodes
-            node.ahead = True
-            execute(node, forest)
-            if node.branch.error is None:
-                tips[id(candidate)] = node
-                further.append((tree, candidate))
-        going = further
+            elif nodes[0].branch.error is None:
+                tips[id(candidate)] = nodes[0]
+                reached.append((tree, candidate))
+        going = reached
     for _, candidate in candidates:
         if candidate.branch.error is None:
             candidate.looked = tips[id(candidate)].promise

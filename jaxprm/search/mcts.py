@@ -16,7 +16,7 @@ import numpy as np
 from jaxprm.policies.protocol import Action, Policy
 from jaxprm.search.branches import Forest
 from jaxprm.search.limits import Limits
-from jaxprm.search.tree import ActionScorer, Node, Tree, expand, take
+from jaxprm.search.tree import ActionScorer, Node, Tree, expand, plant, take
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Search:
     def commit(self, forest: Forest) -> None:
         """Takes the most visited action; among equals the one of highest value."""
         self.root = max(self.children[self.root.id], key=lambda node: (self.visits[node.id], self.value(node)))
-        take(self.root, forest)
+        take([self.root], forest)
         self.tree.frontier = [self.root]
         self.tree.rounds += 1
 
@@ -107,18 +107,12 @@ def tree_search(
 
     Raises UserError for a score that is not a finite number.
     """
-    searches = []
-    for task in tasks:
-        prompt, branch = forest.start(task)
-        root = Node(0, None, branch, [{"role": "user", "content": prompt}])
-        searches.append(Search(Tree(task, root, [root]), exploration, root))
+    searches = [Search(tree, exploration, tree.root) for tree in plant(tasks, forest)]
     for _ in range(max_rounds):
         searching = [search for search in searches if not search.tree.finished]
         for _ in range(simulations if searching else 0):
             paths = [search.select() for search in searching]
-            for path in paths:
-                if path[-1] is not path[0]:
-                    take(path[-1], forest)
+            take([path[-1] for path in paths if path[-1] is not path[0]], forest)
             growing = [
                 (search, path[-1]) for search, path in zip(searching, paths, strict=True) if not path[-1].branch.done
             ]

@@ -82,6 +82,13 @@ class Tree:
         return max(over if self.ended and over else self.frontier, key=lambda node: node.score)
 
 
+def plant(tasks: Sequence[str], forest: Forest) -> list[Tree]:
+    """A tree for each task, with its prompt."""
+    started = forest.map(forest.start, tasks, lambda task: task)
+    roots = [Node(0, None, branch, [{"role": "user", "content": prompt}]) for prompt, branch in started]
+    return [Tree(task, root, [root]) for task, root in zip(tasks, roots, strict=True)]
+
+
 def merge_duplicates(actions: Sequence[Action]) -> list[tuple[Action, int]]:
     """Equal texts once, in order of first appearance, with how often each was drawn."""
     counts: dict[str, list] = {}
@@ -146,15 +153,19 @@ def _score(parents, candidates: Sequence[list[Node]], scorer: ActionScorer, prog
             node.score = node.promise + progress_weight * (node.progress or 0.0)
 
 
-def take(node: Node, forest: Forest) -> None:
-    """Keeps a candidate, executed if it was not."""
-    node.kept = True
-    if not node.executed:
-        execute(node, forest)
+def take(nodes: Sequence[Node], forest: Forest) -> None:
+    """Keeps candidates, executed where they were not."""
+    for node in nodes:
+        node.kept = True
+    execute([node for node in nodes if not node.executed], forest)
 
 
-def execute(node: Node, forest: Forest) -> None:
-    """Takes a candidate's action in its parent's environment branch; the observation joins its messages."""
+def execute(nodes: Sequence[Node], forest: Forest) -> None:
+    """Takes candidates' actions in their parents' environment branches; the observations join their messages."""
+    forest.map(lambda node: _execute(node, forest), nodes, lambda node: node.branch.task)
+
+
+def _execute(node: Node, forest: Forest) -> None:
     node.executed = True
     node.branch = forest.step(node.branch, node.messages[-1]["content"])
     if node.branch.error is not None:

@@ -112,6 +112,7 @@ def imitate(experiment: config_lib.Experiment, workdir: Path) -> Path:
     # Restore
     state, start = init(), 0
     recipe = {name: plain[name] for name in ("environment", "model", "imitation", "seed")}
+    recipe["environment"] = {name: plain["environment"][name] for name in ("name", "arguments")}
     identity = {"recipe": config_lib.fingerprint(recipe), "tokenizer": encoder.fingerprint}
     checkpoints = Checkpoints(workdir / "checkpoints", identity)
     if (restored := checkpoints.restore(abstract(state))) is not None:
