@@ -2,6 +2,7 @@
 
 import os
 import time
+from pathlib import Path
 
 from jaxprm.environments import StepResult
 
@@ -42,7 +43,7 @@ class Misbehaving:
         if action == "leak":
             self._hoard.append(b"x" * (200 << 20))
         self._count += 1
-        noise = "" if self._drift is None else f" in {open(self._drift).read()}"
+        noise = "" if self._drift is None else f" in {Path(self._drift).read_text()}"
         return StepResult(f"{self._count} after {action}{noise}", 0.5, self._count == self.max_rounds)
 
     def outcome(self):
