@@ -21,6 +21,8 @@ STAGE_VERBS = {
     "search": ("search", "... and search the held-out tasks"),
     "report": ("report", "... and write results.json and the page"),
 }
+# The verbs that call compiled programs over and over.
+COMPUTING = {*STAGE_VERBS, "imitate", "score", "evaluate", "check-scorer", "bench"}
 
 _MODEL = "a reward model: its directory, a training's output or checkpoint, a run with a single one, or its hub name"
 _TEMPLATE = "own (the tokenizer's, default), chatml, llama3, or a file"
@@ -194,6 +196,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch
+    if options.verb in COMPUTING:
+        keep_freed()
     try:
         return VERBS[options.verb](options)
     except KeyboardInterrupt:
@@ -233,7 +237,6 @@ def _one_line(error: Exception) -> str | None:
 
 
 def _stages(options) -> int:
-    keep_freed()
     from jaxprm import config
     from jaxprm.run import run, validation_lines
     from jaxprm.training import distributed
@@ -289,7 +292,6 @@ def _spelled_out(options) -> list[str]:
 
 
 def _imitate(options) -> int:
-    keep_freed()
     from jaxprm import config
     from jaxprm.stages import WorkDirectory
     from jaxprm.training.imitate import imitate

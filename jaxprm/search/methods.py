@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from jaxprm import config as config_lib
 from jaxprm import files
 from jaxprm.environments import Environment
+from jaxprm.evaluation.statistics import bootstrap
 from jaxprm.policies.protocol import Policy
 from jaxprm.progress import bar
 from jaxprm.search.beam import beam_search
@@ -56,15 +55,18 @@ def guided_search(
             check_can_fork(forest.environment, plan.at)
         about_trees = {task: about | forest.describe(task) for task in missing if task in with_tree}
         with bar(label, len(tasks), initial=len(done), unit="task") as progress, files.appending(partial) as append:
-            successes = [line["outcome"] for line in files.whole_lines(partial)]
+            before = list(files.whole_lines(partial))
+            successes = [line["outcome"] for line in before]
+            tokens = sum(line["policy_tokens"] + line["reward_tokens"] for line in before)
             for start in range(0, len(missing), TASKS_AT_ONCE):
                 chunk = missing[start : start + TASKS_AT_ONCE]
-                before = scorer.usage["encoded"]
+                encoded = scorer.usage["encoded"]
                 trees = _searched(plan, chunk, forest, policy, scorer, settings, prices)
                 lines = [_line(tree, policy, forest, about_trees.get(tree.task)) for tree in trees]
-                append(_share(lines, scorer.usage["encoded"] - before))
+                append(_share(lines, scorer.usage["encoded"] - encoded))
                 successes += [tree.best.branch.outcome or 0.0 for tree in trees]
-                progress.set_postfix(success=f"{np.mean(successes):.1%}", refresh=False)
+                tokens += sum(line["policy_tokens"] + line["reward_tokens"] for line in lines)
+                progress.set_postfix(success=_share_of(successes), tokens=f"{tokens:,}", refresh=False)
                 progress.update(len(chunk))
     finally:
         forest.close()
@@ -72,6 +74,11 @@ def guided_search(
     files.write_atomic(output, "".join(files.line(ordered[task]) for task in tasks))
     partial.unlink()
     return output
+
+
+def _share_of(outcomes: Sequence[float]) -> str:
+    found = bootstrap(outcomes, samples=500)
+    return f"{found['mean']:.1%} [{found['low']:.1%}, {found['high']:.1%}]"
 
 
 def _searched(plan: Plan, tasks: Sequence[str], forest: Forest, policy, scorer, settings, prices) -> list[Tree]:
