@@ -16,9 +16,9 @@ config = Experiment(
     data=Data(rows=8, length=512, steps_per_row=32, too_long="window"),
     reward_models=(
         RewardModel(label="agentprm", objective="agentprm", epochs=1, evaluate_every=200),
-        RewardModel(label="agentprm_no_progress", objective="agentprm", beta=0.0, epochs=1, evaluate_every=200),
         RewardModel(label="pvm", objective="pvm", beta=0.0, epochs=1, evaluate_every=200),
         RewardModel(label="orm", objective="orm", beta=0.0, epochs=1, evaluate_every=200),
+        RewardModel(label="agentprm_no_progress", objective="agentprm", beta=0.0, epochs=1, evaluate_every=200),
     ),
     reward_seeds=(0, 1, 2),
     search=Search(

@@ -6,6 +6,14 @@ from pathlib import Path
 import pytest
 
 
+@pytest.fixture(scope="session", autouse=True)
+def trimmed_memory():
+    """The tests' own process gives freed memory back, whatever it calls: it goes on for long, and beside others."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jaxprm.host_memory.ctypes.CDLL", lambda name: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def own_modules(request):
     """A module that a test writes and imports ends with the test: the next one's of the same name is imported anew."""

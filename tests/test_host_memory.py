@@ -44,7 +44,9 @@ def test_beside_an_accelerator_nothing_is_changed(tmp_path, monkeypatch, file):
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).touch()
-    assert not host_memory.keep_freed(tmp_path)
+    assert not host_memory._on_cpu(tmp_path)
+    (tmp_path / file).unlink()
+    assert host_memory._on_cpu(tmp_path)
 
 
 @pytest.mark.parametrize(("platforms", "cpu"), [("cpu", True), ("tpu,cpu", False), ("cuda", False), ("", True)])

@@ -105,6 +105,18 @@ def bench_search(setting: Setting, *, torch: bool = True, seed: int = 0) -> dict
     return {"setting": setting._asdict(), "runs": runs}
 
 
+def bench_engine(setting: Setting, *, seed: int = 0) -> dict[str, Any]:
+    """The engine's run alone: its fields as in `bench_search`, and "reencoded_tokens", what reading every candidate's
+    history again would encode. Raises UserError as there.
+    """
+    _check(setting)
+    config = SIZES[setting.size]
+    rounds = _tree(setting, config.vocab_size, np.random.default_rng(seed))
+    with jax.default_matmul_precision("highest"):
+        found, _ = _engine(setting, config, _parameters(config, seed), rounds)
+    return found | {"reencoded_tokens": sum(one.sequences.size for one in rounds)}
+
+
 def _check(setting: Setting) -> None:
     for name, value in setting._asdict().items():
         if name != "size" and value < 1:

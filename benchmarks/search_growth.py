@@ -1,0 +1,96 @@
+"""How the cost of scoring a search grows with its depth and with the candidates of a state; draws docs/search-cost.svg.
+
+    python benchmarks/search_growth.py --json growth.json --figure docs/search-cost.svg
+
+Lengths are those of TextCraft, 4 beams; depth 5 to 40 with 4 candidates, then 2 to 32 candidates at depth 10. Every
+search is measured `--repeats` times, the shortest counts: what else the machine does only adds time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxprm.bench.search import Setting, bench_engine
+from jaxprm.host_memory import keep_freed
+
+LENGTHS = {"prompt_tokens": 300, "action_tokens": 20, "observation_tokens": 40, "beams": 4}
+DEPTHS, CANDIDATES = (5, 10, 20, 40), (2, 4, 8, 16, 32)
+
+
+def measure(depths: Sequence[int], candidates: Sequence[int], repeats: int) -> dict[str, list[dict[str, Any]]]:
+    """{"depth": [...], "candidates": [...]}, a row for each search."""
+    settings = {
+        "depth": [Setting(**LENGTHS, candidates=4, depth=depth) for depth in depths],
+        "candidates": [Setting(**LENGTHS, candidates=count, depth=10) for count in candidates],
+    }
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for axis, some in settings.items():
+        for setting in some:
+            runs = [bench_engine(setting) for _ in range(repeats)]
+            best = min(runs, key=lambda run: run["seconds"])
+            rows.setdefault(axis, []).append({axis: getattr(setting, axis)} | best)
+            size = f"{axis} {getattr(setting, axis)}"
+            print(f"{size}: {best['tokens_encoded']} tokens, {best['seconds']:.2f} s", flush=True)
+    return rows
+
+
+def microseconds_a_token(rows: Sequence[dict[str, Any]]) -> list[float]:
+    """Of each search."""
+    return [1e6 * row["seconds"] / row["tokens_encoded"] for row in rows]
+
+
+def draw(rows: dict[str, list[dict[str, Any]]], output: Path) -> None:
+    """Tokens encoded and seconds over depth and over candidates, logarithmic; grey is reading all again."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.hashsalt": "jaxprm", "font.size": 9}
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    for axes, (axis, some) in zip(figure.subplots(1, 2), rows.items(), strict=True):
+        places = [row[axis] for row in some]
+        axes.plot(places, [row["reencoded_tokens"] for row in some], "--", color="0.6", label="tokens, all read again")
+        axes.plot(places, [row["tokens_encoded"] for row in some], "o-", color="#2a6f97", label="tokens, engine")
+        axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="tokens")
+        axes.set_xticks(places, map(str, places))
+        axes.minorticks_off()
+        time = axes.twinx()
+        time.plot(places, [row["seconds"] for row in some], "s:", color="#d1495b", label="seconds, engine")
+        time.set(yscale="log", ylabel="seconds")
+        handles = [*axes.get_lines(), *time.get_lines()]
+        axes.legend(handles, [str(line.get_label()) for line in handles], frameon=False)
+    figure.savefig(output, metadata={"Date": None})
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--depths", type=int, nargs="+", default=DEPTHS)
+    parser.add_argument("--candidates", type=int, nargs="+", default=CANDIDATES)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--figure", type=Path, metavar="FILE")
+    options = parser.parse_args(arguments)
+    keep_freed()
+    rows = measure(options.depths, options.candidates, options.repeats)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    if options.figure:
+        draw(rows, options.figure)
+    for axis, some in rows.items():
+        costs = microseconds_a_token(some)
+        print(f"microseconds a new token over {axis}: {', '.join(f'{cost:.0f}' for cost in costs)}")
+    slots = np.array([row["slots_computed"] / row["least_tokens"] for some in rows.values() for row in some])
+    print(f"slots computed over the least possible: at most {slots.max():.3f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
