@@ -165,7 +165,7 @@ def run(
 
     Of several processes, which share the work directory, all train; process 0 alone does everything else.
     """
-    from jaxprm.training import distributed
+    from jaxprm.training import distributed, wandb_sink
 
     state = Run(experiment, WorkDirectory(workdir, redo=redo), profile)
     if not distributed.is_primary():
@@ -175,6 +175,8 @@ def run(
     with state.work.lock():
         # Before any work is spent: what is there must have been made with this config, and the last stage be possible.
         state.work.check(stage_inputs(state, until))
+        if STAGES.index(until) >= STAGES.index("train"):
+            wandb_sink.check(experiment.logging)
         if STAGES.index(until) >= STAGES.index("search") and _forks(experiment):
             state.check_can_fork()
         files.write_json(workdir / "config.json", config_lib.to_dict(experiment))
