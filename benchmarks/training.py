@@ -18,6 +18,8 @@ keep_freed()  # as the command line does
 
 import argparse  # noqa: E402
 import dataclasses  # noqa: E402
+import functools  # noqa: E402
+import itertools  # noqa: E402
 import os  # noqa: E402
 import statistics  # noqa: E402
 import time  # noqa: E402
@@ -112,7 +114,11 @@ def matmuls(torch: bool) -> dict[str, Callable[[], float]]:
         work["torch"] = lambda: library.mm(b, b)
     for one in work.values():
         one()
-    return {name: lambda one=one: 2.0 * SQUARE**3 / min(seconds_of(one) for _ in range(3)) for name, one in work.items()}
+
+    def rate(one: Callable[[], Any]) -> float:
+        return 2.0 * SQUARE**3 / min(seconds_of(one) for _ in range(3))
+
+    return {name: functools.partial(rate, one) for name, one in work.items()}
 
 
 def bench_peak(
@@ -134,7 +140,7 @@ def bench_peak(
         seconds.append(seconds_of(lambda: ours.step(batch)))
         found.append(measure())
         progress.update()
-    beside = [max(*before.values(), *after.values()) for before, after in zip(found, found[1:], strict=False)]
+    beside = [max(*before.values(), *after.values()) for before, after in itertools.pairwise(found)]
     shares = [flops / one / peak for one, peak in zip(seconds, beside, strict=True)]
     return {
         "share": statistics.median(shares),
@@ -192,7 +198,8 @@ def bench_speed(
         from benchmarks.training_torch import TokenClassification, load
 
         split = dataset.split("train")
-        rows = max(1, round(sum(map(lambda one: tokens_of(one)[0], _take(dataset, data, 4))) / 4 / split.lengths.mean()))
+        filled = training_batches(dataset, "train", **_shape(data), epochs=8, seed=0).fill
+        rows = max(1, round(data.rows * data.length * filled / split.lengths.mean()))
         weights = nnx.State({**both})
         for name, grouped in (("torch", False), ("torch_by_length", True)):
             model = load(labelled, weights, max_length=int(split.lengths.max()))
@@ -234,11 +241,6 @@ def endless(dataset: Dataset, data: config_lib.Data) -> Iterator[dict[str, np.nd
         seed += 1
 
 
-def _take(dataset: Dataset, data: config_lib.Data, count: int) -> list[dict[str, np.ndarray]]:
-    batches = endless(dataset, data)
-    return [next(batches) for _ in range(count)]
-
-
 def _shape(data: config_lib.Data) -> dict[str, int]:
     return {"rows": data.rows, "length": data.length, "steps_per_row": data.steps_per_row}
 
@@ -255,10 +257,11 @@ def table(found: dict[str, Any]) -> str:
     lines.append(f"padding: {padding['padding']:.1%} of {padding['batches']} batches {padding['batch']}")
     for size, speed in found["speed"].items():
         for name, one in speed["runs"].items():
-            ratios = speed["ratios"].get(name)
-            beside = f", jaxprm x {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else ""
-            rate = f"{one['tokens_per_second']:,.0f} real tokens/s, padding {one['padding']:.1%}"
-            lines.append(f"speed, {size}: {name:<16} {rate}{beside}")
+            line = f"speed, {size}: {name:<16} {one['tokens_per_second']:,.0f} real tokens/s"
+            line += f", padding {one['padding']:.1%}"
+            if ratios := speed["ratios"].get(name):
+                line += f", jaxprm x {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            lines.append(line)
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""The loop beside ours: transformers' token classifier, padded batches, AdamW, clipped gradients, as TRL trains a PRM."""
+"""The loop beside ours: transformers' token classifier, padded batches, AdamW, clipped gradients, as TRL has it."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def check(settings: config_lib.Logging) -> None:
 
 
 class WandbSink:
-    """One W&B run for one training, whichever process trains: its id is in OUTPUT/wandb.json, its files in OUTPUT/wandb.
+    """One W&B run for one training, in however many processes. Its id is in OUTPUT/wandb.json.
 
     Everything is keyed by the training's step, for W&B never goes back: what a resumed training computes again is there
     twice, with the same numbers at the same step.

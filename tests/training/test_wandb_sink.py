@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 class Fake(types.ModuleType):
     """Keeps what a run is told."""
 
-    class errors:  # noqa: N801
+    class errors:
         class Error(Exception):
             pass
 
@@ -34,10 +34,10 @@ class Fake(types.ModuleType):
         self.inits, self.logged, self.finished, self.metrics, self.refuses = [], [], [], [], None
         self.url = "https://wandb.example/run"
 
-    def Settings(self, **settings):  # noqa: N802
+    def Settings(self, **settings):
         return settings
 
-    def Histogram(self, *, np_histogram):  # noqa: N802
+    def Histogram(self, *, np_histogram):
         return np_histogram
 
     def init(self, **arguments):
@@ -79,7 +79,8 @@ def test_everything_is_keyed_by_the_step(tmp_path, fake):
     scalars, histogram = fake.logged
     assert scalars == {"training/loss": 0.5, "step": 7}
     counts, edges = histogram["validation/values"]
-    assert (counts[0], counts[-1], counts.sum(), len(edges)) == (1, 2, 3, wandb_sink.BINS + 1) and histogram["step"] == 7
+    assert (counts[0], counts[-1], counts.sum(), len(edges)) == (1, 2, 3, wandb_sink.BINS + 1)
+    assert histogram["step"] == 7
     assert fake.finished == [1]
     (init,) = fake.inits
     assert (init["project"], init["entity"], init["mode"], init["config"]) == ("p", "e", "online", {"rows": 2})
