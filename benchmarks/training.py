@@ -14,36 +14,37 @@ from __future__ import annotations
 
 from jaxprm.host_memory import keep_freed
 
-keep_freed()  # as the command line does
+if __name__ == "__main__":  # as the command line does, before JAX is imported
+    keep_freed()
 
-import argparse  # noqa: E402
-import dataclasses  # noqa: E402
-import functools  # noqa: E402
-import itertools  # noqa: E402
-import os  # noqa: E402
-import statistics  # noqa: E402
-import time  # noqa: E402
-from collections.abc import Callable, Iterator  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+import argparse
+import dataclasses
+import functools
+import itertools
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import msgspec  # noqa: E402
-import numpy as np  # noqa: E402
-from flax import nnx  # noqa: E402
+import jax
+import jax.numpy as jnp
+import msgspec
+import numpy as np
+from flax import nnx
 
-from data_pipeline.batches import training_batches  # noqa: E402
-from data_pipeline.shards import Dataset, open_dataset  # noqa: E402
-from jaxprm import config as config_lib  # noqa: E402
-from jaxprm import files  # noqa: E402
-from jaxprm.model.transformer import Head, RewardModel, TransformerConfig  # noqa: E402
-from jaxprm.planning.flops import train_step_flops  # noqa: E402
-from jaxprm.progress import bar  # noqa: E402
-from jaxprm.run import run  # noqa: E402
-from jaxprm.stages import WorkDirectory  # noqa: E402
-from jaxprm.training import sharding  # noqa: E402
-from jaxprm.training.programs import batch_fields, make_programs  # noqa: E402
+from data_pipeline.batches import training_batches
+from data_pipeline.shards import Dataset, open_dataset
+from jaxprm import config as config_lib
+from jaxprm import files
+from jaxprm.model.transformer import Head, RewardModel, TransformerConfig
+from jaxprm.planning.flops import train_step_flops
+from jaxprm.progress import bar
+from jaxprm.run import run
+from jaxprm.stages import WorkDirectory
+from jaxprm.training import sharding
+from jaxprm.training.programs import batch_fields, make_programs
 
 CONFIG = Path(__file__).parents[1] / "configs/textcraft_tiny.py"
 SETTINGS = config_lib.RewardModel(label="bench")
@@ -164,7 +165,7 @@ def real_dataset(workdir: Path, data: config_lib.Data, *, tasks: int, attempts: 
 
 
 def packing(dataset: Dataset, data: config_lib.Data, epochs: int) -> dict[str, Any]:
-    """{"padding", "rows", "lengths"}: the share of token slots that hold none, of `epochs` epochs."""
+    """{"padding", "batches", ...}: the share of token slots that hold none, in the batches of `epochs` epochs."""
     batches = training_batches(dataset, "train", **_shape(data), epochs=epochs, seed=0)
     lengths = batches.split.lengths
     return {
@@ -179,7 +180,10 @@ def packing(dataset: Dataset, data: config_lib.Data, epochs: int) -> dict[str, A
 def bench_speed(
     config: TransformerConfig, dataset: Dataset, data: config_lib.Data, *, rounds: int, torch: bool, progress: Any
 ) -> dict[str, Any]:
-    """{"runs": {name: {"tokens_per_second", "padding", "tokens", "seconds"}}, "ratios": {name: of every round}}."""
+    """{"runs": {name: {"tokens_per_second", "padding", "tokens", "seconds"}}, "ratios": {name: of every round}, ...}.
+
+    Tokens are real ones, padding is left out; a ratio is our tokens a second by theirs, step by step.
+    """
     batches = endless(dataset, data)
     tokens_of = lambda batch: (int(np.sum(batch["segments"] > 0)), batch["segments"].size)
     labelled = dataclasses.replace(config, head=Head(labels=2, bias=True))
@@ -200,9 +204,9 @@ def bench_speed(
         split = dataset.split("train")
         filled = training_batches(dataset, "train", **_shape(data), epochs=8, seed=0).fill
         rows = max(1, round(data.rows * data.length * filled / split.lengths.mean()))
-        weights = nnx.State({**both})
         for name, grouped in (("torch", False), ("torch_by_length", True)):
-            model = load(labelled, weights, max_length=int(split.lengths.max()))
+            model = load(labelled, both, max_length=int(split.lengths.max()))
+            found["torch_parameters"] = sum(one.numel() for one in model.parameters())
             loops[name] = TokenClassification(model, split, dataset.metadata.pad_id, rows=rows, grouped=grouped).step
         found["torch_batch"] = rows
     for loop in loops.values():

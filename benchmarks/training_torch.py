@@ -38,7 +38,7 @@ class TokenClassification:
 
     def step(self) -> tuple[int, int]:
         """(tokens, token slots) of the batch that was trained on."""
-        batch = self._collate(next(self._batches))
+        batch = collate(self._split, next(self._batches), self._pad_id)
         self._optimizer.zero_grad(set_to_none=True)
         loss = self._model(**batch).loss
         loss.backward()
@@ -60,18 +60,17 @@ class TokenClassification:
             whole = [one for one in batches if len(one) == self._rows] or batches
             yield from (whole[at] for at in rng.permutation(len(whole)))
 
-    def _collate(self, examples: np.ndarray) -> dict[str, torch.Tensor]:
-        split, lengths = self._split, self._split.lengths[examples]
-        shape = (len(examples), int(lengths.max()))
-        tokens, mask = np.full(shape, self._pad_id, np.int64), np.zeros(shape, np.int64)
-        labels = np.full(shape, IGNORED, np.int64)
-        for row, (example, length) in enumerate(zip(examples, lengths, strict=True)):
-            steps = slice(split.step_starts[example], split.step_starts[example + 1])
-            tokens[row, :length] = split.tokens[split.token_starts[example] :][:length]
-            mask[row, :length] = 1
-            labels[row, split.read_positions[steps]] = int(split.outcomes[example] > 0.5)
-        return {
-            "input_ids": torch.from_numpy(tokens),
-            "attention_mask": torch.from_numpy(mask),
-            "labels": torch.from_numpy(labels),
-        }
+
+def collate(split: Split, examples: np.ndarray, pad_id: int) -> dict[str, torch.Tensor]:
+    """Trajectories padded to the longest, [B, T] each; labels where a step ends, of the trajectory's outcome."""
+    lengths = split.lengths[examples]
+    shape = (len(examples), int(lengths.max()))
+    tokens, mask = np.full(shape, pad_id, np.int64), np.zeros(shape, np.int64)
+    labels = np.full(shape, IGNORED, np.int64)
+    for row, (example, length) in enumerate(zip(examples, lengths, strict=True)):
+        steps = slice(split.step_starts[example], split.step_starts[example + 1])
+        tokens[row, :length] = split.tokens[split.token_starts[example] :][:length]
+        mask[row, :length] = 1
+        labels[row, split.read_positions[steps]] = int(split.outcomes[example] > 0.5)
+    arrays = {"input_ids": tokens, "attention_mask": mask, "labels": labels}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
