@@ -220,6 +220,18 @@ class Mesh(Section):
     dcn_data: Devices = -1
 
 
+class Logging(Section):
+    """Where a training's metrics go beside its own files.
+
+    `wandb`: to Weights & Biases, `online` with the key in WANDB_API_KEY, or `offline` into files that `wandb sync`
+    sends later; `entity` null is the key's own.
+    """
+
+    wandb: Literal["off", "online", "offline"] = "off"
+    project: Annotated[str, msgspec.Meta(min_length=1)] = "jaxprm"
+    entity: str | None = None
+
+
 class Search(Section):
     """What is searched on the held-out tasks. `tasks` null means all of the split.
 
@@ -266,6 +278,7 @@ class Experiment(Section):
     reward_models: tuple[RewardModel, ...] = (RewardModel(label="agentprm"),)
     reward_seeds: Annotated[tuple[Whole, ...], msgspec.Meta(min_length=1)] = (0,)
     mesh: Mesh = Mesh()
+    logging: Logging = Logging()
     search: Search = Search()
     bootstrap_samples: Count = 2_000
     model: Model = Model()

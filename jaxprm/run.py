@@ -172,7 +172,7 @@ def run(
 
     Of several processes, which share the work directory, all train; process 0 alone does everything else.
     """
-    from jaxprm.training import distributed
+    from jaxprm.training import distributed, wandb_sink
 
     state = Run(experiment, WorkDirectory(workdir, redo=redo), profile)
     if not distributed.is_primary():
@@ -182,6 +182,8 @@ def run(
     with state.work.lock():
         # Before any work is spent: what is there must have been made with this config, and the last stage be possible.
         state.work.check(stage_inputs(state, until))
+        if STAGES.index(until) >= STAGES.index("train"):
+            wandb_sink.check(experiment.logging)
         if STAGES.index(until) >= STAGES.index("search"):
             from jaxprm.search import stage
 

@@ -10,8 +10,8 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# For `export --verify`, `bench search` and `plan`, each of which says so where it is missing.
-OPTIONAL = {"torch", "libtpu"}
+# For `export --verify`, `bench search`, `plan` and `logging.wandb`, each of which says so where it is missing.
+OPTIONAL = {"torch", "libtpu", "wandb"}
 
 
 def canonical(name: str) -> str:

@@ -84,6 +84,15 @@ CHIPS = {
     "tpu7x": Chip(2307e12 / 2, 7380e9 / 2, 300e9, "cloud.google.com/tpu/docs/tpu7x; a device is half a chip"),
 }
 
+# What JAX calls a device of each generation, where that is not its name after "TPU ".
+_KINDS = {"v5 lite": "v5e", "v5": "v5p", "v6 lite": "v6e", "7x": "tpu7x"}
+
+
+def chip_of_device(kind: str) -> Chip | None:
+    """Of a device's `device_kind`, as "TPU v5 lite"; None where it is no TPU, or one that is unknown."""
+    name = kind.removeprefix("TPU").strip()
+    return CHIPS.get(_KINDS.get(name, name)) if kind.startswith("TPU") else None
+
 
 def chip_of(topology: str) -> Chip:
     """Of a topology's name, as v5e:2x4. Raises UserError, naming the generations that are known."""

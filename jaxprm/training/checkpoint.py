@@ -87,10 +87,15 @@ class Checkpoints:
             if step != self.latest_step():
                 self._manager.save(step, args=args, metrics=metrics)
 
-    def close(self) -> None:
-        """Waits for the last write."""
+    def wait(self) -> None:
+        """Returns when the last write is committed."""
         with self._full_disk():
             self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for the last write."""
+        self.wait()
+        with self._full_disk():
             self._manager.close()
 
     @contextmanager

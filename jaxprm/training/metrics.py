@@ -1,4 +1,4 @@
-"""What a training says of itself: metrics.jsonl, timing.jsonl, and event files for TensorBoard.
+"""What a training says of itself: metrics.jsonl, timing.jsonl, event files for TensorBoard, and Weights & Biases.
 
 metrics.jsonl is a function of config and data, so a resumed run has the same to the last byte; what the clock and the
 machine say is in timing.jsonl.
@@ -8,29 +8,50 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
 from jaxprm import files
 from jaxprm.evaluation.value_metrics import StepRecords
+from jaxprm.planning.chips import chip_of_device
 
 TIMING_EVERY = 10  # steps
 BINS = 20
 
 
+class Sink(Protocol):
+    """Where numbers are looked at, beside the files: names are group/number."""
+
+    def scalars(self, numbers: Mapping[str, float | None], step: int) -> None: ...
+
+    def histogram(self, name: str, values: np.ndarray, step: int, *, weights: np.ndarray) -> None: ...
+
+    def close(self, *, failed: bool) -> None: ...
+
+
 class Metrics:
     """Appends to the files of a run, from a step on; what an earlier process wrote past it is cut off.
 
-    Only one of several processes writes; for the others everything here does nothing.
+    Only one of several processes writes; for the others everything here does nothing. peak_seconds: what a step would
+    take at the devices' peak, where that is known; `mfu` is its share of the time taken. also: opens one more sink.
     """
 
-    def __init__(self, output: Path, start: int, *, writes: bool):
+    def __init__(
+        self,
+        output: Path,
+        start: int,
+        *,
+        writes: bool,
+        peak_seconds: float | None = None,
+        also: Callable[[], Sink] | None = None,
+    ):
         self._writes, self._output, self._start = writes, output, start
+        self._peak_seconds, self._also = peak_seconds, also
         self._waited = self._tokens = 0.0
         self._since, self._steps = time.monotonic(), 0
         if writes:
@@ -39,14 +60,16 @@ class Metrics:
 
     def __enter__(self) -> Metrics:
         if self._writes:
+            self._sinks: list[Sink] = [] if self._also is None else [self._also()]
+            self._sinks.append(Events(self._output / "tensorboard", self._start))
             self._files = {name: files.appending(self._output / name) for name in ("metrics.jsonl", "timing.jsonl")}
             self._append = {name: file.__enter__() for name, file in self._files.items()}
-            self._events = Events(self._output / "tensorboard", self._start)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._writes:
-            self._events.close()
+            for sink in self._sinks:
+                sink.close(failed=kind is not None)
             for file in self._files.values():
                 file.__exit__(kind, error, trace)
 
@@ -63,7 +86,8 @@ class Metrics:
         self._write("metrics.jsonl", {"step": step} | numbers, "validation")
         if self._writes:
             for name, values in (("values", records.values), ("returns", records.targets)):
-                self._events.histogram(f"validation/{name}", values, step, weights=records.weights)
+                for sink in self._sinks:
+                    sink.histogram(f"validation/{name}", values, step, weights=records.weights)
         self.pause()
 
     def waited(self, seconds: float) -> None:
@@ -82,6 +106,8 @@ class Metrics:
             "tokens_per_second": _short(self._tokens / seconds),
             "input_share": _short(self._waited / seconds),
         } | device_memory()
+        if self._peak_seconds is not None:
+            line["mfu"] = _short(self._peak_seconds * self._steps / seconds)
         self._write("timing.jsonl", line, "timing")
         self.pause()
 
@@ -89,7 +115,8 @@ class Metrics:
         if self._writes:
             self._append[file]([line])
             numbers = {f"{group}/{name}": value for name, value in line.items() if name != "step"}
-            self._events.scalars(numbers, line["step"])
+            for sink in self._sinks:
+                sink.scalars(numbers, line["step"])
 
 
 class Profile:
@@ -152,12 +179,18 @@ class Events:
         )
         self._write(summary=self._tf.Summary(value=[self._tf.Summary.Value(tag=name, histo=proto)]), step=step)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool) -> None:
         self._writer.close()
 
     def _write(self, **fields: Any) -> None:
         self._writer.write(self._tf.Event(wall_time=time.time(), **fields).SerializeToString())
         self._writer.flush()
+
+
+def seconds_at_peak(flops: float, devices: Sequence[Any]) -> float | None:
+    """What `flops` take on all of these devices at their peak in bfloat16; None where they are no TPUs we know."""
+    chip = chip_of_device(devices[0].device_kind)
+    return None if chip is None else flops / (len(devices) * chip.flops)
 
 
 def device_memory() -> dict[str, int]:

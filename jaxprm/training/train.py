@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,17 @@ from jaxprm.evaluation.value_metrics import StepRecords
 from jaxprm.losses import check_objective
 from jaxprm.model import huggingface
 from jaxprm.model.orbax_reader import DESCRIPTION
+from jaxprm.planning.flops import train_step_flops
 from jaxprm.progress import bar
 from jaxprm.training import distributed, reward_model, sharding, trainable
 from jaxprm.training.checkpoint import Checkpoints
 from jaxprm.training.evaluate import step_values, summary
 from jaxprm.training.features import Features, features_of_split
-from jaxprm.training.metrics import Metrics, Profile, not_finite, numbers
+from jaxprm.training.metrics import Metrics, Profile, Sink, not_finite, numbers, seconds_at_peak
 from jaxprm.training.preemption import Preemption, Timer
 from jaxprm.training.programs import Programs, batch_fields, make_programs
 from jaxprm.training.step import progress_beta
+from jaxprm.training.wandb_sink import WandbSink
 
 LOGGED = {"loss": "validation_loss"}  # in metrics.jsonl, beside the training's own loss
 SHOWN_TRAJECTORIES = 8
@@ -142,11 +145,19 @@ def train_reward_model(
     if settings.trainable == "full" and distributed.is_primary():
         reward_model.describe(output / DESCRIPTION, config, base=base, encoder=encoder, recipe=about)
 
+    # Metrics: of a step's FLOPs that of the model alone, by what all devices could do in its time
+    flops = train_step_flops(config, settings, data, "reference").model  # the same with every attention
+    logged = {
+        "writes": distributed.is_primary(),
+        "peak_seconds": seconds_at_peak(flops, mesh.devices.flat),
+        "also": _wandb(experiment, settings, seed, output, identity),
+    }
+
     # Loop: step t is under way before the metrics of step t - 1 are fetched
     validation, pending = None, None
     try:
         with (
-            Metrics(output, start, writes=distributed.is_primary()) as metrics,
+            Metrics(output, start, **logged) as metrics,
             Preemption() as preemption,
             Profile(profile, output / "profile") as profiler,
             bar(f"train {name}", steps, initial=start, unit="step") as progress,
@@ -201,6 +212,7 @@ def train_reward_model(
                     metrics.pause()
                 progress.update()
                 if stops:
+                    checkpoints.wait()
                     raise Interrupted(
                         f"training {name}: told to stop at step {step} of {steps}; saved in "
                         f"{output}/checkpoints/{step}, the same command goes on from there"
@@ -219,6 +231,19 @@ def train_reward_model(
         reward_model.write(output / "model", config, merged, base=base, encoder=encoder, recipe=final)
     distributed.agreed(True)  # the others return when it is there
     return output / "model"
+
+
+def _wandb(
+    experiment: config_lib.Experiment, settings: config_lib.RewardModel, seed: int, output: Path, identity: dict
+) -> Callable[[], Sink] | None:
+    """Opens the run in Weights & Biases, where the config wants one."""
+    if experiment.logging.wandb == "off":
+        return None
+    name, group = f"{settings.label}, seed {seed}", experiment.name
+    config = msgspec.to_builtins(settings, str_keys=True) | {
+        "data": msgspec.to_builtins(experiment.data), "seed": seed, "fingerprints": identity,
+    }  # fmt: skip
+    return lambda: WandbSink(experiment.logging, output, name=name, group=group, config=config)
 
 
 def _features(

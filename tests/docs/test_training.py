@@ -46,7 +46,8 @@ def test_the_commands_of_the_page_run(tmp_path, monkeypatch, capsys):
         printed = capsys.readouterr().out
         if arguments[0] == "inspect":
             assert set(json.loads(printed)["fingerprints"]) == {"parameters", "optimizer"}
-    assert {path.name for path in Path("runs").iterdir()} == {"demo", "low", "head"}
-    for run in ("demo", "low", "head"):
+    assert {path.name for path in Path("runs").iterdir()} == {"demo", "low", "head", "logged"}
+    for run in ("demo", "low", "head", "logged"):
         assert (Path("runs") / run / "reward_models/agentprm/seed-0/model/model.safetensors").is_file(), run
     assert list(Path("runs/head/features").glob("*/train/read_features.npy"))
+    assert list(Path("runs/logged/reward_models/agentprm/seed-0/wandb").glob("offline-run-*/*.wandb"))

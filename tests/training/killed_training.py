@@ -3,8 +3,9 @@
     python killed_training.py ARGUMENTS.json
 
 Arguments: experiment, shards, base, output; kill_before (a batch, from 0) and wait_for (a checkpoint that must be
-committed before that), signal (its name) and kill_at (a point of POINTS), all of which may be null. Prints the position
-in the data at which it began; exits with 75 where the training says that it was interrupted.
+committed before that), signal (its name), kill_at (one of NAMED) and kill_after (seconds from the second step on), all
+of which may be null. Prints the position in the data at which it began; exits with 75 where the training says that it
+was interrupted.
 """
 
 import json
@@ -21,24 +22,28 @@ from jaxprm import config as config_lib
 from jaxprm.errors import RESUMABLE, Interrupted
 from jaxprm.training.train import train_reward_model
 
-# A point is an operation on a file, as Python announces it before it happens: (event, its path below checkpoints/).
+# A point is an operation on a file, as Python announces it before it happens: (event, its path below the output).
 POINTS = {
-    "position": ("open", r"\d+.*tmp.*/meta.*/metadata$"),  # after the state was handed over, before the data position
-    "commit": ("os.rename", r"\d+\.orbax-checkpoint-tmp[^/]*$"),
-    "deletion": ("shutil.rmtree", r"\d+$"),  # of an old checkpoint, when two of its files are gone
+    # After the state was handed over, before the data position.
+    "position": ("open", r"checkpoints/\d+.*tmp.*/meta.*/metadata$"),
+    "commit": ("os.rename", r"checkpoints/\d+\.orbax-checkpoint-tmp[^/]*$"),
+    "deletion": ("shutil.rmtree", r"checkpoints/\d+$"),  # of an old checkpoint, when two of its files are gone
+    "model": ("os.rename", r"model\.partial$"),  # all is written, and not yet in its place
 }
+# In an order in which one run can be killed at all of them: each needs what those before it left to be done.
+NAMED = ("arrays", "position", "deletion", "restored", "commit", "model")
 
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def die_at(point: str, checkpoints: Path) -> None:
+def die_at(point: str, output: Path) -> None:
     """Arms a point of POINTS, or `arrays`: when the first bytes of a state are on the disk of an unfinished write."""
     if point == "arrays":
 
         def watch() -> None:
-            while not any(checkpoints.glob("*tmp*/state*/**/d/*")):
+            while not any(output.glob("checkpoints/*tmp*/state*/**/d/*")):
                 time.sleep(0.0005)
             die()
 
@@ -55,7 +60,7 @@ def die_at(point: str, checkpoints: Path) -> None:
         if not re.fullmatch(events, event) or not isinstance(arguments[0], (str, os.PathLike)):
             return
         path = os.fspath(arguments[0])
-        below = path.startswith(str(checkpoints)) and re.match(pattern, path[len(str(checkpoints)) + 1 :])
+        below = path.startswith(str(output)) and re.match(pattern, path[len(str(output)) + 1 :])
         if below and point == "deletion":
             removed.append(path)
         elif below and (point != "position" or "r" not in str(arguments[1])):
@@ -77,6 +82,11 @@ def main() -> None:
             if arguments.get("kill_at") == "restored" and self.position:
                 take(self)
                 die()
+        elif len(began) == 1 and arguments.get("kill_after") is not None:
+            began.append(self.position)
+            timer = threading.Timer(arguments["kill_after"], die)
+            timer.daemon = True  # a training that ends earlier has ended
+            timer.start()
         if self.position == arguments.get("kill_before"):
             wait_for = arguments.get("wait_for")
             while wait_for and not (output / "checkpoints" / str(wait_for)).is_dir():
@@ -86,7 +96,7 @@ def main() -> None:
 
     batches.TrainingBatches.__next__ = take_or_die
     if arguments.get("kill_at") not in (None, "restored"):
-        die_at(arguments["kill_at"], (output / "checkpoints").absolute())
+        die_at(arguments["kill_at"], output.absolute())
     experiment = config_lib.from_dict(arguments["experiment"], where="test")
     paths = {name: Path(arguments[name]) for name in ("shards", "base")}
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -9,7 +11,7 @@ import tensorflow as tf
 from jaxprm import files
 from jaxprm.evaluation.value_metrics import StepRecords
 from jaxprm.training import metrics as metrics_lib
-from jaxprm.training.metrics import Metrics, not_finite, numbers
+from jaxprm.training.metrics import Metrics, not_finite, numbers, seconds_at_peak
 
 
 def events(directory) -> list:
@@ -72,6 +74,63 @@ def test_timing_is_of_steps_alone(tmp_path, monkeypatch):
     assert [line["step"] for line in lines] == [10, 20]
     for line in lines:
         assert line["seconds_per_step"] == 0.5 and line["tokens_per_second"] == 200 and line["input_share"] == 0.2
+
+
+class Device(NamedTuple):
+    device_kind: str
+
+
+@pytest.mark.parametrize("kind, peak", [("TPU v5 lite", 197e12), ("TPU v5p", 459e12), ("TPU v6 lite", 918e12)])
+def test_mfu_is_the_share_of_all_devices_peak(tmp_path, monkeypatch, kind, peak):
+    now = [0.0]
+    monkeypatch.setattr(metrics_lib.time, "monotonic", lambda: now[0])
+    # Four devices at their peak would need half a second for a step that takes two.
+    seconds = seconds_at_peak(0.5 * 4 * peak, [Device(kind)] * 4)
+    with Metrics(tmp_path, 0, writes=True, peak_seconds=seconds) as metrics:
+        for step in range(1, 11):
+            now[0] += 2.0
+            metrics.step({"step": step, "loss": 1.0, "tokens": 1})
+    (line,) = files.read_lines(tmp_path / "timing.jsonl")
+    assert line["mfu"] == 0.25
+    values = {value.tag: value.simple_value for event in events(tmp_path) for value in event.summary.value}
+    assert values["timing/mfu"] == 0.25 and "training/mfu" not in values
+
+
+@pytest.mark.parametrize("kind", ["cpu", "NVIDIA H100", "TPU v2", "TPU v4 lite", "v4"])
+def test_where_the_peak_is_not_known_there_is_no_mfu(tmp_path, kind):
+    seconds = seconds_at_peak(1e12, [Device(kind)])
+    with Metrics(tmp_path, 0, writes=True, peak_seconds=seconds) as metrics:
+        for step in range(1, 11):
+            metrics.step({"step": step, "loss": 1.0, "tokens": 1})
+    (line,) = files.read_lines(tmp_path / "timing.jsonl")
+    assert seconds is None and "mfu" not in line
+
+
+def test_one_more_sink_gets_what_tensorboard_gets(tmp_path):
+    said = []
+
+    class Other:
+        def scalars(self, numbers, step):
+            said.append((step, dict(numbers)))
+
+        def histogram(self, name, values, step, *, weights):
+            said.append((step, name, float(values.sum()), float(weights.sum())))
+
+        def close(self, *, failed):
+            said.append(failed)
+
+    with Metrics(tmp_path / "whole", 0, writes=True, also=Other) as metrics:
+        metrics.step({"step": 1, "loss": 0.5})
+        metrics.validation(1, {"auroc": None}, records())
+    assert said == [
+        (1, {"training/loss": 0.5}), (1, {"validation/auroc": None}), (1, "validation/values", 1.75, 5.0),
+        (1, "validation/returns", 4.0, 5.0), False,
+    ]  # fmt: skip
+    with pytest.raises(RuntimeError), Metrics(tmp_path / "failed", 0, writes=True, also=Other):
+        raise RuntimeError
+    assert said[-1] is True
+    with Metrics(tmp_path / "other", 0, writes=False, also=lambda: pytest.fail("opened where nothing is written")):
+        pass
 
 
 def test_a_process_that_does_not_write_leaves_nothing(tmp_path):

@@ -4,51 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from jaxprm import config as config_lib
 from jaxprm.errors import RESUMABLE
 from jaxprm.training.inspection import inspect
+from tests.training.crashes import KILLED, Trainer
+from tests.training.killed_training import NAMED
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
-CHANGES = {"epochs": 2, "checkpoint_every": 6, "evaluate_every": 15, "target_update": "ema", "bootstrap": "state"}
 
 
 @pytest.fixture(scope="module")
-def start(toy, tmp_path_factory):
-    """start(output, **how): trains in a new process; returns (output, exit status, first batch, what it said)."""
-    folder = tmp_path_factory.mktemp("runs")
-    experiment = msgspec.structs.replace(toy.experiment, reward_models=(toy.settings(**CHANGES),))
-    # Compiled programs are shared between the processes: it is the resumption that is looked at.
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-
-    def run(output: str, **how) -> tuple[Path, int, int, str]:
-        arguments = {
-            "experiment": config_lib.to_dict(experiment), "shards": str(toy.shards), "base": str(toy.base),
-            "output": str(folder / output), **how,
-        }  # fmt: skip
-        (folder / "arguments.json").write_text(json.dumps(arguments))
-        command = [sys.executable, str(Path(__file__).with_name("killed_training.py")), str(folder / "arguments.json")]
-        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode in (0, RESUMABLE, -signal.SIGKILL), done.stderr[-3000:]
-        began = json.loads(done.stdout.splitlines()[0])["began"]
-        return folder / output, done.returncode, began, done.stderr
-
-    return run
+def start(toy, tmp_path_factory) -> Trainer:
+    return Trainer(tmp_path_factory.mktemp("runs"), toy)
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +66,9 @@ def assert_same_bits(found: Path, whole: Path) -> None:
 def test_killed_twice_and_resumed_a_run_ends_with_the_same_bits(start, whole):
     # First right after a checkpoint was begun, which may or may not be committed; then well past a committed one.
     killed, status, *_ = start("killed", kill_before=7)
-    assert status == -signal.SIGKILL
+    assert status == KILLED
     _, status, began, _ = start("killed", kill_before=28, wait_for=24)
-    assert status == -signal.SIGKILL and began in (0, 6)
+    assert status == KILLED and began in (0, 6)
     assert len((killed / "metrics.jsonl").read_text().splitlines()) > 24
     _, status, began, _ = start("killed")
     assert status == 0 and began == 24
@@ -117,9 +89,9 @@ def test_told_to_stop_it_saves_at_once_and_says_how_to_go_on(start, whole):
 def test_killed_at_every_point_of_a_checkpoint_it_ends_with_the_same_bits(start, whole):
     """One run, killed at one point after the other; whatever is left behind, the next process goes on from it."""
     begins = []
-    for point in ("arrays", "position", "deletion", "restored", "commit"):
+    for point in NAMED:
         killed, status, began, _ = start("points", kill_at=point)
-        assert status == -signal.SIGKILL, point
+        assert status == KILLED, point
         begins.append(began)
     assert begins[0] == 0 and begins[3] >= 12 and begins == sorted(begins)
     _, status, *_ = start("points")
