@@ -6,7 +6,7 @@ A number does not depend on what else is in the batch, but for rounding: a conti
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -174,18 +174,28 @@ class Engine:
                 self._score(some, rows_for(len(some), size), one, values)
         return values
 
-    def warm_up(self, longest: int) -> None:
-        """Compiles what `after` runs for prefixes of up to `longest` tokens, so that nothing is compiled later."""
-        self._bank.warm_up(longest)
+    def warm_up(self, longest: int, each: Callable[[], None] = lambda: None) -> None:
+        """Compiles what `after` runs for prefixes of up to `longest` tokens, so that nothing is compiled later.
+
+        each: called before every program; what it raises ends the warm-up.
+        """
+        self._bank.warm_up(longest, each)
         bank = self._bank
         for capacity in bank.buckets(longest):
             for width in self.shapes.packed:
                 for rows in {rows_for(1, self._rows_of(width)), self._rows_of(width)}:
+                    each()
                     none, chunk = np.zeros(rows, np.int32), np.zeros((rows, width), np.int32)
                     _, bank.ring = _values_after(
                         self._graph, self._parameters, bank.bank, bank.ring, np.full(rows, bank.slots, np.int32), none,
                         none, chunk, chunk, chunk, capacity=capacity,
                     )  # fmt: skip
+
+    def warm_up_whole(self, longest: int, each: Callable[[], None] = lambda: None) -> None:
+        """As `warm_up`, what `whole` runs for sequences of up to `longest` tokens. They count as encoded."""
+        for width in (one for one in LENGTH_BUCKETS if one <= bucket(longest, LENGTH_BUCKETS)):
+            each()
+            self.whole([np.zeros(width, np.int32)], ["warm-up"])
 
     def _rows_of(self, width: int) -> int:
         return max(1, self._rows * self.shapes.packed[0] // width)

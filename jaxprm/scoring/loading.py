@@ -16,6 +16,7 @@ from jaxprm import files
 from jaxprm.errors import UserError
 from jaxprm.model import hub, huggingface, weights
 from jaxprm.model.orbax_reader import DESCRIPTION, is_checkpoint, newest_checkpoint, read_parameters
+from jaxprm.model.prefix_bank import Shapes
 from jaxprm.model.tensor_files import WEIGHTS, has_weights, model_files, open_tensors
 from jaxprm.model.transformer import TransformerConfig
 from jaxprm.model.weights_writer import DTYPES
@@ -140,7 +141,13 @@ def load_encoder(model: Path, template: str | None = None) -> Encoder:
 
 
 def load_scorer(
-    model: Path, *, rows: int = 8, max_tokens: int = 2048, dtype: str = "float32", template: str | None = None
+    model: Path,
+    *,
+    rows: int = 8,
+    max_tokens: int = 2048,
+    dtype: str = "float32",
+    template: str | None = None,
+    shapes: Shapes = Shapes(),
 ) -> Scorer:
     """The scorer of a model that `find_model` found, computing in `dtype`; template: as in `load_encoder`.
 
@@ -151,7 +158,7 @@ def load_scorer(
     encoder = load_encoder(model, template)
     config, parameters = load_reward_model(model)
     huggingface.check_vocabulary(model, config, encoder.vocabulary_size)
-    return Scorer(config, parameters, encoder, rows=rows, max_tokens=max_tokens, dtype=dtype)
+    return Scorer(config, parameters, encoder, rows=rows, max_tokens=max_tokens, dtype=dtype, shapes=shapes)
 
 
 def defines_progress(recipe: dict[str, Any]) -> bool:
