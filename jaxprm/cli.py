@@ -330,7 +330,8 @@ def _serve(options) -> int:
     try:
         from jaxprm.serving import limits, server
     except ModuleNotFoundError as error:
-        raise UserError(f"serve needs {error.name}, which is not installed: pip install 'jaxprm[serve]'") from None
+        packages = "pip install uvicorn starlette prometheus-client"
+        raise UserError(f"serve needs {error.name}, which is not installed: {packages}") from None
     server.serve(
         options.model,
         host=options.host,

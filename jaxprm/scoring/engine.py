@@ -125,8 +125,10 @@ class Engine:
         self._past, self._encoded, self._slots = self.usage, 0, 0
         self.__dict__.pop("_bank", None)
 
-    def whole(self, sequences: Sequence[np.ndarray], names: Sequence[str]) -> list[np.ndarray]:
+    def whole(self, sequences: Sequence[np.ndarray], names: Sequence[str], *, few: bool = False) -> list[np.ndarray]:
         """Values of every token of each sequence int32 [T]: float32 [T]. The cache is neither read nor changed.
+
+        few: a call that has few rows to fill is a smaller one, another program to compile, for those who wait for it.
 
         Raises UserError, with its name, for one longer than the largest bucket.
         """
@@ -138,7 +140,8 @@ class Engine:
             rows = max(1, TOKENS_A_CALL // width)
             for start in range(0, len(indices), rows):
                 chunk = indices[start : start + rows]
-                tokens, counts = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
+                made = rows_for(len(chunk), rows) if few else rows
+                tokens, counts = np.zeros((made, width), np.int32), np.zeros(made, np.int32)
                 for row, index in enumerate(chunk):
                     counts[row] = len(sequences[index])
                     tokens[row, : counts[row]] = sequences[index]
@@ -192,10 +195,12 @@ class Engine:
                     )  # fmt: skip
 
     def warm_up_whole(self, longest: int, each: Callable[[], None] = lambda: None) -> None:
-        """As `warm_up`, what `whole` runs for sequences of up to `longest` tokens. They count as encoded."""
+        """As `warm_up`, what `whole` runs for few and many sequences of up to `longest` tokens, which are counted."""
         for width in (one for one in LENGTH_BUCKETS if one <= bucket(longest, LENGTH_BUCKETS)):
-            each()
-            self.whole([np.zeros(width, np.int32)], ["warm-up"])
+            rows = max(1, TOKENS_A_CALL // width)
+            for count in {rows_for(1, rows), rows}:
+                each()
+                self.whole([np.zeros(width, np.int32)] * count, ["warm-up"] * count, few=True)
 
     def _rows_of(self, width: int) -> int:
         return max(1, self._rows * self.shapes.packed[0] // width)

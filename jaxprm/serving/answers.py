@@ -92,7 +92,7 @@ class Answers:
 
     def _computed(self, requests: Sequence[_Encoded]) -> list[Answer]:
         sequences = [tokens for one in requests for tokens in one.sequences]
-        values = iter(self._scorer.engine.whole(sequences, ["input"] * len(sequences)))
+        values = iter(self._scorer.engine.whole(sequences, ["input"] * len(sequences), few=True))
         scores = iter(self._model.answer([one.question for one in requests if one.question]))
         return [
             next(scores)

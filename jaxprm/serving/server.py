@@ -90,6 +90,8 @@ def bind(host: str, port: int, token: str | None) -> socket.socket:
 
     Raises UserError where others could reach it and need no token, and where the address cannot be had.
     """
+    if not 0 <= port <= 65535:
+        raise UserError(f"port {port} of {host}: must be 0 to 65535")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError, OverflowError) as error:
@@ -145,8 +147,8 @@ class _Protocol(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             refusal = error_response(Refused(400, msg, Connection="close"))
-            self.transport.write(self.conn.send(h11.Response(status_code=400, headers=refusal.raw_headers)))
-            self.transport.write(self.conn.send(h11.Data(data=refusal.body)))
+            head = h11.Response(status_code=400, headers=refusal.raw_headers, reason=b"Bad Request")
+            self.transport.write(self.conn.send(head) + self.conn.send(h11.Data(data=refusal.body)))
         self.transport.close()
 
 
