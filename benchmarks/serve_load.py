@@ -34,6 +34,8 @@ import numpy as np
 
 JSON = {"Content-Type": "application/json"}
 ITEMS = ("oak log", "oak planks", "stick", "iron ingot", "lantern", "torch", "coal")
+# Seconds for a server to compile everything, on a machine that has other work.
+PATIENCE = 1800
 ACTIONS, CLASSIFY = "/v1/score_actions", "/classify"
 
 
@@ -77,19 +79,21 @@ class Server:
 
 
 @contextmanager
-def serving(model: Path, *options: str, ready: float = 900, **environment: str) -> Iterator[Server]:
-    """A server on a free port, ready; ended with the block if it still runs. `ready`: seconds to wait for that."""
+def serving(
+    model: Path, *options: str, program: Sequence[str] = ("-m", "jaxprm"), **environment: str
+) -> Iterator[Server]:
+    """A server on a free port, ready; ended with the block if it still runs. program: what Python runs."""
     root = Path(__file__).parents[1]
     with tempfile.TemporaryDirectory(prefix="serve-load-") as folder:
         log = Path(folder) / "log"
         with log.open("w") as file:
             process = subprocess.Popen(
-                [sys.executable, "-m", "jaxprm", "serve", "--model", str(model), "--port", "0", *options],
+                [sys.executable, *program, "serve", "--model", str(model), "--port", "0", *options],
                 env=os.environ | {"PYTHONPATH": str(root)} | environment, stdout=file, stderr=subprocess.STDOUT,
             )  # fmt: skip
         server = Server(process, log, 0)
         try:
-            deadline = time.monotonic() + ready
+            deadline = time.monotonic() + PATIENCE
             while "ready after" not in server.log:
                 assert process.poll() is None and time.monotonic() < deadline, server.log
                 time.sleep(0.1)

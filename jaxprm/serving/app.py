@@ -56,7 +56,9 @@ def make_app(
             )
         ),
     ]
-    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _no_such_endpoint})
+    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _no_such_endpoint})
+    app.router.redirect_slashes = False
+    return app
 
 
 class _Endpoints:
@@ -68,7 +70,7 @@ class _Endpoints:
     async def health(self, request: Request) -> Response:
         """200 when requests are taken, 503 before and after; open to probes, which have no token."""
         state = self._service.batcher.state
-        return _json({"status": state, "model": self._service.name}, 200 if state == "ready" else 503)
+        return _json({"status": state}, 200 if state == "ready" else 503)
 
     async def metrics(self, request: Request) -> Response:
         return Response(self._service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -40,7 +40,7 @@ def test_questions_are_answered():
         assert [one["probs"] for one in found["data"]] == [[3.0], [2.0]] and found["model"] == "some-model"
         assert (await client.post("/classify", json={"input_ids": [5, 6]})).json()["embedding"] == [2.0]
         assert (await client.get("/v1/models")).json()["data"][0]["id"] == "some-model"
-        assert (await client.get("/health")).json() == {"status": "ready", "model": "some-model"}
+        assert (await client.get("/health")).json() == {"status": "ready"}
 
     served(test)
 
@@ -57,6 +57,7 @@ def test_questions_are_answered():
         ("POST", "/classify", b'{"input": "a"}', {}, 415),
         ("POST", "/classify", b'{"input": ["a", "b", "c"]}', JSON, 400),
         ("POST", "/nothing%0A%20here", b"", {}, 404),
+        ("POST", "/classify/", b"{}", JSON, 404),
         ("GET", "/classify", b"", {}, 405),
         ("DELETE", "/health", b"", {}, 405),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import threading
@@ -21,6 +22,17 @@ pytestmark = pytest.mark.slow
 TOKEN = "a-token-that-nobody-sees"
 HEADERS = {"Authorization": f"Bearer {TOKEN}"}
 OPTIONS = ("--max-tokens", "480", "--rows", "2")
+REQUESTS = 3000
+# The server with memories that are full after a few requests: what grows then is a leak.
+FORGETFUL = """
+from jaxprm.host_memory import keep_freed
+keep_freed()
+import data_pipeline.chat_template, data_pipeline.encode, jaxprm.model.prefix_bank, jaxprm.scoring.scorer
+data_pipeline.chat_template._RENDERINGS = data_pipeline.encode._PIECES = 1 << 20
+jaxprm.model.prefix_bank.DROPPED = jaxprm.scoring.scorer.REMEMBERED = 200
+from jaxprm.__main__ import run
+run()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +49,15 @@ def known(directory) -> list[Case]:
 def environment(tmp_path_factory) -> dict[str, str]:
     """What one server has compiled the next one finds."""
     return {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("programs")),
+        "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(tmp_path_factory.mktemp("jax")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
 
 @pytest.fixture(scope="module")
 def server(directory, environment):
-    with serve_load.serving(directory, *OPTIONS, JAXPRM_TOKEN=TOKEN, **environment) as server:
+    program = ("-c", FORGETFUL)
+    with serve_load.serving(directory, *OPTIONS, program=program, JAXPRM_TOKEN=TOKEN, **environment) as server:
         yield server
 
 
@@ -55,13 +68,13 @@ def right(outcome: Outcome) -> None:
 def test_many_clients_get_their_own_answers_and_memory_is_flat(server: Server, known):
     outcome = Outcome()
     with serve_load.nuisances(server.port), serve_load.sampling(server, outcome) as samples:
-        serve_load.send(server.port, serve_load.cases(known, 3000), 16, outcome, token=TOKEN)
+        serve_load.send(server.port, serve_load.cases(known, REQUESTS), 16, outcome, token=TOKEN)
     right(outcome)
-    assert outcome.done == 3000 and outcome.compared > 1200
+    assert outcome.done == REQUESTS and outcome.compared > 0.4 * REQUESTS
     assert {200, 400, 404, 413} <= outcome.statuses.keys() <= {200, 400, 404, 413}
     # The scores of different questions are further apart than what is allowed between equal ones.
     assert len({round(promise, 3) for case in known for promise in case.promises}) > len(known)
-    assert serve_load.slope(samples) < 5.0
+    assert serve_load.slope(samples) < 4.0  # MB a thousand requests
     together = [server.metric(f"jaxprm_batch_requests_{name}", HEADERS) for name in ("sum", "count")]
     assert together[0] > 1.5 * together[1]
 
