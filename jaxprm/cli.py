@@ -325,28 +325,9 @@ def _score(options) -> int:
 
 def _serve(options) -> int:
     keep_freed()
-    from jaxprm.errors import UserError
+    from jaxprm.serving import command
 
-    try:
-        from jaxprm.serving import limits, server
-    except ModuleNotFoundError as error:
-        packages = "pip install uvicorn starlette prometheus-client"
-        raise UserError(f"serve needs {error.name}, which is not installed: {packages}") from None
-    server.serve(
-        options.model,
-        host=options.host,
-        port=options.port,
-        rows=options.rows,
-        dtype=options.dtype,
-        template=options.chat_template,
-        limits=limits.Limits(
-            tokens=options.max_tokens,
-            candidates=options.max_candidates,
-            body_bytes=options.max_body,
-            waiting=options.max_waiting,
-        ),
-    )
-    return 0
+    return command.run(options)
 
 
 def _check_scorer(options) -> int:
