@@ -1,13 +1,13 @@
 """A tokenizer's files, and conversations to text with its chat template.
 
-Renderings are remembered: conversations that share a prefix render it once.
+Renderings are remembered, within a bound: conversations that share a prefix render it once.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,12 +17,13 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from data_pipeline.errors import DataError
+from data_pipeline.remembered import Remembered
 from data_pipeline.trajectory import Message, text_parts
 
 Messages = Sequence[Message | Mapping[str, Any]]
 Tools = list[dict[str, Any]] | None
 
-_RENDERINGS = 1 << 13
+_RENDERINGS = 64 << 20  # bytes
 _TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Llama's templates print today's date unless given one; a rendering must not depend on the day it is made.
 DATE = "26 Jul 2024"
@@ -91,7 +92,7 @@ class ChatTemplate:
             self._compiled = _compile_jinja_template(self.text)
         except jinja2.TemplateError as error:
             raise DataError(f"the chat template of {source} is not valid Jinja: {one_line(error)}") from None
-        self._cached = lru_cache(_RENDERINGS)(self._render)
+        self._cached = Remembered(self._render, size=_rendering_bytes, most=_RENDERINGS)
 
     def render(self, messages: Conversation, tools: Tools, generation: bool, row: str) -> str:
         """The conversation as text; with `generation`, up to where the next assistant message begins."""
@@ -121,6 +122,12 @@ class ChatTemplate:
             add_generation_prompt=generation,
             **self._arguments,
         )
+
+
+def _rendering_bytes(arguments: tuple[Conversation, bytes, bool], text: str) -> int:
+    """The text, and about as much for the messages that it was made of."""
+    messages, tools, _ = arguments
+    return 2 * sys.getsizeof(text) + len(tools) + 256 * (1 + len(messages))
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:

@@ -13,9 +13,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 from bisect import bisect_right
 from collections.abc import Sequence
-from functools import lru_cache
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
@@ -26,10 +26,11 @@ from transformers import PreTrainedTokenizerFast
 from data_pipeline.chat_template import ChatTemplate, Conversation, Messages, Tools, as_messages, freeze, load_tokenizer
 from data_pipeline.errors import DataError
 from data_pipeline.padding import padding_id
+from data_pipeline.remembered import Remembered
 from data_pipeline.template_choice import OWN, advice, choose, write_tokenizer
 from data_pipeline.trajectory import Message, check_steps, text_parts
 
-_PIECES = 1 << 15
+_PIECES = 64 << 20  # bytes
 
 
 class Encoded(NamedTuple):
@@ -76,7 +77,7 @@ class Encoder:
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._piece = lru_cache(_PIECES)(self._encode_piece)
+        self._piece = Remembered(self._encode_piece, size=_piece_bytes, most=_PIECES)
         self._prepare_specials()
         self._advice = advice(self._special_ids)
         self._template = ChatTemplate(
@@ -133,6 +134,10 @@ class Encoder:
         """
         conversation = self._conversation(as_messages(messages, row), row)
         return self._cut(self._template.render(conversation, tools, True, row)).ids
+
+    def rendered(self, text: str) -> list[int]:
+        """Token ids of a conversation that is text already: special tokens are read out of it, and none is added."""
+        return self._backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens included, nothing cleaned up."""
@@ -301,6 +306,11 @@ class Encoder:
                     "special tokens are never read out of text: remove or rewrite it"
                 )
         return conversation
+
+
+def _piece_bytes(arguments: tuple[str, bool], ids: tuple[int, ...]) -> int:
+    """An integer of a tuple takes 36 bytes with its place."""
+    return sys.getsizeof(arguments[0]) + 36 * len(ids) + 256
 
 
 def _differ(one: str, other: str) -> str:

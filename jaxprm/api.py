@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
+import numpy as np
 
 from data_pipeline.chat_template import as_messages
 from data_pipeline.trajectory import Message, Trajectory
 from jaxprm import config as config_lib
 from jaxprm.errors import UserError
 from jaxprm.scoring import loading
-from jaxprm.scoring.scorer import Scorer
+from jaxprm.scoring.scorer import Prepared, Scorer
 
 Conversation = Sequence[Message | Mapping[str, Any]]
 
@@ -31,6 +32,18 @@ class ActionScore(NamedTuple):
 
     promise: float
     progress: float | None
+
+
+class Question(NamedTuple):
+    """Candidates of one conversation, encoded; and its last step, whose promise theirs are compared with."""
+
+    candidates: Prepared
+    last: Prepared | None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest conversation that is to be computed; 0 where all is remembered."""
+        return max(self.candidates.longest, self.last.longest if self.last else 0)
 
 
 class Model:
@@ -80,23 +93,37 @@ class Model:
 
         Raises UserError or DataError for a conversation or a candidate that cannot be encoded.
         """
+        return self.answer([self.question(messages, candidates, tools)])[0]
+
+    def question(
+        self, messages: Conversation, candidates: Sequence[str | Mapping[str, Any]], tools: list[dict] | None = None
+    ) -> Question:
+        """What `score_actions` would compute, encoded, to be computed with others in one `answer`.
+
+        Raises as `score_actions`, but for what is too long to be scored: see `Question.longest`.
+        """
         if isinstance(candidates, (str, Mapping)):
             raise UserError("score_actions takes a list of candidates; put a single one into a list")
         history = _plain(messages, "messages")
         actions = [_action(candidate, f"candidate {index}") for index, candidate in enumerate(candidates)]
-        before = self._last_promise(history, tools) if self._progress and actions else None
-        (promises,) = self._scorer.score_actions([history], [actions], tools=[tools])
-        return [
-            ActionScore(loading.plain(promise), None if before is None else loading.plain(promise - before))
-            for promise in promises
-        ]
+        last = self._last_step(history, tools) if self._progress and actions else None
+        return Question(self._scorer.prepare(history, actions, tools), last)
 
-    def _last_promise(self, history: list[dict], tools: list[dict] | None):
-        """Promise of the last step taken; in an agent's loop it was a candidate once, and is remembered."""
+    def answer(self, questions: Sequence[Question]) -> list[list[ActionScore]]:
+        """Scores of the candidates of several conversations, all computed at once.
+
+        Raises UserError where one is longer than can be scored.
+        """
+        # The last steps first: what follows them then finds their conversations in the cache.
+        before = iter(self._scorer.score_prepared([one.last for one in questions if one.last]))
+        promises = self._scorer.score_prepared([one.candidates for one in questions])
+        lasts = [next(before)[0] if one.last else None for one in questions]
+        return [_scores(found, last) for found, last in zip(promises, lasts, strict=True)]
+
+    def _last_step(self, history: list[dict], tools: list[dict] | None) -> Prepared | None:
+        """The last step taken; in an agent's loop it was a candidate once, and its promise is remembered."""
         steps = [index for index, one in enumerate(history) if one["role"] == "assistant" and one.get("step", True)]
-        if not steps:
-            return None
-        return self._scorer.score_actions([history[: steps[-1]]], [[history[steps[-1]]]], tools=[tools])[0][0]
+        return self._scorer.prepare(history[: steps[-1]], [history[steps[-1]]], tools) if steps else None
 
 
 def load(
@@ -143,6 +170,13 @@ def _parts(trajectory: Any, name: str) -> tuple[Conversation, list[dict] | None,
             raise UserError(f'{name}: has no "messages", only {sorted(trajectory)}')
         return trajectory["messages"], trajectory.get("tools"), str(trajectory.get("id") or name)
     return trajectory, None, name
+
+
+def _scores(promises: np.ndarray, before: np.float32 | None) -> list[ActionScore]:
+    return [
+        ActionScore(loading.plain(promise), None if before is None else loading.plain(promise - before))
+        for promise in promises
+    ]
 
 
 def _is_message(one: Any) -> bool:

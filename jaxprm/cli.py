@@ -58,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     score.add_argument(
         "--mesh", type=_axes, metavar="AXIS=N,...", help="devices that share the work: tensor=4; default: all, by rows"
     )
+    _serve_verb(verbs)
     _evaluate_verb(verbs)
     check = verbs.add_parser("check-scorer", help="check that a model scores the same batched, packed and cached")
     check.add_argument("--model", type=Path, required=True, help=_MODEL)
@@ -84,6 +85,23 @@ def parser() -> argparse.ArgumentParser:
     validate.add_argument("--json", type=Path, metavar="FILE", help="write everything there, with all bad rows")
     validate.add_argument("--skip-bad", action="store_true", help="bad rows are counted, but no reason to fail")
     return main
+
+
+def _serve_verb(verbs) -> None:
+    serve = verbs.add_parser("serve", help="answer requests for scores over HTTP")
+    serve.add_argument("--model", type=Path, required=True, help=_MODEL)
+    serve.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1; others need JAXPRM_TOKEN to be set")
+    serve.add_argument("--port", type=int, default=8000, help="default 8000; 0 for any that is free")
+    serve.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the arithmetic; default float32")
+    serve.add_argument("--chat-template", default="own", metavar="TEMPLATE", help=_TEMPLATE)
+    for name, default, text in (
+        ("rows", 8, "conversations computed at once"),
+        ("max-tokens", 2048, "of a conversation with a candidate"),
+        ("max-candidates", 64, "of a request"),
+        ("max-body", 1 << 20, "bytes of a request"),
+        ("max-waiting", 256, "requests that wait for an answer"),
+    ):
+        serve.add_argument(f"--{name}", type=_count, default=default, metavar="N", help=f"{text}; default {default}")
 
 
 def _bench_verb(verbs) -> None:
@@ -201,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return VERBS[options.verb](options)
     except KeyboardInterrupt:
-        again = "starts anew" if options.verb in ("evaluate", "export") else "goes on where it stopped"
+        again = "starts anew" if options.verb in ("evaluate", "export", "serve") else "goes on where it stopped"
         print(f"jaxprm: interrupted; the same command {again}", file=sys.stderr)
         return 130
     except Interrupted as stopped:
@@ -319,6 +337,13 @@ def _score(options) -> int:
     )  # fmt: skip
     print(f"scored {counts.scored} trajectories, {counts.errors} errors: {options.output}")
     return 1 if counts.errors else 0
+
+
+def _serve(options) -> int:
+    keep_freed()
+    from jaxprm.serving import command
+
+    return command.run(options)
 
 
 def _check_scorer(options) -> int:
@@ -457,6 +482,7 @@ VERBS = dict.fromkeys(STAGE_VERBS, _stages) | {
     "inspect": _inspect,
     "plan": _plan,
     "score": _score,
+    "serve": _serve,
     "check-scorer": _check_scorer,
     "bench": _bench,
     "export": _export,

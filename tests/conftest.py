@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,7 +11,7 @@ import pytest
 def trimmed_memory():
     """The tests' own process gives freed memory back, whatever it calls: it goes on for long, and beside others."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jaxprm.host_memory.ctypes.CDLL", lambda name: None)
+        patch.setattr("jaxprm.host_memory.ctypes", SimpleNamespace(CDLL=lambda name: None))
         yield
 
 

@@ -10,8 +10,9 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# For `export --verify`, `bench search`, `plan` and `logging.wandb`, each of which says so where it is missing.
-OPTIONAL = {"torch", "libtpu", "wandb"}
+# For `export --verify`, `bench search`, `plan`, `serve` and `logging.wandb`, each of which says so where it is missing.
+EXTRAS = {"verify": {"torch"}, "serve": {"h11", "prometheus_client", "starlette", "uvicorn"}, "wandb": {"wandb"}}
+OPTIONAL = {"libtpu"}.union(*EXTRAS.values())
 
 
 def canonical(name: str) -> str:
@@ -42,3 +43,11 @@ def test_every_import_is_declared():
             if not {canonical(one) for one in provided.get(name, [name])} & (declared | {"tensorflow"})
         }
         assert not missing
+
+
+def test_what_a_verb_alone_imports_is_its_extra_and_pinned_for_tests():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    pins = {canonical(line) for line in (ROOT / "requirements-dev.txt").read_text().splitlines() if "==" in line}
+    for extra, names in EXTRAS.items():
+        assert {canonical(one) for one in extras[extra]} == {canonical(name) for name in names} <= pins
+        assert names <= imported()

@@ -9,8 +9,8 @@ are reused in order of last use; what was dropped is encoded again, which costs 
 from __future__ import annotations
 
 import functools
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +24,8 @@ from jaxprm.model.transformer import Cache, TransformerConfig
 
 # A call with few rows to fill is made this much smaller: the end of every search is.
 FEW = 4
+# Dropped prefixes that are known when they come back: for the count of what is encoded again, and no more.
+DROPPED = 1 << 14
 _HASH_BASE = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -141,7 +143,7 @@ class PrefixBank:
     they are computed and kept in; ring: rows of scored continuations that are kept; layout: of the cache on a mesh, on
     which the parameters lie already.
     `tokens_encoded` counts what was computed and `slots_computed` the same with padding, `tokens_reused` what was
-    found, `tokens_again` what had been dropped among the computed.
+    found, `tokens_again` what had been dropped among the computed, of the last DROPPED prefixes that were.
     """
 
     def __init__(
@@ -173,6 +175,7 @@ class PrefixBank:
         self._kept: dict[int, list[Kept]] = {}
         self._order: OrderedDict[int, None] = OrderedDict.fromkeys(range(slots))
         self._dropped: dict[int, set[int]] = {}
+        self._dropped_order: deque[tuple[int, int]] = deque()
         self.tokens_encoded = self.tokens_reused = self.tokens_again = self.slots_computed = self.evictions = 0
 
     def bucket(self, length: int) -> int:
@@ -185,14 +188,18 @@ class PrefixBank:
         lengths = (*(length for length in self.shapes.lengths if length < longest), longest)
         return sorted({self.bucket(length) for length in lengths})
 
-    def warm_up(self, longest: int) -> None:
-        """Compiles what `place` runs for prefixes of up to `longest` tokens; changes nothing that is held."""
+    def warm_up(self, longest: int, each: Callable[[], None] = lambda: None) -> None:
+        """Compiles what `place` runs for prefixes of up to `longest` tokens; changes nothing that is held.
+
+        each: called before every program.
+        """
         for capacity in self.buckets(longest):
             for width in self.shapes.growth:
                 most = self._rows_of(width)
                 for rows in {rows_for(1, most), most}:
                     none, nowhere = np.zeros(rows, np.int32), np.full(rows, self.slots, np.int32)
                     for kept_width in (0, *self.shapes.kept) if self._ring_rows and capacity else (0,):
+                        each()
                         self.bank = _extend(
                             self._graph, self._parameters, self.bank, self.ring, none, nowhere, none,
                             np.zeros((3, rows), np.int32), np.zeros((rows, width), np.int32), none,
@@ -281,11 +288,23 @@ class PrefixBank:
             raise UserError(f"the cache has {self.slots} slots, too few for {wanted} prefixes at once")
         if length := int(self._held[slot]):
             self.evictions += 1
-            self._dropped.setdefault(length, set()).add(int(_prefix_hashes(self._table[slot, :length])[-1]))
+            self._drop(length, int(_prefix_hashes(self._table[slot, :length])[-1]))
         self._table[slot], self._held[slot] = -1, 0
         self._kept.pop(slot, None)
         self._order.move_to_end(slot)
         return slot
+
+    def _drop(self, length: int, name: int) -> None:
+        same = self._dropped.setdefault(length, set())
+        if name in same:
+            return
+        same.add(name)
+        self._dropped_order.append((length, name))
+        if len(self._dropped_order) > DROPPED:
+            length, name = self._dropped_order.popleft()
+            self._dropped[length].remove(name)
+            if not self._dropped[length]:
+                del self._dropped[length]
 
     def _dropped_of(self, prefix: np.ndarray, known: int) -> int:
         """Tokens of `prefix` after the first `known` that a dropped slot held."""

@@ -6,7 +6,7 @@ A number does not depend on what else is in the batch, but for rounding: a conti
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -132,8 +132,10 @@ class Engine:
         self._past, self._encoded, self._slots = self.usage, 0, 0
         self.__dict__.pop("_bank", None)
 
-    def whole(self, sequences: Sequence[np.ndarray], names: Sequence[str]) -> list[np.ndarray]:
+    def whole(self, sequences: Sequence[np.ndarray], names: Sequence[str], *, few: bool = False) -> list[np.ndarray]:
         """Values of every token of each sequence int32 [T]: float32 [T]. The cache is neither read nor changed.
+
+        few: a call that has few rows to fill is a smaller one, another program to compile, for those who wait for it.
 
         Raises UserError, with its name, for one longer than the largest bucket.
         """
@@ -146,7 +148,8 @@ class Engine:
             rows -= rows % parts if rows > parts else 0
             for start in range(0, len(indices), rows):
                 chunk = indices[start : start + rows]
-                tokens, counts = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
+                made = rows_for(len(chunk), rows) if few else rows
+                tokens, counts = np.zeros((made, width), np.int32), np.zeros(made, np.int32)
                 for row, index in enumerate(chunk):
                     counts[row] = len(sequences[index])
                     tokens[row, : counts[row]] = sequences[index]
@@ -184,18 +187,30 @@ class Engine:
                 self._score(some, rows_for(len(some), size), one, values)
         return values
 
-    def warm_up(self, longest: int) -> None:
-        """Compiles what `after` runs for prefixes of up to `longest` tokens, so that nothing is compiled later."""
-        self._bank.warm_up(longest)
+    def warm_up(self, longest: int, each: Callable[[], None] = lambda: None) -> None:
+        """Compiles what `after` runs for prefixes of up to `longest` tokens, so that nothing is compiled later.
+
+        each: called before every program; what it raises ends the warm-up.
+        """
+        self._bank.warm_up(longest, each)
         bank = self._bank
         for capacity in bank.buckets(longest):
             for width in self.shapes.packed:
                 for rows in {rows_for(1, self._rows_of(width)), self._rows_of(width)}:
+                    each()
                     none, chunk = np.zeros(rows, np.int32), np.zeros((rows, width), np.int32)
                     _, bank.ring = _values_after(
                         self._graph, self._parameters, bank.bank, bank.ring, np.full(rows, bank.slots, np.int32), none,
                         none, chunk, chunk, chunk, capacity=capacity, layout=self._layout,
                     )  # fmt: skip
+
+    def warm_up_whole(self, longest: int, each: Callable[[], None] = lambda: None) -> None:
+        """As `warm_up`, what `whole` runs for few and many sequences of up to `longest` tokens, which are counted."""
+        for width in (one for one in LENGTH_BUCKETS if one <= bucket(longest, LENGTH_BUCKETS)):
+            rows = max(1, TOKENS_A_CALL // width)
+            for count in {rows_for(1, rows), rows}:
+                each()
+                self.whole([np.zeros(width, np.int32)] * count, ["warm-up"] * count, few=True)
 
     def _rows_of(self, width: int) -> int:
         return max(1, self._rows * self.shapes.packed[0] // width)

@@ -19,6 +19,7 @@ from jaxprm.errors import UserError
 from jaxprm.model import hub, huggingface, weights
 from jaxprm.model.layout import ONE_DEVICE, Layout
 from jaxprm.model.orbax_reader import DESCRIPTION, is_checkpoint, newest_checkpoint, read_parameters
+from jaxprm.model.prefix_bank import Shapes
 from jaxprm.model.tensor_files import WEIGHTS, has_weights, model_files, open_tensors
 from jaxprm.model.transformer import TransformerConfig
 from jaxprm.model.weights_writer import DTYPES
@@ -161,6 +162,7 @@ def load_scorer(
     dtype: str = "float32",
     template: str | None = None,
     mesh: config_lib.Mesh | None = None,
+    shapes: Shapes = Shapes(),
 ) -> Scorer:
     """The scorer of a model that `find_model` found, computing in `dtype`; template: as in `load_encoder`.
 
@@ -178,7 +180,8 @@ def load_scorer(
         layout = Layout(make_mesh(mesh, jax.local_devices()))
     config, parameters = load_reward_model(model, mesh=layout.mesh)
     huggingface.check_vocabulary(model, config, encoder.vocabulary_size)
-    return Scorer(config, parameters, encoder, rows=rows, max_tokens=max_tokens, dtype=dtype, layout=layout)
+    options = {"rows": rows, "max_tokens": max_tokens, "dtype": dtype, "shapes": shapes, "layout": layout}
+    return Scorer(config, parameters, encoder, **options)
 
 
 def all_devices() -> config_lib.Mesh | None:

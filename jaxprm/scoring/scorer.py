@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from data_pipeline.encode import Encoder
+from data_pipeline.encode import Encoded, Encoder
 from jaxprm.model.layout import ONE_DEVICE, Layout
 from jaxprm.model.prefix_bank import Shapes, bucket
 from jaxprm.policies.protocol import prefix_hash
@@ -18,6 +19,26 @@ from jaxprm.scoring.engine import CACHE_BYTES, LENGTH_BUCKETS, Engine
 
 # Rows of what follows a shared prompt; a conversation goes into the narrowest that holds it.
 FINISHED_WIDTHS = (128, 256, 512, 1024)
+# Scores of candidates, of which the ones used last are remembered; a few hundred bytes each.
+REMEMBERED = 1 << 16
+
+# Names of a state and of a candidate.
+Key = tuple[str, str]
+
+
+class Prepared(NamedTuple):
+    """Candidates of one state, by key in order: those `known`, those to score `after` their prefix, and `whole`."""
+
+    keys: list[Key]
+    known: dict[Key, float]
+    after: dict[Key, tuple[np.ndarray, np.ndarray]]
+    whole: dict[Key, Encoded]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest conversation that is to be scored."""
+        lengths = [len(prefix) + len(rest) for prefix, rest in self.after.values()]
+        return max([*lengths, *(len(one.tokens) for one in self.whole.values())], default=0)
 
 
 class Scorer:
@@ -26,7 +47,7 @@ class Scorer:
     rows: candidates' rows computed at once; max_tokens: the longest conversation for `score_actions`; dtype:
     "float32" or "bfloat16", of the arithmetic, whatever the parameters are kept in; cache_bytes: memory for
     conversations that may go on; shapes: lengths to compile for; layout: on the mesh where the parameters lie.
-    `usage` counts tokens, see Engine; scores are remembered by conversation and candidate.
+    `usage` counts tokens, see Engine; the last REMEMBERED scores of candidates are remembered.
     """
 
     def __init__(
@@ -47,7 +68,7 @@ class Scorer:
             config, parameters, rows=rows, max_tokens=max_tokens, shapes=shapes, cache_bytes=cache_bytes,
             dtype=jnp.dtype(dtype), layout=layout,
         )  # fmt: skip
-        self._memory: dict[tuple[str, str], float] = {}
+        self._memory: dict[Key, float] = {}
 
     @property
     def usage(self) -> dict[str, int]:
@@ -113,36 +134,49 @@ class Scorer:
         A candidate is the text of an assistant message, or the message itself. tools: those of each conversation.
         """
         tools = tools or [None] * len(states)
-        actions = [[_as_message(candidate) for candidate in some] for some in candidates]
-        names = [_state_name(messages, tool) for messages, tool in zip(states, tools, strict=True)]
-        keys = [[(name, _action_name(action)) for action in some] for name, some in zip(names, actions, strict=True)]
-        prefixes: dict[str, np.ndarray] = {}
-        cached: list[tuple[tuple[str, str], np.ndarray]] = []
-        whole: list[tuple[tuple[str, str], Any]] = []
-        seen: set[tuple[str, str]] = set()
-        for messages, tool, name, some, some_keys in zip(states, tools, names, actions, keys, strict=True):
-            for action, key in zip(some, some_keys, strict=True):
-                if key in self._memory or key in seen:
-                    continue
-                seen.add(key)
-                if name not in prefixes:
-                    prefixes[name] = np.asarray(self.encoder.prompt(messages, tools=tool), np.int32)
-                one = self.encoder.trajectory([*messages, action], row="candidate", tools=tool)
-                self._sort_out(key, one, prefixes[name], cached, whole)
-        scores = self.score_encoded([one for _, one in whole], ["candidate"] * len(whole))
-        for (key, _), values in zip(whole, scores, strict=True):
-            self._memory[key] = float(values[-1])
-        found = self.engine.after([(prefixes[name], rest) for (name, _), rest in cached])
-        self._memory |= {key: float(values[-1]) for (key, _), values in zip(cached, found, strict=True)}
-        return [np.asarray([self._memory[key] for key in some], np.float32) for some in keys]
+        return self.score_prepared([self.prepare(*one) for one in zip(states, candidates, tools, strict=True)])
 
-    def _sort_out(self, key, one, prefix, cached, whole) -> None:
+    def prepare(
+        self, state: Sequence[dict], candidates: Sequence[str | dict], tools: list[dict] | None = None
+    ) -> Prepared:
+        """A state's candidates encoded, but for those whose scores are remembered: nothing is computed yet.
+
+        Raises DataError for what cannot be encoded.
+        """
+        name = _state_name(state, tools)
+        actions = [_as_message(candidate) for candidate in candidates]
+        made = Prepared([(name, prefix_hash([action])) for action in actions], {}, {}, {})
+        prefix = None
+        for key, action in zip(made.keys, actions, strict=True):
+            if key in self._memory:
+                made.known[key] = self._memory[key] = self._memory.pop(key)  # used last
+            elif key not in made.after and key not in made.whole:
+                if prefix is None:
+                    prefix = np.asarray(self.encoder.prompt(state, tools=tools), np.int32)
+                one = self.encoder.trajectory([*state, action], row="candidate", tools=tools)
+                self._sort_out(key, one, prefix, made)
+        return made
+
+    def score_prepared(self, prepared: Sequence[Prepared]) -> list[np.ndarray]:
+        """Promise of the candidates of each, a float32 [N], all computed at once; what several ask for, only once."""
+        known = {key: value for one in prepared for key, value in one.known.items()}
+        whole = {key: one for some in prepared for key, one in some.whole.items()}
+        after = {key: job for some in prepared for key, job in some.after.items()}
+        found = dict(zip(whole, self.score_encoded([*whole.values()], ["candidate"] * len(whole)), strict=True))
+        found |= zip(after, self.engine.after([*after.values()]), strict=True)
+        new = {key: float(values[-1]) for key, values in found.items()}
+        self._memory |= new
+        while len(self._memory) > REMEMBERED:
+            del self._memory[next(iter(self._memory))]
+        return [np.asarray([(new if key in new else known)[key] for key in one.keys], np.float32) for one in prepared]
+
+    def _sort_out(self, key: Key, one: Encoded, prefix: np.ndarray, made: Prepared) -> None:
         """A candidate that continues its prompt token by token goes after the cache; any other is scored whole."""
         rest = one.tokens[len(prefix) :]
         if np.array_equal(one.tokens[: len(prefix)], prefix) and self.engine.fits(prefix, rest):
-            cached.append((key, rest))
+            made.after[key] = (prefix, rest)
         else:
-            whole.append((key, one))
+            made.whole[key] = one
 
 
 def _as_message(candidate: str | dict) -> dict:
@@ -150,10 +184,6 @@ def _as_message(candidate: str | dict) -> dict:
 
 
 def _state_name(messages: Sequence[dict], tools: list[dict] | None) -> str:
-    return prefix_hash(messages) if not tools else f"{prefix_hash(messages)} {json.dumps(tools, sort_keys=True)}"
-
-
-def _action_name(message: dict) -> str:
-    """A plain text names itself; any other message, with its calls of tools or its parts, is named by its hash."""
-    plain = message.keys() == {"role", "content"} and isinstance(message["content"], str)
-    return "text " + message["content"] if plain else "message " + prefix_hash([message])
+    """Of one length however long the tools are: many names are remembered."""
+    of_tools = hashlib.sha256(json.dumps(tools, sort_keys=True).encode()).hexdigest()[:32] if tools else ""
+    return prefix_hash(messages) + of_tools

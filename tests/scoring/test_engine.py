@@ -99,6 +99,20 @@ def test_what_was_dropped_is_encoded_again_and_counted():
     assert engine.usage["again"] == 10
 
 
+def test_what_is_known_of_dropped_prefixes_is_bounded(monkeypatch):
+    monkeypatch.setattr("jaxprm.model.prefix_bank.DROPPED", 3)
+    engine, rng = new_engine(2), np.random.default_rng(3)
+    states = [tokens_of(rng, 10 + number % 4) for number in range(9)]
+    for state in states:
+        engine.after([(state, tokens_of(rng, 2))])
+    bank = engine._bank
+    assert len(bank._dropped_order) == sum(map(len, bank._dropped.values())) == 3
+    engine.after([(states[0], tokens_of(rng, 2))])  # dropped long ago
+    assert engine.usage["again"] == 0
+    engine.after([(states[7], tokens_of(rng, 2))])
+    assert engine.usage["again"] == len(states[7])
+
+
 @pytest.mark.parametrize("broken", ["offset", "row"])
 def test_a_wrong_place_of_what_is_kept_moves_the_score(monkeypatch, broken):
     """The comparisons above would see it."""

@@ -119,6 +119,37 @@ def test_what_was_scored_is_remembered_and_only_new_tokens_are_encoded():
     assert scorer.usage["encoded"] == encoded + longer - prompt + action
 
 
+def test_what_is_remembered_is_bounded_and_what_was_used_last_stays(monkeypatch):
+    monkeypatch.setattr("jaxprm.scoring.scorer.REMEMBERED", 3)
+    scorer, state = new_scorer(), CONVERSATIONS[0][:1]
+    texts = [f"Action: get {number} stick" for number in range(5)]
+    (first,) = scorer.score_actions([state], [texts])
+    assert len(scorer._memory) == 3
+    before = scorer.usage["encoded"]
+    assert scorer.score_actions([state], [texts[2:]])[0].tolist() == first[2:].tolist()
+    assert scorer.usage["encoded"] == before
+    scorer.score_actions([state], [[texts[2]]])
+    scorer.score_actions([state], [texts[:2]])  # two are forgotten for them, and not the one used last
+    before = scorer.usage["encoded"]
+    assert scorer.score_actions([state], [[texts[2]]])[0].tolist() == first[2:3].tolist()
+    assert scorer.usage["encoded"] == before
+
+
+def test_questions_prepared_before_any_is_scored_are_scored_as_alone():
+    """Others may be forgotten in between: what was known then is part of the question."""
+    scorer, state = new_scorer(), CONVERSATIONS[0][:1]
+    (known,) = scorer.score_actions([state], [["Action: get 1 stick"]])
+    questions = [scorer.prepare(state, ["Action: get 1 stick", "Action: get 2 stick"]) for _ in range(2)]
+    questions.append(scorer.prepare(CONVERSATIONS[1][:3], ["Action: get 1 stick"]))
+    scorer.forget()
+    first, second, third = scorer.score_prepared(questions)
+    assert first[0] == known[0] and first.tolist() == second.tolist()
+    tiny.assert_close(first[1:], reference(with_action(state, "Action: get 2 stick"))[-1:])
+    tiny.assert_close(third, reference(with_action(CONVERSATIONS[1][:3], "Action: get 1 stick"))[-1:])
+    assert questions[2].longest == len(tiny.encoder().trajectory(
+        with_action(CONVERSATIONS[1][:3], "Action: get 1 stick"), row="").tokens)  # fmt: skip
+
+
 def test_a_candidate_longer_than_a_row_and_a_state_longer_than_the_cache_are_scored_whole():
     scorer = new_scorer()
     long_text = " ".join(f"get {number} stick" for number in range(60))

@@ -1,0 +1,167 @@
+"""The endpoints: what is asked goes to the batcher, and what does not is refused with one line of JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+import hmac
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from jaxprm.serving import requests
+from jaxprm.serving.batcher import Batcher
+from jaxprm.serving.limits import Intake, Limits, Refused, decoded
+from jaxprm.serving.metrics import Metrics
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Service:
+    """What the endpoints need. name: the model's, as clients see it; token: who has it may ask, None for anybody."""
+
+    batcher: Batcher
+    metrics: Metrics
+    limits: Limits
+    name: str
+    token: str | None = dataclasses.field(default=None, repr=False)
+
+
+def make_app(
+    service: Service, lifespan: Callable[[Starlette], AbstractAsyncContextManager[None]] | None = None
+) -> Starlette:
+    """The ASGI application of a service whose batcher somebody starts and closes."""
+    endpoints = _Endpoints(service)
+    routes = [
+        Route("/health", endpoints.health, methods=["GET"]),
+        *(
+            Route(path, endpoints.guarded(path, endpoint), methods=[method])
+            for path, method, endpoint in (
+                ("/metrics", "GET", endpoints.metrics),
+                ("/v1/models", "GET", endpoints.models),
+                ("/v1/score_actions", "POST", endpoints.score_actions),
+                ("/classify", "POST", endpoints.classify),
+            )
+        ),
+    ]
+    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _no_such_endpoint})
+    app.router.redirect_slashes = False
+    return app
+
+
+class _Endpoints:
+    def __init__(self, service: Service):
+        self._service = service
+        self._intake = Intake(service.limits)
+        self._started = int(time.time())
+
+    async def health(self, request: Request) -> Response:
+        """200 when requests are taken, 503 before and after; open to probes, which have no token."""
+        state = self._service.batcher.state
+        return _json({"status": state}, 200 if state == "ready" else 503)
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(self._service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def models(self, request: Request) -> Response:
+        """The one model, for clients that ask for its name first."""
+        one = {"id": self._service.name, "object": "model", "created": self._started, "owned_by": "jaxprm"}
+        return _json({"object": "list", "data": [one]})
+
+    async def score_actions(self, request: Request) -> Response:
+        limits = self._service.limits
+        _, found = await self._asked(request, lambda value: requests.score_actions(value, limits))
+        return _json(requests.scores(found, self._service.name))
+
+    async def classify(self, request: Request) -> Response:
+        limits, began = self._service.limits, time.perf_counter()
+        asked, found = await self._asked(request, lambda value: requests.classify(value, limits))
+        return _json(requests.classes(asked, found, self._service.name, time.perf_counter() - began))
+
+    async def _asked(self, request: Request, parse: Callable[[Any], Any]) -> tuple[Any, Any]:
+        """A request and its answer."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        # Also keeps web pages out: a browser does not send this to another site unasked.
+        if kind != "application/json":
+            raise Refused(415, "send JSON, with the header Content-Type: application/json")
+        with self._intake.holding() as body:
+            await self._intake.read(request, body)
+            asked = parse(decoded(body, self._service.limits.depth))
+            return asked, await self._while_connected(request, self._service.batcher(asked))
+
+    async def _while_connected(self, request: Request, answer: Awaitable[Any]) -> Any:
+        """Nobody computes for a client that has gone."""
+        working, gone = asyncio.ensure_future(answer), asyncio.ensure_future(_disconnected(request))
+        try:
+            await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                raise Refused(400, "the connection was closed before the answer was there")
+            return working.result()
+        finally:
+            for task in (working, gone):
+                task.cancel()
+
+    def guarded(self, path: str, endpoint: Endpoint) -> Endpoint:
+        """For those with the token; counted; and no failure goes further than the request it belongs to."""
+
+        async def answer(request: Request) -> Response:
+            began = time.perf_counter()
+            try:
+                self._check_token(request)
+                response = await endpoint(request)
+            except Refused as refused:
+                response = error_response(refused)
+            except Exception:
+                logging.getLogger(__name__).exception("a request to %s failed", path)
+                response = error_response(Refused(500, "internal error; the server's log has more"))
+            self._service.metrics.answered(path, response.status_code, time.perf_counter() - began)
+            return response
+
+        return answer
+
+    def _check_token(self, request: Request) -> None:
+        if self._service.token is None:
+            return
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        # Digests are of one length, so the time to compare them tells nothing.
+        same = hmac.compare_digest(_digest(given.strip()), _digest(self._service.token))
+        if scheme.lower() != "bearer" or not same:
+            message = "send the server's token, with the header Authorization: Bearer ..."
+            raise Refused(401, message, WWW_Authenticate="Bearer")
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(value) + b"\n", status, headers, media_type="application/json")
+
+
+def error_response(refused: Refused) -> Response:
+    """{"error": {"message", "type", "code"}}, as OpenAI, vLLM and SGLang have it."""
+    about = {"message": refused.message, "type": refused.status.phrase, "code": refused.status.value}
+    return _json({"error": about}, refused.status, refused.headers)
+
+
+async def _no_such_endpoint(request: Request, error: HTTPException) -> Response:
+    status = HTTPStatus(error.status_code)
+    message = f"{request.method} {request.url.path}: {status.phrase}"
+    return error_response(Refused(status, message, **(error.headers or {})))

@@ -1,0 +1,34 @@
+"""The `serve` verb: options to limits, and what is missing in one line."""
+
+from __future__ import annotations
+
+import argparse
+
+from jaxprm.errors import UserError
+
+
+def run(options: argparse.Namespace) -> int:
+    """Serves until it is told to end.
+
+    Raises UserError without the `serve` extra, and as `server.serve`.
+    """
+    try:
+        from jaxprm.serving import limits, server
+    except ModuleNotFoundError as error:
+        packages = "pip install uvicorn starlette prometheus-client"
+        raise UserError(f"serve needs {error.name}, which is not installed: {packages}") from None
+    server.serve(
+        options.model,
+        host=options.host,
+        port=options.port,
+        rows=options.rows,
+        dtype=options.dtype,
+        template=options.chat_template,
+        limits=limits.Limits(
+            tokens=options.max_tokens,
+            candidates=options.max_candidates,
+            body_bytes=options.max_body,
+            waiting=options.max_waiting,
+        ),
+    )
+    return 0

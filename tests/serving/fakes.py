@@ -1,0 +1,70 @@
+"""A model without a model: answers that tell what they answer, and that can be made to wait or to fail."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+
+import httpx2
+
+from jaxprm.api import ActionScore
+from jaxprm.serving.app import Service, make_app
+from jaxprm.serving.batcher import Batcher
+from jaxprm.serving.limits import Limits
+from jaxprm.serving.metrics import Metrics
+from jaxprm.serving.requests import Classify, ScoreActions, Values
+
+JSON = {"Content-Type": "application/json"}
+MESSAGES = [{"role": "user", "content": "Goal: torch"}]
+
+
+class Model:
+    """promise = the length of a candidate or an input; `going` cleared, it waits; `fail`, raised once a batch."""
+
+    def __init__(self) -> None:
+        self.going, self.begun = threading.Event(), threading.Event()
+        self.going.set()
+        self.batches: list[int] = []
+        self.fail: Exception | None = None
+
+    def __call__(self, asked: Sequence[ScoreActions | Classify]) -> list:
+        self.batches.append(len(asked))
+        self.begun.set()
+        assert self.going.wait(30)
+        if self.fail:
+            raise self.fail
+        return [self._answer(one) for one in asked]
+
+    def _answer(self, one):
+        if isinstance(one, ScoreActions):
+            return [ActionScore(float(len(candidate)), None) for candidate in one.candidates]
+        inputs = one.inputs or [one.messages]
+        return Values([float(len(each)) for each in inputs], [len(each) for each in inputs])
+
+
+def batcher(model, limits: Limits = Limits(), warm_up=lambda go_on: None) -> Batcher:
+    return Batcher(model, warm_up, limits)
+
+
+async def ready(batcher: Batcher) -> None:
+    """Started, and its warm-up over."""
+    batcher.start()
+    async with asyncio.timeout(10):
+        while batcher.state != "ready":
+            await asyncio.sleep(0.001)
+
+
+def client(batcher: Batcher, limits: Limits = Limits(), token: str | None = None, metrics: Metrics | None = None):
+    """An HTTP client of the application itself, without a socket."""
+    service = Service(batcher, metrics or Metrics(), limits, "some-model", token)
+    return httpx2.AsyncClient(transport=httpx2.ASGITransport(make_app(service)), base_url="http://test")
+
+
+def error(response) -> dict:
+    """What a refusal says; it is one line of JSON."""
+    assert response.text.endswith("\n") and response.text.count("\n") == 1
+    assert response.headers["content-type"] == "application/json"
+    found = response.json()["error"]
+    assert found["code"] == response.status_code
+    return found

@@ -1,0 +1,177 @@
+"""One thread, many askers: who gets what, who is turned away, and what is left at the end."""
+
+import asyncio
+import time
+
+import pytest
+
+from jaxprm.errors import UserError
+from jaxprm.serving.limits import Limits, Refused
+from tests.serving import fakes
+
+
+def echo(asked):
+    return [f"answer to {one}" for one in asked]
+
+
+async def begun(model) -> None:
+    await asyncio.to_thread(model.begun.wait, 10)
+
+
+class Slow:
+    """Echoes, once `going` is set."""
+
+    def __init__(self):
+        self.model = fakes.Model()
+        self.model._answer = lambda one: f"answer to {one}"
+        self.going, self.begun, self.batches = self.model.going, self.model.begun, self.model.batches
+
+    def __call__(self, asked):
+        return self.model(asked)
+
+
+def test_everybody_gets_his_own_answer_and_what_waits_is_computed_together():
+    async def ask():
+        model = Slow()
+        model.going.clear()
+        batcher = fakes.batcher(model, Limits(batch=8))
+        await fakes.ready(batcher)
+        first = asyncio.create_task(batcher("first"))
+        await begun(model)
+        others = [asyncio.create_task(batcher(index)) for index in range(20)]
+        await asyncio.sleep(0)
+        assert batcher.unanswered == 21
+        model.going.set()
+        answers = await asyncio.gather(first, *others)
+        assert answers == ["answer to first", *(f"answer to {index}" for index in range(20))]
+        assert model.batches == [1, 8, 8, 4]
+        await asyncio.to_thread(batcher.close)
+        assert batcher.unanswered == 0
+
+    asyncio.run(ask())
+
+
+def test_one_too_many_is_told_when_to_come_back():
+    async def ask():
+        model = Slow()
+        model.going.clear()
+        batcher = fakes.batcher(model, Limits(waiting=3))
+        await fakes.ready(batcher)
+        accepted = [asyncio.create_task(batcher(index)) for index in range(3)]
+        await begun(model)
+        with pytest.raises(Refused) as caught:
+            await batcher("one too many")
+        assert caught.value.status == 429 and int(caught.value.headers["Retry-After"]) >= 1
+        model.going.set()
+        assert len(await asyncio.gather(*accepted)) == 3
+        assert await batcher("now") == "answer to now"
+        await asyncio.to_thread(batcher.close)
+
+    asyncio.run(ask())
+
+
+def test_who_went_away_costs_nothing():
+    async def ask():
+        model = Slow()
+        model.going.clear()
+        batcher = fakes.batcher(model, Limits(waiting=3))
+        await fakes.ready(batcher)
+        first = asyncio.create_task(batcher("first"))
+        await begun(model)
+        gone, stays = (asyncio.create_task(batcher(name)) for name in ("gone", "stays"))
+        await asyncio.sleep(0)
+        gone.cancel()
+        first.cancel()  # its answer is being computed, and is nobody's
+        model.going.set()
+        assert await stays == "answer to stays"
+        assert model.batches == [1, 1]
+        await asyncio.to_thread(batcher.close)
+
+    asyncio.run(ask())
+
+
+def test_the_end_comes_after_the_last_answer():
+    async def ask():
+        model = Slow()
+        model.going.clear()
+        batcher = fakes.batcher(model, Limits(batch=2))
+        await fakes.ready(batcher)
+        asked = [asyncio.create_task(batcher(index)) for index in range(7)]
+        await begun(model)
+        closing = asyncio.create_task(asyncio.to_thread(batcher.close))
+        await asyncio.sleep(0.05)
+        with pytest.raises(Refused, match="shutting down") as caught:
+            await batcher("too late")
+        assert caught.value.status == 503 and not closing.done()
+        model.going.set()
+        await closing
+        assert await asyncio.gather(*asked) == [f"answer to {index}" for index in range(7)]
+
+    asyncio.run(ask())
+
+
+def test_a_failure_is_of_its_batch_alone():
+    async def ask():
+        def answer(asked):
+            if "bad" in asked:
+                raise ZeroDivisionError
+            return echo(asked)[: 0 if "lost" in asked else None]
+
+        batcher = fakes.batcher(answer)
+        await fakes.ready(batcher)
+        for one in ("bad", "lost"):
+            with pytest.raises(Refused) as caught:
+                await batcher(one)
+            assert caught.value.status == 500
+        assert await batcher("good") == "answer to good"
+        await asyncio.to_thread(batcher.close)
+
+    asyncio.run(ask())
+
+
+def test_an_answer_may_be_a_refusal_to_one_of_them():
+    async def ask():
+        model = Slow()
+        model.going.clear()
+        model.model._answer = lambda one: Refused(400, "no") if one == "bad" else one
+        batcher = fakes.batcher(model)
+        await fakes.ready(batcher)
+        tasks = [asyncio.create_task(batcher(one)) for one in ("good", "bad", "better")]
+        await asyncio.sleep(0.05)
+        model.going.set()
+        good, bad, better = await asyncio.gather(*tasks, return_exceptions=True)
+        assert (good, bad.status, better) == ("good", 400, "better")
+        await asyncio.to_thread(batcher.close)
+
+    asyncio.run(ask())
+
+
+def test_nobody_is_answered_before_the_warm_up_and_it_can_be_ended():
+    async def ask():
+        programs = []
+
+        def warm_up(go_on):
+            for number in range(10_000):
+                go_on()
+                programs.append(number)
+                time.sleep(0.001)
+
+        batcher = fakes.batcher(echo, warm_up=warm_up)
+        batcher.start()
+        with pytest.raises(Refused, match="warming up") as caught:
+            await batcher("early")
+        assert caught.value.status == 503 and "Retry-After" in caught.value.headers
+        await asyncio.to_thread(batcher.close)
+        assert len(programs) < 10_000 and batcher.state == "warming up" and batcher.error is None
+
+    asyncio.run(ask())
+
+
+def test_a_warm_up_that_fails_is_told():
+    def warm_up(go_on):
+        raise UserError("too small")
+
+    batcher = fakes.batcher(echo, warm_up=warm_up)
+    batcher.start()
+    batcher.close()
+    assert str(batcher.error) == "too small" and batcher.state != "ready"

@@ -1,0 +1,120 @@
+"""Bodies: what is read of them, what is refused, and that nothing of them is kept."""
+
+import asyncio
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from starlette.requests import Request
+
+from jaxprm.serving.limits import LONGEST_MESSAGE, Intake, Limits, Refused, decoded
+
+SMALL = Limits(body_bytes=10, held_bytes=15, body_seconds=0.05)
+
+
+def request(*chunks: bytes, headers: tuple = (), ends: bool = True) -> Request:
+    """A request whose body comes in chunks; without an end, its client stops sending."""
+    messages = [{"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks]
+    messages += [{"type": "http.request", "body": b"", "more_body": False}] if ends else []
+
+    async def receive():
+        if messages:
+            return messages.pop(0)
+        await asyncio.sleep(60)
+
+    return Request({"type": "http", "method": "POST", "path": "/", "headers": list(headers)}, receive)
+
+
+def refusal(intake: Intake, one: Request) -> Refused:
+    async def read():
+        with intake.holding() as body:
+            await intake.read(one, body)
+
+    with pytest.raises(Refused) as caught:
+        asyncio.run(read())
+    assert intake.bytes == 0
+    return caught.value
+
+
+def test_a_body_is_held_as_long_as_it_is_needed():
+    async def read() -> bytes:
+        with intake.holding() as body:
+            await intake.read(request(b"0123", b"456789"), body)
+            assert intake.bytes == 10
+            return bytes(body)
+
+    intake = Intake(SMALL)
+    assert asyncio.run(read()) == b"0123456789" and intake.bytes == 0
+
+
+@pytest.mark.parametrize("chunks", [(b"0123456789a",), (b"012345", b"6789", b"a")])
+def test_one_byte_too_many_is_refused(chunks):
+    assert refusal(Intake(SMALL), request(*chunks)).status == 413
+
+
+def test_a_body_that_says_that_it_is_too_large_is_not_read():
+    assert refusal(Intake(SMALL), request(headers=((b"content-length", b"11"),), ends=False)).status == 413
+    assert refusal(Intake(SMALL), request(b"x" * 11, headers=((b"content-length", b"\xb2"),))).status == 413
+
+
+def test_a_body_that_does_not_come_is_not_waited_for():
+    found = refusal(Intake(SMALL), request(b"01", ends=False))
+    assert (found.status, found.headers) == (408, {"Connection": "close"})
+
+
+def test_bodies_together_are_bounded():
+    async def both():
+        with intake.holding() as first, intake.holding() as second:
+            await intake.read(request(b"0123456789"), first)
+            await intake.read(request(b"01234"), second)
+            assert intake.bytes == 15
+            with intake.holding() as third, pytest.raises(Refused) as caught:
+                await intake.read(request(b"0"), third)
+            return caught.value
+
+    intake = Intake(SMALL)
+    found = asyncio.run(both())
+    assert (found.status, found.headers) == (429, {"Retry-After": "1"}) and intake.bytes == 0
+
+
+@pytest.mark.parametrize("depth", [1, 2, 31, 32])
+def test_json_up_to_the_depth_is_taken(depth):
+    body = b"[" * depth + b"]" * depth
+    assert json.dumps(decoded(body, depth)).encode() == body
+    with pytest.raises(Refused, match=f"nested more than {depth} deep"):
+        decoded(b"[" + body + b"]", depth)
+
+
+def test_depth_counts_objects_and_lists_on_the_longest_way():
+    assert decoded(b'{"a": [{"b": 1}], "c": 2}', 3) == {"a": [{"b": 1}], "c": 2}
+    with pytest.raises(Refused, match="nested more than 2 deep"):
+        decoded(b'{"a": [{"b": 1}], "c": 2}', 2)
+
+
+DEEP = b"[" * 9000
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"\xff", b"NaN", b'"\\ud800"', b"1" * 5000, b'{"a":1} x', DEEP, DEEP + b"]" * 9000]
+)
+def test_what_is_not_json_is_refused(body):
+    with pytest.raises(Refused) as caught:
+        decoded(body, 32)
+    assert caught.value.status == 400
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_json_or_refused(body):
+    try:
+        expected = decoded(body, 5)
+    except Refused as refused:
+        assert refused.status == 400 and "\n" not in refused.message
+    else:
+        assert json.loads(body) == expected
+
+
+@given(st.text(max_size=2000))
+def test_a_refusal_is_one_line_of_bounded_length(text):
+    message = Refused(400, text).message
+    assert len(message) <= LONGEST_MESSAGE and len(message.splitlines()) <= 1
