@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from jaxprm.model.orbax_reader import DESCRIPTION
 from jaxprm.progress import bar
 from jaxprm.training import distributed, reward_model, sharding, trainable
 from jaxprm.training.checkpoint import Checkpoints
+from jaxprm.training.data_facts import to_lines, training_facts
 from jaxprm.training.evaluate import step_values, summary
 from jaxprm.training.features import Features, features_of_split
 from jaxprm.training.metrics import Metrics, Profile, not_finite, numbers
@@ -74,9 +77,11 @@ def train_reward_model(
 
     # Inputs
     encoder = Encoder.load(base, experiment.policy.chat_template)
-    dataset = open_dataset(shards, encoder_fingerprint=encoder.fingerprint)
+    dataset = open_dataset(shards, encoder_fingerprint=encoder.fingerprint, skip_bad=data.skip_bad)
+    _say(f"left out: {error}" for error in dataset.broken.values())
+    distributed.check_equal(dataset.fingerprint, "shards")  # nor leaves out others: each plans the batches by itself
     identity = reward_model.identity(
-        settings, data, seed, base=base, dataset=dataset.metadata.fingerprint, tokenizer=encoder.fingerprint
+        settings, data, seed, base=base, dataset=dataset.fingerprint, tokenizer=encoder.fingerprint
     )
     if distributed.agreed(reward_model.is_written(output / "model", identity)):
         return output / "model"
@@ -90,7 +95,8 @@ def train_reward_model(
     batches = training_batches(dataset, "train", **shape, epochs=settings.epochs, seed=seed)
     validation_batches = evaluation_batches(dataset, "validation", **shape)
     _check_rewards(batches.split, settings)
-    steps = len(batches)
+    steps, facts = len(batches), training_facts(dataset, batches)
+    _say(to_lines(name, facts, data, steps))
 
     # Model: read and drawn where it will lie, then taken apart into what is trained and what is not
     config, parameters = reward_model.from_policy(base, seed, mesh)
@@ -128,15 +134,13 @@ def train_reward_model(
     batches.hold(held)
 
     # Description: with it, a checkpoint of the whole model can be scored and exported before the training ends
-    counts = dataset.metadata.splits["train"]
     about = reward_model.recipe(
         settings,
         seed,
         base=base,
         max_tokens=data.length,
         value_range=_value_range(batches.split),
-        trained_on={"trajectories": counts.trajectories, "tokens": counts.tokens * settings.epochs},
-        fill=round(batches.fill, 4),
+        **facts,
         fingerprints=identity,
     )
     if settings.trainable == "full" and distributed.is_primary():
@@ -219,6 +223,12 @@ def train_reward_model(
         reward_model.write(output / "model", config, merged, base=base, encoder=encoder, recipe=final)
     distributed.agreed(True)  # the others return when it is there
     return output / "model"
+
+
+def _say(lines: Iterable[str]) -> None:
+    """On the terminal, once for all processes."""
+    if distributed.is_primary():
+        print("".join(f"{line}\n" for line in lines), end="", file=sys.stderr)
 
 
 def _features(
