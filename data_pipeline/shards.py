@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
 import operator
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ _STEP_FIELDS = {
 }
 _SCALARS = {"weight": np.int64, "outcome": np.float32}
 _TEXTS = ("id", "task")
+_NAME = "trajectories"
 
 
 def features() -> tfds.features.FeaturesDict:
@@ -33,88 +33,70 @@ def features() -> tfds.features.FeaturesDict:
     return tfds.features.FeaturesDict(found | _SCALARS | {name: tfds.features.Text() for name in _TEXTS})
 
 
-class _Info(tfds.core.DatasetInfo):
-    def initialize_from_bucket(self) -> None:
-        """Nothing of ours is in TFDS's bucket, and looking for it leaves a temporary directory behind each time."""
+def write(splits: Mapping[str, Sequence[Mapping[str, Any]]], directory: Path, *, shards: int) -> None:
+    """Writes records by split into a directory, in order; fewer shards when the smallest split has fewer records.
 
-
-class Trajectories(tfds.core.GeneratorBasedBuilder):
-    """TFDS builder of one dataset directory; a record is the dictionary that `data_pipeline.build` makes."""
-
-    VERSION = tfds.core.Version("1.0.0")
-    pkg_dir_path = Path(__file__).parent  # where TFDS looks for a README; else it searches the module's sources
-    url_infos = None  # nothing is downloaded; TFDS would look for checksums with a package that it forgets to require
-
-    def __init__(self, splits: Mapping[str, Sequence[Mapping[str, Any]]], **arguments: Any):
-        self._records = splits
-        super().__init__(**arguments)
-
-    def _info(self) -> _Info:
-        # order is kept: a trajectory's index in its split is its place in the input
-        return _Info(builder=self, features=features(), disable_shuffling=True)
-
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
-        return {split: self._generate_examples(records) for split, records in self._records.items()}
-
-    def _generate_examples(self, records: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        yield from enumerate(records)
-
-
-def write(splits: Mapping[str, Sequence[Mapping[str, Any]]], directory: Path, *, shards: int) -> Path:
-    """Writes records by split below `directory`; returns the directory of the files. OSError as of a full disk."""
-    smallest = min(len(records) for records in splits.values())  # TFDS refuses a shard without a record
-    config = tfds.download.DownloadConfig(num_shards=min(shards, smallest), try_download_gcs=False)
-    _quiet_tensorflow()
-    tfds.disable_progress_bar()
-    builder = Trajectories(splits, data_dir=str(directory), file_format="tfrecord")
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces downloads; there are none
-            builder.download_and_prepare(download_config=config)
-    except RuntimeError as error:  # how TFDS passes on a full disk
-        raise OSError(" ".join(str(error).split())) from error
-    return Path(builder.data_dir)
+    Raises OSError as of a full disk.
+    """
+    count = max(1, min(shards, *map(len, splits.values())))
+    described = {}
+    for split, records in splits.items():
+        cuts = boundaries(len(records), count)
+        sizes = [
+            write_shard(records[first:last], directory / shard_name(split, index, count))
+            for index, (first, last) in enumerate(pairwise(cuts))
+        ]
+        described[split] = [last - first for first, last in pairwise(cuts)], sum(sizes)
+    describe(directory, described)
 
 
 def shard_name(split: str, index: int, count: int) -> str:
-    """The file of one of `count` shards, as `write` calls it."""
-    return f"trajectories-{split}.tfrecord-{index:05d}-of-{count:05d}"
+    """The file of one of `count` shards, as TFDS calls it."""
+    return f"{_NAME}-{split}.tfrecord-{index:05d}-of-{count:05d}"
 
 
 def boundaries(records: int, shards: int) -> list[int]:
-    """Where each of `shards` shards begins in a split, and where the last one ends, as `write` cuts it."""
+    """Where each of `shards` shards begins in a split, and where the last one ends."""
     return [round(records * index / shards) for index in range(shards + 1)]
 
 
 def write_shard(records: Iterable[Mapping[str, Any]], file: Path) -> int:
     """Writes one TFRecord file; returns the bytes of its records. OSError as of a full disk."""
+    _quiet_tensorflow()
     import tensorflow as tf
 
     form, size = features(), 0
     try:
         with tf.io.TFRecordWriter(str(file)) as writer:
             for record in records:
-                example = form.serialize_example(record)
-                writer.write(example)
-                size += len(example)
+                # The order of the fields is otherwise that of a hash table, another in every version of protobuf.
+                example = tf.train.Example.FromString(form.serialize_example(record))
+                text = example.SerializeToString(deterministic=True)
+                writer.write(text)
+                size += len(text)
     except tf.errors.OpError as error:
         raise OSError(" ".join(str(error).split())) from error
     return size
 
 
 def describe(directory: Path, splits: Mapping[str, tuple[Sequence[int], int]]) -> None:
-    """Writes what TFDS wants to know of shards: their records, and the bytes of these in all, by split."""
-    builder = Trajectories({}, data_dir=str(directory), file_format="tfrecord")
+    """Writes what TFDS wants to know of shards: by split, the records of each, and the bytes of all."""
+    identity = tfds.core.DatasetIdentity(
+        name=_NAME, version=tfds.core.Version("1.0.0"), data_dir=str(directory), module_name=__name__
+    )
+    # Order is kept: a trajectory's index in its split is its place in the input.
+    info = tfds.core.DatasetInfo(builder=identity, features=features(), disable_shuffling=True)
+    info.set_file_format("tfrecord")
     infos = []
     for name, (lengths, size) in splits.items():
         template = tfds.core.ShardedFileTemplate(
-            split=name, dataset_name=builder.name, data_dir=directory, filetype_suffix="tfrecord"
+            split=name, dataset_name=_NAME, data_dir=directory, filetype_suffix="tfrecord"
         )
         infos.append(
             tfds.core.SplitInfo(name=name, shard_lengths=list(lengths), num_bytes=size, filename_template=template)
         )
-    builder.info.set_splits(tfds.core.SplitDict(infos))
-    builder.info.download_size = 0
-    builder.info.write_to_directory(directory)
+    info.set_splits(tfds.core.SplitDict(infos))
+    info.write_to_directory(directory)
 
 
 class Split(NamedTuple):

@@ -10,8 +10,8 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# For `export --verify`, `bench search` and `plan`, each of which says so where it is missing.
-OPTIONAL = {"torch", "libtpu"}
+# For `export --verify`, `bench search`, `plan` and `build --beam`, each of which says so where it is missing.
+OPTIONAL = {"torch", "libtpu", "apache_beam"}
 
 
 def canonical(name: str) -> str:
