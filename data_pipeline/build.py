@@ -214,8 +214,8 @@ def _with_beam(
         if error.name != "apache_beam":
             raise
         raise DataError(
-            "--beam needs Apache Beam, which wants older packages than the rest: install the project's `beam` extra "
-            "in an environment of its own (docs/your-trajectories.md)"
+            "--beam needs Apache Beam, which wants older packages than requirements.txt has: install the "
+            "project's `beam` extra in an environment of its own (docs/your-trajectories.md)"
         ) from None
     return beam_build.build(inputs, encoder, output, options=pipeline, **settings)
 
