@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -20,8 +22,12 @@ OLDER = {"pyarrow"}
 
 @cache
 def python() -> Path:
-    """The interpreter of an environment in which Beam and what it needs come before the packages of this one."""
+    """The interpreter of an environment in which Beam and what it needs come before the packages of this one.
+
+    Made once, removed when the tests end.
+    """
     folder = Path(mkdtemp(prefix="beam-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pins = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.split("==")[0] not in OLDER]
     (folder / "pins.txt").write_text("\n".join(pins))
