@@ -257,7 +257,7 @@ def training_batches(
     dataset = dataset if isinstance(dataset, Dataset) else open_dataset(dataset)
     shape = Shape(rows, length, steps_per_row)
     packed = _PackedSplit(dataset, split, shape, window=window, epochs=epochs, seed=seed)
-    digest = hashlib.sha256(f"{dataset.metadata.fingerprint} {dataset.metadata.pad_id} {split} {shape}".encode())
+    digest = hashlib.sha256(f"{dataset.fingerprint} {dataset.metadata.pad_id} {split} {shape}".encode())
     for array in packed.plan:
         digest.update(array.tobytes())
     return TrainingBatches(packed, digest.hexdigest())

@@ -1,7 +1,8 @@
 """Trajectories to a TFDS dataset in TFRecord.
 
 python -m data_pipeline.build --input train=train.jsonl --input validation=validation.jsonl \
-    --tokenizer DIR --output DIR [--chat-template chatml] [--max-length 1024] [--too-long error|drop|window]
+    --tokenizer DIR --output DIR [--chat-template chatml] [--max-length 1024] [--too-long error|drop|window] \
+    [--skip-bad] [--beam --runner RUNNER ...]
 
 Duplicates are stored once and carry their number as a weight: dropping them would change the values being estimated.
 """
@@ -19,7 +20,7 @@ from typing import Any
 from data_pipeline.encode import Encoder
 from data_pipeline.errors import DataError, SplitError, listed
 from data_pipeline.metadata import FILE, Metadata, shard_of, verify
-from data_pipeline.records import Rows, SplitRecords, TooLong
+from data_pipeline.records import Counts, Rows, SplitRecords, TooLong, sizes_of, split_metadata
 from data_pipeline.splits import Inputs, parse_inputs
 from data_pipeline.trajectory import count_rows, read_numbered
 
@@ -55,7 +56,7 @@ def build(
       DataError: names the row, or the directory that cannot be written.
     """
     output = Path(output)
-    _check_output(output)
+    check_output(output)
     paths = [path for files in inputs.values() for path in files]
     total = sum(map(count_rows, paths)) if progress else 0
     rows = Rows(encoder, max_length, too_long)
@@ -78,20 +79,22 @@ def build(
                     bad(error)
                 if progress:
                     progress(done, total)
-    _check_not_empty(rows.splits, inputs)
+    check_not_empty({split: (found.counts, len(found.records)) for split, found in rows.splits.items()}, inputs)
     settings = {"max_length": max_length, "too_long": too_long, "skipped": skipped}
     return _write(rows.splits, encoder, output, shards=shards, **settings)
 
 
-def _check_not_empty(splits: Mapping[str, SplitRecords], inputs: Inputs) -> None:
+def check_not_empty(splits: Mapping[str, tuple[Counts, int]], inputs: Inputs) -> None:
+    """Raises DataError where a split that was asked for, or has rows, has no trajectory to store."""
     missing = [split for split in inputs if split is not None and split not in splits]
     if missing or not splits:
         raise DataError(f"no row was given for split {missing[0] if missing else 'train'}")
     for split, found in splits.items():
-        if not found.records:
+        if not found[1]:
+            counts = found[0]
             raise DataError(
-                f"split {split}: no trajectory is left of {found.rows} rows; {found.errors} ended in an error, "
-                f"{found.dropped} were too long"
+                f"split {split}: no trajectory is left of {counts.rows} rows; {counts.errors} ended in an error, "
+                f"{counts.dropped} were too long"
             )
 
 
@@ -103,14 +106,14 @@ def _write(splits: Mapping[str, SplitRecords], encoder: Encoder, output: Path, *
         shutil.rmtree(temporary, ignore_errors=True)  # of a build that was killed
         temporary.mkdir(parents=True)
         records = {split: found.records for split, found in splits.items()}
-        written = shards.write(records, temporary, shards=settings.pop("shards"))
+        shards.write(records, temporary, shards=settings.pop("shards"))
         metadata = Metadata(
             tokenizer=encoder.fingerprint, pad_id=encoder.pad_id, **settings,
-            splits={split: found.metadata() for split, found in splits.items()},
-            shards={file.name: shard_of(file) for file in sorted(written.glob("*.tfrecord*"))},
+            splits={split: split_metadata(one.counts, sizes_of(one.records)) for split, one in splits.items()},
+            shards={file.name: shard_of(file) for file in sorted(temporary.glob("*.tfrecord*"))},
         )
-        metadata.save(written)
-        _replace(written, output)
+        metadata.save(temporary)
+        replace(temporary, output)
     except OSError as error:
         raise DataError(f"{output}: the dataset cannot be written: {error.strerror or error}") from error
     finally:
@@ -118,7 +121,7 @@ def _write(splits: Mapping[str, SplitRecords], encoder: Encoder, output: Path, *
     return metadata
 
 
-def _replace(written: Path, output: Path) -> None:
+def replace(written: Path, output: Path) -> None:
     """Puts `written` in the place of `output`, an empty directory or a dataset that is removed only afterwards."""
     previous = output.with_name(f".{output.name}.previous")
     shutil.rmtree(previous, ignore_errors=True)
@@ -128,7 +131,8 @@ def _replace(written: Path, output: Path) -> None:
     shutil.rmtree(previous, ignore_errors=True)
 
 
-def _check_output(output: Path) -> None:
+def check_output(output: Path) -> None:
+    """Raises DataError unless `output` is absent, empty, or a dataset."""
     if output.is_dir():
         if any(output.iterdir()) and not (output / FILE).is_file():
             raise DataError(f"{output}: not empty and not a dataset; name another directory or empty this one")
@@ -153,27 +157,27 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--too-long", choices=("error", "drop", "window"), default="error")
     parser.add_argument("--shards", type=int, default=4, metavar="N", help="files per split (default: 4)")
     parser.add_argument("--skip-bad", action="store_true", help="leave bad rows out, show and count them")
+    parser.add_argument(
+        "--beam", nargs=argparse.REMAINDER, metavar="OPTION",
+        help="run as an Apache Beam pipeline; what follows is the pipeline's: --runner RUNNER and others",
+    )
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; prints the counts of every split. 2 for a user's mistake, 130 for Ctrl-C."""
     options = _arguments(arguments)
-    from tqdm import tqdm
-
     bad: list[DataError] = []
+    settings = {
+        "max_length": options.max_length, "too_long": options.too_long, "shards": options.shards,
+        "skip_bad": bad.append if options.skip_bad else None,
+    }
     try:
-        with tqdm(unit=" rows", desc="build") as bar:
-            def progress(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
-            metadata = build(
-                parse_inputs(options.input), Encoder.load(options.tokenizer, options.chat_template),
-                options.output,
-                max_length=options.max_length, too_long=options.too_long, shards=options.shards, progress=progress,
-                skip_bad=bad.append if options.skip_bad else None,
-            )
+        inputs, encoder = parse_inputs(options.input), Encoder.load(options.tokenizer, options.chat_template)
+        if options.beam is None:
+            metadata = _with_bar(inputs, encoder, options.output, settings)
+        else:
+            metadata = _with_beam(inputs, encoder, options.output, settings, options.beam)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -185,9 +189,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{split}: {counts.rows} rows, {counts.trajectories} trajectories, {counts.tokens} tokens "
             f"({counts.merged} merged, {counts.errors} errors, {counts.dropped} dropped, {counts.windowed} cut)"
         )
-    if bad:
-        print("\n".join(["left out, " + listed(bad)[0], *listed(bad)[1:]]), file=sys.stderr)
+    if lines := listed(bad, total=metadata.skipped):
+        print("\n".join(["left out, " + lines[0], *lines[1:]]), file=sys.stderr)
     return 0
+
+
+def _with_bar(inputs: Inputs, encoder: Encoder, output: str, settings: dict[str, Any]) -> Metadata:
+    from tqdm import tqdm
+
+    with tqdm(unit=" rows", desc="build") as bar:
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return build(inputs, encoder, output, progress=progress, **settings)
+
+
+def _with_beam(
+    inputs: Inputs, encoder: Encoder, output: str, settings: dict[str, Any], pipeline: Sequence[str]
+) -> Metadata:
+    try:
+        from data_pipeline import beam_build
+    except ModuleNotFoundError as error:
+        if error.name != "apache_beam":
+            raise
+        raise DataError(
+            "--beam needs Apache Beam, which wants older packages than requirements.txt has: install the "
+            "project's `beam` extra in an environment of its own (docs/your-trajectories.md)"
+        ) from None
+    return beam_build.build(inputs, encoder, output, options=pipeline, **settings)
 
 
 if __name__ == "__main__":

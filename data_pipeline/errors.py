@@ -13,10 +13,17 @@ class SplitError(DataError):
     """A task in two splits. That is a fault of the whole file: leaving bad rows out does not mend it."""
 
 
-def listed(errors: Sequence[object], *, most: int = 20) -> list[str]:
-    """The lines that tell of bad rows: their number, the first `most` of them, how many more there are."""
-    if not errors:
+MOST_LISTED = 20
+
+
+def listed(errors: Sequence[object], *, total: int | None = None) -> list[str]:
+    """The lines that tell of bad rows: their number, the first MOST_LISTED of them, how many more there are.
+
+    total: their number, where `errors` are only the first of them.
+    """
+    total = len(errors) if total is None else total
+    if not total:
         return []
-    lines = [f"{len(errors)} bad rows:" if len(errors) > 1 else "1 bad row:"]
-    lines += [f"  {' '.join(str(error).split())}" for error in errors[:most]]
-    return lines + ([f"  ... and {len(errors) - most} more"] if len(errors) > most else [])
+    lines = [f"{total} bad rows:" if total > 1 else "1 bad row:"]
+    lines += [f"  {' '.join(str(error).split())}" for error in errors[:MOST_LISTED]]
+    return lines + ([f"  ... and {total - MOST_LISTED} more"] if total > MOST_LISTED else [])

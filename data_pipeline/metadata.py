@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Literal
 
 import msgspec
+import numpy as np
 
 from data_pipeline.errors import DataError
 
@@ -64,9 +66,7 @@ class Metadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over the shards: equal for equal data."""
-        lines = [f"{name} {self.shards[name].sha256}" for name in sorted(self.shards)]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        return fingerprint(self.shards)
 
     @classmethod
     def load(cls, directory: str | PathLike[str]) -> Metadata:
@@ -82,6 +82,24 @@ class Metadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         (Path(directory) / FILE).write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n")
 
 
+def fingerprint(shards: Mapping[str, Shard]) -> str:
+    """sha256 over shards: equal for equal data."""
+    lines = [f"{name} {shards[name].sha256}" for name in sorted(shards)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def length_histogram(lengths: np.ndarray) -> dict[str, int]:
+    """Trajectories by length, under the lowest length of their bin; empty bins are left out."""
+    counts = np.histogram(lengths, [*LENGTH_EDGES, np.inf])[0]
+    return {str(edge): int(count) for edge, count in zip(LENGTH_EDGES, counts, strict=True) if count}
+
+
+def length_range(low: str) -> str:
+    """A bin of `length_histogram` in words: "64 to 127"."""
+    following = LENGTH_EDGES.index(int(low)) + 1
+    return f"{low} to {LENGTH_EDGES[following] - 1}" if following < len(LENGTH_EDGES) else f"{low} and more"
+
+
 def shard_of(file: Path) -> Shard:
     with file.open("rb") as stream:
         return Shard(bytes=file.stat().st_size, sha256=hashlib.file_digest(stream, "sha256").hexdigest())
@@ -90,23 +108,29 @@ def shard_of(file: Path) -> Shard:
 def verify(directory: str | PathLike[str]) -> Metadata:
     """Reads every shard once and compares it with what was written.
 
-    Raises DataError naming the file and its size, or the offset of the first broken record.
+    Raises DataError naming the file, and the offset where it ends or its first broken record begins.
     """
     metadata = Metadata.load(directory)
+    for _, error in broken_shards(directory, metadata):
+        raise error
+    return metadata
+
+
+def broken_shards(directory: str | PathLike[str], metadata: Metadata) -> Iterator[tuple[str, DataError]]:
+    """The shards, by name, that are not what was written, and what is wrong with each. Reads all of them."""
     for name, recorded in sorted(metadata.shards.items()):
         file = Path(directory) / name
         if Path(name).name != name or not file.is_file():
-            raise DataError(f"{file}: the shard is missing; build the dataset again")
-        found = shard_of(file)
-        if found.bytes != recorded.bytes:
-            change = "truncated" if found.bytes < recorded.bytes else "longer than it was"
-            raise DataError(
-                f"{file}: the shard is {change}: {found.bytes} bytes, {recorded.bytes} were written; "
-                "build the dataset again"
-            )
-        if found.sha256 != recorded.sha256:
-            raise DataError(f"{file}: the shard is corrupt {_first_broken_record(file)}; build the dataset again")
-    return metadata
+            wrong = "is missing"
+        elif (found := shard_of(file)).bytes < recorded.bytes:
+            wrong = f"is truncated: it ends at offset {found.bytes}, {recorded.bytes} bytes were written"
+        elif found.bytes > recorded.bytes:
+            wrong = f"is longer than it was: {found.bytes} bytes, {recorded.bytes} were written"
+        elif found.sha256 != recorded.sha256:
+            wrong = f"is corrupt {_first_broken_record(file)}"
+        else:
+            continue
+        yield name, DataError(f"{file}: the shard {wrong}; build the dataset again")
 
 
 def _first_broken_record(file: Path) -> str:

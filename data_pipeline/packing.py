@@ -23,14 +23,18 @@ class Plan(NamedTuple):
 def best_fit(lengths: Sequence[int], steps: Sequence[int], *, capacity: int, slots: int) -> list[list[int]]:
     """Packs trajectories into rows of `capacity` tokens and `slots` steps; returns indices by row.
 
-    Best-fit decreasing: the largest first, each into the fullest row that still has room. Large means either tokens
-    alone or whichever of tokens and steps is scarcer; what needs fewer rows is returned. Every trajectory must fit into
-    an empty row.
+    Largest first, each into the fullest row that has room; large means tokens alone, or whichever of tokens and steps
+    is scarcer. Where neither order needs as few rows as all tokens or steps together, each goes into the first row that
+    has room instead. What needs the fewest rows is returned: never more than first-fit decreasing. Every trajectory
+    must fit into an empty row.
     """
     by_tokens = np.asarray(lengths) / capacity
     by_scarcer = np.maximum(by_tokens, np.asarray(steps) / slots)
-    orders = (np.argsort(-size, kind="stable").tolist() for size in (by_tokens, by_scarcer))
-    return min((_best_fit(order, lengths, steps, capacity, slots) for order in orders), key=len)
+    orders = [np.argsort(-size, kind="stable").tolist() for size in (by_tokens, by_scarcer)]
+    found = min((_best_fit(order, lengths, steps, capacity, slots) for order in orders), key=len)
+    if len(found) > max(-(-sum(lengths) // capacity), -(-sum(steps) // slots)):
+        found = min(found, _first_fit(orders[0], lengths, steps, capacity, slots), key=len)
+    return found
 
 
 def _best_fit(
@@ -52,6 +56,27 @@ def _best_fit(
         rows[row].append(item)
         free_slots[row] -= steps[item]
         insort(open_rows, (free - lengths[item], row))
+    return rows
+
+
+def _first_fit(
+    order: list[int], lengths: Sequence[int], steps: Sequence[int], capacity: int, slots: int
+) -> list[list[int]]:
+    rows: list[list[int]] = []
+    free_tokens: list[int] = []
+    free_slots: list[int] = []
+    for item in order:
+        length, count = lengths[item], steps[item]
+        free = enumerate(zip(free_tokens, free_slots, strict=True))
+        row = next((row for row, (tokens, left) in free if tokens >= length and left >= count), None)
+        if row is None:
+            row = len(rows)
+            rows.append([])
+            free_tokens.append(capacity)
+            free_slots.append(slots)
+        rows[row].append(item)
+        free_tokens[row] -= length
+        free_slots[row] -= count
     return rows
 
 

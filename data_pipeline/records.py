@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -27,86 +28,58 @@ class _Steps(NamedTuple):
     step_labels: np.ndarray
 
 
-class SplitRecords:
-    """Collects the records of one split: merges equal ones, counts what is left out."""
+class Counts(NamedTuple):
+    """Rows of a split, and those of them that ended in an error, were too long and left out, or cut."""
 
-    def __init__(self) -> None:
-        self.records: list[dict[str, Any]] = []
-        self.rows = self.errors = self.dropped = self.windowed = 0
-        self._index: dict[bytes, int] = {}
+    rows: int = 0
+    errors: int = 0
+    dropped: int = 0
+    windowed: int = 0
 
-    def add(self, trajectory: Trajectory, steps: _Steps) -> None:
-        digest = hashlib.sha256(f"{trajectory.task_id}\0{trajectory.outcome}".encode())
-        for array in steps:
-            digest.update(b"%d " % len(array) + array.tobytes())
-        index = self._index.setdefault(digest.digest(), len(self.records))
-        if index < len(self.records):
-            self.records[index]["weight"] += 1
-            return
-        outcome = np.nan if trajectory.outcome is None else trajectory.outcome
-        self.records.append(
-            {"id": trajectory.id, "task": trajectory.task_id, "outcome": outcome, "weight": 1, **steps._asdict()}
-        )
-
-    def metadata(self) -> SplitMetadata:
-        lengths = np.asarray([len(record["tokens"]) for record in self.records])
-        steps = [len(record["rewards"]) for record in self.records]
-        weights = np.asarray([record["weight"] for record in self.records])
-        returns = np.asarray([record["rewards"].sum(dtype=np.float64) for record in self.records])
-        return SplitMetadata(
-            rows=self.rows, errors=self.errors, dropped=self.dropped, windowed=self.windowed,
-            merged=int(weights.sum()) - len(weights), trajectories=len(weights),
-            tasks=len({record["task"] for record in self.records}), steps=sum(steps), tokens=int(lengths.sum()),
-            longest=int(lengths.max()), most_steps=max(steps), mean_return=float(np.average(returns, weights=weights)),
-            lengths=np.histogram(lengths, [*LENGTH_EDGES, np.inf])[0].tolist(),
-        )
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*map(sum, zip(self, other, strict=True)))
 
 
-class Rows:
-    """Rows of any split to records; what holds across splits is checked here."""
+class Sizes(NamedTuple):
+    """What the metadata of a split is made of, by trajectory: [N] each. `tasks` are digests."""
+
+    lengths: np.ndarray
+    steps: np.ndarray
+    weights: np.ndarray
+    returns: np.ndarray
+    tasks: list[bytes]
+
+
+class Prepared(NamedTuple):
+    """What becomes of a row: what it adds to the counts, and what is stored of it, None where it is left out."""
+
+    counts: Counts
+    steps: _Steps | None
+
+
+class Preparation:
+    """Rows to what is stored of them, each by itself."""
 
     def __init__(self, encoder: Encoder, max_length: int | None, too_long: TooLong):
-        self.splits: dict[str, SplitRecords] = {}
         self._encoder, self._max_length, self._too_long = encoder, max_length, too_long
         self._encoded: dict[bytes, Encoded] = {}
-        self._splits = Splits()
 
-    def add(self, trajectory: Trajectory, split: str | None, where: str) -> None:
-        """Raises DataError for a row that cannot be trained on, which is then in none of the counts."""
-        row = f"{where} ({trajectory.id})"
-        split = self._split(trajectory, split, row)
-        records = self.splits.setdefault(split, SplitRecords())
+    def prepare(self, trajectory: Trajectory, row: str) -> Prepared:
+        """Raises DataError for a row that cannot be trained on."""
         if trajectory.ended == "error":
-            records.rows += 1
-            records.errors += 1
-            return
+            return Prepared(Counts(rows=1, errors=1), None)
         steps = _steps(trajectory, self._encode(trajectory, row), row)
-        too_long = self._max_length is not None and len(steps.tokens) > self._max_length
-        if too_long and self._too_long == "error":
+        if self._max_length is None or len(steps.tokens) <= self._max_length:
+            return Prepared(Counts(rows=1), steps)
+        if self._too_long == "error":
             raise DataError(
                 f"{row}: {len(steps.tokens)} tokens, max_length is {self._max_length}; "
                 'raise it, or set too_long to "drop" or "window"'
             )
-        records.rows += 1
-        if too_long:
-            # A window needs one whole step: a prompt that fills it leaves nothing to train on.
-            if self._too_long == "drop" or (
-                self._too_long == "window" and steps.read_positions[0] >= self._max_length
-            ):
-                records.dropped += 1
-                return
-            steps = self._window(steps)
-            records.windowed += 1
-        records.add(trajectory, steps)
-
-    def _split(self, trajectory: Trajectory, split: str | None, row: str) -> str:
-        """The split of a row; a task in two splits would let what is measured leak into what is learnt."""
-        split = named_split(trajectory.split, split, row) or "train"
-        try:
-            self._splits.add(trajectory.task_id, split)
-        except SplitError as error:
-            raise SplitError(f"{row}: {error}") from None
-        return split
+        # A window needs one whole step: a prompt that fills it leaves nothing to train on.
+        if self._too_long == "drop" or steps.read_positions[0] >= self._max_length:
+            return Prepared(Counts(rows=1, dropped=1), None)
+        return Prepared(Counts(rows=1, windowed=1), self._window(steps))
 
     def _encode(self, trajectory: Trajectory, row: str) -> Encoded:
         key = hashlib.sha256(msgspec.json.encode([trajectory.messages, trajectory.tools])).digest()
@@ -123,6 +96,89 @@ class Rows:
             steps.tokens[: steps.read_positions[kept - 1] + 1],
             steps.read_positions[:kept], steps.state_positions[:kept], rewards, steps.step_labels[:kept],
         )
+
+
+def identity(trajectory: Trajectory, steps: _Steps) -> bytes:
+    """Equal for trajectories that are merged into one: of the same task and outcome, stored alike but for their id."""
+    digest = hashlib.sha256(f"{trajectory.task_id}\0{trajectory.outcome}".encode())
+    for array in steps:
+        digest.update(b"%d " % len(array) + array.tobytes())
+    return digest.digest()
+
+
+def record_of(trajectory: Trajectory, steps: _Steps) -> dict[str, Any]:
+    """The record of a trajectory that stands for itself alone."""
+    outcome = np.nan if trajectory.outcome is None else trajectory.outcome
+    return {"id": trajectory.id, "task": trajectory.task_id, "outcome": outcome, "weight": 1, **steps._asdict()}
+
+
+def sizes_of(records: Sequence[Mapping[str, Any]]) -> Sizes:
+    return Sizes(
+        lengths=np.asarray([len(record["tokens"]) for record in records], np.int64),
+        steps=np.asarray([len(record["rewards"]) for record in records], np.int64),
+        weights=np.asarray([record["weight"] for record in records], np.int64),
+        returns=np.asarray([record["rewards"].sum(dtype=np.float64) for record in records]),
+        tasks=[hashlib.blake2b(record["task"].encode(), digest_size=12).digest() for record in records],
+    )
+
+
+def split_metadata(counts: Counts, sizes: Sizes) -> SplitMetadata:
+    count = len(sizes.lengths)
+    return SplitMetadata(
+        **counts._asdict(), merged=int(sizes.weights.sum()) - count, trajectories=count, tasks=len(set(sizes.tasks)),
+        steps=int(sizes.steps.sum()), tokens=int(sizes.lengths.sum()), longest=int(sizes.lengths.max()),
+        most_steps=int(sizes.steps.max()), mean_return=float(np.average(sizes.returns, weights=sizes.weights)),
+        lengths=np.histogram(sizes.lengths, [*LENGTH_EDGES, np.inf])[0].tolist(),
+    )
+
+
+class SplitRecords:
+    """Collects the records of one split: merges equal ones, counts what is left out."""
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+        self.counts = Counts()
+        self._index: dict[bytes, int] = {}
+
+    def add(self, trajectory: Trajectory, steps: _Steps) -> None:
+        index = self._index.setdefault(identity(trajectory, steps), len(self.records))
+        if index < len(self.records):
+            self.records[index]["weight"] += 1
+        else:
+            self.records.append(record_of(trajectory, steps))
+
+
+class Rows:
+    """Rows of any split to records; what holds across splits is checked here."""
+
+    def __init__(self, encoder: Encoder, max_length: int | None, too_long: TooLong):
+        self.splits: dict[str, SplitRecords] = {}
+        self._preparation = Preparation(encoder, max_length, too_long)
+        self._splits = Splits()
+
+    def add(self, trajectory: Trajectory, split: str | None, where: str) -> None:
+        """Raises DataError for a row that cannot be trained on, which is then in none of the counts."""
+        row = f"{where} ({trajectory.id})"
+        split = self._split(trajectory, split, row)
+        records = self.splits.setdefault(split, SplitRecords())
+        prepared = self._preparation.prepare(trajectory, row)
+        records.counts += prepared.counts
+        if prepared.steps is not None:
+            records.add(trajectory, prepared.steps)
+
+    def _split(self, trajectory: Trajectory, split: str | None, row: str) -> str:
+        """The split of a row; a task in two splits would let what is measured leak into what is learnt."""
+        split = split_of_row(trajectory, split, row)
+        try:
+            self._splits.add(trajectory.task_id, split)
+        except SplitError as error:
+            raise SplitError(f"{row}: {error}") from None
+        return split
+
+
+def split_of_row(trajectory: Trajectory, given: str | None, row: str) -> str:
+    """The split that a row names or its file was given for, "train" without either. Raises DataError, see splits."""
+    return named_split(trajectory.split, given, row) or "train"
 
 
 def _steps(trajectory: Trajectory, encoded: Encoded, row: str) -> _Steps:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
+import functools
+import operator
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from data_pipeline.errors import DataError
-from data_pipeline.metadata import Metadata, verify
+from data_pipeline.metadata import Metadata, broken_shards, fingerprint, verify
 
 _TOKEN_FIELDS = {"tokens": np.int32}
 _STEP_FIELDS = {
@@ -23,51 +23,80 @@ _STEP_FIELDS = {
 }
 _SCALARS = {"weight": np.int64, "outcome": np.float32}
 _TEXTS = ("id", "task")
+_NAME = "trajectories"
 
 
-class _Info(tfds.core.DatasetInfo):
-    def initialize_from_bucket(self) -> None:
-        """Nothing of ours is in TFDS's bucket, and looking for it leaves a temporary directory behind each time."""
+def features() -> tfds.features.FeaturesDict:
+    """Of a record."""
+    ragged = {**_TOKEN_FIELDS, **_STEP_FIELDS}
+    found = {name: tfds.features.Tensor(shape=(None,), dtype=dtype) for name, dtype in ragged.items()}
+    return tfds.features.FeaturesDict(found | _SCALARS | {name: tfds.features.Text() for name in _TEXTS})
 
 
-class Trajectories(tfds.core.GeneratorBasedBuilder):
-    """TFDS builder of one dataset directory; a record is the dictionary that `data_pipeline.build` makes."""
+def write(splits: Mapping[str, Sequence[Mapping[str, Any]]], directory: Path, *, shards: int) -> None:
+    """Writes records by split into a directory, in order; fewer shards when the smallest split has fewer records.
 
-    VERSION = tfds.core.Version("1.0.0")
-    pkg_dir_path = Path(__file__).parent  # where TFDS looks for a README; else it searches the module's sources
-    url_infos = None  # nothing is downloaded; TFDS would look for checksums with a package that it forgets to require
-
-    def __init__(self, splits: Mapping[str, Sequence[Mapping[str, Any]]], **arguments: Any):
-        self._records = splits
-        super().__init__(**arguments)
-
-    def _info(self) -> _Info:
-        ragged = {**_TOKEN_FIELDS, **_STEP_FIELDS}
-        features = {name: tfds.features.Tensor(shape=(None,), dtype=dtype) for name, dtype in ragged.items()}
-        features |= _SCALARS | {name: tfds.features.Text() for name in _TEXTS}
-        # order is kept: a trajectory's index in its split is its place in the input
-        return _Info(builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True)
-
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
-        return {split: self._generate_examples(records) for split, records in self._records.items()}
-
-    def _generate_examples(self, records: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        yield from enumerate(records)
+    Raises OSError as of a full disk.
+    """
+    count = max(1, min(shards, *map(len, splits.values())))
+    described = {}
+    for split, records in splits.items():
+        cuts = boundaries(len(records), count)
+        sizes = [
+            write_shard(records[first:last], directory / shard_name(split, index, count))
+            for index, (first, last) in enumerate(pairwise(cuts))
+        ]
+        described[split] = [last - first for first, last in pairwise(cuts)], sum(sizes)
+    describe(directory, described)
 
 
-def write(splits: Mapping[str, Sequence[Mapping[str, Any]]], directory: Path, *, shards: int) -> Path:
-    """Writes records by split below `directory`; returns the directory of the files. OSError as of a full disk."""
-    smallest = min(len(records) for records in splits.values())  # TFDS refuses a shard without a record
-    config = tfds.download.DownloadConfig(num_shards=min(shards, smallest), try_download_gcs=False)
+def shard_name(split: str, index: int, count: int) -> str:
+    """The file of one of `count` shards, as TFDS calls it."""
+    return f"{_NAME}-{split}.tfrecord-{index:05d}-of-{count:05d}"
+
+
+def boundaries(records: int, shards: int) -> list[int]:
+    """Where each of `shards` shards begins in a split, and where the last one ends."""
+    return [round(records * index / shards) for index in range(shards + 1)]
+
+
+def write_shard(records: Iterable[Mapping[str, Any]], file: Path) -> int:
+    """Writes one TFRecord file; returns the bytes of its records. OSError as of a full disk."""
     _quiet_tensorflow()
-    tfds.disable_progress_bar()
-    builder = Trajectories(splits, data_dir=str(directory), file_format="tfrecord")
+    import tensorflow as tf
+
+    form, size = features(), 0
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces downloads; there are none
-            builder.download_and_prepare(download_config=config)
-    except RuntimeError as error:  # how TFDS passes on a full disk
+        with tf.io.TFRecordWriter(str(file)) as writer:
+            for record in records:
+                # The order of the fields is otherwise that of a hash table, another in every version of protobuf.
+                example = tf.train.Example.FromString(form.serialize_example(record))
+                text = example.SerializeToString(deterministic=True)
+                writer.write(text)
+                size += len(text)
+    except tf.errors.OpError as error:
         raise OSError(" ".join(str(error).split())) from error
-    return Path(builder.data_dir)
+    return size
+
+
+def describe(directory: Path, splits: Mapping[str, tuple[Sequence[int], int]]) -> None:
+    """Writes what TFDS wants to know of shards: by split, the records of each, and the bytes of all."""
+    identity = tfds.core.DatasetIdentity(
+        name=_NAME, version=tfds.core.Version("1.0.0"), data_dir=str(directory), module_name=__name__
+    )
+    # Order is kept: a trajectory's index in its split is its place in the input.
+    info = tfds.core.DatasetInfo(builder=identity, features=features(), disable_shuffling=True)
+    info.set_file_format("tfrecord")
+    infos = []
+    for name, (lengths, size) in splits.items():
+        template = tfds.core.ShardedFileTemplate(
+            split=name, dataset_name=_NAME, data_dir=directory, filetype_suffix="tfrecord"
+        )
+        infos.append(
+            tfds.core.SplitInfo(name=name, shard_lengths=list(lengths), num_bytes=size, filename_template=template)
+        )
+    info.set_splits(tfds.core.SplitDict(infos))
+    info.write_to_directory(directory)
 
 
 class Split(NamedTuple):
@@ -98,17 +127,48 @@ class Split(NamedTuple):
         return np.diff(self.step_starts)
 
 
-class Dataset:
-    """An opened dataset directory. Splits are read when first asked for and stay in memory."""
+class Skipped(NamedTuple):
+    """What is left out of a split because its shards are broken."""
 
-    def __init__(self, directory: Path, metadata: Metadata):
+    shards: int
+    trajectories: int
+
+
+class Dataset:
+    """An opened dataset directory. Splits are read when first asked for and stay in memory.
+
+    `broken` shards are left out, as if they had never been written: of them nothing is read.
+    """
+
+    def __init__(self, directory: Path, metadata: Metadata, broken: Mapping[str, DataError] | None = None):
         self.directory = directory
         self.metadata = metadata
+        self.broken = broken or {}
         self._splits: dict[str, Split] = {}
 
-    @cached_property
+    @functools.cached_property
     def _builder(self) -> tfds.core.DatasetBuilder:
         return tfds.builder_from_directory(str(self.directory))
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the shards that are read: with one left out, it is another dataset."""
+        return fingerprint({name: shard for name, shard in self.metadata.shards.items() if name not in self.broken})
+
+    def skipped(self, name: str) -> Skipped:
+        """What is left out of a split."""
+        if not self.broken:
+            return Skipped(0, 0)
+        files = self._files(name)
+        return Skipped(
+            sum(file in self.broken for file in files),
+            sum(count for file, count in files.items() if file in self.broken),
+        )
+
+    def _files(self, name: str) -> dict[str, int]:
+        """The files of a split, in order, and the records that were written into each."""
+        info = self._builder.info.splits[name]
+        return dict(zip(info.filenames, info.shard_lengths, strict=True))
 
     def split(self, name: str) -> Split:
         if name not in self.metadata.splits:
@@ -119,7 +179,13 @@ class Dataset:
 
     def _read(self, name: str) -> Split:
         config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)  # files one after another, in order
-        records = self._builder.as_dataset(split=name, shuffle_files=False, read_config=config)
+        files = self._files(name)
+        kept = [index for index, file in enumerate(files) if file not in self.broken]
+        if not kept:
+            raise DataError(f"{self.directory}: no shard of split {name} is whole; build the dataset again")
+        parts = [tfds.core.ReadInstruction(name, from_=index, to=index + 1, unit="shard") for index in kept]
+        chosen = name if len(kept) == len(files) else functools.reduce(operator.add, parts)
+        records = self._builder.as_dataset(split=chosen, shuffle_files=False, read_config=config)
         columns: dict[str, list[np.ndarray]] = {}
         for batch in records.ragged_batch(1024):
             for field, value in batch.items():
@@ -129,7 +195,7 @@ class Dataset:
                 else:
                     columns.setdefault(field, []).append(value.numpy())
         whole = {field: np.concatenate(parts) for field, parts in columns.items()}
-        expected = self.metadata.splits[name].trajectories
+        expected = self.metadata.splits[name].trajectories - self.skipped(name).trajectories
         if len(whole["weight"]) != expected:
             raise DataError(f"{self.directory}: split {name} has {len(whole['weight'])} records, not {expected}")
         return Split(
@@ -144,24 +210,29 @@ class Dataset:
         )
 
 
-def open_dataset(directory: str | PathLike[str], *, encoder_fingerprint: str | None = None) -> Dataset:
+def open_dataset(
+    directory: str | PathLike[str], *, encoder_fingerprint: str | None = None, skip_bad: bool = False
+) -> Dataset:
     """Verifies a dataset directory and opens it. Splits are read when they are asked for.
 
     Args:
       directory: what `data_pipeline.build` wrote.
       encoder_fingerprint: `Encoder.fingerprint` of the model's tokenizer. Shards of another one are refused.
+      skip_bad: leaves shards out that are missing, truncated or corrupt, in the place of an error. They are in
+        `Dataset.broken`. Which they are is decided here, once, so every epoch is planned without them.
 
     Raises:
       DataError: a shard is missing, truncated or corrupt, or the tokenizer is another one.
     """
     _quiet_tensorflow()
-    metadata = verify(directory)
+    metadata = Metadata.load(directory) if skip_bad else verify(directory)
+    broken = dict(broken_shards(directory, metadata)) if skip_bad else {}
     if encoder_fingerprint is not None and encoder_fingerprint != metadata.tokenizer:
         raise DataError(
             f"{directory}: built with tokenizer {metadata.tokenizer[:12]}, the model's is {encoder_fingerprint[:12]}; "
             "build the dataset again with the model's tokenizer"
         )
-    return Dataset(Path(directory), metadata)
+    return Dataset(Path(directory), metadata, broken)
 
 
 def _quiet_tensorflow() -> None:

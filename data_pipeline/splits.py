@@ -61,4 +61,8 @@ class Splits:
         key = hashlib.blake2b(task.encode(errors="surrogatepass"), digest_size=12).digest()
         known = self._split_of_task.setdefault(key, split)
         if known != split:
-            raise SplitError(f"task {task} is in {known} and in {split}; split by task")
+            raise SplitError(in_two_splits(task, known, split))
+
+
+def in_two_splits(task: str, known: str, split: str) -> str:
+    return f"task {task} is in {known} and in {split}; split by task"

@@ -8,7 +8,7 @@ follows `steps(messages)`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from os import PathLike
 from typing import Any, Literal, NamedTuple
 
@@ -173,8 +173,12 @@ def to_line(trajectory: Trajectory) -> str:
 def _lines(path: str | PathLike[str]) -> Iterator[tuple[str, bytes]]:
     try:
         with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield f"{path}:{number}", line
+            for number, line in numbered(file):
+                yield f"{path}:{number}", line
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def numbered(file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    """The lines of an open file that are not blank, with their numbers."""
+    return ((number, line) for number, line in enumerate(file, start=1) if line.strip())

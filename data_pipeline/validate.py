@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from data_pipeline.errors import DataError
-from data_pipeline.metadata import LENGTH_EDGES
+from data_pipeline.metadata import length_histogram
 from data_pipeline.splits import Inputs, named_split
 from data_pipeline.trajectory import Trajectory, check_steps, count_rows, read_numbered
 
@@ -65,7 +65,7 @@ class Groups(msgspec.Struct, frozen=True, kw_only=True):
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """What `validate` found. rows = trajectories + bad; `leaks` names tasks in two splits.
 
-    `tokens`, `lengths` (a histogram over LENGTH_EDGES) and `too_long` are there with a tokenizer. `equal` counts
+    `tokens`, `lengths` (metadata.length_histogram) and `too_long` are there with a tokenizer. `equal` counts
     trajectories that repeat one before in task, conversation and outcome, `repeated_ids` ids that were there before.
     """
 
@@ -204,7 +204,7 @@ class _Counts:
             files=files, rows=self.rows, trajectories=len(self._steps), splits=dict(sorted(self._splits.items())),
             ended=dict(self._ended), steps=_spread(self._steps),
             tokens=_spread(lengths) if self._encoder else None,
-            lengths=_histogram(lengths) if self._encoder else None,
+            lengths=length_histogram(lengths) if self._encoder else None,
             max_length=max_length,
             too_long=int((lengths > max_length).sum()) if self._encoder and max_length is not None else None,
             groups=Groups(
@@ -224,12 +224,6 @@ def _spread(values: Sequence[float] | np.ndarray) -> Spread:
     at = np.percentile(found, PERCENTILES, method="nearest")
     named = {str(percent): float(value) for percent, value in zip(PERCENTILES, at, strict=True)}
     return Spread(count=len(found), mean=float(found.mean()), percentiles=named)
-
-
-def _histogram(lengths: np.ndarray) -> dict[str, int]:
-    """Trajectories by length, under the lowest length of their bin; empty bins are left out."""
-    counts = np.histogram(lengths, [*LENGTH_EDGES, np.inf])[0]
-    return {str(edge): int(count) for edge, count in zip(LENGTH_EDGES, counts, strict=True) if count}
 
 
 def _digest(text: bytes) -> bytes:

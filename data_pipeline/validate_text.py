@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from data_pipeline.errors import listed
-from data_pipeline.metadata import LENGTH_EDGES
+from data_pipeline.metadata import length_range
 from data_pipeline.validate import Groups, Report, SplitCounts, Spread
 
 _BAR = 40
@@ -78,8 +78,5 @@ def _spread(spread: Spread, form: str = ".0f") -> str:
 
 def _histogram(lengths: dict[str, int]) -> Iterator[str]:
     most = max(lengths.values())
-    edges = [str(edge) for edge in LENGTH_EDGES]
     for low, count in lengths.items():
-        following = edges.index(low) + 1
-        name = f"{low} to {int(edges[following]) - 1}" if following < len(edges) else f"{low} and more"
-        yield f"  {name:>16}  {count:>8}  {'#' * max(1, round(_BAR * count / most))}"
+        yield f"  {length_range(low):>16}  {count:>8}  {'#' * max(1, round(_BAR * count / most))}"

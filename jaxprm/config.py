@@ -131,13 +131,14 @@ class Collection(Section):
 
 
 class Data(Section):
-    """Shards and packed batches; lengths in tokens."""
+    """Shards and packed batches; lengths in tokens. `skip_bad` leaves truncated and corrupt shards out of training."""
 
     shards: Count = 4
     rows: Count = 8
     length: Count = 1024
     steps_per_row: Count = 64
     too_long: Literal["error", "drop", "window"] = "window"
+    skip_bad: bool = False
 
 
 class Lora(Section):

@@ -135,9 +135,11 @@ class Run:
         return {"base_model": _model_identity(directory, template)}
 
     def train_inputs(self, model: config_lib.RewardModel, seed: int) -> dict[str, Any]:
+        data = config_lib.to_dict(self.experiment)["data"]
+        del data["skip_bad"]  # what is skipped is part of a training's own identity
         return {
             "shards": identity(self.build_inputs),
-            "data": config_lib.to_dict(self.experiment)["data"],
+            "data": data,
             "reward_model": config_lib.recorded(model),
             "seed": seed,
         }

@@ -10,9 +10,9 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# For `export --verify`, `bench search`, `plan`, `serve` and `logging.wandb`, each of which says so where it is missing.
+# Each is for an option or a verb that says so where it is missing.
 EXTRAS = {"verify": {"torch"}, "serve": {"h11", "prometheus_client", "starlette", "uvicorn"}, "wandb": {"wandb"}}
-OPTIONAL = {"libtpu"}.union(*EXTRAS.values())
+OPTIONAL = {"libtpu", "apache_beam"}.union(*EXTRAS.values())
 
 
 def canonical(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -127,6 +128,20 @@ def agreed(answer: bool) -> bool:
     if jax.process_count() == 1:
         return answer
     return bool(multihost_utils.broadcast_one_to_all(np.int32(answer)))
+
+
+def check_equal(text: str, what: str) -> None:
+    """Raises UserError, in every process alike, where they do not have the same `text` of `what`."""
+    if jax.process_count() == 1:
+        return
+    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+    found = multihost_utils.process_allgather(digest)
+    other = np.flatnonzero((found != found[0]).any(axis=1))
+    if len(other):
+        raise UserError(
+            f"process {other[0]} of {len(found)} does not see the same {what} as process 0: all need a work directory "
+            "that they share; if they do, one of them reads it wrong, and the same command may go on"
+        )
 
 
 def fetch(tree: Any) -> Any:

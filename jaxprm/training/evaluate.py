@@ -77,7 +77,8 @@ def evaluate_model(
     from data_pipeline.shards import open_dataset
 
     config, _ = huggingface.read_config(model)
-    dataset = open_dataset(shards, encoder_fingerprint=Encoder.load(model).fingerprint)
+    fingerprint = Encoder.load(model).fingerprint
+    dataset = open_dataset(shards, encoder_fingerprint=fingerprint, skip_bad=data.skip_bad)
     devices = sharding.make_mesh(mesh or config_lib.Mesh())
     sharding.check_rows(devices, data.rows, data.length)
     sharding.check_model(devices, config)

@@ -109,9 +109,11 @@ def check_rows(mesh: Mesh, rows: int, length: int = 0, microbatches: int = 1) ->
     parts = data * fsdp * microbatches
     if rows % parts:
         micro = f" x {microbatches} microbatches" if microbatches > 1 else ""
+        each, left = divmod(rows, microbatches)
+        divisors = [] if left else [str(count) for count in range(1, each + 1) if each % count == 0]
         raise UserError(
             f"data.rows = {rows} is not a multiple of {parts} ({data} data x {fsdp} fsdp{micro}); "
-            f"use {-(-rows // parts) * parts}"
+            f"use {-(-rows // parts) * parts}" + (f", or data x fsdp of {', '.join(divisors)}" if divisors else "")
         )
     if length % sequence:
         raise UserError(f"data.length = {length} is not a multiple of mesh.sequence = {sequence}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from jaxprm.planning.flops import train_step_flops
 from jaxprm.progress import bar
 from jaxprm.training import distributed, reward_model, sharding, trainable
 from jaxprm.training.checkpoint import Checkpoints
+from jaxprm.training.data_facts import to_lines, training_facts
 from jaxprm.training.evaluate import step_values, summary
 from jaxprm.training.features import Features, features_of_split
 from jaxprm.training.metrics import Metrics, Profile, Sink, not_finite, numbers, seconds_at_peak
@@ -77,9 +79,11 @@ def train_reward_model(
 
     # Inputs
     encoder = Encoder.load(base, experiment.policy.chat_template)
-    dataset = open_dataset(shards, encoder_fingerprint=encoder.fingerprint)
+    dataset = open_dataset(shards, encoder_fingerprint=encoder.fingerprint, skip_bad=data.skip_bad)
+    _say(f"left out: {error}" for error in dataset.broken.values())
+    distributed.check_equal(dataset.fingerprint, "shards")  # nor leaves out others: each plans the batches by itself
     identity = reward_model.identity(
-        settings, data, seed, base=base, dataset=dataset.metadata.fingerprint, tokenizer=encoder.fingerprint
+        settings, data, seed, base=base, dataset=dataset.fingerprint, tokenizer=encoder.fingerprint
     )
     if distributed.agreed(reward_model.is_written(output / "model", identity)):
         return output / "model"
@@ -93,7 +97,8 @@ def train_reward_model(
     batches = training_batches(dataset, "train", **shape, epochs=settings.epochs, seed=seed)
     validation_batches = evaluation_batches(dataset, "validation", **shape)
     _check_rewards(batches.split, settings)
-    steps = len(batches)
+    steps, facts = len(batches), training_facts(dataset, batches)
+    _say(to_lines(name, facts, data, steps))
 
     # Model: read and drawn where it will lie, then taken apart into what is trained and what is not
     config, parameters = reward_model.from_policy(base, seed, mesh)
@@ -131,15 +136,13 @@ def train_reward_model(
     batches.hold(held)
 
     # Description: with it, a checkpoint of the whole model can be scored and exported before the training ends
-    counts = dataset.metadata.splits["train"]
     about = reward_model.recipe(
         settings,
         seed,
         base=base,
         max_tokens=data.length,
         value_range=_value_range(batches.split),
-        trained_on={"trajectories": counts.trajectories, "tokens": counts.tokens * settings.epochs},
-        fill=round(batches.fill, 4),
+        **facts,
         fingerprints=identity,
     )
     if settings.trainable == "full" and distributed.is_primary():
@@ -244,6 +247,12 @@ def _wandb(
         "data": msgspec.to_builtins(experiment.data), "seed": seed, "fingerprints": identity,
     }  # fmt: skip
     return lambda: WandbSink(experiment.logging, output, name=name, group=group, config=config)
+
+
+def _say(lines: Iterable[str]) -> None:
+    """On the terminal, once for all processes."""
+    if distributed.is_primary():
+        print("".join(f"{line}\n" for line in lines), end="", file=sys.stderr)
 
 
 def _features(

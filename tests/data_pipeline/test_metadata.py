@@ -2,8 +2,10 @@ import shutil
 
 import pytest
 
+from data_pipeline.batches import training_batches
 from data_pipeline.errors import DataError
-from data_pipeline.metadata import FILE, Metadata, verify
+from data_pipeline.metadata import FILE, Metadata, length_histogram, length_range, verify
+from data_pipeline.shards import open_dataset
 
 
 @pytest.fixture
@@ -19,11 +21,12 @@ def test_a_whole_dataset_verifies(copy):
     assert verify(copy) == Metadata.load(copy)
 
 
-def test_truncated_shard_is_named_with_both_sizes(copy):
+def test_truncated_shard_is_named_with_the_offset_where_it_ends(copy):
     shard = a_shard(copy)
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-7])
-    with pytest.raises(DataError, match=f"{shard.name}: the shard is truncated: {len(whole) - 7} bytes, {len(whole)} "):
+    end = rf"it ends at offset {len(whole) - 7}, {len(whole)} bytes were written"
+    with pytest.raises(DataError, match=f"{shard.name}: the shard is truncated: {end}"):
         verify(copy)
 
 
@@ -67,3 +70,66 @@ def test_another_directory_is_not_a_dataset(tmp_path):
     (tmp_path / FILE).write_text('{"format": "jaxprm-trajectories", "version": 2}')
     with pytest.raises(DataError, match=r"metadata\.json: not the metadata of a dataset.*build it again"):
         verify(tmp_path)
+
+
+def break_shard(directory, index, split="train"):
+    """Breaks a shard in one of three ways; returns its name."""
+    shard = sorted(directory.glob(f"*-{split}.tfrecord*"))[index]
+    whole = shard.read_bytes()
+    broken = [whole[:-7], whole[:40] + bytes([whole[40] ^ 1]) + whole[41:], None][index % 3]
+    shard.unlink() if broken is None else shard.write_bytes(broken)
+    return shard.name
+
+
+@pytest.mark.parametrize("broken", [[0], [1], [2], [3], [0, 2]])
+def test_broken_shards_are_left_out_when_asked_and_the_rest_is_as_it_was(dataset_directory, copy, broken):
+    whole = open_dataset(dataset_directory)
+    names = [break_shard(copy, index) for index in broken]
+    with pytest.raises(DataError, match=names[0]):
+        open_dataset(copy)
+    dataset = open_dataset(copy, skip_bad=True)
+    assert list(dataset.broken) == names and all(name in str(dataset.broken[name]) for name in names)
+    assert dataset.skipped("train") == (len(broken), 10 * len(broken)) and dataset.skipped("validation") == (0, 0)
+    left = [index for index in range(40) if index // 10 not in broken]  # four shards of ten
+    before, split = whole.split("train"), dataset.split("train")
+    assert split.ids == [before.ids[index] for index in left]
+    for number, index in enumerate(left):
+        tokens = split.tokens[slice(*split.token_starts[number : number + 2])]
+        assert tokens.tolist() == before.tokens[slice(*before.token_starts[index : index + 2])].tolist()
+    assert dataset.split("validation").ids == whole.split("validation").ids
+
+
+def test_a_whole_dataset_is_the_same_whether_broken_shards_would_be_left_out(dataset_directory):
+    dataset = open_dataset(dataset_directory, skip_bad=True)
+    assert not dataset.broken and dataset.skipped("train") == (0, 0)
+    assert dataset.fingerprint == dataset.metadata.fingerprint == open_dataset(dataset_directory).fingerprint
+
+
+def test_a_split_without_a_whole_shard_is_an_error(copy):
+    for index in reversed(range(4)):
+        break_shard(copy, index)
+    with pytest.raises(DataError, match="no shard of split train is whole; build the dataset again"):
+        open_dataset(copy, skip_bad=True).split("train")
+
+
+def test_a_position_is_good_for_as_long_as_the_same_shards_are_left_out(dataset_directory, copy):
+    shape = {"rows": 2, "length": 512, "steps_per_row": 32, "epochs": 2, "seed": 0}
+    break_shard(copy, 1)
+    batches = training_batches(open_dataset(copy, skip_bad=True), **shape)
+    first = next(batches)
+    state = batches.save_state()
+    rest = [batch["tokens"].tolist() for batch in batches]
+    again = training_batches(open_dataset(copy, skip_bad=True), **shape)
+    assert next(again)["tokens"].tolist() == first["tokens"].tolist()
+    again.restore_state(state)
+    assert [batch["tokens"].tolist() for batch in again] == rest
+    break_shard(copy, 3)
+    for other in (copy, dataset_directory):  # one more is broken; or all are whole again
+        with pytest.raises(DataError, match="the saved data position belongs to other batches"):
+            training_batches(open_dataset(other, skip_bad=True), **shape).restore_state(state)
+
+
+def test_lengths_are_counted_by_bin_and_told_in_words():
+    counts = length_histogram([1, 31, 32, 200, 32768, 10**6])
+    assert counts == {"0": 2, "32": 1, "192": 1, "32768": 2}
+    assert list(map(length_range, counts)) == ["0 to 31", "32 to 63", "192 to 255", "32768 and more"]

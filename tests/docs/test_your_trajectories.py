@@ -17,6 +17,7 @@ from data_pipeline.encode import Encoder
 from data_pipeline.metadata import Metadata
 from data_pipeline.trajectory import read
 from jaxprm import cli
+from tests.data_pipeline import beam_environment
 from tests.docs import base_model, pages
 
 PAGE = "your-trajectories.md"
@@ -88,6 +89,20 @@ def test_the_log_of_the_page_is_imported_as_it_was(folder):
     assert (found.id, found.task, found.outcome) == ("0-0", "find-0", 1.0)
     assert [message.role for message in found.messages] == [message["role"] for message in first["messages"]]
     assert found.tools == first["tools"] and found.meta == {"metrics": {"reward": 100}}
+
+
+@pytest.mark.slow
+def test_beam_builds_the_shards_of_the_page_again(folder):
+    import_command = next(command for command in commands("") if "import-trajectories" in command)
+    run(["make_log.py"])
+    Path("trajectories.jsonl").unlink(missing_ok=True)
+    assert run(import_command) == 0
+    assert run(next(command for command in commands("") if "data_pipeline.build" in command)) == 0
+    (command,) = commands("beam")
+    done = beam_environment.run(beam_environment.python(), *command, cwd=folder)
+    assert done.stdout.splitlines()[-2].startswith("train: 27 rows")
+    ours, beams = ({path.name: path.read_bytes() for path in Path(one).iterdir()} for one in ("shards", "beam-shards"))
+    assert beams == ours and len(ours) > 5
 
 
 @pytest.mark.slow

@@ -40,3 +40,16 @@ def test_the_pins_resolve_to_wheels(tmp_path, python, extra):
     named = {name.replace("_", "-"): version for name, version in pins().items()}
     assert named.items() <= resolved.items()
     assert ("libtpu" in resolved) == bool(extra)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("python", ["3.11", "3.12"])
+def test_an_environment_with_beam_resolves(python):
+    """Not with the pins, some of which are newer than Beam wants: with the ranges of pyproject.toml."""
+    command = [find_uv_bin(), "pip", "compile", "--no-header", "--no-annotate", "--python-version", python]
+    done = subprocess.run(
+        [*command, "--extra", "beam", ROOT / "pyproject.toml"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    resolved = dict(line.split(" ")[0].split("==") for line in done.stdout.splitlines())
+    assert resolved["apache-beam"].startswith("2.77.") and resolved["jax"].startswith("0.10.")

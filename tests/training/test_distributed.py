@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 import threading
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from jaxprm.errors import RESUMABLE, UserError
@@ -126,3 +128,18 @@ def test_a_stranger_is_not_taken_for_a_process_of_the_run(monkeypatch):
             waiting.join(10)
             assert [number for _, number in watched] == [1]
             watched[0][0].close()
+
+
+def test_processes_that_read_other_shards_say_so_in_each(monkeypatch):
+    distributed.check_equal("alone", "shards")
+    monkeypatch.setattr(distributed.jax, "process_count", lambda: 3)
+    others = {"same": ("same", "same"), "mine": ("mine", "broken")}
+    for text, (first, third) in others.items():
+        digests = [np.frombuffer(hashlib.sha256(one.encode()).digest(), np.uint8) for one in (first, third)]
+        gathered = lambda mine, digests=digests: np.stack([digests[0], mine, digests[1]])
+        monkeypatch.setattr(distributed.multihost_utils, "process_allgather", gathered)
+        if third == text:
+            distributed.check_equal(text, "shards")
+        else:
+            with pytest.raises(UserError, match="process 2 of 3 does not see the same shards as process 0"):
+                distributed.check_equal(text, "shards")

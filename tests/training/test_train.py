@@ -19,6 +19,7 @@ from flax import nnx
 from data_pipeline.batches import training_batches
 from data_pipeline.encode import Encoder
 from data_pipeline.errors import DataError
+from data_pipeline.shards import open_dataset
 from jaxprm import files
 from jaxprm.errors import UserError
 from jaxprm.model import huggingface
@@ -236,6 +237,53 @@ def test_an_interrupted_run_writes_its_model_from_the_last_checkpoint(trained, t
         assert (again.model / name).read_bytes() == (trained.model / name).read_bytes(), name
     assert again.lines == trained.lines
     assert not any("train_step" in name for name in again.compiled)
+
+
+def test_a_training_says_what_it_learns_from_and_keeps_it(trained, train_toy, toy, tmp_path, capsys):
+    split = open_dataset(toy.shards).split("train")
+    recipe = json.loads((trained.model / "reward_model.json").read_text())
+    assert sum(recipe["lengths"].values()) == len(split.ids) == recipe["trained_on"]["trajectories"]
+    assert recipe["lengths"]["32"] == sum(32 <= length < 64 for length in split.lengths)
+    assert recipe["skipped"] == {split: {"shards": 0, "trajectories": 0} for split in ("train", "validation")}
+    assert recipe["fill"] == pytest.approx(
+        recipe["trained_on"]["tokens"] / (recipe["steps"] * 8 * 128), abs=1e-4
+    )
+    shutil.copytree(trained.output, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "model")
+    train_toy(tmp_path / "run")
+    told = capsys.readouterr().err
+    batches = f"{recipe['steps']} batches of 8 x 128 tokens, {recipe['fill']:.1%} full"
+    assert f"train toy, seed 0: {len(split.ids)} trajectories, {batches}" in told
+    assert f"32 to 63 in {recipe['lengths']['32']}" in told and "left out" not in told
+
+
+def test_a_broken_shard_stops_a_training_or_is_left_out_of_it_by_choice(toy, tmp_path, capsys):
+    shards = shutil.copytree(toy.shards, tmp_path / "shards")
+    first, second = sorted(shards.glob("*-train.tfrecord*"))
+    kept = second.read_bytes()
+    first.write_bytes(first.read_bytes()[:-1])
+    refused(DataError, rf"{first.name}: the shard is truncated: it ends at offset \d+", toy, tmp_path, shards=shards)
+
+    data = msgspec.structs.replace(toy.experiment.data, skip_bad=True)
+    skipping = msgspec.structs.replace(toy.experiment, data=data)
+    settings = toy.settings(epochs=1)
+    arguments = {"shards": shards, "base": toy.base, "output": tmp_path / "run"}
+    model = train_reward_model(skipping, settings, 0, **arguments)
+    recipe, whole = json.loads((model / "reward_model.json").read_text()), open_dataset(toy.shards)
+    lost = len(whole.split("train").ids) - recipe["trained_on"]["trajectories"]
+    assert recipe["skipped"]["train"] == {"shards": 1, "trajectories": lost} and lost > 10
+    assert recipe["skipped"]["validation"] == {"shards": 0, "trajectories": 0}
+    assert sum(recipe["lengths"].values()) == recipe["trained_on"]["trajectories"]
+    told = capsys.readouterr().err
+    assert f"left out: {first}: the shard is truncated" in told
+    assert f"left out of train: 1 broken shards with {lost} trajectories" in told
+    # With the same shard broken it is the same training, with another one or none it is not.
+    assert train_reward_model(skipping, settings, 0, **arguments) == model
+    shutil.copy(toy.shards / first.name, first)
+    refused(UserError, "trained with another dataset", toy, tmp_path / "run", shards=shards, settings=settings)
+    second.write_bytes(kept[:-1])
+    changes = {"experiment": skipping, "shards": shards, "settings": settings}
+    refused(UserError, "trained with another dataset", toy, tmp_path / "run", **changes)
 
 
 @pytest.mark.parametrize("objective", ["pvm", "orm"])
