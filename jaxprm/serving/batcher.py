@@ -98,8 +98,10 @@ class Batcher:
         self.state = "ready"
         while batch := self._next():
             began = time.perf_counter()
-            self._deliver(batch, self._answered([asked for asked, _ in batch]))
+            answers = self._answered([asked for asked, _ in batch])
+            # Before the answers are out: who has one may ask again at once.
             self._computing = 0
+            self._deliver(batch, answers)
             seconds = time.perf_counter() - began
             self._seconds += _RECENT * (seconds / len(batch) - self._seconds)
             self._done(len(batch), seconds)
