@@ -18,6 +18,21 @@ for _ in range(50):
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 """
 
+GIVEN_BACK = """
+from pathlib import Path
+from jaxprm import host_memory
+def held():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+assert host_memory.keep_freed(Path("/nowhere"))
+blocks = [b"x" * (64 << 20) for _ in range(4)]
+above = b"y" * (1 << 20)  # what is below it is no end of the heap
+most = held()
+del blocks
+kept = held()
+host_memory.give_back()
+print(most, kept, held())
+"""
+
 ASKED = """
 import sys
 from pathlib import Path
@@ -37,6 +52,13 @@ def test_the_kernel_clears_no_page_twice(tmp_path):
 
     # Every page of a new mapping is written to: once, or fifty times.
     assert faults("keep") < faults("leave") / 5
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what is told is glibc's allocator")
+def test_what_is_free_is_kept_until_it_is_given_back():
+    most, kept, left = map(int, answer(GIVEN_BACK).split())
+    assert kept > most - (32 << 20)
+    assert left < most - (200 << 20)
 
 
 @pytest.mark.parametrize("file", ["accel0", "vfio/0", "nvidia0"])
