@@ -26,7 +26,7 @@ from jaxprm.scoring.loading import find_model, load_scorer
 from jaxprm.scoring.scorer import Scorer
 from jaxprm.search.beam import beam_search
 from jaxprm.search.branches import Forest
-from jaxprm.search.tree import Node, Tree
+from jaxprm.search.tree import ActionScorer, Node, Tree
 
 # Of two scores: what padding, packing and a cache may change; times their root mean square where that is above 1.
 BOUND = 1e-5
@@ -37,15 +37,9 @@ class Plain:
     """Every candidate after its whole conversation, nothing kept."""
 
     def __init__(self, scorer: Scorer):
-        self._scorer = scorer
-        self.seconds = 0.0
-
-    @property
-    def usage(self) -> dict[str, int]:
-        return self._scorer.usage
+        self._scorer, self.usage = scorer, scorer.usage
 
     def score_actions(self, states: Sequence[list[dict]], candidates: Sequence[Sequence[str]]) -> list[np.ndarray]:
-        begin = time.perf_counter()
         whole = [
             [*state, {"role": "assistant", "content": text}]
             for state, texts in zip(states, candidates, strict=True)
@@ -54,20 +48,15 @@ class Plain:
         encoded = [self._scorer.encoder.trajectory(messages, row="candidate") for messages in whole]
         values = self._scorer.engine.whole([one.tokens for one in encoded], ["candidate"] * len(encoded))
         last = [found[one.read_positions[-1]] for one, found in zip(encoded, values, strict=True)]
-        self.seconds += time.perf_counter() - begin
         return np.split(np.asarray(last), np.cumsum([len(texts) for texts in candidates])[:-1])
 
 
 class Timed:
-    """The engine, with the time it takes."""
+    """A scorer, with the seconds it takes."""
 
-    def __init__(self, scorer: Scorer):
-        self._scorer = scorer
+    def __init__(self, scorer: ActionScorer):
+        self._scorer, self.usage = scorer, scorer.usage
         self.seconds = 0.0
-
-    @property
-    def usage(self) -> dict[str, int]:
-        return self._scorer.usage
 
     def score_actions(self, states: Sequence[list[dict]], candidates: Sequence[Sequence[str]]) -> list[np.ndarray]:
         begin = time.perf_counter()
@@ -84,15 +73,15 @@ def compare(model: Path, *, tasks: int, width: int, actions: int, seed: int = 0)
     names = [names[index * len(names) // tasks] for index in range(tasks)]
     found, trees = {}, {}
     # The first of each compiles, and draws what all will draw: only the second is timed.
-    for name, wrap in (("engine", Timed), ("plain", Plain)) * 2:
+    for name in ("engine", "plain") * 2:
         scorer = load_scorer(model, rows=32, max_tokens=960)
-        judge, forest = wrap(scorer), Forest(make)
+        judge, forest = Timed(scorer if name == "engine" else Plain(scorer)), Forest(make)
         trees[name] = beam_search(
             names, forest, policy, judge, width=width, actions=actions, temperature=0.7,
             max_rounds=forest.environment.max_rounds,
         )  # fmt: skip
         forest.close()
-        found[name] = {"seconds": judge.seconds, "tokens_encoded": judge.usage["encoded"]}
+        found[name] = {"seconds": judge.seconds, "tokens_encoded": scorer.usage["encoded"]}
     parts = [_parting(*pair) for pair in zip(trees["engine"], trees["plain"], strict=True)]
     promises = np.array([node.promise for tree in trees["plain"] for node in tree.nodes])
     bound = BOUND * max(1.0, float(np.sqrt(np.mean(promises**2))))
