@@ -22,7 +22,7 @@ STAGE_VERBS = {
     "report": ("report", "... and write results.json and the page"),
 }
 # The verbs that call compiled programs over and over.
-COMPUTING = {*STAGE_VERBS, "imitate", "score", "evaluate", "check-scorer", "bench"}
+COMPUTING = {*STAGE_VERBS, "imitate", "score", "evaluate", "serve", "check-scorer", "bench"}
 
 _MODEL = "a reward model: its directory, a training's output or checkpoint, a run with a single one, or its hub name"
 _TEMPLATE = "own (the tokenizer's, default), chatml, llama3, or a file"
@@ -340,7 +340,6 @@ def _score(options) -> int:
 
 
 def _serve(options) -> int:
-    keep_freed()
     from jaxprm.serving import command
 
     return command.run(options)
