@@ -68,7 +68,7 @@ class Remote:
     """An environment in another process; an Environment of the fork that the one there has.
 
     Calls raise RuntimeError with what was raised there, TimeoutError for what took too long, and ConnectionError for a
-    process that ended; UserError where it cannot be made at all.
+    process that ended. Raises UserError where it cannot be made at all.
     """
 
     def __init__(self, workers: Workers):
@@ -76,7 +76,10 @@ class Remote:
         self._process: _Process | None = None
         self._task, self._prompt = "", ""
         self._steps: tuple[tuple[str, str], ...] = ()
-        about = self._running().about
+        try:
+            about = self._running().about
+        except (RuntimeError, TimeoutError, ConnectionError) as error:
+            raise UserError(f"environment {workers.name!r}: {error}; mend it, or try it with workers=0") from error
         self.fork, self.max_rounds = about["fork"], about["max_rounds"]
 
     def __getattr__(self, name: str) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,11 +34,10 @@ class Layout:
         """Arrays [N, K, ...] of a cache, and others whole."""
         return self._constrained(tree, ())
 
-    def made(self, make: Callable[[], Any]) -> Any:
-        """What `make` makes for slots, each part where it will lie: no device ever has the whole."""
-        if self.mesh is None:
-            return make()
-        return jax.jit(lambda: self.of_slots(make()))()
+    @property
+    def slots(self) -> NamedSharding | None:
+        """Where the arrays [N, K, ...] of a cache are made: no device ever has the whole."""
+        return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec(None, self.heads))
 
     def _constrained(self, tree: Any, rows: tuple[str, ...]) -> Any:
         if self.mesh is None:

@@ -164,10 +164,13 @@ class PrefixBank:
         self.slots, self.capacity, self.shapes, self._rows = slots, capacity, shapes, rows
         # A chunk is written whole, so a slot has room for one of each kind past its end.
         room = capacity + shapes.growth[-1] + (shapes.kept[-1] if ring else 0)
-        self.bank = layout.made(lambda: Cache.empty(config, slots, room, dtype))
+        self.bank = Cache.empty(config, slots, room, dtype, layout.slots)
         shape = (ring, config.kv_heads, shapes.packed[-1], config.head_dim)
-        empty = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(config.layers)) if ring else ()
-        self.ring, self._ring_rows = layout.made(lambda: Ring(empty(), empty())), ring
+        keys, values = (
+            tuple(jnp.zeros(shape, dtype, device=layout.slots) for _ in range(config.layers)) if ring else ()
+            for _ in range(2)
+        )
+        self.ring, self._ring_rows = Ring(keys, values), ring
         self._ring_next = 0
         self._ring_owner = np.full(ring, -1)
         self._table = np.full((slots, capacity), -1, np.int32)

@@ -118,9 +118,12 @@ class Cache(NamedTuple):
     lengths: jax.Array
 
     @staticmethod
-    def empty(config: TransformerConfig, batch: int, capacity: int, dtype=jnp.float32) -> Cache:
+    def empty(config: TransformerConfig, batch: int, capacity: int, dtype=jnp.float32, device=None) -> Cache:
+        """Keys and values of nothing; device: where, or the sharding over which, they lie."""
+
         def zeros(*shape):
-            return tuple(jnp.zeros((batch, config.kv_heads, *shape), dtype) for _ in range(config.layers))
+            made = (jnp.zeros((batch, config.kv_heads, *shape), dtype, device=device) for _ in range(config.layers))
+            return tuple(made)
 
         lengths = jnp.zeros((batch,), jnp.int32)
         return Cache(zeros(config.head_dim, capacity), zeros(capacity, config.head_dim), lengths)

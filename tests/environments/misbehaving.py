@@ -14,6 +14,10 @@ class Misbehaving:
 
     def __init__(self, fork="clone", made=None, delay=0.0, drift=None):
         self.fork, self._delay, self._drift, self._hoard = fork, delay, drift, []
+        if fork == "crash":
+            os._exit(4)
+        if fork == "raise":
+            raise OSError("no display")
         if made is not None:
             with open(made, "a") as file:
                 file.write(f"{os.getpid()}\n")

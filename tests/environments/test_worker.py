@@ -151,6 +151,10 @@ def test_one_that_cannot_be_made_is_one_line():
         Workers("tests.environments.misbehaving:Nobody", {})()
     with pytest.raises(UserError, match="unexpected keyword argument 'colour'"):
         Workers(NAME, {"colour": "red"})()
+    with pytest.raises(UserError, match=r"misbehaving:Misbehaving': OSError: no display; mend it"):
+        Workers(NAME, {"fork": "raise"})()
+    with pytest.raises(UserError, match=r"Misbehaving': its process ended with status 4 in its start; mend"):
+        Workers(NAME, {"fork": "crash"})()
 
 
 def test_episodes_are_the_same_and_only_the_bad_ones_are_lost(made):
