@@ -12,11 +12,6 @@ weights. Ratios are of neighbours in time: other work on the machine slows both.
 
 from __future__ import annotations
 
-from jaxprm.host_memory import keep_freed
-
-if __name__ == "__main__":  # as the command line does, before JAX is imported
-    keep_freed()
-
 import argparse
 import dataclasses
 import functools
@@ -38,6 +33,7 @@ from data_pipeline.batches import training_batches
 from data_pipeline.shards import Dataset, open_dataset
 from jaxprm import config as config_lib
 from jaxprm import files
+from jaxprm.host_memory import keep_freed
 from jaxprm.model.transformer import Head, RewardModel, TransformerConfig
 from jaxprm.planning.flops import train_step_flops
 from jaxprm.progress import bar
@@ -283,6 +279,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--no-torch", dest="torch", action="store_false", help="leave out what needs torch")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
     options = parser.parse_args(arguments)
+    keep_freed()
     sizes = options.sizes.split(",")
     if unknown := set(sizes) - SIZES.keys():
         parser.error(f"--sizes {min(unknown)}: must be of {', '.join(SIZES)}")

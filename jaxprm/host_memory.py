@@ -16,8 +16,8 @@ _ACCELERATORS = ("accel*", "vfio/[0-9]*", "nvidia[0-9]*")
 def keep_freed(devices: Path = Path("/dev")) -> bool:
     """Makes this process reuse freed memory where JAX computes on the CPU; elsewhere, and without glibc, nothing.
 
-    To be called before JAX is imported: threads that have an arena of their own keep it. Other programs get the memory
-    back by `give_back`, or when the process ends. Returns whether it was done.
+    To be called before JAX computes: the threads it starts then have arenas of their own, and keep them. Other programs
+    get the memory back by `give_back`, or when the process ends. Returns whether it was done.
     """
     if not _on_cpu(devices) or (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is None:
         return False

@@ -62,8 +62,7 @@ def test_a_service_does_not_show_its_token():
     assert SECRET not in repr(Service(None, None, None, "m", SECRET))
 
 
-def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "keep_freed", lambda: True)
+def test_mistakes_are_one_line(tmp_path, capsys):
     assert cli.main(["serve", "--model", str(tmp_path), "--host", "0.0.0.0"]) == 2
     assert cli.main(["serve", "--model", str(tmp_path), "--port", "0"]) == 2
     first, second = capsys.readouterr().err.splitlines()
@@ -71,7 +70,6 @@ def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
 
 
 def test_without_the_extra_one_line_says_what_to_install(capsys, monkeypatch):
-    monkeypatch.setattr(cli, "keep_freed", lambda: True)
     for name in [name for name in sys.modules if name.split(".")[0] == "uvicorn" or name == "jaxprm.serving.server"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr("jaxprm.serving.server")
