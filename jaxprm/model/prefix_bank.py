@@ -320,13 +320,20 @@ class PrefixBank:
         # Long chunks go a few rows at a time, so that all shapes do about the same work.
         return max(1, self._rows * self.shapes.growth[0] // width)
 
+    def _fullest(self, rests: np.ndarray) -> tuple[int, int]:
+        """The shape (rows, width) that the longest of ascending `rests` fill best; of equals the widest."""
+
+        def key(shape: tuple[int, int]) -> tuple[float, int]:
+            rows, width = shape
+            return np.minimum(rests[-rows:], width).sum() / (rows * width), width
+
+        return max(((rows_for(len(rests), self._rows_of(width)), width) for width in self.shapes.growth), key=key)
+
     def _encode(self, jobs: list[_Job]) -> None:
         """Forks and extends, `rows` jobs at a time, alike lengths together; long rests take several chunks."""
-        widths = self.shapes.growth
         while jobs:
             jobs.sort(key=lambda job: len(job.prefix) - job.known)
-            width = bucket(len(jobs[-1].prefix) - jobs[-1].known, widths)
-            rows = rows_for(len(jobs), self._rows_of(width))
+            rows, width = self._fullest(np.asarray([len(job.prefix) - job.known for job in jobs]))
             now, jobs = jobs[-rows:], jobs[:-rows]
             source, starts, counts = np.zeros((3, rows), np.int32)
             target, kept = np.full(rows, self.slots, np.int32), np.zeros((3, rows), np.int32)

@@ -28,6 +28,8 @@ from jaxprm.model.families import FAMILIES, Family
 
 # Blocks of queries: large enough for a good matrix product, few enough for a quick compilation.
 MIN_QUERY_BLOCK, MAX_QUERY_BLOCKS = 64, 8
+# On a CPU: scores computed at once, and the fewest queries of a row that make a product worth its call.
+TILE_SCORES, MIN_TILE = 1 << 20, 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,21 +256,47 @@ def attention(query, keys, values, mask, cached=()) -> jax.Array:
     return (mixed / total).astype(values.dtype).reshape(query_shape)
 
 
-def packed_attention(query, keys, values, segments) -> jax.Array:
+def tiled_attention(query, keys, values, mask, cached=()) -> jax.Array:
+    """`attention` where nothing is differentiated: on a CPU in tiles of queries whose scores stay in its caches.
+
+    Twice as fast there; the backward pass would be slower, for it adds to all keys once a tile.
+    """
+    given = (query, keys, values, mask, tuple(cached))
+    read = keys.shape[2] + sum(block[1].shape[2] for block in cached)
+    size = max(MIN_TILE, TILE_SCORES // (query.shape[0] * query.shape[1] * read) // MIN_TILE * MIN_TILE)
+    if size >= query.shape[2]:
+        return attention(*given)
+    return jax.lax.platform_dependent(*given, cpu=functools.partial(_in_tiles, size), default=attention)
+
+
+def _in_tiles(size: int, query, keys, values, mask, cached) -> jax.Array:
+    count = -(-query.shape[2] // size)
+    room = count * size - query.shape[2]
+
+    def cut(x, axis):  # to tiles; what pads the last one reads nothing
+        x = jnp.pad(x, [(0, room if at == axis else 0) for at in range(x.ndim)])
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :]), axis, 0)
+
+    tiles = cut(query, 2), cut(mask, 1)
+    mixed = jax.lax.map(lambda tile: attention(tile[0], keys, values, tile[1], cached), tiles)
+    return jnp.moveaxis(mixed, 0, 2).reshape(*query.shape[:2], count * size, -1)[:, :, : query.shape[2]]
+
+
+def packed_attention(query, keys, values, segments, *, attend=jax.checkpoint(attention)) -> jax.Array:
     """`attention` within a chunk, without caches: shapes as there, segments [B, T].
 
     A block of queries reads only the keys up to its own end, so no [T, T] array exists and almost half of the products
-    are never made; the backward pass makes a block's weights again instead of keeping them.
+    are never made; the backward pass makes a block's weights again instead of keeping them. Where there is none,
+    `attend`, of a block, may be `tiled_attention`.
     """
     length = query.shape[2]
     size = max(MIN_QUERY_BLOCK, -(-length // MAX_QUERY_BLOCKS))
-    block = jax.checkpoint(attention)
     mixed = []
     for start in range(0, length, size):
         end = min(start + size, length)
         mask = jnp.arange(end) <= jnp.arange(start, end)[:, None]
         mask &= segments[:, start:end, None] == segments[:, None, :end]
-        mixed.append(block(query[:, :, start:end], keys[:, :, :end], values[:, :, :end], mask))
+        mixed.append(attend(query[:, :, start:end], keys[:, :, :end], values[:, :, :end], mask))
     return jnp.concatenate(mixed, axis=2)
 
 
@@ -350,7 +378,7 @@ class Block(nnx.Module):
         keys = rotate(heads(y, "key", config.kv_heads), cos, sin)
         values = heads(y, "value", config.kv_heads)
         if cached:
-            mixed = attention(query, keys, values, chunk_mask(segments), cached)
+            mixed = tiled_attention(query, keys, values, chunk_mask(segments), cached)
         else:
             mixed = attend(query, keys, values, segments)
         mixed = mixed.swapaxes(1, 2).reshape(*x.shape[:2], -1)

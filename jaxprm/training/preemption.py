@@ -18,13 +18,13 @@ CLOCK_EVERY = 10
 
 
 class Preemption:
-    """Within its `with`, SIGTERM is a notice that `noticed` tells of, and no death.
+    """Within its `with`, SIGTERM is a notice that `noticed` tells of, and `signalled` afterwards, and no death.
 
     With several processes JAX takes the notice of any of them and agrees on a step that all of them will reach.
     """
 
     def __init__(self) -> None:
-        self._signalled = False
+        self.signalled = False
         self._before: Any = None
 
     def __enter__(self) -> Preemption:
@@ -37,13 +37,13 @@ class Preemption:
             signal.signal(signal.SIGTERM, self._before)
 
     def _signal(self, number: int, frame: FrameType | None) -> None:
-        self._signalled = True
+        self.signalled = True
 
     def noticed(self, step: int) -> bool:
         """Whether to stop after this step; the same answer in every process. To be asked after every step."""
         if jax.process_count() > 1 and jax.config.jax_enable_preemption_service:
             return multihost_utils.reached_preemption_sync_point(step)
-        return self._signalled
+        return self.signalled
 
 
 class Timer:

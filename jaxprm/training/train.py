@@ -224,6 +224,11 @@ def train_reward_model(
                 validation = summary(validate())
     finally:
         checkpoints.close()
+    if preemption.signalled:  # during the last validation: too late for the loop, and the model is not there yet
+        raise Interrupted(
+            f"training {name}: told to stop after step {steps} of {steps}; saved in {output}/checkpoints/{steps}, "
+            "the same command goes on from there"
+        )
 
     # Output
     final = about | {"steps": steps, "validation": validation}

@@ -3,11 +3,12 @@
     python killed_training.py ARGUMENTS.json
 
 Arguments: experiment, shards, base, output; kill_before (a batch, from 0) and wait_for (a checkpoint that must be
-committed before that), signal (its name), kill_at (one of NAMED) and kill_after (seconds from the second step on), all
-of which may be null. Prints the position in the data at which it began; exits with 75 where the training says that it
-was interrupted.
+committed before that), signal (its name), kill_at (one of NAMED), kill_after (seconds from the second step on) and
+stop_in_validation (the number of one, from 0, during which SIGTERM comes), all of which may be null. Prints where in
+the data it began; exits with 75 where the training says that it was interrupted.
 """
 
+import itertools
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from pathlib import Path
 from data_pipeline import batches
 from jaxprm import config as config_lib
 from jaxprm.errors import RESUMABLE, Interrupted
-from jaxprm.training.train import train_reward_model
+from jaxprm.training import train
 
 # A point is an operation on a file, as Python announces it before it happens: (event, its path below the output).
 POINTS = {
@@ -95,12 +96,20 @@ def main() -> None:
         return take(self)
 
     batches.TrainingBatches.__next__ = take_or_die
+    validate, validations = train.step_values, itertools.count()
+
+    def stopped_validation(*given):
+        if next(validations) == arguments.get("stop_in_validation"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return validate(*given)
+
+    train.step_values = stopped_validation
     if arguments.get("kill_at") not in (None, "restored"):
         die_at(arguments["kill_at"], output.absolute())
     experiment = config_lib.from_dict(arguments["experiment"], where="test")
     paths = {name: Path(arguments[name]) for name in ("shards", "base")}
     try:
-        train_reward_model(experiment, experiment.reward_models[0], 0, **paths, output=output)
+        train.train_reward_model(experiment, experiment.reward_models[0], 0, **paths, output=output)
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(RESUMABLE)

@@ -86,6 +86,15 @@ def test_told_to_stop_it_saves_at_once_and_says_how_to_go_on(start, whole):
     assert_same_bits(stopped, whole)
 
 
+def test_told_to_stop_during_the_last_validation_it_does_not_go_on_to_the_next_training(start, whole):
+    stopped, status, *_, said = start("late", stop_in_validation=2)
+    assert status == RESUMABLE
+    assert "told to stop after step 32 of 32; saved in" in said.strip().splitlines()[-1]
+    assert final_checkpoint(stopped)[0] == 32 and not (stopped / "model").exists()
+    assert start("late").status == 0
+    assert_same_bits(stopped, whole)
+
+
 def test_killed_at_every_point_of_a_checkpoint_it_ends_with_the_same_bits(start, whole):
     """One run, killed at one point after the other; whatever is left behind, the next process goes on from it."""
     begins = []
