@@ -12,7 +12,6 @@ The same forward pass serves three masks:
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -24,12 +23,8 @@ import numpy as np
 from flax import nnx
 
 from jaxprm.errors import UserError
+from jaxprm.model.attention import chunk_mask, packed_attention, reference_attention, tiled_attention
 from jaxprm.model.families import FAMILIES, Family
-
-# Blocks of queries: large enough for a good matrix product, few enough for a quick compilation.
-MIN_QUERY_BLOCK, MAX_QUERY_BLOCKS = 64, 8
-# On a CPU: scores computed at once, and the fewest queries of a row that make a product worth its call.
-TILE_SCORES, MIN_TILE = 1 << 20, 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,100 +201,6 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def chunk_mask(segments: jax.Array) -> jax.Array:
-    """[B, T, T]: a token reads itself and earlier tokens of its own segment. Segment 0 is padding."""
-    length = segments.shape[-1]
-    causal = jnp.tril(jnp.ones((length, length), bool))
-    return causal & (segments[:, :, None] == segments[:, None, :])
-
-
-def attention(query, keys, values, mask, cached=()) -> jax.Array:
-    """Grouped-query attention over cached tokens and a chunk.
-
-    query [B, H, T, E]; keys, values [B, K, S, E]; mask [B, T, S];
-    cached: blocks of (keys [G, K, E, C], values [G, K, C, E], filled bool [G, C]), where a cached row serves B / G
-    consecutive rows of the chunk and is read once for all of them. Returns [B, H, T, E].
-    Blocks keep their places: no cache is copied.
-    """
-    batch, heads, length, head_dim = query_shape = query.shape
-    kv_heads = keys.shape[1]
-    query = query.reshape(batch, kv_heads, heads // kv_heads * length, head_dim) * (head_dim**-0.5)
-
-    def gather(x, rows):  # [B, K, X, .] -> [G, K, B / G * X, .]
-        if rows == batch:
-            return x
-        return x.reshape(rows, batch // rows, *x.shape[1:]).swapaxes(1, 2).reshape(rows, kv_heads, -1, x.shape[-1])
-
-    def spread(x):  # and back
-        if len(x) == batch:
-            return x
-        x = x.reshape(len(x), kv_heads, batch // len(x), -1, x.shape[-1])
-        return x.swapaxes(1, 2).reshape(batch, kv_heads, -1, x.shape[-1])
-
-    def scores_against(these, allowed):
-        scores = jnp.einsum("gkxe,gkes->gkxs", gather(query, len(these)), these, preferred_element_type=jnp.float32)
-        if allowed.ndim == 2:
-            return jnp.where(allowed[:, None, None], scores, -1e30)
-        whole = scores.reshape(batch, kv_heads, heads // kv_heads, length, -1)
-        return jnp.where(allowed[:, None, None], whole, -1e30).reshape(scores.shape)
-
-    blocks = [*(block for block in cached if block[1].shape[2]), (keys.swapaxes(2, 3), values, mask)]
-    scores = [scores_against(these, allowed) for these, _, allowed in blocks]
-    # One softmax over all blocks, each in its place: joining them would copy the scores.
-    peaks = [spread(block.max(axis=-1, keepdims=True)) for block in scores]
-    peak = jax.lax.stop_gradient(functools.reduce(jnp.maximum, peaks))
-    weights = [jnp.exp(block - gather(peak, len(block))) for block in scores]
-    total = sum(spread(block.sum(axis=-1, keepdims=True)) for block in weights)
-    mixed = sum(
-        spread(block.astype(those.dtype) @ those) for block, (_, those, _) in zip(weights, blocks, strict=True)
-    )
-    return (mixed / total).astype(values.dtype).reshape(query_shape)
-
-
-def tiled_attention(query, keys, values, mask, cached=()) -> jax.Array:
-    """`attention` where nothing is differentiated: on a CPU in tiles of queries whose scores stay in its caches.
-
-    Twice as fast there; the backward pass would be slower, for it adds to all keys once a tile.
-    """
-    given = (query, keys, values, mask, tuple(cached))
-    read = keys.shape[2] + sum(block[1].shape[2] for block in cached)
-    size = max(MIN_TILE, TILE_SCORES // (query.shape[0] * query.shape[1] * read) // MIN_TILE * MIN_TILE)
-    if size >= query.shape[2]:
-        return attention(*given)
-    return jax.lax.platform_dependent(*given, cpu=functools.partial(_in_tiles, size), default=attention)
-
-
-def _in_tiles(size: int, query, keys, values, mask, cached) -> jax.Array:
-    count = -(-query.shape[2] // size)
-    room = count * size - query.shape[2]
-
-    def cut(x, axis):  # to tiles; what pads the last one reads nothing
-        x = jnp.pad(x, [(0, room if at == axis else 0) for at in range(x.ndim)])
-        return jnp.moveaxis(x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :]), axis, 0)
-
-    tiles = cut(query, 2), cut(mask, 1)
-    mixed = jax.lax.map(lambda tile: attention(tile[0], keys, values, tile[1], cached), tiles)
-    return jnp.moveaxis(mixed, 0, 2).reshape(*query.shape[:2], count * size, -1)[:, :, : query.shape[2]]
-
-
-def packed_attention(query, keys, values, segments, *, attend=jax.checkpoint(attention)) -> jax.Array:
-    """`attention` within a chunk, without caches: shapes as there, segments [B, T].
-
-    A block of queries reads only the keys up to its own end, so no [T, T] array exists and almost half of the products
-    are never made; the backward pass makes a block's weights again instead of keeping them. Where there is none,
-    `attend`, of a block, may be `tiled_attention`.
-    """
-    length = query.shape[2]
-    size = max(MIN_QUERY_BLOCK, -(-length // MAX_QUERY_BLOCKS))
-    mixed = []
-    for start in range(0, length, size):
-        end = min(start + size, length)
-        mask = jnp.arange(end) <= jnp.arange(start, end)[:, None]
-        mask &= segments[:, start:end, None] == segments[:, None, :end]
-        mixed.append(attend(query[:, :, start:end], keys[:, :, :end], values[:, :, :end], mask))
-    return jnp.concatenate(mixed, axis=2)
-
-
 @dataclasses.dataclass(frozen=True)
 class Compute:
     """How a forward pass is computed: what it returns differs by rounding alone.
@@ -314,7 +215,9 @@ class Compute:
 
     dtype: Any = jnp.float32
     remat: Literal["none", "minimal", "full"] = "none"
-    attend: Callable[..., jax.Array] = packed_attention
+    attend: Callable[..., jax.Array] = dataclasses.field(
+        default_factory=lambda: reference_attention(jax.default_backend())
+    )
     constrain: Callable[..., jax.Array] = lambda x, *axes: x
     frozen_layers: int = 0
 

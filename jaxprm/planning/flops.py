@@ -10,7 +10,8 @@ import dataclasses
 from typing import Literal
 
 from jaxprm import config as config_lib
-from jaxprm.model.transformer import MAX_QUERY_BLOCKS, MIN_QUERY_BLOCK, TransformerConfig
+from jaxprm.model.attention import MAX_QUERY_BLOCKS, MIN_QUERY_BLOCK
+from jaxprm.model.transformer import TransformerConfig
 from jaxprm.training.step import has_target_network, reads_states
 
 Attention = Literal["splash", "reference"]

@@ -14,7 +14,8 @@ from jax.sharding import SingleDeviceSharding
 from jaxprm import config as config_lib
 from jaxprm.errors import UserError
 from jaxprm.model import huggingface
-from jaxprm.model.transformer import TransformerConfig, packed_attention
+from jaxprm.model.attention import packed_attention
+from jaxprm.model.transformer import TransformerConfig
 from jaxprm.planning import compiling
 from jaxprm.planning.chips import Chip, chip_of
 from jaxprm.planning.compiling import Compilation, compile_ahead

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxprm.model import splash
-from jaxprm.model.transformer import packed_attention
+from jaxprm.model.attention import packed_attention
 from jaxprm.training import sharding
 
 ROWS, HEADS, KV_HEADS, LENGTH, HEAD_DIM = 2, 4, 2, 256, 64

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxprm.model import huggingface, transformer
+from jaxprm.model import huggingface
 from jaxprm.model.transformer import Cache
 from tests.model import tiny
 
@@ -206,30 +206,3 @@ def test_reading_at_positions_equals_indexing_the_values(references):
     row, reads = packed(SEQUENCES), np.array([[16, 20, 25, 48, 0]])
     values = jax.jit(lambda: nnx.merge(GRAPH, STATE)(row["tokens"], row["positions"], row["segments"], reads))()
     tiny.assert_close(values[0], np.concatenate(references)[reads[0]])
-
-
-@pytest.mark.parametrize("shared", [1, 2])
-def test_tiles_of_queries_equal_all_at_once(shared, monkeypatch):
-    monkeypatch.setattr(transformer, "TILE_SCORES", 1)
-    rng, (rows, heads, kv_heads, length, head_dim, held) = np.random.default_rng(0), (2, 4, 2, 37, 8, 11)
-
-    def normal(*shape):
-        return jnp.asarray(rng.normal(size=shape), jnp.float32)
-
-    cache = (
-        normal(rows // shared, kv_heads, head_dim, held),
-        normal(rows // shared, kv_heads, held, head_dim),
-        jnp.arange(held) < jnp.asarray([[5], [held]])[: rows // shared],
-    )
-    segments = jnp.asarray(np.sort(rng.integers(0, 3, (rows, length))), jnp.int32)
-    given = (
-        normal(rows, heads, length, head_dim),
-        *(normal(rows, kv_heads, length, head_dim) for _ in range(2)),
-        transformer.chunk_mask(segments),
-        (cache,),
-    )
-    expected = transformer.attention(*given)
-    np.testing.assert_allclose(transformer.tiled_attention(*given), expected, atol=1e-6)
-    tiled = jax.jit(transformer.tiled_attention).trace(*given)
-    loops = {name: "stablehlo.while" in tiled.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "tpu")}
-    assert loops == {"cpu": True, "tpu": False}

@@ -24,8 +24,9 @@ from flax import nnx
 from data_pipeline.batches import training_batches
 from jaxprm import config as config_lib
 from jaxprm.model import huggingface
+from jaxprm.model.attention import packed_attention
 from jaxprm.model.splash import splash_attention
-from jaxprm.model.transformer import Compute, RewardModel, TransformerConfig, packed_attention
+from jaxprm.model.transformer import Compute, RewardModel, TransformerConfig
 from jaxprm.training import sharding
 from jaxprm.training.checkpoint import Checkpoints
 from jaxprm.training.inspection import inspect

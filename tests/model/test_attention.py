@@ -1,0 +1,92 @@
+"""Attention in tiles equals attention all at once, backwards too; and only a CPU goes in tiles."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxprm.model import attention
+from jaxprm.model.attention import chunk_mask
+
+PACKED = attention.packed_attention_on_cpu
+ROWS, HEADS, KV_HEADS, LENGTH, HEAD_DIM = 2, 4, 2, 149, 8
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(attention, "TILE_SCORES", 1)
+    jax.clear_caches()  # programs that were traced with other tiles
+    yield
+    jax.clear_caches()
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def chunk(dtype=jnp.float32) -> tuple[jax.Array, ...]:
+    """Query, keys, values and segments, padding among them."""
+    segments = np.sort(np.random.default_rng(9).integers(0, 4, (ROWS, LENGTH)))
+    query = normal(0, ROWS, HEADS, LENGTH, HEAD_DIM)
+    keys, values = (normal(seed, ROWS, KV_HEADS, LENGTH, HEAD_DIM) for seed in (1, 2))
+    return *(x.astype(dtype) for x in (query, keys, values)), jnp.asarray(segments, jnp.int32)
+
+
+def all_at_once(query, keys, values, segments):
+    return attention.attention(query, keys, values, chunk_mask(segments))
+
+
+def gradients(attend, query, keys, values, segments):
+    weights = normal(3, *query.shape)
+    loss = lambda *given: jnp.sum(attend(*given, segments).astype(jnp.float32) * weights)
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(query, keys, values)
+
+
+def test_packed_attention_and_its_gradients_equal_those_of_the_formula():
+    given = chunk()
+    np.testing.assert_allclose(PACKED(*given), all_at_once(*given), atol=1e-6)
+    for found, expected in zip(
+        *(jax.tree.leaves(gradients(attend, *given)) for attend in (PACKED, all_at_once)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_in_bfloat16_gradients_keep_the_dtype_and_stay_close():
+    given = chunk(jnp.bfloat16)
+    (_, found), (_, expected) = (gradients(attend, *given) for attend in (PACKED, all_at_once))
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype == jnp.bfloat16
+        error = np.linalg.norm(np.asarray(one - other, np.float32)) / np.linalg.norm(np.asarray(other, np.float32))
+        assert error < 0.02
+
+
+def test_gradients_agree_under_rematerialisation():
+    given = chunk()
+    kept, made_again = (
+        jax.tree.leaves(gradients(attend, *given))
+        for attend in (PACKED, jax.checkpoint(PACKED))
+    )
+    for one, other in zip(kept, made_again, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shared", [1, 2])
+def test_tiles_after_a_cache_equal_all_at_once(shared):
+    held, (query, keys, values, segments) = 11, chunk()
+    cache = (
+        normal(4, ROWS // shared, KV_HEADS, HEAD_DIM, held),
+        normal(5, ROWS // shared, KV_HEADS, held, HEAD_DIM),
+        jnp.arange(held) < jnp.asarray([[5], [held]])[: ROWS // shared],
+    )
+    given = query, keys, values, chunk_mask(segments), (cache,)
+    np.testing.assert_allclose(attention.tiled_attention(*given), attention.attention(*given), atol=1e-6)
+
+
+def test_only_a_cpu_goes_in_tiles():
+    query, keys, values, segments = chunk()
+    traced = jax.jit(attention.tiled_attention).trace(query, keys, values, chunk_mask(segments))
+    loops = {name: "stablehlo.while" in traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "tpu")}
+    assert loops == {"cpu": True, "tpu": False}
+    assert attention.reference_attention("tpu") is attention.packed_attention
+    assert attention.reference_attention("cpu") is attention.packed_attention_on_cpu
