@@ -208,16 +208,14 @@ class Compute:
     dtype: of activations and of the products; norms, softmax and the value head are in float32 whatever it is.
     remat: what is kept of a layer for the backward pass: everything ("none"), products of activations with parameters
         ("minimal"), or its input ("full").
-    attend: attention within packed rows, (query, keys, values, segments) as for `packed_attention`.
+    attend: attention within packed rows, (query, keys, values, segments) as for `packed_attention`, the default.
     constrain: (activation, *logical axes) -> the activation, laid out on a mesh.
     frozen_layers: so many of the first layers are not trained; run by themselves, nothing of theirs is kept.
     """
 
     dtype: Any = jnp.float32
     remat: Literal["none", "minimal", "full"] = "none"
-    attend: Callable[..., jax.Array] = dataclasses.field(
-        default_factory=lambda: reference_attention(jax.default_backend())
-    )
+    attend: Callable[..., jax.Array] | None = None
     constrain: Callable[..., jax.Array] = lambda x, *axes: x
     frozen_layers: int = 0
 
@@ -333,10 +331,11 @@ class Transformer(nnx.Module):
         x = compute.constrain(self.embedding[...].astype(compute.dtype), "vocabulary", "hidden")[tokens]
         graph, stacked = nnx.split(self.blocks)
         if not caches:
+            attend = compute.attend or reference_attention(jax.default_backend())
 
             def layer(x, parameters):
                 block = nnx.merge(graph, parameters[0])
-                x, _, _ = block(x, cos, sin, segments, attend=compute.attend, adapters=parameters[1])
+                x, _, _ = block(x, cos, sin, segments, attend=attend, adapters=parameters[1])
                 return compute.constrain(x, "batch", "length", "hidden"), None
 
             x = compute.constrain(x, "batch", "length", "hidden")
