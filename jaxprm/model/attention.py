@@ -111,8 +111,15 @@ def packed_attention_on_cpu(query, keys, values, segments) -> jax.Array:
     return packed_attention(query, keys, values, segments, block=block)
 
 
+def packed_attention_anywhere(query, keys, values, segments) -> jax.Array:
+    """Whichever of the two fits the devices that it is compiled for. For a backward pass both keep something, one of
+    them zeros."""
+    given = query, keys, values, segments
+    return jax.lax.platform_dependent(*given, cpu=packed_attention_on_cpu, default=packed_attention)
+
+
 def reference_attention(platform: str) -> Callable[..., jax.Array]:
-    """Of packed rows on such devices. A loop over tiles would keep an accelerator waiting."""
+    """`packed_attention` on such devices: a loop over tiles would keep an accelerator waiting."""
     return packed_attention_on_cpu if platform == "cpu" else packed_attention
 
 

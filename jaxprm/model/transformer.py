@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 
 from jaxprm.errors import UserError
-from jaxprm.model.attention import chunk_mask, packed_attention, reference_attention, tiled_attention
+from jaxprm.model.attention import chunk_mask, packed_attention_anywhere, tiled_attention
 from jaxprm.model.families import FAMILIES, Family
 
 
@@ -208,14 +208,14 @@ class Compute:
     dtype: of activations and of the products; norms, softmax and the value head are in float32 whatever it is.
     remat: what is kept of a layer for the backward pass: everything ("none"), products of activations with parameters
         ("minimal"), or its input ("full").
-    attend: attention within packed rows, (query, keys, values, segments) as for `packed_attention`, the default.
+    attend: attention within packed rows, (query, keys, values, segments) as for `packed_attention`.
     constrain: (activation, *logical axes) -> the activation, laid out on a mesh.
     frozen_layers: so many of the first layers are not trained; run by themselves, nothing of theirs is kept.
     """
 
     dtype: Any = jnp.float32
     remat: Literal["none", "minimal", "full"] = "none"
-    attend: Callable[..., jax.Array] | None = None
+    attend: Callable[..., jax.Array] = packed_attention_anywhere
     constrain: Callable[..., jax.Array] = lambda x, *axes: x
     frozen_layers: int = 0
 
@@ -252,7 +252,9 @@ class Block(nnx.Module):
         self.up = matrix(width, config.intermediate_size)
         self.down = nnx.Param(matrix(config.intermediate_size, width)[...] * (2 * config.layers) ** -0.5)
 
-    def __call__(self, x, cos, sin, segments, cached=(), attend=packed_attention, adapters=MappingProxyType({})):
+    def __call__(
+        self, x, cos, sin, segments, cached=(), attend=packed_attention_anywhere, adapters=MappingProxyType({})
+    ):
         """x [B, T, D] -> (x, keys [B, K, T, E], values [B, K, T, E]).
 
         adapters: {"a": [I, R], "b": [R, O]} by the name of a matrix [I, O], whose product is added to it.
@@ -331,11 +333,10 @@ class Transformer(nnx.Module):
         x = compute.constrain(self.embedding[...].astype(compute.dtype), "vocabulary", "hidden")[tokens]
         graph, stacked = nnx.split(self.blocks)
         if not caches:
-            attend = compute.attend or reference_attention(jax.default_backend())
 
             def layer(x, parameters):
                 block = nnx.merge(graph, parameters[0])
-                x, _, _ = block(x, cos, sin, segments, attend=attend, adapters=parameters[1])
+                x, _, _ = block(x, cos, sin, segments, attend=compute.attend, adapters=parameters[1])
                 return compute.constrain(x, "batch", "length", "hidden"), None
 
             x = compute.constrain(x, "batch", "length", "hidden")

@@ -88,8 +88,8 @@ class Peers:
         except OSError:
             heard = b""
         if heard != FAREWELL and not self._leaving:
-            print(
-                f"jaxprm: process {jax.process_index()} of {jax.process_count()}: process {process} is gone; "
+            print(  # below the progress bar, which nobody ends
+                f"\njaxprm: process {jax.process_index()} of {jax.process_count()}: process {process} is gone; "
                 "run the same command again on all hosts, it goes on from the last checkpoint",
                 file=sys.stderr,
                 flush=True,

@@ -85,8 +85,20 @@ def test_tiles_after_a_cache_equal_all_at_once(shared):
 
 def test_only_a_cpu_goes_in_tiles():
     query, keys, values, segments = chunk()
-    traced = jax.jit(attention.tiled_attention).trace(query, keys, values, chunk_mask(segments))
-    loops = {name: "stablehlo.while" in traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "tpu")}
-    assert loops == {"cpu": True, "tpu": False}
+    for attend, last in (
+        (attention.tiled_attention, chunk_mask(segments)), (attention.packed_attention_anywhere, segments),
+    ):  # fmt: skip
+        traced = jax.jit(attend).trace(query, keys, values, last)
+        texts = {name: traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "tpu")}
+        assert {name: "stablehlo.while" in text for name, text in texts.items()} == {"cpu": True, "tpu": False}
     assert attention.reference_attention("tpu") is attention.packed_attention
     assert attention.reference_attention("cpu") is attention.packed_attention_on_cpu
+
+
+def test_what_is_compiled_anywhere_has_the_same_gradients():
+    given = chunk()
+    for found, expected in zip(
+        *(jax.tree.leaves(gradients(attend, *given)) for attend in (attention.packed_attention_anywhere, PACKED)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
