@@ -14,7 +14,7 @@ import jax.numpy as jnp
 # Blocks of queries: large enough for a good matrix product, few enough for a quick compilation.
 MIN_QUERY_BLOCK, MAX_QUERY_BLOCKS = 64, 8
 # On a CPU: scores computed at once, and the fewest queries of a row that make a product worth its call.
-TILE_SCORES, MIN_TILE = 1 << 20, 16
+TILE_SCORES, MIN_TILE = 1 << 20, 64
 
 
 def chunk_mask(segments: jax.Array) -> jax.Array:
