@@ -68,8 +68,8 @@ def attention(query, keys, values, mask, cached=()) -> jax.Array:
 
 
 def tiled_attention(query, keys, values, mask, cached=()) -> jax.Array:
-    """`attention`, on a CPU in tiles of queries whose scores stay in its caches: twice as fast there. Nothing to
-    differentiate: `packed_attention` is that."""
+    """`attention`, on a CPU in tiles of queries whose scores stay in its caches. Nothing to differentiate:
+    `packed_attention` is that."""
     given = (query, keys, values, mask, tuple(cached))
     size = _tile(*query.shape[:2], keys.shape[2] + sum(block[1].shape[2] for block in cached))
     if size >= query.shape[2]:
@@ -145,10 +145,7 @@ def _join(tiles: jax.Array, axis: int, length: int) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _in_tiles(size: int, query, keys, values, mask) -> jax.Array:
-    """`attention` without caches, `size` queries of every row at a time, whose backward pass is by hand.
-
-    The two passes over the scores that it takes are a third of what differentiating a softmax makes.
-    """
+    """`attention` without caches, `size` queries of every row at a time, whose backward pass is by hand."""
     return _tiles_forward(size, query, keys, values, mask)[0]
 
 
