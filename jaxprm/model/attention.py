@@ -6,7 +6,6 @@ Letters: B batch, T queries, S keys, C cached tokens, H heads, K kv heads, E hea
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -68,8 +67,10 @@ def attention(query, keys, values, mask, cached=()) -> jax.Array:
 
 
 def tiled_attention(query, keys, values, mask, cached=()) -> jax.Array:
-    """`attention`, on a CPU in tiles of queries whose scores stay in its caches. Nothing to differentiate:
-    `packed_attention` is that."""
+    """`attention`, on a CPU in tiles of queries whose scores stay in its caches.
+
+    For forward passes: what a backward pass would keep of every tile costs more than the tiles save.
+    """
     given = (query, keys, values, mask, tuple(cached))
     size = _tile(*query.shape[:2], keys.shape[2] + sum(block[1].shape[2] for block in cached))
     if size >= query.shape[2]:
@@ -101,28 +102,6 @@ def packed_attention(query, keys, values, segments, *, block=jax.checkpoint(atte
     return jnp.concatenate(mixed, axis=2)
 
 
-def packed_attention_on_cpu(query, keys, values, segments) -> jax.Array:
-    """`packed_attention` in tiles of queries whose scores stay in a CPU's caches, forwards and backwards."""
-
-    def block(query, keys, values, mask):
-        size = _tile(*query.shape[:2], keys.shape[2])
-        return _in_tiles(min(size, query.shape[2]), query, keys, values, mask)
-
-    return packed_attention(query, keys, values, segments, block=block)
-
-
-def packed_attention_anywhere(query, keys, values, segments) -> jax.Array:
-    """Whichever of the two fits the devices that it is compiled for. For a backward pass both keep something, one of
-    them zeros."""
-    given = query, keys, values, segments
-    return jax.lax.platform_dependent(*given, cpu=packed_attention_on_cpu, default=packed_attention)
-
-
-def reference_attention(platform: str) -> Callable[..., jax.Array]:
-    """`packed_attention` on such devices: a loop over tiles would keep an accelerator waiting."""
-    return packed_attention_on_cpu if platform == "cpu" else packed_attention
-
-
 def _tile(batch: int, heads: int, read: int) -> int:
     """Queries of a row whose scores are about TILE_SCORES in number."""
     return max(MIN_TILE, TILE_SCORES // (batch * heads * read) // MIN_TILE * MIN_TILE)
@@ -141,63 +120,3 @@ def _join(tiles: jax.Array, axis: int, length: int) -> jax.Array:
     whole = jnp.moveaxis(tiles, 0, axis)
     whole = whole.reshape(*whole.shape[:axis], -1, *whole.shape[axis + 2 :])
     return jax.lax.slice_in_dim(whole, 0, length, axis=axis)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _in_tiles(size: int, query, keys, values, mask) -> jax.Array:
-    """`attention` without caches, `size` queries of every row at a time, whose backward pass is by hand."""
-    return _tiles_forward(size, query, keys, values, mask)[0]
-
-
-def _tiles_forward(size, query, keys, values, mask):
-    transposed = keys.swapaxes(2, 3)
-
-    def one(tile):
-        query, mask = tile
-        scores = _scores(query, transposed, mask)
-        peak = scores.max(axis=-1, keepdims=True)
-        weights = jnp.exp(scores - peak)
-        total = weights.sum(axis=-1, keepdims=True)
-        mixed = (weights.astype(values.dtype) @ values / total).astype(values.dtype)
-        return mixed.reshape(query.shape), peak + jnp.log(total)
-
-    mixed, normalizers = jax.lax.map(one, (_cut(query, 2, size), _cut(mask, 1, size)))
-    return _join(mixed, 2, query.shape[2]), (query, keys, values, mask, mixed, normalizers)
-
-
-def _tiles_backward(size, kept, gradient):
-    query, keys, values, mask, mixed, normalizers = kept
-    transposed_keys, transposed_values = keys.swapaxes(2, 3), values.swapaxes(2, 3)
-
-    def one(grown, tile):
-        query, mask, mixed, normalizer, gradient = tile
-        shape = (*keys.shape[:2], -1, query.shape[-1])
-        weights = jnp.exp(_scores(query, transposed_keys, mask) - normalizer)
-        gradient, mixed = gradient.reshape(shape), mixed.reshape(shape)
-        product = jnp.einsum("bkxe,bkes->bkxs", gradient, transposed_values, preferred_element_type=jnp.float32)
-        mean = jnp.sum(gradient.astype(jnp.float32) * mixed, axis=-1, keepdims=True)
-        of_scores = (weights * (product - mean) * query.shape[-1] ** -0.5).astype(keys.dtype)
-        of_keys = jnp.einsum("bkxs,bkxe->bkse", of_scores, query.reshape(shape), preferred_element_type=jnp.float32)
-        of_values = jnp.einsum(
-            "bkxs,bkxe->bkse", weights.astype(values.dtype), gradient, preferred_element_type=jnp.float32
-        )
-        grown = (grown[0] + of_keys, grown[1] + of_values)
-        return grown, (of_scores @ keys).reshape(query.shape)
-
-    zeros = jnp.zeros(keys.shape, jnp.float32)
-    tiles = _cut(query, 2, size), _cut(mask, 1, size), mixed, normalizers, _cut(gradient, 2, size)
-    (of_keys, of_values), of_query = jax.lax.scan(one, (zeros, zeros), tiles)
-    of_query = _join(of_query, 2, query.shape[2])
-    return of_query, of_keys.astype(keys.dtype), of_values.astype(values.dtype), None
-
-
-_in_tiles.defvjp(_tiles_forward, _tiles_backward)
-
-
-def _scores(query, transposed_keys, mask) -> jax.Array:
-    """Of queries [B, H, T, E], by kv head: float32 [B, K, H / K * T, S]."""
-    batch, kv_heads, head_dim, read = transposed_keys.shape
-    grouped = query.reshape(batch, kv_heads, -1, head_dim) * head_dim**-0.5
-    scores = jnp.einsum("bkxe,bkes->bkxs", grouped, transposed_keys, preferred_element_type=jnp.float32)
-    whole = scores.reshape(batch, kv_heads, -1, query.shape[2], read)
-    return jnp.where(mask[:, None, None], whole, -1e30).reshape(scores.shape)

@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 
 from jaxprm.errors import UserError
-from jaxprm.model.attention import chunk_mask, packed_attention_anywhere, tiled_attention
+from jaxprm.model.attention import chunk_mask, packed_attention, tiled_attention
 from jaxprm.model.families import FAMILIES, Family
 
 
@@ -215,7 +215,7 @@ class Compute:
 
     dtype: Any = jnp.float32
     remat: Literal["none", "minimal", "full"] = "none"
-    attend: Callable[..., jax.Array] = packed_attention_anywhere
+    attend: Callable[..., jax.Array] = packed_attention
     constrain: Callable[..., jax.Array] = lambda x, *axes: x
     frozen_layers: int = 0
 
@@ -253,7 +253,7 @@ class Block(nnx.Module):
         self.down = nnx.Param(matrix(config.intermediate_size, width)[...] * (2 * config.layers) ** -0.5)
 
     def __call__(
-        self, x, cos, sin, segments, cached=(), attend=packed_attention_anywhere, adapters=MappingProxyType({})
+        self, x, cos, sin, segments, cached=(), attend=packed_attention, adapters=MappingProxyType({})
     ):
         """x [B, T, D] -> (x, keys [B, K, T, E], values [B, K, T, E]).
 

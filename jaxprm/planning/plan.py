@@ -14,7 +14,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxprm import config as config_lib
 from jaxprm.errors import UserError
 from jaxprm.model import huggingface
-from jaxprm.model.attention import reference_attention
+from jaxprm.model.attention import packed_attention
 from jaxprm.model.transformer import TransformerConfig
 from jaxprm.planning import compiling
 from jaxprm.planning.chips import Chip, chip_of
@@ -113,8 +113,7 @@ def make_plan(
         features = compile_ahead(programs.features_step, programs.parameters, whole, limit=where.limit)
     scoring = _scoring(where, config, data.length) if scores else None
     text = (features or step).text
-    reference = reference_attention(placed.devices.flat[0].platform)
-    chosen = "reference" if programs.compute.attend is reference else "splash"
+    chosen = "reference" if programs.compute.attend is packed_attention else "splash"
     attention = attention_of(text) if text else chosen
     flops = train_step_flops(config, settings, data, attention)
     sends = communication(step.text, len(where.devices)) if step.text else None

@@ -16,9 +16,10 @@ from flax import nnx
 
 from jaxprm.errors import UserError
 from jaxprm.model import huggingface
+from jaxprm.model.attention import packed_attention, tiled_attention
 from jaxprm.model.layout import ONE_DEVICE, Layout
 from jaxprm.model.prefix_bank import Kept, PrefixBank, Shapes, bucket, rows_for, rows_of
-from jaxprm.model.transformer import TransformerConfig
+from jaxprm.model.transformer import Compute, TransformerConfig
 
 LENGTH_BUCKETS = (256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 16384, 32768)
 TOKENS_A_CALL = 8192
@@ -32,7 +33,8 @@ def values_of_rows(graph, parameters, tokens, counts, dtype, layout=ONE_DEVICE):
     model, tokens = nnx.merge(graph, parameters), layout.of_rows(tokens)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     segments = (positions < counts[:, None]).astype(jnp.int32)
-    return model.value(model.transformer(tokens, positions, segments, dtype=dtype).hidden)
+    compute = Compute(dtype, attend=functools.partial(packed_attention, block=tiled_attention))
+    return model.value(model.transformer(tokens, positions, segments, compute=compute).hidden)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "capacity", "layout"), donate_argnames=("ring",))

@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from jaxprm import config as config_lib
 from jaxprm.errors import UserError
-from jaxprm.model.attention import reference_attention
+from jaxprm.model.attention import packed_attention
 from jaxprm.model.transformer import Compute, TransformerConfig
 from jaxprm.training import sharding
 from jaxprm.training.sharding import RULES, Rules
@@ -30,7 +30,7 @@ def _attention(name: str, config: TransformerConfig, mesh: Mesh, length: int, ru
     """`auto` is splash attention on TPUs where it takes the shapes. Raises UserError where `splash` cannot be."""
     platform = mesh.devices.flat[0].platform
     if name == "reference" or (name == "auto" and platform != "tpu"):
-        return reference_attention(platform)
+        return packed_attention
     from jaxprm.model.splash import BLOCKS, HEAD_DIMS, fits, splash_attention
 
     if platform != "tpu":
@@ -38,7 +38,7 @@ def _attention(name: str, config: TransformerConfig, mesh: Mesh, length: int, ru
     shards = mesh.shape["sequence"]
     if not fits(length, config.head_dim, shards):
         if name == "auto":
-            return reference_attention(platform)
+            return packed_attention
         raise UserError(
             f'attention = "splash" needs data.length = {length} to be a multiple of {BLOCKS[-1] * shards} and the '
             f'model\'s head_dim = {config.head_dim} of {HEAD_DIMS}; use "auto" or "reference"'

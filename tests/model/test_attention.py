@@ -1,4 +1,6 @@
-"""Attention in tiles equals attention all at once, backwards too; and only a CPU goes in tiles."""
+"""Attention in blocks and in tiles equals attention all at once; and only a CPU goes in tiles."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -6,15 +8,16 @@ import numpy as np
 import pytest
 
 from jaxprm.model import attention
-from jaxprm.model.attention import chunk_mask
+from jaxprm.model.attention import chunk_mask, packed_attention, tiled_attention
 
-PACKED = attention.packed_attention_on_cpu
+PACKED_IN_TILES = functools.partial(packed_attention, block=tiled_attention)
 ROWS, HEADS, KV_HEADS, LENGTH, HEAD_DIM = 2, 4, 2, 149, 8
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     monkeypatch.setattr(attention, "TILE_SCORES", 1)
+    monkeypatch.setattr(attention, "MIN_TILE", 16)
     jax.clear_caches()  # programs that were traced with other tiles
     yield
     jax.clear_caches()
@@ -44,9 +47,9 @@ def gradients(attend, query, keys, values, segments):
 
 def test_packed_attention_and_its_gradients_equal_those_of_the_formula():
     given = chunk()
-    np.testing.assert_allclose(PACKED(*given), all_at_once(*given), atol=1e-6)
+    np.testing.assert_allclose(packed_attention(*given), all_at_once(*given), atol=1e-6)
     for found, expected in zip(
-        *(jax.tree.leaves(gradients(attend, *given)) for attend in (PACKED, all_at_once)),
+        *(jax.tree.leaves(gradients(attend, *given)) for attend in (packed_attention, all_at_once)),
         strict=True,
     ):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
@@ -54,21 +57,16 @@ def test_packed_attention_and_its_gradients_equal_those_of_the_formula():
 
 def test_in_bfloat16_gradients_keep_the_dtype_and_stay_close():
     given = chunk(jnp.bfloat16)
-    (_, found), (_, expected) = (gradients(attend, *given) for attend in (PACKED, all_at_once))
+    (_, found), (_, expected) = (gradients(attend, *given) for attend in (packed_attention, all_at_once))
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == other.dtype == jnp.bfloat16
         error = np.linalg.norm(np.asarray(one - other, np.float32)) / np.linalg.norm(np.asarray(other, np.float32))
         assert error < 0.02
 
 
-def test_gradients_agree_under_rematerialisation():
+def test_packed_attention_in_tiles_equals_all_at_once():
     given = chunk()
-    kept, made_again = (
-        jax.tree.leaves(gradients(attend, *given))
-        for attend in (PACKED, jax.checkpoint(PACKED))
-    )
-    for one, other in zip(kept, made_again, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(PACKED_IN_TILES(*given), all_at_once(*given), atol=1e-6)
 
 
 @pytest.mark.parametrize("shared", [1, 2])
@@ -80,25 +78,12 @@ def test_tiles_after_a_cache_equal_all_at_once(shared):
         jnp.arange(held) < jnp.asarray([[5], [held]])[: ROWS // shared],
     )
     given = query, keys, values, chunk_mask(segments), (cache,)
-    np.testing.assert_allclose(attention.tiled_attention(*given), attention.attention(*given), atol=1e-6)
+    np.testing.assert_allclose(tiled_attention(*given), attention.attention(*given), atol=1e-6)
 
 
 def test_only_a_cpu_goes_in_tiles():
     query, keys, values, segments = chunk()
-    for attend, last in (
-        (attention.tiled_attention, chunk_mask(segments)), (attention.packed_attention_anywhere, segments),
-    ):  # fmt: skip
+    for attend, last in ((tiled_attention, chunk_mask(segments)), (PACKED_IN_TILES, segments)):
         traced = jax.jit(attend).trace(query, keys, values, last)
         texts = {name: traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "tpu")}
         assert {name: "stablehlo.while" in text for name, text in texts.items()} == {"cpu": True, "tpu": False}
-    assert attention.reference_attention("tpu") is attention.packed_attention
-    assert attention.reference_attention("cpu") is attention.packed_attention_on_cpu
-
-
-def test_what_is_compiled_anywhere_has_the_same_gradients():
-    given = chunk()
-    for found, expected in zip(
-        *(jax.tree.leaves(gradients(attend, *given)) for attend in (attention.packed_attention_anywhere, PACKED)),
-        strict=True,
-    ):
-        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)

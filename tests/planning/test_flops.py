@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from jaxprm import config as config_lib
-from jaxprm.model.attention import reference_attention
 from jaxprm.planning.flops import attended_pairs, train_step_flops
 from jaxprm.planning.models import MODELS
-from jaxprm.training import computing, sharding
+from jaxprm.training import sharding
 from jaxprm.training.programs import batch_fields, batch_shapes, make_programs
 from tests.planning.fakes import TINY
 
@@ -45,8 +44,7 @@ def products(jaxpr) -> int:
 
 @pytest.mark.parametrize("length", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("changes", SETTINGS.values(), ids=SETTINGS)
-def test_the_formula_counts_every_product_that_is_traced(changes, length, monkeypatch):
-    monkeypatch.setattr(computing, "reference_attention", lambda platform: reference_attention("tpu"))
+def test_the_formula_counts_every_product_that_is_traced(changes, length):
     settings = config_lib.RewardModel(label="x", **changes)
     data = config_lib.Data(rows=2, length=length, steps_per_row=5)
     mesh = sharding.make_mesh(config_lib.Mesh(), jax.devices()[:1])
