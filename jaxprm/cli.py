@@ -26,6 +26,7 @@ COMPUTING = {*STAGE_VERBS, "imitate", "score", "evaluate", "serve", "check-score
 
 _MODEL = "a reward model: its directory, a training's output or checkpoint, a run with a single one, or its hub name"
 _TEMPLATE = "own (the tokenizer's, default), chatml, llama3, or a file"
+_MESH = "devices that share the work: tensor=4; default: all, by rows"
 _DTYPES = ("float32", "bfloat16")
 
 
@@ -55,9 +56,7 @@ def parser() -> argparse.ArgumentParser:
     score.add_argument("--output", type=Path, required=True, help="scores, one line for each line of the input")
     score.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the arithmetic; default float32")
     score.add_argument("--chat-template", default="own", metavar="TEMPLATE", help=_TEMPLATE)
-    score.add_argument(
-        "--mesh", type=_axes, metavar="AXIS=N,...", help="devices that share the work: tensor=4; default: all, by rows"
-    )
+    score.add_argument("--mesh", type=_axes, metavar="AXIS=N,...", help=_MESH)
     _serve_verb(verbs)
     _evaluate_verb(verbs)
     check = verbs.add_parser("check-scorer", help="check that a model scores the same batched, packed and cached")
@@ -94,6 +93,7 @@ def _serve_verb(verbs) -> None:
     serve.add_argument("--port", type=int, default=8000, help="default 8000; 0 for any that is free")
     serve.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the arithmetic; default float32")
     serve.add_argument("--chat-template", default="own", metavar="TEMPLATE", help=_TEMPLATE)
+    serve.add_argument("--mesh", type=_axes, metavar="AXIS=N,...", help=_MESH)
     for name, default, text in (
         ("rows", 8, "conversations computed at once"),
         ("max-tokens", 2048, "of a conversation with a candidate"),

@@ -12,6 +12,9 @@ def run(options: argparse.Namespace) -> int:
 
     Raises UserError without the `serve` extra, and as `server.serve`.
     """
+    from jaxprm.api import mesh_of
+    from jaxprm.scoring.loading import all_devices
+
     try:
         from jaxprm.serving import limits, server
     except ModuleNotFoundError as error:
@@ -24,6 +27,7 @@ def run(options: argparse.Namespace) -> int:
         rows=options.rows,
         dtype=options.dtype,
         template=options.chat_template,
+        mesh=mesh_of(options.mesh) or all_devices(),
         limits=limits.Limits(
             tokens=options.max_tokens,
             candidates=options.max_candidates,

@@ -21,6 +21,7 @@ import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from jaxprm import config as config_lib
 from jaxprm import progress
 from jaxprm.api import Model
 from jaxprm.errors import UserError
@@ -44,10 +45,12 @@ def serve(
     rows: int = 8,
     dtype: str = "float32",
     template: str | None = None,
+    mesh: config_lib.Mesh | None = None,
     limits: Limits = Limits(),
 ) -> None:
     """Serves a reward model until SIGTERM or SIGINT, then answers what was accepted and returns.
 
+    mesh: the devices of this process that share the work; None is the first of them.
     Only who has the token in the environment's JAXPRM_TOKEN is answered, where there is one.
 
     Raises UserError for a host that others reach without a token, a port that is taken, and as `jaxprm.load`.
@@ -57,7 +60,7 @@ def serve(
     try:
         found = loading.find_model(model)
         scorer = loading.load_scorer(
-            found, rows=rows, max_tokens=limits.tokens, dtype=dtype, template=template, shapes=SHAPES
+            found, rows=rows, max_tokens=limits.tokens, dtype=dtype, template=template, mesh=mesh, shapes=SHAPES
         )
         answers, metrics = Answers(scorer, Model(scorer, loading.read_recipe(found)), limits), Metrics()
         batcher = Batcher(

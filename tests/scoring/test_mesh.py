@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import jaxprm
-from jaxprm import files
+from jaxprm import cli, files
 from jaxprm.errors import UserError
 from tests.model import tiny
 
@@ -55,9 +55,12 @@ def test_scores_do_not_depend_on_the_mesh(tmp_path):
     tiny.assert_close(scores["heads"], scores["one"])
 
 
-def test_a_mesh_that_cannot_be_is_one_line(tmp_path):
+def test_a_mesh_that_cannot_be_is_one_line(tmp_path, capsys):
     directory = tiny.write_reward_model(tmp_path / "model")
     with pytest.raises(UserError, match=r"mesh = \{'heads': 2\}.*its axes are data, fsdp, tensor and sequence"):
         jaxprm.load(directory, mesh={"heads": 2})
     with pytest.raises(UserError, match=r"mesh\.tensor = 3.*number of devices"):
         jaxprm.load(directory, mesh={"tensor": 3, "data": 1})
+    assert cli.main(["serve", "--model", str(directory), "--port", "0", "--mesh", "data=1,tensor=3"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "mesh.tensor = 3" in line

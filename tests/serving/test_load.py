@@ -135,6 +135,15 @@ def test_more_than_it_can_take_is_turned_away_and_the_rest_is_right(directory, e
         assert server.process.wait(60) == 0 and "Traceback" not in server.log
 
 
+def test_several_devices_give_the_same_answers(directory, environment, known):
+    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    with serve_load.serving(directory, *OPTIONS, "--mesh", "tensor=2", **environment, **devices) as server:
+        outcome = Outcome()
+        serve_load.send(server.port, iter(known), 4, outcome)
+        right(outcome)
+        assert outcome.compared == len(known)
+
+
 def test_sigterm_under_load_loses_no_accepted_request(server: Server):
     """Last, as the server ends. Requests that take a while, so that most are waiting when it is told to."""
     count, outcome = 24, Outcome()
