@@ -26,7 +26,16 @@ from jaxprm.model.transformer import Cache, TransformerConfig
 FEW = 4
 # Dropped prefixes that are known when they come back: for the count of what is encoded again, and no more.
 DROPPED = 1 << 14
+# The longest shape that is compiled for the turns of a model's data: memory beside every slot grows with it.
+WIDEST = 2048
 _HASH_BASE = np.uint64(0x9E3779B97F4A7C15)
+
+
+class TurnTokens(NamedTuple):
+    """Lengths of turns: half of them have no more than `median` tokens, and 99 of 100 no more than `most`."""
+
+    median: int
+    most: int
 
 
 class Shapes(NamedTuple):
@@ -40,6 +49,20 @@ class Shapes(NamedTuple):
     packed: tuple[int, ...] = (64, 256)
     kept: tuple[int, ...] = (64, 256)
     lengths: tuple[int, ...] = (0, 192, 384, 640, 1024, 2048, 4096)
+
+    def for_turns(self, action: TurnTokens, observation: TurnTokens) -> Shapes:
+        """With the widest of each kind, where these turns are longer, widened to what they need, up to WIDEST: an
+        observation at once, an action that is kept, and a row for four candidates."""
+
+        def widened(widths: tuple[int, ...], tokens: int) -> tuple[int, ...]:
+            widest = min(WIDEST, 1 << (max(1, tokens) - 1).bit_length())
+            return widths if widest <= widths[-1] else (*widths[:-1], widest)
+
+        return self._replace(
+            growth=widened(self.growth, observation.most),
+            packed=widened(self.packed, max(action.most, 4 * action.median)),
+            kept=widened(self.kept, action.most),
+        )
 
 
 class Ring(NamedTuple):

@@ -73,10 +73,11 @@ def check_scorer(model: Path, trajectories: Path | None = None, *, most: int = 1
         cases = _cases(loaded.encoder, trajectories, most)
         longest = max(len(case.encoded.tokens) for case in cases) + loaded.engine.shapes.packed[-1]
         same = (loaded.config, loaded.parameters, loaded.encoder)
-        scorer = Scorer(*same, rows=ROWS, max_tokens=longest)
+        sizes: dict[str, Any] = {"rows": ROWS, "max_tokens": longest, "shapes": loaded.engine.shapes}
+        scorer = Scorer(*same, **sizes)
         engine = scorer.engine
-        small = Scorer(*same, rows=ROWS, max_tokens=longest, cache_bytes=2 * engine.bytes_of_a_slot)
-        rounded = Scorer(*same, rows=ROWS, max_tokens=longest, dtype="bfloat16")
+        small = Scorer(*same, **sizes, cache_bytes=2 * engine.bytes_of_a_slot)
+        rounded = Scorer(*same, **sizes, dtype="bfloat16")
         tokens, names = [case.encoded.tokens for case in cases], [case.name for case in cases]
         alone = [engine.alone(one) for one in tokens]
         reference = [values[case.encoded.read_positions] for case, values in zip(cases, alone, strict=True)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jaxprm.errors import UserError
 from jaxprm.model import hub, huggingface, weights
 from jaxprm.model.layout import ONE_DEVICE, Layout
 from jaxprm.model.orbax_reader import DESCRIPTION, is_checkpoint, newest_checkpoint, read_parameters
-from jaxprm.model.prefix_bank import Shapes
+from jaxprm.model.prefix_bank import Shapes, TurnTokens
 from jaxprm.model.tensor_files import WEIGHTS, has_weights, model_files, open_tensors
 from jaxprm.model.transformer import TransformerConfig
 from jaxprm.model.weights_writer import DTYPES
@@ -28,6 +28,7 @@ from jaxprm.scoring.scorer import Scorer
 RECIPE = "reward_model.json"
 # What stands for a checkpoint's arrays: written once, with the names of the files that hold them.
 _CHECKPOINT_FILES = ("_CHECKPOINT_METADATA", "state/_METADATA", "state/manifest.ocdbt")
+_Count = Annotated[int, msgspec.Meta(ge=0)]
 _BELOW = ("model", "seed-*/model", "*/seed-*/model", "reward_models/*/seed-*/model")
 _CHECKPOINTS_BELOW = tuple(pattern.removesuffix("model") + "checkpoints" for pattern in _BELOW)
 
@@ -166,7 +167,8 @@ def load_scorer(
 ) -> Scorer:
     """The scorer of a model that `find_model` found, computing in `dtype`; template: as in `load_encoder`.
 
-    mesh: the devices of this process that share the work; None is the first of them.
+    mesh: the devices of this process that share the work; None is the first of them. shapes: what is compiled for, or
+    wider where the model was trained on longer turns.
 
     Raises UserError where model and tokenizer do not belong together.
     """
@@ -180,8 +182,25 @@ def load_scorer(
         layout = Layout(make_mesh(mesh, jax.local_devices()))
     config, parameters = load_reward_model(model, mesh=layout.mesh)
     huggingface.check_vocabulary(model, config, encoder.vocabulary_size)
+    if turns := read_turn_tokens(model):
+        shapes = shapes.for_turns(**turns)
     options = {"rows": rows, "max_tokens": max_tokens, "dtype": dtype, "shapes": shapes, "layout": layout}
     return Scorer(config, parameters, encoder, **options)
+
+
+def read_turn_tokens(model: Path) -> dict[str, TurnTokens]:
+    """{"action", "observation"} of what a model was trained on; {} where its recipe does not say."""
+    found = read_recipe(model).get("turn_tokens")
+    if found is None:
+        return {}
+    try:
+        turns = msgspec.convert(found, dict[Literal["action", "observation"], dict[Literal["median", "most"], _Count]])
+        return {name: TurnTokens(**turns[name]) for name in ("action", "observation")}
+    except (msgspec.ValidationError, KeyError, TypeError):
+        raise UserError(
+            f"{files_of(model) / RECIPE}: turn_tokens must have median and most, whole numbers, of action and "
+            f"observation, found {str(found)[:200]}"
+        ) from None
 
 
 def all_devices() -> config_lib.Mesh | None:

@@ -6,6 +6,7 @@ import pytest
 
 from data_pipeline.errors import DataError
 from jaxprm.errors import UserError
+from jaxprm.model.prefix_bank import WIDEST, Shapes, TurnTokens
 from jaxprm.scoring import loading
 from tests.model import tiny
 
@@ -59,3 +60,43 @@ def test_a_recipe_is_read_where_there_is_one(tmp_path):
     (tmp_path / "reward_model.json").write_text("{")
     with pytest.raises(UserError, match=r"reward_model\.json: "):
         loading.read_recipe(tmp_path)
+
+
+def test_turns_as_long_as_those_of_the_training_data_are_encoded_once(tmp_path):
+    turns = {"action": {"median": 150, "most": 300}, "observation": {"median": 9, "most": 400}}
+    directory = tiny.write_reward_model(tmp_path, turn_tokens=turns)
+    scorer = loading.load_scorer(directory, rows=1, max_tokens=1000)
+    assert scorer.engine.shapes == Shapes(growth=(64, 512), packed=(64, 1024), kept=(64, 512))
+    encoder, state = scorer.encoder, tiny.conversation(1)[:1]
+    long = [f"Action: get {number} stick" + " and then the lantern" * 25 for number in (1, 2)]
+    rests = [len(encoder.trajectory([*state, {"role": "assistant", "content": text}], row="").tokens) for text in long]
+    assert all(256 < rest - len(encoder.prompt(state)) <= 512 for rest in rests)
+
+    def whole(texts):
+        return [[*state, {"role": "assistant", "content": text}] for text in texts]
+
+    found = scorer.score_actions([state], [long])[0]
+    tiny.assert_close(found, [steps[-1] for steps in scorer.score(whole(long))])
+    before = scorer.usage["encoded"]
+    kept = len(encoder.trajectory(whole(long)[1], row="").tokens)
+    state = [*whole(long)[1], {"role": "user", "content": "Got 2 stick"}]
+    scorer.score_actions([state], [["Action: get 1 stick"]])
+    (last,) = whole(["Action: get 1 stick"])
+    assert scorer.usage["encoded"] - before == len(encoder.trajectory(last, row="").tokens) - kept
+
+
+@pytest.mark.parametrize(
+    "broken", [[], 3, {"action": {"median": 1, "most": 2}}, {"action": {"median": -1, "most": 2}, "observation": {}}]
+)
+def test_turns_that_are_no_numbers_are_refused(tmp_path, broken):
+    (tmp_path / "reward_model.json").write_text(json.dumps({"turn_tokens": broken}))
+    with pytest.raises(UserError, match=r"reward_model\.json: turn_tokens must have median and most"):
+        loading.read_turn_tokens(tmp_path)
+
+
+def test_shapes_grow_with_the_turns_but_not_beyond_bounds():
+    plain = Shapes()
+    assert plain.for_turns(TurnTokens(0, 0), TurnTokens(0, 0)) == plain
+    assert plain.for_turns(TurnTokens(64, 256), TurnTokens(256, 256)) == plain
+    assert plain.for_turns(TurnTokens(65, 65), TurnTokens(1, 257)) == plain._replace(growth=(64, 512), packed=(64, 512))
+    assert plain.for_turns(*[TurnTokens(10**9, 10**9)] * 2) == Shapes(*[(64, WIDEST)] * 3)

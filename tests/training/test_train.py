@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 from collections import Counter
@@ -134,6 +135,15 @@ def test_the_model_directory_is_complete_and_says_how_it_was_made(trained, toy):
     assert recipe["steps"] == len(trained.losses)
     assert recipe["trained_on"]["tokens"] == sum(line["tokens"] for line in trained.lines if "loss" in line)
     assert Encoder.load(trained.model).fingerprint == Encoder.load(toy.base).fingerprint
+    split, turns = open_dataset(toy.shards).split("train"), {"action": [], "observation": []}
+    for first, end in itertools.pairwise(split.step_starts):
+        for step in range(first, end):
+            turns["action"].append(split.read_positions[step] - split.state_positions[step])
+            if step + 1 < end:
+                turns["observation"].append(split.state_positions[step + 1] - split.read_positions[step])
+    for name, found in turns.items():
+        assert sorted(found)[len(found) // 2] == recipe["turn_tokens"][name]["median"], name
+        assert np.mean(np.asarray(found) <= recipe["turn_tokens"][name]["most"]) >= 0.99, name
     config = json.loads((trained.model / "config.json").read_text())
     assert config["architectures"] == ["Qwen2ForSequenceClassification"] and config["max_position_embeddings"] == 256
     assert not list(trained.output.glob("*.partial"))
