@@ -25,6 +25,8 @@ from jaxprm.policies.protocol import Action, DrawKey, State, candidate_seed, dra
 LANES = 2
 # Candidates of one state that read one copy of its prefix. A second number would be a second compilation.
 SHARED = 4
+# Actions that are remembered, the latest; a kilobyte each at most. What is forgotten is drawn again, and the same.
+REMEMBERED = 1 << 18
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "end_id", "steps", "capacity"))
@@ -110,7 +112,7 @@ class LanguageModelPolicy:
     """Samples assistant turns from a causal language model.
 
     Every candidate is drawn once: asked again for the same (task, conversation, number, temperature), the policy
-    answers from memory, so that searches that meet in a state share its candidates and its cost.
+    answers from memory, as far as that goes, so that searches that meet in a state share its candidates and its cost.
     """
 
     def __init__(self, config, parameters: Any, encoder: Encoder, *, seed: int, settings):
@@ -158,7 +160,10 @@ class LanguageModelPolicy:
             else:
                 jobs.append((key, tokens))
         self._sample_all(jobs, temperature)
-        return [[self._memory[key] for key in row] for row in keys]
+        found = [[self._memory[key] for key in row] for row in keys]
+        while len(self._memory) > REMEMBERED:
+            del self._memory[next(iter(self._memory))]
+        return found
 
     def count_tokens(self, messages: Sequence[dict]) -> int:
         """Length of a conversation, with the opening of the next assistant turn."""

@@ -197,6 +197,16 @@ def test_asked_again_it_answers_from_memory():
     assert policy.usage["generated"] > usage["generated"]
 
 
+def test_what_is_forgotten_is_drawn_again_and_the_same(monkeypatch):
+    monkeypatch.setattr(language_model, "REMEMBERED", 2)
+    policy = new_policy()
+    first = policy.propose(STATES, 2, 1.0)
+    assert len(policy._memory) == 2
+    cost = policy.generated
+    assert without_log_probability(policy.propose(STATES, 2, 1.0)) == without_log_probability(first)
+    assert policy.generated > cost
+
+
 def test_a_state_too_long_gets_an_empty_action_and_its_neighbours_are_unharmed(sampled):
     too_long = State("task/long", tiny.conversation(50, turns=18)[:-1])
     assert len(ENCODER.prompt(too_long.messages)) + STEPS > LONGEST
