@@ -21,7 +21,7 @@ from jaxprm.model.layout import ONE_DEVICE, Layout
 from jaxprm.model.prefix_bank import Kept, PrefixBank, Shapes, bucket, rows_for, rows_of
 from jaxprm.model.transformer import Compute, TransformerConfig
 
-LENGTH_BUCKETS = (256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 16384, 32768)
+LENGTH_BUCKETS = (256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
 TOKENS_A_CALL = 8192
 # Memory for keys and values of prefixes; what does not fit is encoded again.
 CACHE_BYTES = 2 << 30
