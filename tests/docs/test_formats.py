@@ -70,7 +70,8 @@ def test_the_fields_of_a_batch():
 
 def test_the_fields_of_a_reward_models_recipe():
     settings = config.RewardModel(label="a")
-    found = dict.fromkeys(["steps", "trained_on", "lengths", "fill", "skipped", "validation", "fingerprints"])
+    facts = ["trained_on", "lengths", "turn_tokens", "fill", "skipped"]
+    found = dict.fromkeys(["steps", *facts, "validation", "fingerprints"])
     recipe = reward_model.recipe(settings, 0, base=Path("b"), max_tokens=1, value_range=(0, 1), **found)
     assert in_table("Reward models") == set(recipe)
     assert set(recipe["targets"]) <= named("Reward models")
