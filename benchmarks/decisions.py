@@ -1,6 +1,6 @@
 """The same TextCraft searches through the engine and through plain scoring: equal decisions, and what each takes.
 
-    python benchmarks/decisions.py --model runs/demo/reward_models/agentprm/seed-0 --tasks 24 --json decisions.json
+    python -m benchmarks.decisions --model runs/demo/reward_models/agentprm/seed-0 --tasks 24 --json decisions.json
 
 Plain scoring reads every candidate's whole conversation again, in padded batches. Both searches draw the same actions,
 so their trees part only where two scores are closer than rounding; such places are counted, and so is any other.

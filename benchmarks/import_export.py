@@ -1,6 +1,6 @@
 """Imports a checkpoint of the shape of Qwen2.5-7B in bfloat16, exports it again, and measures what that costs.
 
-    python benchmarks/import_export.py [--layers 28] [--devices 1] [--directory DIR] [--keep]
+    python -m benchmarks.import_export [--layers 28] [--devices 1] [--directory DIR] [--keep]
 
 Makes a random checkpoint on disk, a tensor at a time (15.2 GB with all 28 layers, 4.0 GB with 4), reads it onto the
 device, or split over a mesh of virtual ones, and prints seconds and the peak of anonymous host memory against the

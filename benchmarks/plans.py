@@ -1,7 +1,7 @@
 """Compiles the plans of docs/plan.md one after another and writes their table; what is done already is not done again.
 
-    python benchmarks/plans.py --output runs/plans            # all that are missing, the smallest first
-    python benchmarks/plans.py --output runs/plans --rows     # no compiling: the rows of the table, from what is there
+    python -m benchmarks.plans --output runs/plans            # all that are missing, the smallest first
+    python -m benchmarks.plans --output runs/plans --rows     # no compiling: the rows of the table, from what is there
 
 Needs libtpu. Each plan is a process of its own, whose command line is in its JSON file's name and in the table.
 """

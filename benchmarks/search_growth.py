@@ -1,6 +1,6 @@
 """How the cost of scoring a search grows with its depth and with the candidates of a state; draws docs/search-cost.svg.
 
-    python benchmarks/search_growth.py --json growth.json --figure docs/search-cost.svg
+    python -m benchmarks.search_growth --json growth.json --figure docs/search-cost.svg
 
 Lengths are those of TextCraft, 4 beams; depth 5 to 40 with 4 candidates, then 2 to 32 candidates at depth 10. Every
 search is measured `--repeats` times, the shortest counts: what else the machine does only adds time.

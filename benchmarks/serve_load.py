@@ -1,6 +1,6 @@
 """A server under load: many clients, requests of all sizes, garbage, slow and vanishing clients.
 
-    python benchmarks/serve_load.py --model DIR [--requests 36000] [--clients 16] [--json FILE]
+    python -m benchmarks.serve_load --model DIR [--requests 36000] [--clients 16] [--json FILE]
 
 Starts `python -m jaxprm serve` and sends the requests from as many threads as there are clients. Half of them have
 answers that are compared with those of the same model in Python, most others are like no request before, so that

@@ -48,6 +48,16 @@ def test_every_command_parses(page, arguments):
         assert loaded.name
 
 
+def test_benchmarks_are_run_as_modules():
+    """By its path a script does not find the package beside it: nothing is installed but the requirements."""
+    named = set()
+    for path in (*PAGES, *(ROOT / "benchmarks").glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"python \S*benchmarks/", text), path
+        named |= set(re.findall(r"python -m benchmarks\.(\w+)", text))
+    assert named and all((ROOT / "benchmarks" / f"{name}.py").is_file() for name in named)
+
+
 @pytest.mark.parametrize("verb", sorted(cli.VERBS))
 def test_every_option_is_on_the_command_line_page(verb):
     """From the other side: what the parser knows is documented."""

@@ -124,10 +124,10 @@ def test_a_policy_of_ones_own_goes_through_training(folder):
 
 
 def test_the_benchmark_is_the_one_that_is_tested():
-    (arguments,) = [arguments for arguments in pages.shell(PAGE) if "benchmarks/import_export.py" in arguments]
-    assert arguments == ["benchmarks/import_export.py", "--shape", "small", "--devices", "8"]
+    (arguments,) = [arguments for arguments in pages.shell(PAGE) if "benchmarks.import_export" in arguments]
+    assert arguments == ["-m", "benchmarks.import_export", "--shape", "small", "--devices", "8"]
     tested = (pages.ROOT / "tests/model/test_sharded_import.py").read_text()
-    assert "benchmarks/import_export.py" in tested and "[1, 8]" in tested
+    assert "benchmarks.import_export" in tested and "[1, 8]" in tested
 
 
 def test_the_tables_name_what_there_is():

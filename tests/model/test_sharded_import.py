@@ -47,7 +47,7 @@ def test_every_layout_holds_the_same_numbers(tmp_path):
 @pytest.mark.parametrize("devices", [1, 8])
 def test_the_host_holds_no_copy_of_the_model(devices):
     """The parameters are 0.23 GB: a second copy anywhere would be seen."""
-    said = run("benchmarks/import_export.py", "--shape", "small", "--devices", str(devices))
+    said = run("-m", "benchmarks.import_export", "--shape", "small", "--devices", str(devices))
     size, peak = (float(number) for number in re.search(r"import: ([\d.]+) GB .* memory ([\d.]+) GB", said).groups())
     assert "kept" in said
     assert 0.2 < size < 0.26
