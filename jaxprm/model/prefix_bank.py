@@ -22,8 +22,10 @@ from jaxprm.errors import UserError
 from jaxprm.model.layout import ONE_DEVICE, Layout
 from jaxprm.model.transformer import Cache, TransformerConfig
 
-# A call with few rows to fill is made this much smaller: the end of every search is.
-FEW = 4
+# A call with few rows to fill is made this much smaller: the end of every round of a search is.
+FEW = 8
+# What a call costs beside its tokens: as much as so many of them. Two milliseconds on two cores of a CPU.
+CALL = 64
 # Dropped prefixes that are known when they come back: for the count of what is encoded again, and no more.
 DROPPED = 1 << 14
 # The longest shape that is compiled for the turns of a model's data: memory beside every slot grows with it.
@@ -41,27 +43,27 @@ class TurnTokens(NamedTuple):
 class Shapes(NamedTuple):
     """Lengths in tokens that programs are compiled for, ascending: each costs seconds, and too few cost padding.
 
-    growth: what is appended to a prefix at once; packed: rows of continuations to score; kept: one continuation of
-    those, moved into its prefix; lengths: cached tokens read, so that a call costs what its own longest does.
+    growth: what is appended to a prefix at once; packed: rows of continuations to score; kept: the longest continuation
+    of those that is moved into its prefix; lengths: cached tokens read, so that a call costs what its own longest does.
     """
 
-    growth: tuple[int, ...] = (64, 256)
-    packed: tuple[int, ...] = (64, 256)
-    kept: tuple[int, ...] = (64, 256)
+    growth: tuple[int, ...] = (8, 64, 256)
+    packed: tuple[int, ...] = (32, 64, 128, 256)
+    kept: int = 256
     lengths: tuple[int, ...] = (0, 192, 384, 640, 1024, 2048, 4096)
 
     def for_turns(self, action: TurnTokens, observation: TurnTokens) -> Shapes:
-        """With the widest of each kind, where these turns are longer, widened to what they need, up to WIDEST: an
-        observation at once, an action that is kept, and a row for four candidates."""
+        """Where these turns are longer, all of a kind widened until the widest takes them, up to WIDEST: an observation
+        at once, an action that is kept, and a row for four candidates."""
 
         def widened(widths: tuple[int, ...], tokens: int) -> tuple[int, ...]:
             widest = min(WIDEST, 1 << (max(1, tokens) - 1).bit_length())
-            return widths if widest <= widths[-1] else (*widths[:-1], widest)
+            return tuple(width * max(widest, widths[-1]) // widths[-1] for width in widths)
 
         return self._replace(
             growth=widened(self.growth, observation.most),
             packed=widened(self.packed, max(action.most, 4 * action.median)),
-            kept=widened(self.kept, action.most),
+            kept=widened((self.kept,), action.most)[0],
         )
 
 
@@ -148,10 +150,20 @@ def rows_of(bank: Cache, slots, lengths, capacity: int) -> Cache:
     return Cache(keys, values, lengths)
 
 
-def rows_for(count: int, most: int) -> int:
-    """The rows of a call that has `count` to fill: all, or a quarter of them."""
+def rows_for(count: int, most: int, width: int) -> int:
+    """The rows of the next call, of that width, where `count` are to be computed: all that it can have, or few where
+    calls of few cost less."""
     few = max(1, most // FEW)
-    return few if count <= few else most
+    return few if count < most and -(-count // few) * (few * width + CALL) < most * width + CALL else most
+
+
+def alike(width: int, widths: Sequence[int], rows: int) -> int:
+    """Rows of a call of that width, one of `widths`: as much work as `rows` of the middle one, and no more rows."""
+    return min(rows, max(1, rows * middle(widths) // width))
+
+
+def middle(widths: Sequence[int]) -> int:
+    return widths[(len(widths) - 1) // 2]
 
 
 def bucket(length: int, buckets: Sequence[int]) -> int:
@@ -186,7 +198,7 @@ class PrefixBank:
         self._graph, self._parameters, self._layout = graph, parameters, layout
         self.slots, self.capacity, self.shapes, self._rows = slots, capacity, shapes, rows
         # A chunk is written whole, so a slot has room for one of each kind past its end.
-        room = capacity + shapes.growth[-1] + (shapes.kept[-1] if ring else 0)
+        room = capacity + shapes.growth[-1] + (shapes.kept if ring else 0)
         self.bank = Cache.empty(config, slots, room, dtype, layout.slots)
         shape = (ring, config.kv_heads, shapes.packed[-1], config.head_dim)
         keys, values = (
@@ -221,16 +233,15 @@ class PrefixBank:
         """
         for capacity in self.buckets(longest):
             for width in self.shapes.growth:
-                most = self._rows_of(width)
-                for rows in {rows_for(1, most), most}:
+                most = alike(width, self.shapes.growth, self._rows)
+                for rows in {rows_for(1, most, width), most}:
                     none, nowhere = np.zeros(rows, np.int32), np.full(rows, self.slots, np.int32)
-                    for kept_width in (0, *self.shapes.kept) if self._ring_rows and capacity else (0,):
-                        each()
-                        self.bank = _extend(
-                            self._graph, self._parameters, self.bank, self.ring, none, nowhere, none,
-                            np.zeros((3, rows), np.int32), np.zeros((rows, width), np.int32), none,
-                            capacity=capacity, kept_width=kept_width, layout=self._layout,
-                        )  # fmt: skip
+                    each()
+                    self.bank = _extend(
+                        self._graph, self._parameters, self.bank, self.ring, none, nowhere, none,
+                        np.zeros((3, rows), np.int32), np.zeros((rows, width), np.int32), none,
+                        capacity=capacity, kept_width=self._kept_width(capacity), layout=self._layout,
+                    )  # fmt: skip
 
     def place(self, prefixes: Sequence[np.ndarray]) -> np.ndarray:
         """A slot that begins with each prefix of tokens, int32 [T] each. Holds until the next call.
@@ -285,7 +296,7 @@ class PrefixBank:
 
     def keep(self, slot: int, kept: Kept) -> None:
         """Remembers a continuation that was written to the ring, for as long as slot and row hold what they hold."""
-        if kept.row < self._ring_rows and len(kept.tokens) <= self.shapes.kept[-1]:
+        if kept.row < self._ring_rows and len(kept.tokens) <= self.shapes.kept:
             self._kept.setdefault(slot, []).append(kept)
             self._ring_owner[kept.row] = slot
 
@@ -294,7 +305,7 @@ class PrefixBank:
         same = self._table[:, : len(prefix)] == prefix
         common = np.where(same.all(axis=1), len(prefix), np.argmin(same, axis=1)) if len(prefix) else self._held * 0
         # Where two conversations part before a chunk's length, a fork saves less than another shape costs.
-        apart = (common < np.minimum(self._held, len(prefix))) & (common < self.shapes.growth[0])
+        apart = (common < np.minimum(self._held, len(prefix))) & (common < middle(self.shapes.growth))
         common = np.where(apart, 0, common)
         slot = int(common.argmax())
         best, found = int(common[slot]), (slot, int(common[slot]), None)
@@ -339,18 +350,20 @@ class PrefixBank:
         dropped = (length - known for length in lengths if int(hashes[length - 1]) in self._dropped[length])
         return max(dropped, default=0)
 
-    def _rows_of(self, width: int) -> int:
-        # Long chunks go a few rows at a time, so that all shapes do about the same work.
-        return max(1, self._rows * self.shapes.growth[0] // width)
+    def _kept_width(self, capacity: int) -> int:
+        """Of what comes between a start and what is new: room for it costs little, another shape seconds."""
+        return self.shapes.kept if self._ring_rows and capacity else 0
 
     def _fullest(self, rests: np.ndarray) -> tuple[int, int]:
         """The shape (rows, width) that the longest of ascending `rests` fill best; of equals the widest."""
 
         def key(shape: tuple[int, int]) -> tuple[float, int]:
             rows, width = shape
-            return np.minimum(rests[-rows:], width).sum() / (rows * width), width
+            return np.minimum(rests[-rows:], width).sum() / (rows * width + CALL), width
 
-        return max(((rows_for(len(rests), self._rows_of(width)), width) for width in self.shapes.growth), key=key)
+        growth = self.shapes.growth
+        rows = {width: rows_for(len(rests), alike(width, growth, self._rows), width) for width in growth}
+        return max(((rows[width], width) for width in growth), key=key)
 
     def _encode(self, jobs: list[_Job]) -> None:
         """Forks and extends, `rows` jobs at a time, alike lengths together; long rests take several chunks."""
@@ -369,11 +382,10 @@ class PrefixBank:
                     kept[:, row] = job.kept.row, job.kept.offset, len(job.kept.tokens)
                 if (end := job.known + len(chunk)) < len(job.prefix):
                     jobs.append(_Job(job.target, job.target, end, None, job.prefix))
-            longest = int(kept[2].max())
+            capacity = self.bucket(int(starts.max()))
             self.bank = _extend(
                 self._graph, self._parameters, self.bank, self.ring, source, target, starts, kept, tokens, counts,
-                capacity=self.bucket(int(starts.max())), kept_width=bucket(longest, self.shapes.kept) if longest else 0,
-                layout=self._layout,
+                capacity=capacity, kept_width=self._kept_width(capacity), layout=self._layout,
             )  # fmt: skip
             self.tokens_encoded += int(counts.sum())
             self.slots_computed += rows * width

@@ -17,7 +17,7 @@ from flax import nnx
 
 from data_pipeline.encode import Encoder
 from jaxprm.model import hub, huggingface
-from jaxprm.model.prefix_bank import FEW, PrefixBank, rows_of
+from jaxprm.model.prefix_bank import PrefixBank, rows_of
 from jaxprm.model.transformer import Cache
 from jaxprm.policies.protocol import Action, DrawKey, State, candidate_seed, draw_keys
 
@@ -25,6 +25,8 @@ from jaxprm.policies.protocol import Action, DrawKey, State, candidate_seed, dra
 LANES = 2
 # Candidates of one state that read one copy of its prefix. A second number would be a second compilation.
 SHARED = 4
+# A call goes on with this much fewer rows once no more are open.
+FEW = 4
 # Actions that are remembered, the latest; a kilobyte each at most. What is forgotten is drawn again, and the same.
 REMEMBERED = 1 << 18
 

@@ -18,7 +18,7 @@ from jaxprm.errors import UserError
 from jaxprm.model import huggingface
 from jaxprm.model.attention import packed_attention, tiled_attention
 from jaxprm.model.layout import ONE_DEVICE, Layout
-from jaxprm.model.prefix_bank import Kept, PrefixBank, Shapes, bucket, rows_for, rows_of
+from jaxprm.model.prefix_bank import Kept, PrefixBank, Shapes, alike, bucket, rows_for, rows_of
 from jaxprm.model.transformer import Compute, TransformerConfig
 
 LENGTH_BUCKETS = (256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
@@ -94,7 +94,7 @@ class Engine:
     def bytes_of_a_slot(self) -> int:
         """Memory of one conversation in the cache, with room for what is written past its end and a row of the ring."""
         config, shapes = self.config, self.shapes
-        tokens = self.max_tokens + shapes.growth[-1] + shapes.kept[-1] + shapes.packed[-1]
+        tokens = self.max_tokens + shapes.growth[-1] + shapes.kept + shapes.packed[-1]
         return 2 * config.layers * config.kv_heads * config.head_dim * self._dtype.itemsize * tokens
 
     @functools.cached_property
@@ -148,9 +148,9 @@ class Engine:
         for width, indices in sorted(buckets.items()):
             rows, parts = max(1, TOKENS_A_CALL // width), self._layout.parts
             rows -= rows % parts if rows > parts else 0
-            for start in range(0, len(indices), rows):
-                chunk = indices[start : start + rows]
-                made = rows_for(len(chunk), rows) if few else rows
+            while indices:
+                made = rows_for(len(indices), rows, width) if few else rows
+                chunk, indices = indices[:made], indices[made:]
                 tokens, counts = np.zeros((made, width), np.int32), np.zeros(made, np.int32)
                 for row, index in enumerate(chunk):
                     counts[row] = len(sequences[index])
@@ -182,11 +182,17 @@ class Engine:
         """
         widths = self.shapes.packed if width is None else (width,)
         values: list[np.ndarray] = [np.empty(0, np.float32)] * len(jobs)
-        for one, rows in _packed(jobs, widths).items():
-            size = self._rows_of(one) if width is None else max(1, min(self._rows, TOKENS_A_CALL // 2 // one))
-            for start in range(0, len(rows), size):
-                some = rows[start : start + size]
-                self._score(some, rows_for(len(some), size), one, values)
+        rows, at_once = _packed(jobs, widths[-1]), self._bank.slots // 2
+        for start in range(0, len(rows), at_once):
+            some = rows[start : start + at_once]
+            placed = list(zip(some, self._bank.place([row.prefix for row in some]), strict=True))
+            for one in widths:
+                most = max(1, min(self._rows, TOKENS_A_CALL // 2 // one)) if width else alike(one, widths, self._rows)
+                fitting = [pair for pair in placed if bucket(pair[0].used, widths) == one]
+                while fitting:
+                    made = rows_for(len(fitting), most, one)
+                    self._score(fitting[:made], made, one, values)
+                    fitting = fitting[made:]
         return values
 
     def warm_up(self, longest: int, each: Callable[[], None] = lambda: None) -> None:
@@ -198,7 +204,8 @@ class Engine:
         bank = self._bank
         for capacity in bank.buckets(longest):
             for width in self.shapes.packed:
-                for rows in {rows_for(1, self._rows_of(width)), self._rows_of(width)}:
+                most = alike(width, self.shapes.packed, self._rows)
+                for rows in {rows_for(1, most, width), most}:
                     each()
                     none, chunk = np.zeros(rows, np.int32), np.zeros((rows, width), np.int32)
                     _, bank.ring = _values_after(
@@ -210,20 +217,17 @@ class Engine:
         """As `warm_up`, what `whole` runs for few and many sequences of up to `longest` tokens, which are counted."""
         for width in (one for one in LENGTH_BUCKETS if one <= bucket(longest, LENGTH_BUCKETS)):
             rows = max(1, TOKENS_A_CALL // width)
-            for count in {rows_for(1, rows), rows}:
+            for count in {rows_for(1, rows, width), rows}:
                 each()
                 self.whole([np.zeros(width, np.int32)] * count, ["warm-up"] * count, few=True)
 
-    def _rows_of(self, width: int) -> int:
-        return max(1, self._rows * self.shapes.packed[0] // width)
-
-    def _score(self, group: list[_Row], rows: int, width: int, values: list[np.ndarray]) -> None:
+    def _score(self, group: list[tuple[_Row, int]], rows: int, width: int, values: list[np.ndarray]) -> None:
+        """Values of rows, each with the slot that begins with its prefix, in one call of that shape."""
         bank, count = self._bank, len(group)
         slots, lengths = np.zeros((2, rows), np.int32)
         tokens, positions, segments = np.zeros((3, rows, width), np.int32)
-        slots[:count] = bank.place([row.prefix for row in group])
-        for row, one in enumerate(group):
-            lengths[row] = len(one.prefix)
+        for row, (one, slot) in enumerate(group):
+            slots[row], lengths[row] = slot, len(one.prefix)
             for number, (place, part) in enumerate(_places(one), start=1):
                 tokens[row, place], positions[row, place], segments[row, place] = part, np.arange(len(part)), number
         keeps = width <= self.shapes.packed[-1]
@@ -239,27 +243,24 @@ class Engine:
         self._slots += tokens.size
         if keeps:
             bank.ring = ring
-        for row, one in enumerate(group):
+        for row, (one, slot) in enumerate(group):
             for (at, part), (place, _) in zip(one.parts, _places(one), strict=True):
                 values[at] = found[row, place]
                 if keeps:
-                    bank.keep(int(slots[row]), Kept(len(one.prefix), part, int(ring_rows[row]), place.start))
+                    bank.keep(int(slot), Kept(len(one.prefix), part, int(ring_rows[row]), place.start))
 
 
-def _packed(jobs: Sequence[tuple[np.ndarray, np.ndarray]], widths: Sequence[int]) -> dict[int, list[_Row]]:
-    """Rows by width: continuations of equal prefixes together, in order, and rows of alike prefixes in order."""
+def _packed(jobs: Sequence[tuple[np.ndarray, np.ndarray]], width: int) -> list[_Row]:
+    """Rows no wider than that: continuations of equal prefixes together, in order, and rows of alike prefixes too."""
     order = sorted(range(len(jobs)), key=lambda at: (len(jobs[at][0]), jobs[at][0].tobytes()))
     rows: list[_Row] = []
     for at in order:
         prefix, rest = jobs[at]
         last = rows[-1] if rows else None
-        if last is None or last.used + len(rest) > widths[-1] or not np.array_equal(last.prefix, prefix):
+        if last is None or last.used + len(rest) > width or not np.array_equal(last.prefix, prefix):
             rows.append(_Row(prefix, []))
         rows[-1].parts.append((at, rest))
-    found: dict[int, list[_Row]] = {width: [] for width in widths}
-    for row in rows:
-        found[bucket(row.used, widths)].append(row)
-    return found
+    return rows
 
 
 def _places(row: _Row) -> Iterator[tuple[slice, np.ndarray]]:

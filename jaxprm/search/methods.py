@@ -18,8 +18,9 @@ from jaxprm.search.mcts import tree_search
 from jaxprm.search.plans import Plan
 from jaxprm.search.tree import ActionScorer, Tree, tree_to_dict
 
-# Tasks searched together: enough to fill a batch, few enough that a kill costs little.
-TASKS_AT_ONCE = 24
+# Paths searched together: enough to fill a batch, and no more than a scorer's cache keeps the states of. Tasks searched
+# together: few enough that a kill costs little.
+PATHS_AT_ONCE, TASKS_AT_ONCE = 96, 48
 
 
 def guided_search(
@@ -58,8 +59,11 @@ def guided_search(
             before = list(files.whole_lines(partial))
             successes = [line["outcome"] for line in before]
             tokens = sum(line["policy_tokens"] + line["reward_tokens"] for line in before)
-            for start in range(0, len(missing), TASKS_AT_ONCE):
-                chunk = missing[start : start + TASKS_AT_ONCE]
+            # A tree search scores one path of a task at a time, and comes back to a few.
+            paths = 4 if plan.kind == "mcts" else plan.width
+            together = min(TASKS_AT_ONCE, max(1, PATHS_AT_ONCE // paths))
+            for start in range(0, len(missing), together):
+                chunk = missing[start : start + together]
                 encoded = scorer.usage["encoded"]
                 trees = _searched(plan, chunk, forest, policy, scorer, settings, prices)
                 lines = [_line(tree, policy, forest, about_trees.get(tree.task)) for tree in trees]

@@ -36,6 +36,7 @@ def test_the_engine_decides_as_plain_scoring_does(textcraft_model, tmp_path, cap
     assert found["parted"] == 0 and found["nodes"] > 20
     assert 0 < found["largest_difference"] < found["bound"]
     assert found["engine"]["tokens_encoded"] * 3 < found["plain"]["tokens_encoded"]
+    assert all(found[name]["tokens_encoded"] <= found[name]["slots_computed"] for name in ("engine", "plain"))
     assert found["outcomes"]["engine"] == found["outcomes"]["plain"]
     assert "0 beyond it" in capsys.readouterr().out
 
@@ -62,7 +63,7 @@ def test_where_searches_part_is_told_with_the_gap():
 @pytest.mark.slow
 def test_growth_is_measured_and_drawn(tmp_path, capsys):
     outputs = ["--json", str(tmp_path / "growth.json"), "--figure", str(tmp_path / "cost.svg")]
-    assert search_growth.main(["--depths", "1", "2", "--candidates", "2", "--repeats", "1", *outputs]) == 0
+    assert search_growth.main(["--depths", "1", "2", "--candidates", "2", *outputs]) == 0
     rows = json.loads((tmp_path / "growth.json").read_text())
     assert [row["depth"] for row in rows["depth"]] == [1, 2] and rows["candidates"][0]["candidates"] == 2
     assert all(row["tokens_encoded"] == row["least_tokens"] for some in rows.values() for row in some)

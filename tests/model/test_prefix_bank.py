@@ -134,10 +134,10 @@ def test_a_slot_of_another_prefix_moves_the_score():
 
 def test_chunks_have_the_shape_that_they_fill_best():
     bank = PrefixBank(TRUNK, STATE["transformer"], tiny.CONFIG, slots=18, capacity=CAPACITY, rows=8)
-    assert bank.shapes.growth == (64, 256)
+    assert bank.shapes.growth == (8, 64, 256)
     bank.place([random_tokens(1, 300)])  # one of 256, the rest of 44
-    assert bank.slots_computed == 256 + 2 * 64
+    assert bank.slots_computed == 256 + 64
     before = bank.slots_computed
-    # One of them is too long for the narrow chunk: its rest follows, and the others do not take the wide one for it.
+    # One of them is too long for the middle chunk: its rest follows, and the others do not take the wide one for it.
     bank.place([random_tokens(seed, 70 if seed == 2 else 50) for seed in range(2, 10)])
-    assert bank.slots_computed - before == 8 * 64 + 2 * 64
+    assert bank.slots_computed - before == 8 * 64 + 8

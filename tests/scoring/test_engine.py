@@ -14,7 +14,7 @@ from tests.model import tiny
 STATE = tiny.reward_model()
 LONGEST, REST = 120, 12
 # One length of each kind, so that little is compiled: continuations share rows of 30 tokens, growth takes two chunks.
-SHAPES = Shapes(growth=(16,), packed=(30,), kept=(REST,), lengths=(LONGEST,))
+SHAPES = Shapes(growth=(16,), packed=(30,), kept=REST, lengths=(LONGEST,))
 # Bytes of keys and values: layers, kv heads, head dim, float32, and the tokens a slot has room for.
 SLOT = 2 * 3 * 2 * 12 * 4 * (LONGEST + 16 + REST + 30)
 
@@ -122,9 +122,9 @@ def test_a_wrong_place_of_what_is_kept_moves_the_score(monkeypatch, broken):
         keep(bank, slot, kept._replace(**{broken: (getattr(kept, broken) + 1) % 4}))
 
     rng = np.random.default_rng(4)
-    prompts = [tokens_of(rng, 20) for _ in range(3)]
+    prompts = [tokens_of(rng, 20) for _ in range(4)]  # all rows of one call
     jobs = [(prompt, tokens_of(rng, 10)) for prompt in prompts for _ in range(2)]
-    later = [(np.append(np.concatenate(jobs[at]), [3, 4]).astype(np.int32), tokens_of(rng, 4)) for at in (0, 2, 4)]
+    later = [(np.append(np.concatenate(jobs[at]), [3, 4]).astype(np.int32), tokens_of(rng, 4)) for at in (0, 2, 4, 6)]
     expected = uncached(later)
     monkeypatch.setattr(PrefixBank, "keep", wrong)
     engine = new_engine()

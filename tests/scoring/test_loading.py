@@ -66,7 +66,7 @@ def test_turns_as_long_as_those_of_the_training_data_are_encoded_once(tmp_path):
     turns = {"action": {"median": 150, "most": 300}, "observation": {"median": 9, "most": 400}}
     directory = tiny.write_reward_model(tmp_path, turn_tokens=turns)
     scorer = loading.load_scorer(directory, rows=1, max_tokens=1000)
-    assert scorer.engine.shapes == Shapes(growth=(64, 512), packed=(64, 1024), kept=(64, 512))
+    assert scorer.engine.shapes == Shapes(growth=(16, 128, 512), packed=(128, 256, 512, 1024), kept=512)
     encoder, state = scorer.encoder, tiny.conversation(1)[:1]
     long = [f"Action: get {number} stick" + " and then the lantern" * 25 for number in (1, 2)]
     rests = [len(encoder.trajectory([*state, {"role": "assistant", "content": text}], row="").tokens) for text in long]
@@ -98,5 +98,7 @@ def test_shapes_grow_with_the_turns_but_not_beyond_bounds():
     plain = Shapes()
     assert plain.for_turns(TurnTokens(0, 0), TurnTokens(0, 0)) == plain
     assert plain.for_turns(TurnTokens(64, 256), TurnTokens(256, 256)) == plain
-    assert plain.for_turns(TurnTokens(65, 65), TurnTokens(1, 257)) == plain._replace(growth=(64, 512), packed=(64, 512))
-    assert plain.for_turns(*[TurnTokens(10**9, 10**9)] * 2) == Shapes(*[(64, WIDEST)] * 3)
+    longer = plain.for_turns(TurnTokens(65, 65), TurnTokens(1, 257))
+    assert longer == plain._replace(growth=(16, 128, 512), packed=(64, 128, 256, 512))
+    longest = plain.for_turns(*[TurnTokens(10**9, 10**9)] * 2)
+    assert longest[:3] == ((64, 512, WIDEST), (256, 512, 1024, WIDEST), WIDEST)
