@@ -65,7 +65,9 @@ def draw(rows: dict[str, list[dict[str, Any]]], output: Path) -> None:
         axes.minorticks_off()
         time = axes.twinx()
         time.plot(places, [row["seconds"] for row in some], "s:", color="#d1495b", label="seconds, engine")
-        time.set(yscale="log", ylabel="seconds")
+        # Both axes span the same factor: where seconds grow as tokens do, the lines are one.
+        rate = some[0]["seconds"] / some[0]["tokens_encoded"]
+        time.set(yscale="log", ylabel="seconds", ylim=[rate * limit for limit in axes.get_ylim()])
         handles = [*axes.get_lines(), *time.get_lines()]
         axes.legend(handles, [str(line.get_label()) for line in handles], frameon=False)
     figure.savefig(output, metadata={"Date": None})
