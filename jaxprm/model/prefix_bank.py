@@ -295,8 +295,9 @@ class PrefixBank:
         return rows.astype(np.int32)
 
     def keep(self, slot: int, kept: Kept) -> None:
-        """Remembers a continuation that was written to the ring, for as long as slot and row hold what they hold."""
-        if kept.row < self._ring_rows and len(kept.tokens) <= self.shapes.kept:
+        """Remembers a continuation that was written to the ring, for as long as slot and row hold what they hold; none
+        of nothing, as calls without a prefix have no room for one."""
+        if kept.base > 0 and kept.row < self._ring_rows and len(kept.tokens) <= self.shapes.kept:
             self._kept.setdefault(slot, []).append(kept)
             self._ring_owner[kept.row] = slot
 

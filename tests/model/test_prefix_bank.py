@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from jaxprm.errors import UserError
 from jaxprm.model import huggingface
-from jaxprm.model.prefix_bank import PrefixBank
+from jaxprm.model.prefix_bank import PrefixBank, alike, rows_for
 from jaxprm.scoring.engine import _values_after
 from tests.model import tiny
 
@@ -141,3 +141,11 @@ def test_chunks_have_the_shape_that_they_fill_best():
     # One of them is too long for the middle chunk: its rest follows, and the others do not take the wide one for it.
     bank.place([random_tokens(seed, 70 if seed == 2 else 50) for seed in range(2, 10)])
     assert bank.slots_computed - before == 8 * 64 + 8
+
+
+def test_a_call_has_few_rows_where_calls_of_few_cost_less():
+    # Of 32 rows of 32 tokens, 1088 with what a call costs; of 4 rows, 192 each.
+    assert [rows_for(count, 32, 32) for count in (1, 4, 9, 20, 21, 32, 50)] == [4, 4, 4, 4, 32, 32, 32]
+    # Three calls of one row cost 384, one of four 320.
+    assert [rows_for(count, 4, 64) for count in (1, 2, 3, 4)] == [1, 1, 4, 4]
+    assert [alike(width, (8, 64, 256), 32) for width in (8, 64, 256)] == [32, 32, 8]

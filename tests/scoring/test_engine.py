@@ -113,6 +113,16 @@ def test_what_is_known_of_dropped_prefixes_is_bounded(monkeypatch):
     assert engine.usage["again"] == len(states[7])
 
 
+def test_a_continuation_of_nothing_is_read_by_what_follows_it():
+    """Also where calls that start at nothing are compiled for that."""
+    shapes, rng = SHAPES._replace(lengths=(0, LONGEST)), np.random.default_rng(7)
+    engine = Engine(tiny.CONFIG, STATE, rows=4, max_tokens=LONGEST, shapes=shapes)
+    nothing, first = np.zeros(0, np.int32), tokens_of(rng, 6)
+    jobs = [(np.concatenate([first, tokens_of(rng, 3)]), tokens_of(rng, 4))]
+    tiny.assert_close(engine.after([(nothing, first)])[0], uncached([(nothing, first)])[0])
+    tiny.assert_close(engine.after(jobs)[0], uncached(jobs)[0])
+
+
 @pytest.mark.parametrize("broken", ["offset", "row"])
 def test_a_wrong_place_of_what_is_kept_moves_the_score(monkeypatch, broken):
     """The comparisons above would see it."""
