@@ -82,9 +82,7 @@ def compare(model: Path, *, tasks: int, width: int, actions: int, seed: int = 0)
         )  # fmt: skip
         forest.close()
         usage = scorer.usage
-        found[name] = {
-            "seconds": judge.seconds, "tokens_encoded": usage["encoded"], "slots_computed": usage["slots"],
-        }  # fmt: skip
+        found[name] = {"seconds": judge.seconds, "tokens_encoded": usage["encoded"], "slots_computed": usage["slots"]}
     parts = [_parting(*pair) for pair in zip(trees["engine"], trees["plain"], strict=True)]
     promises = np.array([node.promise for tree in trees["plain"] for node in tree.nodes])
     bound = BOUND * max(1.0, float(np.sqrt(np.mean(promises**2))))

@@ -35,7 +35,7 @@ def measure(depths: Sequence[int], candidates: Sequence[int]) -> dict[str, list[
     for axis, some in settings.items():
         for setting in some:
             found = {axis: getattr(setting, axis)} | bench_engine(setting)
-            # Linux lets a process have 65,530 mappings, and a program compiled for the CPU takes some 200 of them.
+            # A process may have 65,530 mappings (vm.max_map_count); programs compiled for the CPU take hundreds each.
             jax.clear_caches()
             rows.setdefault(axis, []).append(found)
             print(f"{axis} {found[axis]}: {found['tokens_encoded']} tokens, {found['seconds']:.2f} s", flush=True)

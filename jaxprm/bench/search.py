@@ -169,10 +169,9 @@ def _engine(setting: Setting, config, parameters, rounds: list[Round], seed: int
     )
     engine = Engine(config, parameters, rows=setting.beams, max_tokens=setting.longest, shapes=shapes)
     engine.warm_up(setting.longest)
-    # Trees of other tokens come first, as nothing of this one may be in the cache. The very first is not timed: memory
-    # that a process touches for the first time costs.
-    others = [_tree(setting, config.vocab_size, np.random.default_rng(seed + 1 + one)) for one in range(REPEATS)]
-    _search(engine, others[0])
+    # Trees of other tokens come first, as nothing of this one may be in the cache.
+    others = (_tree(setting, config.vocab_size, np.random.default_rng(seed + 1 + one)) for one in range(REPEATS))
+    trees = iter([*others, rounds])
     compiled: list[str] = []
 
     def listen(event: str, *_, **__) -> None:
@@ -181,14 +180,11 @@ def _engine(setting: Setting, config, parameters, rounds: list[Round], seed: int
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        took = [_search(engine, other)[0] for other in others[1:]]
-        before = engine.usage
-        seconds, values = _search(engine, rounds)
+        seconds, (values, usage) = timed(lambda: _search(engine, next(trees)))
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
-    usage = {name: count - before[name] for name, count in engine.usage.items()}
     found = {
-        "seconds": min(seconds, *took),
+        "seconds": seconds,
         "tokens_encoded": usage["encoded"],
         "slots_computed": usage["slots"],
         "least_tokens": setting.least_tokens,
@@ -198,13 +194,13 @@ def _engine(setting: Setting, config, parameters, rounds: list[Round], seed: int
     return found, values
 
 
-def _search(engine: Engine, rounds: list[Round]) -> tuple[float, np.ndarray]:
-    """Seconds, and the values of every candidate, round by round."""
-    started, values = time.perf_counter(), []
+def _search(engine: Engine, rounds: list[Round]) -> tuple[np.ndarray, dict[str, int]]:
+    """The values of every candidate, round by round, and what it added to the engine's usage."""
+    before, values = engine.usage, []
     for one in rounds:
         jobs = [(state, action) for state, some in zip(one.states, one.candidates, strict=True) for action in some]
         values += [found[-1] for found in engine.after(jobs)]
-    return time.perf_counter() - started, np.asarray(values)
+    return np.asarray(values), {name: count - before[name] for name, count in engine.usage.items()}
 
 
 def _prefill(setting: Setting, config, parameters, seed: int) -> float:
@@ -213,7 +209,7 @@ def _prefill(setting: Setting, config, parameters, seed: int) -> float:
     width = -(-setting.least_tokens // rows)
     tokens = np.random.default_rng(seed).integers(3, config.vocab_size, size=(rows, width)).astype(np.int32)
     engine = Engine(config, parameters, rows=1, max_tokens=setting.longest)
-    return timed(lambda: [engine.alone(one) for one in tokens])
+    return timed(lambda: [engine.alone(one) for one in tokens])[0]
 
 
 def _uncached(config, parameters, rounds: list[Round]) -> Run:
@@ -230,15 +226,15 @@ def _uncached(config, parameters, rounds: list[Round]) -> Run:
     return Run(np.asarray(values), seconds, engine.usage["encoded"] - before)
 
 
-def timed(work: Callable[[], Any]) -> float:
-    """Seconds of the shortest of REPEATS calls, after one that is not timed."""
-    work()
-    took = []
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds of the shortest of REPEATS calls, and what the last gave. Another comes first: memory that a process
+    touches for the first time costs."""
+    took, result = [], work()
     for _ in range(REPEATS):
         started = time.perf_counter()
-        work()
+        result = work()
         took.append(time.perf_counter() - started)
-    return min(took)
+    return min(took), result
 
 
 def table(found: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, DynamicCache
 
-from jaxprm.bench.search import REPEATS, Round, Run
+from jaxprm.bench.search import Round, Run, timed
 from jaxprm.model import huggingface
 
 # Sequences encoded at once: as many as a round has, but for memory's sake no more than this many tokens.
@@ -48,16 +48,13 @@ def reencode(model, rounds: list[Round]) -> Run:
 
 @torch.inference_mode()
 def kept_cache(model, rounds: list[Round]) -> Run:
-    """`past_key_values` of every beam, copied for its candidates and kept of the chosen ones: every token once.
-
-    The shortest of REPEATS searches, after one that is not timed.
-    """
-    runs = [_kept_cache(model, rounds) for _ in range(1 + REPEATS)]
-    return min(runs[1:], key=lambda run: run.seconds)
+    """`past_key_values` of every beam, copied for its candidates and kept of the chosen ones: every token once."""
+    seconds, (values, tokens) = timed(lambda: _kept_cache(model, rounds))
+    return Run(np.asarray(values, np.float32), seconds, tokens)
 
 
-def _kept_cache(model, rounds: list[Round]) -> Run:
-    started, values = time.perf_counter(), []
+def _kept_cache(model, rounds: list[Round]) -> tuple[list[float], int]:
+    values: list[float] = []
     cache = DynamicCache(config=model.config)
     model.model(torch.from_numpy(rounds[0].states).long(), past_key_values=cache)
     tokens = rounds[0].states.size
@@ -73,4 +70,4 @@ def _kept_cache(model, rounds: list[Round]) -> Run:
             observations = torch.from_numpy(one.observations).long()
             model.model(observations, past_key_values=cache)
             tokens += observations.numel()
-    return Run(np.asarray(values, np.float32), time.perf_counter() - started, tokens)
+    return values, tokens

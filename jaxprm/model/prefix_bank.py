@@ -24,7 +24,7 @@ from jaxprm.model.transformer import Cache, TransformerConfig
 
 # A call with few rows to fill is made this much smaller: the end of every round of a search is.
 FEW = 8
-# What a call costs beside its tokens: as much as so many of them. Two milliseconds on two cores of a CPU.
+# What a call counts for beside its tokens: as so many of them. With more, calls are fewer and emptier.
 CALL = 64
 # Dropped prefixes that are known when they come back: for the count of what is encoded again, and no more.
 DROPPED = 1 << 14
@@ -123,7 +123,7 @@ def _extend(
     """Encodes `counts[r]` of tokens [R, W] after the first `starts[r]` of slot `source[r]` into slot `target[r]`.
 
     kept: int32 [3, R], ring rows, offsets and counts of what comes in between; kept_width, static, is no less than any
-    count, and 0 where nothing is kept. `capacity`, static, is no less than any start: what lies beyond it is neither
+    count, and 0 without a ring. `capacity`, static, is no less than any start: what lies beyond it is neither
     read nor copied. layout, static: of rows and bank.
     """
     trunk = nnx.merge(graph, parameters)
@@ -197,8 +197,10 @@ class PrefixBank:
     ):
         self._graph, self._parameters, self._layout = graph, parameters, layout
         self.slots, self.capacity, self.shapes, self._rows = slots, capacity, shapes, rows
+        # Every call has room for what is kept between a start and what is new: it costs little, another shape seconds.
+        self._kept_width = shapes.kept if ring else 0
         # A chunk is written whole, so a slot has room for one of each kind past its end.
-        room = capacity + shapes.growth[-1] + (shapes.kept if ring else 0)
+        room = capacity + shapes.growth[-1] + self._kept_width
         self.bank = Cache.empty(config, slots, room, dtype, layout.slots)
         shape = (ring, config.kv_heads, shapes.packed[-1], config.head_dim)
         keys, values = (
@@ -240,7 +242,7 @@ class PrefixBank:
                     self.bank = _extend(
                         self._graph, self._parameters, self.bank, self.ring, none, nowhere, none,
                         np.zeros((3, rows), np.int32), np.zeros((rows, width), np.int32), none,
-                        capacity=capacity, kept_width=self._kept_width(capacity), layout=self._layout,
+                        capacity=capacity, kept_width=self._kept_width, layout=self._layout,
                     )  # fmt: skip
 
     def place(self, prefixes: Sequence[np.ndarray]) -> np.ndarray:
@@ -295,9 +297,8 @@ class PrefixBank:
         return rows.astype(np.int32)
 
     def keep(self, slot: int, kept: Kept) -> None:
-        """Remembers a continuation that was written to the ring, for as long as slot and row hold what they hold; none
-        of nothing, as calls without a prefix have no room for one."""
-        if kept.base > 0 and kept.row < self._ring_rows and len(kept.tokens) <= self.shapes.kept:
+        """Remembers a continuation that was written to the ring, for as long as slot and row hold what they hold."""
+        if kept.row < self._ring_rows and len(kept.tokens) <= self.shapes.kept:
             self._kept.setdefault(slot, []).append(kept)
             self._ring_owner[kept.row] = slot
 
@@ -351,10 +352,6 @@ class PrefixBank:
         dropped = (length - known for length in lengths if int(hashes[length - 1]) in self._dropped[length])
         return max(dropped, default=0)
 
-    def _kept_width(self, capacity: int) -> int:
-        """Of what comes between a start and what is new: room for it costs little, another shape seconds."""
-        return self.shapes.kept if self._ring_rows and capacity else 0
-
     def _fullest(self, rests: np.ndarray) -> tuple[int, int]:
         """The shape (rows, width) that the longest of ascending `rests` fill best; of equals the widest."""
 
@@ -383,10 +380,9 @@ class PrefixBank:
                     kept[:, row] = job.kept.row, job.kept.offset, len(job.kept.tokens)
                 if (end := job.known + len(chunk)) < len(job.prefix):
                     jobs.append(_Job(job.target, job.target, end, None, job.prefix))
-            capacity = self.bucket(int(starts.max()))
             self.bank = _extend(
                 self._graph, self._parameters, self.bank, self.ring, source, target, starts, kept, tokens, counts,
-                capacity=capacity, kept_width=self._kept_width(capacity), layout=self._layout,
+                capacity=self.bucket(int(starts.max())), kept_width=self._kept_width, layout=self._layout,
             )  # fmt: skip
             self.tokens_encoded += int(counts.sum())
             self.slots_computed += rows * width

@@ -18,8 +18,8 @@ from jaxprm.search.mcts import tree_search
 from jaxprm.search.plans import Plan
 from jaxprm.search.tree import ActionScorer, Tree, tree_to_dict
 
-# Paths searched together: enough to fill a batch, and no more than a scorer's cache keeps the states of. Tasks searched
-# together: few enough that a kill costs little.
+# Paths searched together: enough to fill a batch, and with 64 episodes in flight half of what the scorer's cache holds.
+# Tasks searched together: few enough that a kill costs little.
 PATHS_AT_ONCE, TASKS_AT_ONCE = 96, 48
 
 
@@ -59,9 +59,7 @@ def guided_search(
             before = list(files.whole_lines(partial))
             successes = [line["outcome"] for line in before]
             tokens = sum(line["policy_tokens"] + line["reward_tokens"] for line in before)
-            # A tree search scores one path of a task at a time, and comes back to a few.
-            paths = 4 if plan.kind == "mcts" else plan.width
-            together = min(TASKS_AT_ONCE, max(1, PATHS_AT_ONCE // paths))
+            together = min(TASKS_AT_ONCE, max(1, PATHS_AT_ONCE // plan.paths))
             for start in range(0, len(missing), together):
                 chunk = missing[start : start + together]
                 encoded = scorer.usage["encoded"]

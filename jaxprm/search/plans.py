@@ -33,6 +33,11 @@ class Plan(NamedTuple):
         return f"{self.width}x{self.actions}" if self.kind in ("beam", "stepwise") else self.at
 
     @property
+    def paths(self) -> int:
+        """Of a task, that the scorer's cache should hold. mcts scores one at a time, and comes back to a few."""
+        return 4 if self.kind == "mcts" else self.width
+
+    @property
     def forks(self) -> bool:
         """Whether it needs several branches of a task."""
         return self.width > 1 or self.ahead > 0
