@@ -100,9 +100,12 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     with tempfile.TemporaryDirectory(prefix="jaxprm-crash-") as scratch:
         found = crash(
-            options.folder or Path(scratch), times=options.times, count=options.random, seconds=options.seconds,
+            options.folder or Path(scratch),
+            times=options.times,
+            count=options.random,
+            seconds=options.seconds,
             seed=options.seed,
-        )  # fmt: skip
+        )
     print("\n".join(report(found)))
     if options.json:
         files.write_json(options.json, found)

@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 
 from jaxprm import environments
+from jaxprm.artifacts.directory import find_model
 from jaxprm.config import Experiment, Policy
 from jaxprm.host_memory import keep_freed
 from jaxprm.policies import loading as policies
-from jaxprm.scoring.loading import find_model, load_scorer
+from jaxprm.scoring.loading import load_scorer
 from jaxprm.scoring.scorer import Scorer
 from jaxprm.search.beam import beam_search
 from jaxprm.search.branches import Forest
@@ -77,9 +78,15 @@ def compare(model: Path, *, tasks: int, width: int, actions: int, seed: int = 0)
         scorer = load_scorer(model, rows=32, max_tokens=960)
         judge, forest = Timed(scorer if name == "engine" else Plain(scorer)), Forest(make)
         trees[name] = beam_search(
-            names, forest, policy, judge, width=width, actions=actions, temperature=0.7,
+            names,
+            forest,
+            policy,
+            judge,
+            width=width,
+            actions=actions,
+            temperature=0.7,
             max_rounds=forest.environment.max_rounds,
-        )  # fmt: skip
+        )
         forest.close()
         usage = scorer.usage
         found[name] = {"seconds": judge.seconds, "tokens_encoded": usage["encoded"], "slots_computed": usage["slots"]}

@@ -30,15 +30,29 @@ SLACK = 256 << 20
 SAMPLE_SECONDS = 0.005
 SHAPES = {
     "7b": {
-        "vocab_size": 152_064, "hidden_size": 3584, "layers": 28, "heads": 28, "kv_heads": 4, "head_dim": 128,
-        "intermediate_size": 18_944, "rope_theta": 1e6, "tie_embeddings": False,
+        "vocab_size": 152_064,
+        "hidden_size": 3584,
+        "layers": 28,
+        "heads": 28,
+        "kv_heads": 4,
+        "head_dim": 128,
+        "intermediate_size": 18_944,
+        "rope_theta": 1e6,
+        "tie_embeddings": False,
     },
     # For tests: the same proportions, a fraction of the size.
     "small": {
-        "vocab_size": 8192, "hidden_size": 768, "layers": 12, "heads": 12, "kv_heads": 4, "head_dim": 64,
-        "intermediate_size": 3072, "rope_theta": 1e6, "tie_embeddings": False,
+        "vocab_size": 8192,
+        "hidden_size": 768,
+        "layers": 12,
+        "heads": 12,
+        "kv_heads": 4,
+        "head_dim": 64,
+        "intermediate_size": 3072,
+        "rope_theta": 1e6,
+        "tie_embeddings": False,
     },
-}  # fmt: skip
+}
 
 
 class Measured(NamedTuple):
@@ -88,9 +102,9 @@ def random_bfloat16(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def make_checkpoint(directory: Path, config) -> int:
     """Writes config.json and sharded weights; returns the bytes of the largest tensor."""
-    from jaxprm.model.families import tensors
-    from jaxprm.model.hf_config import hf_config
-    from jaxprm.model.weights_writer import Tensor, write_weights
+    from jaxprm.hf.config import hf_config
+    from jaxprm.hf.names import tensors
+    from jaxprm.hf.writer import Tensor, write_weights
 
     described = hf_config(config, reward=False, pad_id=0, end_id=1, max_length=32_768, dtype="bfloat16")
     (directory / "config.json").write_text(json.dumps(described))
@@ -109,25 +123,25 @@ def import_checkpoint(directory: Path, config, devices: int):
     import jax.numpy as jnp
 
     from jaxprm import config as config_lib
-    from jaxprm.model import huggingface, weights
-    from jaxprm.training import sharding
+    from jaxprm.hf import reader
+    from jaxprm.model import sharding
 
     places = None
     if devices > 1:
         mesh = sharding.make_mesh(config_lib.Mesh(data=1, fsdp=devices))
-        placed = sharding.place(mesh, weights.abstract(config, reward=False))
+        placed = sharding.place(mesh, reader.abstract(config, reward=False))
         places = jax.tree.map(lambda leaf: leaf.sharding, placed)
-    _, state = huggingface.load_transformer(directory, dtype=jnp.bfloat16, shardings=places)
+    _, state = reader.load_transformer(directory, dtype=jnp.bfloat16, shardings=places)
     return jax.block_until_ready(state)
 
 
 def export_checkpoint(directory: Path, config, state) -> None:
     """Writes the parameters as `export` does."""
-    from jaxprm.model import huggingface
+    from jaxprm.hf import reader
 
     directory.mkdir()
     ids = {"pad_id": 0, "end_id": 1, "max_length": 32_768}
-    huggingface.write_model(directory, config, state, **ids, dtype="bfloat16")
+    reader.write_model(directory, config, state, **ids, dtype="bfloat16")
 
 
 def wrong_files(made: Path, exported: Path) -> list[str]:
@@ -142,7 +156,7 @@ def _equal(one: Path, other: Path) -> bool:
 
 def wrong_tensors(config, state) -> Iterator[str]:
     """Names of tensors, some of every kind, that did not arrive as they were made."""
-    from jaxprm.model.families import tensors
+    from jaxprm.hf.names import tensors
 
     for one in tensors(config, reward=False):
         if one.layer not in (None, 0, config.layers - 1):
@@ -185,7 +199,7 @@ def main() -> int:
         os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={options.devices}"
     import jax
 
-    from jaxprm.model.transformer import TransformerConfig
+    from jaxprm.model.config import TransformerConfig
 
     config = TransformerConfig(**SHAPES[options.shape])
     config = dataclasses.replace(config, layers=options.layers or config.layers)

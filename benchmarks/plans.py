@@ -42,11 +42,25 @@ class Plan(NamedTuple):
     def command(self, output: Path) -> list[str]:
         overrides = {"dtype": "bfloat16", "remat": self.remat, "optimizer": self.optimizer}
         return [
-            sys.executable, "-m", "jaxprm", "plan", "configs/forkme.py",
+            sys.executable,
+            "-m",
+            "jaxprm",
+            "plan",
+            "configs/forkme.py",
             *(f"reward_models.0.{field}={value}" for field, value in overrides.items()),
-            "--model", self.model, "--topology", self.topology, "--mesh", self.mesh,
-            "--batch", str(self.rows), "--length", str(self.length), "--json", str(output),
-        ]  # fmt: skip
+            "--model",
+            self.model,
+            "--topology",
+            self.topology,
+            "--mesh",
+            self.mesh,
+            "--batch",
+            str(self.rows),
+            "--length",
+            str(self.length),
+            "--json",
+            str(output),
+        ]
 
 
 PLANS = (
@@ -103,12 +117,19 @@ def row(plan: Plan, found: dict) -> str:
     free = found["free_bytes_per_device"]
     fits = f"yes, {gib(free)} free" if found["fits"] else f"no, {gib(-free)} too much"
     cells = (
-        plan.model, plan.topology, plan.mesh, f"{plan.rows} x {plan.length}", plan.remat,
+        plan.model,
+        plan.topology,
+        plan.mesh,
+        f"{plan.rows} x {plan.length}",
+        plan.remat,
         f"{gib(sizes['arguments'])} + {gib(sizes['temporaries'])} = {gib(sizes['total'])} of {gib(sizes['limit'])}",
-        fits, f"{found['flops_per_step'] / 1e12:,.0f}", bound, expected,
+        fits,
+        f"{found['flops_per_step'] / 1e12:,.0f}",
+        bound,
+        expected,
         ("" if scorer["fits"] else "no: ") + gib(scorer["bytes_per_device"]["total"]),
         f"{found['compile_seconds']:.0f} s",
-    )  # fmt: skip
+    )
     return f"| {' | '.join(cells)} |"
 
 

@@ -18,8 +18,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxprm.bench.search import Setting, bench_engine
 from jaxprm.host_memory import keep_freed
+from jaxprm.scoring.bench import Setting, bench_engine
 
 LENGTHS = {"prompt_tokens": 300, "action_tokens": 20, "observation_tokens": 40, "beams": 4}
 DEPTHS, CANDIDATES = (5, 10, 20, 40), (2, 4, 8, 16, 32)

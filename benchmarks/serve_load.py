@@ -89,8 +89,10 @@ def serving(
         with log.open("w") as file:
             process = subprocess.Popen(
                 [sys.executable, *program, "serve", "--model", str(model), "--port", "0", *options],
-                env=os.environ | {"PYTHONPATH": str(root)} | environment, stdout=file, stderr=subprocess.STDOUT,
-            )  # fmt: skip
+                env=os.environ | {"PYTHONPATH": str(root)} | environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
         server = Server(process, log, 0)
         try:
             deadline = time.monotonic() + PATIENCE

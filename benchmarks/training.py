@@ -34,13 +34,14 @@ from data_pipeline.shards import Dataset, open_dataset
 from jaxprm import config as config_lib
 from jaxprm import files
 from jaxprm.host_memory import keep_freed
-from jaxprm.model.transformer import Head, RewardModel, TransformerConfig
-from jaxprm.planning.flops import train_step_flops
+from jaxprm.model import sharding
+from jaxprm.model.config import Head, TransformerConfig
+from jaxprm.model.transformer import RewardModel
 from jaxprm.progress import bar
-from jaxprm.run import run
-from jaxprm.stages import WorkDirectory
-from jaxprm.training import sharding
+from jaxprm.training.flops import train_step_flops
 from jaxprm.training.programs import batch_fields, make_programs
+from jaxprm.workflow.run import run
+from jaxprm.workflow.workdir import WorkDirectory
 
 CONFIG = Path(__file__).parents[1] / "configs/textcraft_tiny.py"
 SETTINGS = config_lib.RewardModel(label="bench")
@@ -291,15 +292,18 @@ def main(arguments: list[str] | None = None) -> None:
     with bar("bench training", options.rounds * (len(sizes) + options.peak), unit="round") as progress:
         if options.peak:
             model = TransformerConfig(
-                vocab_size=1280, hidden_size=options.hidden, layers=4, heads=options.hidden // 64,
-                kv_heads=options.hidden // 64, head_dim=64, intermediate_size=options.hidden * 8 // 3 // 64 * 64,
-            )  # fmt: skip
+                vocab_size=1280,
+                hidden_size=options.hidden,
+                layers=4,
+                heads=options.hidden // 64,
+                kv_heads=options.hidden // 64,
+                head_dim=64,
+                intermediate_size=options.hidden * 8 // 3 // 64 * 64,
+            )
             full = config_lib.Data(rows=4, length=512, steps_per_row=32)
             found["peak"] = bench_peak(model, full, rounds=options.rounds, torch=options.torch, progress=progress)
         found["speed"] = {
-            size: bench_speed(
-                SIZES[size], dataset, data, rounds=options.rounds, torch=options.torch, progress=progress
-            )
+            size: bench_speed(SIZES[size], dataset, data, rounds=options.rounds, torch=options.torch, progress=progress)
             for size in sizes
         }
     found["load_after"] = os.getloadavg()[0]

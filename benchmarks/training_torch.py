@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForTokenClassification
 
 from data_pipeline.shards import Split
-from jaxprm.model import huggingface
-from jaxprm.model.transformer import TransformerConfig
+from jaxprm.hf import reader
+from jaxprm.model.config import TransformerConfig
 
 IGNORED = -100
 MEGABATCH = 50  # batches that are sorted together, as transformers' Trainer does by length
@@ -22,7 +22,7 @@ MEGABATCH = 50  # batches that are sorted together, as transformers' Trainer doe
 def load(config: TransformerConfig, parameters: Any, *, max_length: int) -> Any:
     """The transformers model of these weights, with two labels and a bias."""
     with tempfile.TemporaryDirectory(prefix="jaxprm-bench-") as scratch:
-        huggingface.write_model(Path(scratch), config, parameters, pad_id=0, end_id=1, max_length=max_length)
+        reader.write_model(Path(scratch), config, parameters, pad_id=0, end_id=1, max_length=max_length)
         return AutoModelForTokenClassification.from_pretrained(
             scratch, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
         ).train()

@@ -26,9 +26,17 @@ Batch = dict[str, np.ndarray]
 _PREFETCH = 8
 _TOKEN_FIELDS = {"tokens": np.int32, "segments": np.int32, "positions": np.int32}
 _STEP_FIELDS = {
-    "read_positions": np.int32, "state_positions": np.int32, "step_index": np.int32, "trajectory": np.int32,
-    "example": np.int32, "rewards": np.float32, "step_labels": np.float32, "weights": np.float32,
-    "is_first": np.bool_, "is_last": np.bool_, "valid": np.bool_,
+    "read_positions": np.int32,
+    "state_positions": np.int32,
+    "step_index": np.int32,
+    "trajectory": np.int32,
+    "example": np.int32,
+    "rewards": np.float32,
+    "step_labels": np.float32,
+    "weights": np.float32,
+    "is_first": np.bool_,
+    "is_last": np.bool_,
+    "valid": np.bool_,
 }
 _FIELDS = _TOKEN_FIELDS | _STEP_FIELDS
 # What a step slot without a step holds; everything else is 0 or False.
@@ -94,9 +102,7 @@ class _PackedSplit:
 
     def _steps(self, examples: np.ndarray, row_of: np.ndarray, rank: np.ndarray, rows: int) -> Batch:
         split, slots = self.split, self.shape.steps_per_row
-        batch = {
-            name: np.full((rows, slots), _NO_STEP.get(name, 0), dtype) for name, dtype in _STEP_FIELDS.items()
-        }
+        batch = {name: np.full((rows, slots), _NO_STEP.get(name, 0), dtype) for name, dtype in _STEP_FIELDS.items()}
         counts = split.step_counts[examples]
         spans = _spans(counts, row_of, slots)
         source = split.step_starts[examples][spans.owner] + spans.within

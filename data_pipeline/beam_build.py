@@ -27,15 +27,16 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.pvalue import AsList, AsSingleton, TaggedOutput
 
 from data_pipeline import shards as shards_lib
-from data_pipeline.build import check_not_empty, check_output, replace
 from data_pipeline.encode import Encoder
 from data_pipeline.errors import MOST_LISTED, DataError, SplitError
 from data_pipeline.metadata import FILE, Metadata, Shard, shard_of
+from data_pipeline.output import check_output, replace
 from data_pipeline.records import (
     Counts,
     Preparation,
     Sizes,
     TooLong,
+    check_not_empty,
     identity,
     record_of,
     sizes_of,
@@ -339,9 +340,7 @@ def _raise_or_pass(summary: _Summary, skip_bad: Callable[[DataError], None] | No
         skip_bad(error)
 
 
-def _describe(
-    folder: str, summary: _Summary, inputs: Inputs, encoder: Encoder, settings: dict[str, Any]
-) -> Metadata:
+def _describe(folder: str, summary: _Summary, inputs: Inputs, encoder: Encoder, settings: dict[str, Any]) -> Metadata:
     """Adds metadata.json and TFDS's files to the shards, and takes away what lies beside them."""
     paths = [one.path for one in FileSystems.match([FileSystems.join(folder, "*" + _WRITTEN)])[0].metadata_list]
     found = [msgspec.msgpack.decode(_read(path), type=_Written) for path in paths]
@@ -356,12 +355,17 @@ def _describe(
         *arrays, tasks = zip(*(one.sizes for one in written[split]), strict=True)
         splits[split] = split_metadata(counts, Sizes(*map(np.concatenate, arrays), [t for part in tasks for t in part]))
     metadata = Metadata(
-        tokenizer=encoder.fingerprint, pad_id=encoder.pad_id, **settings, splits=splits,
+        tokenizer=encoder.fingerprint,
+        pad_id=encoder.pad_id,
+        **settings,
+        splits=splits,
         shards={one.name: one.shard for one in sorted(found, key=lambda one: one.name)},
     )
     with tempfile.TemporaryDirectory() as here:
-        lengths = {split: ([len(one.tasks) for one in parts], sum(one.size for one in parts))
-                   for split, parts in written.items()}  # fmt: skip
+        lengths = {
+            split: ([len(one.tasks) for one in parts], sum(one.size for one in parts))
+            for split, parts in written.items()
+        }
         shards_lib.describe(Path(here), lengths)
         metadata.save(here)
         for file in Path(here).iterdir():

@@ -19,8 +19,9 @@ from typing import Any
 
 from data_pipeline.encode import Encoder
 from data_pipeline.errors import DataError, SplitError, listed
-from data_pipeline.metadata import FILE, Metadata, shard_of, verify
-from data_pipeline.records import Counts, Rows, SplitRecords, TooLong, sizes_of, split_metadata
+from data_pipeline.metadata import Metadata, shard_of, verify
+from data_pipeline.output import check_output, replace
+from data_pipeline.records import Rows, SplitRecords, TooLong, check_not_empty, sizes_of, split_metadata
 from data_pipeline.splits import Inputs, parse_inputs
 from data_pipeline.trajectory import count_rows, read_numbered
 
@@ -84,20 +85,6 @@ def build(
     return _write(rows.splits, encoder, output, shards=shards, **settings)
 
 
-def check_not_empty(splits: Mapping[str, tuple[Counts, int]], inputs: Inputs) -> None:
-    """Raises DataError where a split that was asked for, or has rows, has no trajectory to store."""
-    missing = [split for split in inputs if split is not None and split not in splits]
-    if missing or not splits:
-        raise DataError(f"no row was given for split {missing[0] if missing else 'train'}")
-    for split, found in splits.items():
-        if not found[1]:
-            counts = found[0]
-            raise DataError(
-                f"split {split}: no trajectory is left of {counts.rows} rows; {counts.errors} ended in an error, "
-                f"{counts.dropped} were too long"
-            )
-
-
 def _write(splits: Mapping[str, SplitRecords], encoder: Encoder, output: Path, **settings: Any) -> Metadata:
     from data_pipeline import shards  # imports TensorFlow
 
@@ -108,7 +95,9 @@ def _write(splits: Mapping[str, SplitRecords], encoder: Encoder, output: Path, *
         records = {split: found.records for split, found in splits.items()}
         shards.write(records, temporary, shards=settings.pop("shards"))
         metadata = Metadata(
-            tokenizer=encoder.fingerprint, pad_id=encoder.pad_id, **settings,
+            tokenizer=encoder.fingerprint,
+            pad_id=encoder.pad_id,
+            **settings,
             splits={split: split_metadata(one.counts, sizes_of(one.records)) for split, one in splits.items()},
             shards={file.name: shard_of(file) for file in sorted(temporary.glob("*.tfrecord*"))},
         )
@@ -121,31 +110,13 @@ def _write(splits: Mapping[str, SplitRecords], encoder: Encoder, output: Path, *
     return metadata
 
 
-def replace(written: Path, output: Path) -> None:
-    """Puts `written` in the place of `output`, an empty directory or a dataset that is removed only afterwards."""
-    previous = output.with_name(f".{output.name}.previous")
-    shutil.rmtree(previous, ignore_errors=True)
-    if output.exists():
-        output.rename(previous)
-    written.rename(output)
-    shutil.rmtree(previous, ignore_errors=True)
-
-
-def check_output(output: Path) -> None:
-    """Raises DataError unless `output` is absent, empty, or a dataset."""
-    if output.is_dir():
-        if any(output.iterdir()) and not (output / FILE).is_file():
-            raise DataError(f"{output}: not empty and not a dataset; name another directory or empty this one")
-        if (output / FILE).is_file():
-            Metadata.load(output)  # somebody else's metadata.json is an error
-    elif output.exists():
-        raise DataError(f"{output}: a file; name a directory")
-
-
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m data_pipeline.build", description="Trajectories to TFRecord.")
     parser.add_argument(
-        "--input", action="append", required=True, metavar="[SPLIT=]FILE",
+        "--input",
+        action="append",
+        required=True,
+        metavar="[SPLIT=]FILE",
         help="JSONL, may be repeated; without SPLIT every row goes to its own split, or to train",
     )
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="tokenizer.json and chat template")
@@ -158,7 +129,9 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shards", type=int, default=4, metavar="N", help="files per split (default: 4)")
     parser.add_argument("--skip-bad", action="store_true", help="leave bad rows out, show and count them")
     parser.add_argument(
-        "--beam", nargs=argparse.REMAINDER, metavar="OPTION",
+        "--beam",
+        nargs=argparse.REMAINDER,
+        metavar="OPTION",
         help="run as an Apache Beam pipeline; what follows is the pipeline's: --runner RUNNER and others",
     )
     return parser.parse_args(arguments)
@@ -169,7 +142,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _arguments(arguments)
     bad: list[DataError] = []
     settings = {
-        "max_length": options.max_length, "too_long": options.too_long, "shards": options.shards,
+        "max_length": options.max_length,
+        "too_long": options.too_long,
+        "shards": options.shards,
         "skip_bad": bad.append if options.skip_bad else None,
     }
     try:
@@ -198,6 +173,7 @@ def _with_bar(inputs: Inputs, encoder: Encoder, output: str, settings: dict[str,
     from tqdm import tqdm
 
     with tqdm(unit=" rows", desc="build") as bar:
+
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)

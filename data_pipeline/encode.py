@@ -23,11 +23,22 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from data_pipeline.chat_template import ChatTemplate, Conversation, Messages, Tools, as_messages, freeze, load_tokenizer
+from data_pipeline.chat_template import (
+    OWN,
+    ChatTemplate,
+    Conversation,
+    Messages,
+    Tools,
+    advice,
+    as_messages,
+    choose,
+    freeze,
+    load_tokenizer,
+    write_tokenizer,
+)
 from data_pipeline.errors import DataError
-from data_pipeline.padding import padding_id
+from data_pipeline.packing import padding_id
 from data_pipeline.remembered import Remembered
-from data_pipeline.template_choice import OWN, advice, choose, write_tokenizer
 from data_pipeline.trajectory import Message, check_steps, text_parts
 
 _PIECES = 64 << 20  # bytes
@@ -92,7 +103,7 @@ class Encoder:
         """Reads tokenizer.json, tokenizer_config.json and chat_template.jinja of a directory, and nothing else.
 
         template: the chat template to use in place of the directory's own: the name of one that ships with the package
-        (template_choice.SHIPPED) or a file; None or "own" for its own.
+        (chat_template.SHIPPED) or a file; None or "own" for its own.
         """
         tokenizer = load_tokenizer(Path(directory))
         choose(tokenizer, template, source=str(directory))

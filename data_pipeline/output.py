@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from os import PathLike
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from data_pipeline.errors import DataError
+from data_pipeline.metadata import FILE, Metadata
 
 
 @contextmanager
@@ -35,3 +37,24 @@ def new_file(path: str | PathLike[str]) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):
             beside.unlink()
+
+
+def replace(written: Path, output: Path) -> None:
+    """Puts `written` in the place of `output`, an empty directory or a dataset that is removed only afterwards."""
+    previous = output.with_name(f".{output.name}.previous")
+    shutil.rmtree(previous, ignore_errors=True)
+    if output.exists():
+        output.rename(previous)
+    written.rename(output)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def check_output(output: Path) -> None:
+    """Raises DataError unless `output` is absent, empty, or a dataset."""
+    if output.is_dir():
+        if any(output.iterdir()) and not (output / FILE).is_file():
+            raise DataError(f"{output}: not empty and not a dataset; name another directory or empty this one")
+        if (output / FILE).is_file():
+            Metadata.load(output)  # somebody else's metadata.json is an error
+    elif output.exists():
+        raise DataError(f"{output}: a file; name a directory")

@@ -1,9 +1,9 @@
-"""Which trajectories share a row: pure functions of lengths, seed and epoch, so a position in the data is a number."""
+"""Which trajectories share a row, and the padding token: pure functions of lengths, seed and epoch."""
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -104,7 +104,12 @@ def plan_epochs(
 
 
 def _plan_epoch(
-    lengths: np.ndarray, steps: np.ndarray, *, capacity: int, slots: int, window: int,
+    lengths: np.ndarray,
+    steps: np.ndarray,
+    *,
+    capacity: int,
+    slots: int,
+    window: int,
     random: np.random.Generator | None,
 ) -> list[list[int]]:
     count = len(lengths)
@@ -123,3 +128,22 @@ def _plan_epoch(
             rows = [rows[index] for index in random.permutation(len(rows))]
         packed.extend(rows)
     return packed
+
+
+# Llama 3.1 and later have the first, Qwen the others; both are there for this and stand in no chat.
+_KNOWN = ("<|finetune_right_pad_id|>", "<|endoftext|>", "<|fim_pad|>")
+
+
+def padding_id(
+    specials: Mapping[str, int], *, declared: int | None, used: Collection[int], template: str
+) -> int | None:
+    """The id to pad with: the declared one where it may, else another special token that no conversation holds.
+
+    specials: ids of the tokenizer's special tokens; used: those with a part of their own (bos, eos, unk); a token whose
+    text stands in the chat template is in use too. Returns None where every special token is in use.
+    """
+    free = {text: id for text, id in specials.items() if id not in used and text not in template}
+    if declared in free.values():
+        return declared
+    by_name = [text for word in ("pad", "reserved") for text in sorted(free, key=free.get) if word in text.lower()]
+    return next((free[text] for text in (*_KNOWN, *by_name) if text in free), None)

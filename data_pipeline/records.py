@@ -12,7 +12,7 @@ import numpy as np
 from data_pipeline.encode import Encoded, Encoder
 from data_pipeline.errors import DataError, SplitError
 from data_pipeline.metadata import LENGTH_EDGES, SplitMetadata
-from data_pipeline.splits import Splits, named_split
+from data_pipeline.splits import Inputs, Splits, named_split
 from data_pipeline.trajectory import Trajectory
 
 TooLong = Literal["error", "drop", "window"]
@@ -94,7 +94,10 @@ class Preparation:
         rewards[-1] = steps.rewards[kept - 1 :].sum(dtype=np.float64)
         return _Steps(
             steps.tokens[: steps.read_positions[kept - 1] + 1],
-            steps.read_positions[:kept], steps.state_positions[:kept], rewards, steps.step_labels[:kept],
+            steps.read_positions[:kept],
+            steps.state_positions[:kept],
+            rewards,
+            steps.step_labels[:kept],
         )
 
 
@@ -125,9 +128,15 @@ def sizes_of(records: Sequence[Mapping[str, Any]]) -> Sizes:
 def split_metadata(counts: Counts, sizes: Sizes) -> SplitMetadata:
     count = len(sizes.lengths)
     return SplitMetadata(
-        **counts._asdict(), merged=int(sizes.weights.sum()) - count, trajectories=count, tasks=len(set(sizes.tasks)),
-        steps=int(sizes.steps.sum()), tokens=int(sizes.lengths.sum()), longest=int(sizes.lengths.max()),
-        most_steps=int(sizes.steps.max()), mean_return=float(np.average(sizes.returns, weights=sizes.weights)),
+        **counts._asdict(),
+        merged=int(sizes.weights.sum()) - count,
+        trajectories=count,
+        tasks=len(set(sizes.tasks)),
+        steps=int(sizes.steps.sum()),
+        tokens=int(sizes.lengths.sum()),
+        longest=int(sizes.lengths.max()),
+        most_steps=int(sizes.steps.max()),
+        mean_return=float(np.average(sizes.returns, weights=sizes.weights)),
         lengths=np.histogram(sizes.lengths, [*LENGTH_EDGES, np.inf])[0].tolist(),
     )
 
@@ -194,3 +203,17 @@ def _steps(trajectory: Trajectory, encoded: Encoded, row: str) -> _Steps:
     if trajectory.step_labels is not None:
         labels[:] = [np.nan if label is None else label for label in trajectory.step_labels]
     return _Steps(encoded.tokens, encoded.read_positions, encoded.state_positions, rewards, labels)
+
+
+def check_not_empty(splits: Mapping[str, tuple[Counts, int]], inputs: Inputs) -> None:
+    """Raises DataError where a split that was asked for, or has rows, has no trajectory to store."""
+    missing = [split for split in inputs if split is not None and split not in splits]
+    if missing or not splits:
+        raise DataError(f"no row was given for split {missing[0] if missing else 'train'}")
+    for split, found in splits.items():
+        if not found[1]:
+            counts = found[0]
+            raise DataError(
+                f"split {split}: no trajectory is left of {counts.rows} rows; {counts.errors} ended in an error, "
+                f"{counts.dropped} were too long"
+            )

@@ -19,7 +19,10 @@ from data_pipeline.metadata import Metadata, broken_shards, fingerprint, verify
 
 _TOKEN_FIELDS = {"tokens": np.int32}
 _STEP_FIELDS = {
-    "read_positions": np.int32, "state_positions": np.int32, "rewards": np.float32, "step_labels": np.float32,
+    "read_positions": np.int32,
+    "state_positions": np.int32,
+    "rewards": np.float32,
+    "step_labels": np.float32,
 }
 _SCALARS = {"weight": np.int64, "outcome": np.float32}
 _TEXTS = ("id", "task")

@@ -18,7 +18,7 @@ VALIDATION_SHARE = 0.1
 
 
 def split_of(group: str, *, validation_share: float, seed: int = 0) -> str:
-    """"train" or "validation", the latter for about `validation_share` of all groups."""
+    """ "train" or "validation", the latter for about `validation_share` of all groups."""
     digest = hashlib.sha256(f"{seed}\0{group}".encode(errors="surrogatepass")).digest()
     return "validation" if int.from_bytes(digest[:8]) < validation_share * 2**64 else "train"
 

@@ -1,8 +1,8 @@
 """The Python surface: a reward model in a user's own program.
 
-    model = jaxprm.load("runs/demo/reward_models/agentprm/seed-0")
-    model.score([messages])[0]["steps"]                      # promise and progress of every step of a conversation
-    model.score_actions(messages, ["get 2 oak log", ...])    # of what the agent could say next
+model = jaxprm.load("runs/demo/reward_models/agentprm/seed-0")
+model.score([messages])[0]["steps"]                      # promise and progress of every step of a conversation
+model.score_actions(messages, ["get 2 oak log", ...])    # of what the agent could say next
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 from data_pipeline.chat_template import as_messages
 from data_pipeline.trajectory import Message, Trajectory
 from jaxprm import config as config_lib
+from jaxprm.artifacts.directory import find_model, read_recipe
 from jaxprm.errors import UserError
 from jaxprm.scoring import loading
 from jaxprm.scoring.scorer import Prepared, Scorer
@@ -145,10 +146,10 @@ def load(
 
     Raises UserError or DataError where there is no model, or one that cannot be read.
     """
-    model = loading.find_model(directory)
+    model = find_model(directory)
     options: dict[str, Any] = {"rows": rows, "max_tokens": max_tokens, "dtype": dtype, "template": chat_template}
     scorer = loading.load_scorer(model, **options, mesh=mesh_of(mesh))
-    return Model(scorer, loading.read_recipe(model))
+    return Model(scorer, read_recipe(model))
 
 
 def mesh_of(sizes: Mapping[str, int] | None) -> config_lib.Mesh | None:

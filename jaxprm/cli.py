@@ -39,7 +39,9 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--redo", action="store_true", help="make stages again whose config changed")
         one.add_argument("--profile", metavar="START:END", help="trace these steps of every training")
         one.add_argument(
-            "--data", action="append", metavar="[SPLIT=]FILE",
+            "--data",
+            action="append",
+            metavar="[SPLIT=]FILE",
             help="trajectories of your own instead of sampled ones; again for more (collection.files)",
         )
         one.add_argument("--model", metavar="DIR", help="the model reward models start from (base_model)")
@@ -67,9 +69,11 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--model", type=Path, required=True, help=_MODEL)
     export.add_argument("--output", type=Path, required=True, help="the directory to write")
     export.add_argument(
-        "--format", choices=("sequence", "token"), default="sequence",
+        "--format",
+        choices=("sequence", "token"),
+        default="sequence",
         help="a value for a conversation (default), or for each of its tokens",
-    )  # fmt: skip
+    )
     export.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the weights; default float32")
     export.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file of weights; default 5GB")
     export.add_argument("--chat-template", default="own", metavar="TEMPLATE", help=_TEMPLATE)
@@ -256,8 +260,8 @@ def _one_line(error: Exception) -> str | None:
 
 def _stages(options) -> int:
     from jaxprm import config
-    from jaxprm.run import run, validation_lines
     from jaxprm.training import distributed
+    from jaxprm.workflow.run import run, validation_lines
 
     experiment = config.load(options.config, options.overrides + _spelled_out(options), quick=options.quick)
     own, until = bool(experiment.collection.files), STAGE_VERBS[options.verb][0]
@@ -272,7 +276,7 @@ def _stages(options) -> int:
         if options.verb == "run":
             print("run ends here: nothing is searched; `search` and `report` do, in the config's environment")
     if page is not None:
-        from jaxprm.evaluation.table import results_table
+        from jaxprm.evaluation.tables import results_table
 
         print(results_table(options.workdir / "results.json"))
         print(f"\nreport: {page}")
@@ -294,10 +298,10 @@ def _steps(text: str | None) -> tuple[int, int] | None:
 def _inspect(options) -> int:
     import json
 
-    from jaxprm.training import inspection
+    from jaxprm.artifacts import checkpoints
 
-    found = inspection.inspect(options.directory)
-    print(json.dumps(found, indent=2) if options.json else inspection.summary(found))
+    found = checkpoints.inspect(options.directory)
+    print(json.dumps(found, indent=2) if options.json else checkpoints.summary(found))
     return 0
 
 
@@ -311,8 +315,8 @@ def _spelled_out(options) -> list[str]:
 
 def _imitate(options) -> int:
     from jaxprm import config
-    from jaxprm.stages import WorkDirectory
     from jaxprm.training.imitate import imitate
+    from jaxprm.workflow.workdir import WorkDirectory
 
     experiment = config.load(options.config, options.overrides)
     with WorkDirectory(options.workdir).lock():
@@ -332,9 +336,13 @@ def _score(options) -> int:
     from jaxprm.scoring.loading import all_devices
 
     counts = score_file(
-        options.model, options.input, options.output, dtype=options.dtype, template=options.chat_template,
+        options.model,
+        options.input,
+        options.output,
+        dtype=options.dtype,
+        template=options.chat_template,
         mesh=mesh_of(options.mesh) or all_devices(),
-    )  # fmt: skip
+    )
     print(f"scored {counts.scored} trajectories, {counts.errors} errors: {options.output}")
     return 1 if counts.errors else 0
 
@@ -358,7 +366,7 @@ def _check_scorer(options) -> int:
 
 def _bench(options) -> int:
     from jaxprm import files
-    from jaxprm.bench.search import Setting, bench_search, table
+    from jaxprm.scoring.bench import Setting, bench_search, table
 
     found = bench_search(Setting(**{name: getattr(options, name) for name in Setting._fields}), torch=options.torch)
     print(table(found))
@@ -371,8 +379,8 @@ def _evaluate(options) -> int:
     from jaxprm import files
     from jaxprm.errors import UserError
     from jaxprm.evaluation.judge import Settings, evaluate
-    from jaxprm.evaluation.judge_table import judge_table
-    from jaxprm.evaluation.measure import Resampling
+    from jaxprm.evaluation.statistics import Resampling
+    from jaxprm.evaluation.tables import judge_table
 
     if options.json and (options.json.is_dir() or options.json.resolve() == options.input.resolve()):
         raise UserError(f"json {options.json}: is a directory, or the input; name another file")
@@ -392,7 +400,7 @@ def _evaluate(options) -> int:
 
 
 def _export(options) -> int:
-    from jaxprm.export import export
+    from jaxprm.export.export import export
 
     made = export(
         options.model,
@@ -447,8 +455,7 @@ def _import_trajectories(options) -> int:
 
 def _validate(options) -> int:
     from data_pipeline.splits import parse_inputs
-    from data_pipeline.validate import validate
-    from data_pipeline.validate_text import to_text
+    from data_pipeline.validate import to_text, validate
     from jaxprm import progress
     from jaxprm.errors import UserError
 

@@ -148,9 +148,15 @@ def objective_targets(
     """
     if name == "agentprm":
         targets = td_lambda_targets(
-            values, rewards, is_last, valid,
-            gae_lambda=gae_lambda, discount=discount, bootstrap=bootstrap, state_values=state_values,
-        )  # fmt: skip
+            values,
+            rewards,
+            is_last,
+            valid,
+            gae_lambda=gae_lambda,
+            discount=discount,
+            bootstrap=bootstrap,
+            state_values=state_values,
+        )
         return targets, valid
     if name == "pvm":
         return returns_to_go(rewards, is_last, valid, discount=discount), valid

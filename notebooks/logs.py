@@ -17,9 +17,7 @@ from notebooks.colab import Session, Stop, on_colab
 OURS = "jaxprm"  # a LOG_FORMAT: trajectories already
 
 
-def take(
-    session: Session, work: Path, *, log: str, form: str, outcome_field: str, validation_share: float
-) -> Path:
+def take(session: Session, work: Path, *, log: str, form: str, outcome_field: str, validation_share: float) -> Path:
     """Imports a log as `work`/trajectories.jsonl; returns that file, at once where it is there.
 
     log: a path; "upload", to be asked for a file by Colab; or "", for the made-up log of docs/first-hour.md.
@@ -41,9 +39,19 @@ def take(
         return output
     given = ["--outcome-field", outcome_field] if outcome_field else []
     session.jaxprm(
-        "import-trajectories", "--format", form, "--input", _source(session.root, work, log), "--output", output,
-        *given, "--split-by", "task", "--validation-share", validation_share,
-    )  # fmt: skip
+        "import-trajectories",
+        "--format",
+        form,
+        "--input",
+        _source(session.root, work, log),
+        "--output",
+        output,
+        *given,
+        "--split-by",
+        "task",
+        "--validation-share",
+        validation_share,
+    )
     return output
 
 

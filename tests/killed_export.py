@@ -10,8 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from jaxprm.export import export
-from jaxprm.model import weights_writer
+from jaxprm.export.export import export
+from jaxprm.hf import writer
 from jaxprm.scoring import files as score_files
 
 
@@ -42,7 +42,7 @@ def half_a_line(target, data):
 
 def main(verb: str, *paths: str) -> None:
     if verb == "export":
-        weights_writer._write_shard = stop_after(weights_writer._write_shard, 2)
+        writer._write_shard = stop_after(writer._write_shard, 2)
         export(*map(Path, paths), max_shard_size="40KB")
     else:
         score_files._write = stop_after(score_files._write, 3, half_a_line)

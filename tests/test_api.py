@@ -107,7 +107,7 @@ def test_a_discounted_model_gives_no_progress(tmp_path):
         (lambda model: model.score_actions(MESSAGES[:1], [{"role": "user", "content": "x"}]), "candidate 0"),
         (lambda model: model.score_actions(MESSAGES[:1], ["a <|end|> b"]), "special token"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_named(model, call, words):
     with pytest.raises((UserError, DataError), match=words) as caught:
         call(model)

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from data_pipeline.trajectory import parse_line
 from jaxprm import environments, files
-from jaxprm.collect import collect, rollouts, trajectory
 from jaxprm.environments import StepResult
 from jaxprm.errors import UserError
+from jaxprm.policies.rollouts import collect, rollouts, trajectory
 from jaxprm.search.beam import beam_search
 from jaxprm.search.branches import Forest
-from jaxprm.search.controls import RandomScorer
+from jaxprm.search.methods import RandomScorer
 from jaxprm.search.tree import tree_to_dict
 from tests.search.fakes import Factory, ScriptedPolicy, SeededPolicy, TreeGame, Walk
 
@@ -73,17 +73,25 @@ def test_a_line_says_how_the_episode_went(tmp_path):
         "task": "walk/train/0",
         "split": "train",
         "messages": [
-            prompt, up, {"role": "user", "content": "you are at 1"}, up, {"role": "user", "content": "you are at 2"}, up
+            prompt,
+            up,
+            {"role": "user", "content": "you are at 1"},
+            up,
+            {"role": "user", "content": "you are at 2"},
+            up,
         ],
         "policy": {"name": "policy", "temperature": 1.0, "seed": 3},
         "meta": {
-            "goal": "go up \u2028 walk/train/0", "depth": 3,
-            "final_observation": "you are at 3", "tokens": 9, "actions_cut": 3,
+            "goal": "go up \u2028 walk/train/0",
+            "depth": 3,
+            "final_observation": "you are at 3",
+            "tokens": 9,
+            "actions_cut": 3,
         },
         "outcome": 1.0,
         "success": True,
         "ended": "done",
-    }  # fmt: skip
+    }
     assert (waited["ended"], waited["outcome"], waited["success"]) == ("max_rounds", 0.0, False)
     assert (lost["ended"], lost["outcome"], len(lost["messages"])) == ("done", 0.0, 6)
     assert lost["meta"]["actions_cut"] == 0

@@ -339,7 +339,7 @@ SECRET = "Zq3xW8nB5vC1mK7pL2jH4gF6dS9a"
         (f'environment.arguments={{"token": "ghp_{SECRET}"}}', "environment.arguments.token"),
         (f'policy.endpoint.api_key="{SECRET}"', "policy.endpoint.api_key"),
     ],
-)  # fmt: skip
+)
 def test_a_secret_is_refused_and_not_repeated(served, override, field):
     found = message(config.load, served, [override])
     assert field in found
@@ -355,10 +355,25 @@ def test_arguments_without_a_class_of_the_users_are_refused(recipe):
 def test_a_field_that_came_later_is_recorded_only_where_it_is_set():
     """So that what was trained before there was such a choice is still known as the same."""
     before = {
-        "label", "objective", "beta", "gae_lambda", "discount", "bootstrap", "progress_gradient", "target_update",
-        "target_decay", "target_every", "epochs", "learning_rate", "head_multiplier", "warmup_fraction",
-        "weight_decay", "gradient_clip", "evaluate_every", "checkpoint_every",
-    }  # fmt: skip
+        "label",
+        "objective",
+        "beta",
+        "gae_lambda",
+        "discount",
+        "bootstrap",
+        "progress_gradient",
+        "target_update",
+        "target_decay",
+        "target_every",
+        "epochs",
+        "learning_rate",
+        "head_multiplier",
+        "warmup_fraction",
+        "weight_decay",
+        "gradient_clip",
+        "evaluate_every",
+        "checkpoint_every",
+    }
     assert set(config.recorded(config.RewardModel(label="some"))) == before
     chosen = config.RewardModel(label="some", trainable="lora", lora=config.Lora(rank=4), dtype="bfloat16")
     assert set(config.recorded(chosen)) == before | {"trainable", "lora", "dtype"}

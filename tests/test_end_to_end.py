@@ -102,9 +102,7 @@ def test_scores_of_a_file_are_those_of_the_run_and_a_bad_line_is_reported(quick,
     source, output = tmp_path / "in.jsonl", tmp_path / "scores.jsonl"
     good = (work / "trajectories/validation.jsonl").read_text().splitlines(keepends=True)
     source.write_text("".join([*good[:2], "{broken\n", *good[2:]]))
-    done = jaxprm(
-        "score", "--model", work / "reward_models/pvm", "--input", source, "--output", output, check=False
-    )
+    done = jaxprm("score", "--model", work / "reward_models/pvm", "--input", source, "--output", output, check=False)
     assert done.returncode == 1
     scores = list(files.read_lines(output))
     assert len(scores) == len(good) + 1 and "error" in scores[2]

@@ -17,11 +17,13 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 import jaxprm
 from data_pipeline.encode import Encoder
 from data_pipeline.errors import DataError
-from jaxprm import export as export_module
-from jaxprm import export_tokenizer, export_verify, model_card
 from jaxprm.errors import UserError
-from jaxprm.export import MARKER, export
-from jaxprm.model import save
+from jaxprm.export import export as export_module
+from jaxprm.export import export as export_tokenizer
+from jaxprm.export import model_card
+from jaxprm.export import verify as export_verify
+from jaxprm.export.export import MARKER, export
+from jaxprm.hf import writer as save
 from tests.model import tiny
 
 STATE = tiny.reward_model()
@@ -88,9 +90,13 @@ def test_the_code_of_the_model_card_runs_and_gives_our_scores(exported):
     blocks = re.findall(r"```python\n(.*?)```", (output / "README.md").read_text(), flags=re.DOTALL)
     assert len(blocks) == 2
     done = subprocess.run(
-        [sys.executable, "-c", "\n".join(blocks)], cwd=output, capture_output=True, text=True, check=False,
+        [sys.executable, "-c", "\n".join(blocks)],
+        cwd=output,
+        capture_output=True,
+        text=True,
+        check=False,
         env=os.environ | {"PYTHONPATH": str(Path(jaxprm.__file__).parents[1])},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     first, second, steps, actions = done.stdout.strip().splitlines()
     theirs = [ast.literal_eval(line) for line in (first, second)]
@@ -107,12 +113,21 @@ def test_the_model_card_tells_what_it_is_and_what_was_checked(exported):
     output, made = exported
     card = (output / "README.md").read_text()
     for words in (
-        "pipeline_tag: text-classification", "base_model: policies/tiny", "AgentPRM (arXiv 2511.08325)",
-        "1,234 trajectories", "[0, 1]", "gae_lambda 0.95", "Read position: last token", "Seed: 3",
-        f"all {made['read_positions']} read positions of 6 conversations", f"{made['largest_difference']:.1e}",
-        "were not run", "| auroc | 0.75 |", "| by_depth 1 | 0.5 |",
+        "pipeline_tag: text-classification",
+        "base_model: policies/tiny",
+        "AgentPRM (arXiv 2511.08325)",
+        "1,234 trajectories",
+        "[0, 1]",
+        "gae_lambda 0.95",
+        "Read position: last token",
+        "Seed: 3",
+        f"all {made['read_positions']} read positions of 6 conversations",
+        f"{made['largest_difference']:.1e}",
+        "were not run",
+        "| auroc | 0.75 |",
+        "| by_depth 1 | 0.5 |",
         "head_dim is not hidden_size / heads",
-    ):  # fmt: skip
+    ):
         assert words in card
     assert "note" not in card
 
@@ -162,19 +177,23 @@ def test_the_results_of_the_run_are_on_the_card(tmp_path):
     estimate = lambda mean: {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "n": 48}
     methods = {"beam": {"4x4": estimate(0.458)}, "stepwise": {"4": estimate(0.333)}, "best_of_n": {"16": estimate(0.5)}}
     results = {
-        "name": "textcraft-tiny", "policy": {"sampled": estimate(0.336), "greedy": estimate(0.25)},
+        "name": "textcraft-tiny",
+        "policy": {"sampled": estimate(0.336), "greedy": estimate(0.25)},
         "methods": {"agentprm": methods, "orm": methods, "random": {"beam": {"4x4": estimate(0.208)}}},
         "provenance": {"seeds": [0, 1]},
-    }  # fmt: skip
+    }
     (work / "results.json").write_text(json.dumps(results))
     export(directory, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     for row in (
-        "run `textcraft-tiny`", "seeds [0, 1]",
-        "| the policy alone, one sample | 33.6 [23.6, 43.6] | 48 |", "| beam 4x4, guided by agentprm | 45.8 [35.8",
-        "| best of 4 at every step, guided by agentprm | 33.3", "| best of 16, guided by agentprm | 50.0",
+        "run `textcraft-tiny`",
+        "seeds [0, 1]",
+        "| the policy alone, one sample | 33.6 [23.6, 43.6] | 48 |",
+        "| beam 4x4, guided by agentprm | 45.8 [35.8",
+        "| best of 4 at every step, guided by agentprm | 33.3",
+        "| best of 16, guided by agentprm | 50.0",
         "| beam 4x4, random scores | 20.8 [10.8, 30.8] | 48 |",
-    ):  # fmt: skip
+    ):
         assert row in card
     assert "guided by orm" not in card
     # The table travels with the model.
@@ -368,8 +387,15 @@ def test_a_tokenizer_that_transformers_reads_otherwise_all_the_same_is_refused(m
 )
 def test_the_base_model_is_named_without_anybodys_paths(base, shown):
     assert export_module.base_name({"base": base}) == shown
-    sizes = {"head_dim": 1, "num_attention_heads": 1, "hidden_size": 1, "max_position_embeddings": 8, "pad_token_id": 0,
-             "dtype": "float32", "architectures": ["Qwen2ForSequenceClassification"]}  # fmt: skip
+    sizes = {
+        "head_dim": 1,
+        "num_attention_heads": 1,
+        "hidden_size": 1,
+        "max_position_embeddings": 8,
+        "pad_token_id": 0,
+        "dtype": "float32",
+        "architectures": ["Qwen2ForSequenceClassification"],
+    }
     card = model_card.model_card({"base": shown}, sizes, {}, None)
     assert f"Base model: {shown}" in card
     assert ("base_model:" in card) == ("/" in shown)

@@ -12,8 +12,8 @@ import jaxprm
 from data_pipeline.encode import Encoder
 from data_pipeline.errors import DataError
 from jaxprm.errors import UserError
-from jaxprm.export import export
-from jaxprm.model import huggingface
+from jaxprm.export.export import export
+from jaxprm.hf import reader
 from jaxprm.scoring import loading
 from tests.model import tiny
 from tests.model.test_families import CASES, LENGTHS, TOKENS, as_version_4, padded_logits, real, torch_model
@@ -91,8 +91,13 @@ def test_what_the_source_said_of_itself_is_kept_and_what_is_ours_is_not(tmp_path
     _, directory = source(tmp_path / "in", "llama-tied", "Sequence", num_labels=1)
     path = directory / "config.json"
     theirs = json.loads(path.read_text())
-    theirs |= {"pretraining_tp": 1, "my_note": "kept", "eos_token_id": [1, 2], "auto_map": {"AutoModel": "evil.Evil"},
-               "_name_or_path": "/home/someone/model"}  # fmt: skip
+    theirs |= {
+        "pretraining_tp": 1,
+        "my_note": "kept",
+        "eos_token_id": [1, 2],
+        "auto_map": {"AutoModel": "evil.Evil"},
+        "_name_or_path": "/home/someone/model",
+    }
     path.write_text(json.dumps(theirs))
     export(directory, tmp_path / "out", dtype="bfloat16")
     ours = json.loads((tmp_path / "out/config.json").read_text())
@@ -191,4 +196,4 @@ def test_one_wrong_tensor_shows_in_the_values(tmp_path):
     tensors["model.layers.1.self_attn.k_proj.weight"] = tensors["model.layers.2.self_attn.k_proj.weight"].clone()
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     assert np.abs(our_values(directory) - real(padded_logits(theirs))[:, 0]).max() > 1e-2
-    assert huggingface.read_config(directory)[0].traits.name == "Llama"
+    assert reader.read_config(directory)[0].traits.name == "Llama"

@@ -8,8 +8,7 @@ from transformers import AutoTokenizer
 
 import jaxprm
 from data_pipeline.encode import Encoder
-from jaxprm.export import export
-from jaxprm.export_tokenizer import dated
+from jaxprm.export.export import dated, export
 from tests.data_pipeline.conftest import make_tokenizer
 from tests.model import tiny
 
@@ -39,13 +38,17 @@ def model(tmp_path_factory):
     tokenizer = json.loads((directory / "tokenizer.json").read_text())
     begin = {"SpecialToken": {"id": "<|begin_of_text|>", "type_id": 0}}
     tokenizer["post_processor"] = {
-        "type": "TemplateProcessing", "single": [begin, {"Sequence": {"id": "A", "type_id": 0}}],
+        "type": "TemplateProcessing",
+        "single": [begin, {"Sequence": {"id": "A", "type_id": 0}}],
         "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {"<|begin_of_text|>": {
-            "id": "<|begin_of_text|>", "ids": [made.convert_tokens_to_ids("<|begin_of_text|>")],
-            "tokens": ["<|begin_of_text|>"],
-        }},
-    }  # fmt: skip
+        "special_tokens": {
+            "<|begin_of_text|>": {
+                "id": "<|begin_of_text|>",
+                "ids": [made.convert_tokens_to_ids("<|begin_of_text|>")],
+                "tokens": ["<|begin_of_text|>"],
+            }
+        },
+    }
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
     settings = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))

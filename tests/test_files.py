@@ -11,7 +11,7 @@ from jaxprm import files
 from jaxprm.errors import UserError
 
 # What ends a line for somebody, and must not for us.
-TEXT = st.text(st.sampled_from("a\n\r\x0b\x0c\x1c\x85\u2028\u2029é\"\\"), max_size=6)
+TEXT = st.text(st.sampled_from('a\n\r\x0b\x0c\x1c\x85\u2028\u2029é"\\'), max_size=6)
 OBJECTS = st.lists(st.dictionaries(TEXT, TEXT | st.integers() | st.none(), max_size=3), min_size=1, max_size=5)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxprm.export import MARKER, export
+from jaxprm.export.export import MARKER, export
 from jaxprm.scoring.files import Counts, score_file
 from tests.model import tiny
 

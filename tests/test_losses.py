@@ -201,9 +201,9 @@ def random_tree(seed, depth=3):
     outcome = random.integers(0, 2, len(leaves)).astype(float)
     rewards = np.zeros(paths.shape)
     rewards[:, -1] = outcome
-    truth = np.array([
-        np.average(outcome, weights=probability * np.any(paths == entry, axis=1)) for entry in range(len(nodes))
-    ])  # fmt: skip
+    truth = np.array(
+        [np.average(outcome, weights=probability * np.any(paths == entry, axis=1)) for entry in range(len(nodes))]
+    )
     return (paths, rewards, np.tile(probability[:, None], depth + 1)), truth
 
 

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from jaxprm.config import Experiment, Policy
-from jaxprm.run import Run
+from jaxprm.workflow.context import Run
 
 INDEX = "model.safetensors.index.json"
 

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from jaxprm import stages
 from jaxprm.errors import UserError
-from jaxprm.stages import WorkDirectory, identity
+from jaxprm.workflow import workdir as stages
+from jaxprm.workflow.workdir import WorkDirectory, identity
 
 INPUTS = {"seed": 0, "collection": {"temperature": 1.0, "tasks": None}, "beams": ((2, 2), (4, 4))}
 
@@ -48,7 +48,7 @@ def run_stage(work, inputs=INPUTS, *, fail=False, name="collect"):
 
 def test_a_work_directory_is_one_process_at_a_time(tmp_path):
     script = (
-        "import sys; from pathlib import Path; from jaxprm.stages import WorkDirectory\n"
+        "import sys; from pathlib import Path; from jaxprm.workflow.workdir import WorkDirectory\n"
         "with WorkDirectory(Path(sys.argv[1])).lock(): print('in', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", script, str(tmp_path)]

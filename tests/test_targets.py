@@ -135,9 +135,15 @@ def test_packed_rows_equal_each_trajectory_alone(packed, lambda_, gamma, bootstr
     """Dense rewards, any gamma, gaps full of NaN: nothing leaks across a boundary and empty slots get 0."""
     row, spans = packed
     got = td(
-        row["values"], row["rewards"], row["is_last"], row["valid"],
-        gae_lambda=lambda_, discount=gamma, bootstrap=bootstrap, state_values=row["states"],
-    )  # fmt: skip
+        row["values"],
+        row["rewards"],
+        row["is_last"],
+        row["valid"],
+        gae_lambda=lambda_,
+        discount=gamma,
+        bootstrap=bootstrap,
+        state_values=row["states"],
+    )
     expected = np.zeros(ROW)
     for span in spans:
         trajectory = (row[name][span] for name in ("values", "rewards", "states"))

@@ -9,9 +9,10 @@ import pytest
 
 from data_pipeline.errors import DataError, SplitError
 from data_pipeline.trajectory import read
-from jaxprm import cli, config, run, trajectory_files
+from jaxprm import cli, config
 from jaxprm.errors import UserError
-from jaxprm.trajectory_files import take
+from jaxprm.workflow import context, user_files
+from jaxprm.workflow.user_files import take
 from tests.model import tiny
 
 OPTIONS = {"validation_share": 0.25, "seed": 0, "skip_bad": False}
@@ -82,20 +83,23 @@ def test_a_split_without_a_row_is_refused_with_what_would_do(tmp_path, outputs):
 def test_the_same_content_elsewhere_is_the_same_and_another_is_not(tmp_path):
     one, copy = write(tmp_path / "a", [row(1)]), write(tmp_path / "b", [row(1)])
     other = write(tmp_path / "c", [row(2)])
-    assert trajectory_files.identity([one]) == trajectory_files.identity([copy])
-    assert trajectory_files.identity([one]) != trajectory_files.identity([other])
-    assert trajectory_files.identity([one]) != trajectory_files.identity([f"train={one}"])
+    assert user_files.identity([one]) == user_files.identity([copy])
+    assert user_files.identity([one]) != user_files.identity([other])
+    assert user_files.identity([one]) != user_files.identity([f"train={one}"])
 
 
 def test_runs_that_sample_do_not_depend_on_the_fields_for_files(tmp_path):
     """Work directories from before these fields came are still theirs."""
     sampled = config.Experiment(name="x")
     other = msgspec.structs.replace(sampled, collection=config.Collection(validation_share=0.5, skip_bad=True))
-    inputs = [run.Run(one, run.WorkDirectory(tmp_path)).collect_inputs for one in (sampled, other)]
+    inputs = [context.Run(one, context.WorkDirectory(tmp_path)).collect_inputs for one in (sampled, other)]
     assert inputs[0] == inputs[1]
     assert set(inputs[0]["collection"]) == {
-        "train_tasks", "validation_tasks", "trajectories_per_task", "temperature",
-    }  # fmt: skip
+        "train_tasks",
+        "validation_tasks",
+        "trajectories_per_task",
+        "temperature",
+    }
 
 
 def test_options_are_fields_spelled_out():
@@ -103,9 +107,11 @@ def test_options_are_fields_spelled_out():
     options = cli.parse([*command, "--chat-template", "chatml", "seed=3"])
     assert options.overrides == ["seed=3"]
     assert cli._spelled_out(options) == [
-        'collection.files=["train=a", "b"]', 'base_model="m"', 'policy.chat_template="chatml"',
+        'collection.files=["train=a", "b"]',
+        'base_model="m"',
+        'policy.chat_template="chatml"',
         "collection.skip_bad=true",
-    ]  # fmt: skip
+    ]
     assert cli._spelled_out(cli.parse(command[:4])) == []
 
 

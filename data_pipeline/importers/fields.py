@@ -72,7 +72,7 @@ class Scale(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Scale:
-        """"LOW,HIGH"; DataError unless LOW < HIGH, both finite."""
+        """ "LOW,HIGH"; DataError unless LOW < HIGH, both finite."""
         try:
             low, high = map(float, text.split(","))
         except ValueError:

@@ -18,7 +18,11 @@ from data_pipeline.importers.source import kind_of
 
 Notes = Counter  # what was changed or left out, by description
 _ROLES = {
-    "system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool",
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
     "function": "tool",
 }
 _KNOWN = {"role", "content", "tool_calls", "function_call", "tool_call_id", "name", "weight", "step"}

@@ -12,10 +12,19 @@ from data_pipeline.importers.openai import Notes, Parsed
 from data_pipeline.importers.source import kind_of
 
 _ROLES = {
-    "human": "user", "user": "user", "system": "system",
-    "gpt": "assistant", "assistant": "assistant", "model": "assistant", "chatgpt": "assistant", "bing": "assistant",
+    "human": "user",
+    "user": "user",
+    "system": "system",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
     "function_call": "assistant",
-    "tool": "tool", "observation": "tool", "function": "tool", "function_response": "tool",
+    "tool": "tool",
+    "observation": "tool",
+    "function": "tool",
+    "function_response": "tool",
 }
 _KNOWN = {"from", "value", "loss", "weight"}
 _ITEM = re.compile(r"(.+)_(\d+)")

@@ -74,7 +74,7 @@ def kind_of(value: Any) -> str:
 
 
 def _kind(file: BinaryIO, path: Path) -> str:
-    """"parquet", "array" or "lines"; the file is left at its first row."""
+    """ "parquet", "array" or "lines"; the file is left at its first row."""
     head = file.read(4)
     for magic, what in _REFUSED.items():
         if head.startswith(magic):

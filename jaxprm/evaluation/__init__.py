@@ -1,0 +1,1 @@
+"""Statistics, and reward models judged on labelled trajectories."""

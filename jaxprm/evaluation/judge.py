@@ -11,13 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxprm import files
+from jaxprm.artifacts.directory import find_model, read_recipe
 from jaxprm.errors import UserError
-from jaxprm.evaluation import judge_labels, judge_outcomes
-from jaxprm.evaluation.labels import OWN_FIELD, kind_of
-from jaxprm.evaluation.measure import Measure, Resampling
+from jaxprm.evaluation import judge_metrics
+from jaxprm.evaluation.labels import OWN_FIELD, kind_of, validation_tasks
 from jaxprm.evaluation.scored import Row, ScoredFile, score_models, steps_of
-from jaxprm.evaluation.statistics import paired_difference
-from jaxprm.evaluation.step_labels import validation_tasks
+from jaxprm.evaluation.statistics import Measure, Resampling, paired_difference
 from jaxprm.evaluation.value_metrics import calibration
 from jaxprm.scoring import loading
 
@@ -67,8 +66,8 @@ def evaluate(models: Sequence[Path], input: Path, settings: Settings, *, chunk: 
     names = [str(model) for model in models]
     if len(set(names)) < len(names):
         raise UserError(f"models {', '.join(names)}: one is named twice")
-    found = [loading.find_model(model) for model in models]
-    recipes = [loading.read_recipe(model) for model in found]
+    found = [find_model(model) for model in models]
+    recipes = [read_recipe(model) for model in found]
     known = [
         Model(name, recipe.get("targets", {}).get("discount", 1.0)) for name, recipe in zip(names, recipes, strict=True)
     ]
@@ -137,22 +136,22 @@ def _outcomes(rows: Sequence[Row], models: Sequence[Model], resampling: Resampli
     if not rows:
         return None
     steps = steps_of(rows)
-    records = [judge_outcomes.records_of(rows, steps, place, model.discount) for place, model in enumerate(models)]
-    reading_nothing = judge_outcomes.baselines(rows, steps, records[0])
+    records = [judge_metrics.records_of(rows, steps, place, model.discount) for place, model in enumerate(models)]
+    reading_nothing = judge_metrics.baselines(rows, steps, records[0])
     found: dict[str, Any] = {
         "baselines": {name: resampling.estimates(one, steps.count) for name, one in reading_nothing.items()},
         "models": {},
     }
     for place, (model, own) in enumerate(zip(models, records, strict=True)):
         one: dict[str, Any] = {
-            "summary": resampling.estimates(judge_outcomes.summary(own, steps.count), steps.count),
-            "best_of_n": judge_outcomes.best_of_n(judge_outcomes.choices(rows, place), resampling),
+            "summary": resampling.estimates(judge_metrics.summary(own, steps.count), steps.count),
+            "best_of_n": judge_metrics.best_of_n(judge_metrics.choices(rows, place), resampling),
         }
         if by_depth:
             options = {"samples": resampling.samples, "seed": resampling.seed}
-            one["calibration"] = calibration([own], bins=judge_outcomes.BINS, **options)
-            one["by_depth"] = judge_outcomes.by_depth(own, resampling)
-            one["by_relative_depth"] = judge_outcomes.by_relative_depth(own, steps.length, resampling)
+            one["calibration"] = calibration([own], bins=judge_metrics.BINS, **options)
+            one["by_depth"] = judge_metrics.by_depth(own, resampling)
+            one["by_relative_depth"] = judge_metrics.by_relative_depth(own, steps.length, resampling)
         found["models"][model.name] = one
     return found
 
@@ -162,11 +161,11 @@ def _outcome_differences(
 ) -> list[dict[str, Any]]:
     steps = steps_of(rows)
     both = [
-        judge_outcomes.summary(judge_outcomes.records_of(rows, steps, place, models[place].discount), steps.count)
+        judge_metrics.summary(judge_metrics.records_of(rows, steps, place, models[place].discount), steps.count)
         for place in (a, b)
     ]
     found = [{"metric": name} | resampling.difference(both[0][name], both[1][name], steps.count) for name in both[0]]
-    tables = [judge_outcomes.choices(rows, place) for place in (a, b)]
+    tables = [judge_metrics.choices(rows, place) for place in (a, b)]
     options = {"samples": resampling.samples, "seed": resampling.seed}
     for n in tables[0]:
         difference = paired_difference(tables[0][n]["final"], tables[1][n]["final"], **options)
@@ -181,23 +180,23 @@ class _Labels:
         self.models, self.settings = models, settings
         self.kind = kind_of([row.labels for row in rows], settings.labels, settings.label_kind)
         self.validation, self.test = self._split(rows)
-        self.thresholds: dict[tuple[int, str], judge_labels.Thresholds] = {}
+        self.thresholds: dict[tuple[int, str], judge_metrics.Thresholds] = {}
         if self.kind == "soft":
             return
         if settings.threshold is not None:
             for place in range(len(models)):
-                self.thresholds[place, "promise"] = judge_labels.fixed(settings.threshold)
+                self.thresholds[place, "promise"] = judge_metrics.fixed(settings.threshold)
             # Whatever is not negative is accepted.
-            self.thresholds[0, "constant"] = judge_labels.fixed(0.0)
+            self.thresholds[0, "constant"] = judge_metrics.fixed(0.0)
             return
-        some = judge_labels.labelled_steps(self.validation, self.kind)
+        some = judge_metrics.labelled_steps(self.validation, self.kind)
         for place, criterion in self._criteria():
-            self.thresholds[place, criterion] = judge_labels.choose(some, self.kind, criterion, place)
+            self.thresholds[place, criterion] = judge_metrics.choose(some, self.kind, criterion, place)
 
     def _criteria(self) -> list[tuple[int, str]]:
-        found = [(0, name) for name in judge_labels.BASELINES]
+        found = [(0, name) for name in judge_metrics.BASELINES]
         for place, model in enumerate(self.models):
-            found += [(place, name) for name in judge_labels.MODEL_CRITERIA if name == "promise" or model.has_progress]
+            found += [(place, name) for name in judge_metrics.MODEL_CRITERIA if name == "promise" or model.has_progress]
         return found
 
     def _split(self, rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
@@ -226,11 +225,11 @@ class _Labels:
 
     def measured(self, rows: Sequence[Row]) -> tuple[dict[tuple[int, str], dict[str, Measure]], int]:
         """The measures of each model (by its place) and criterion, and the number of tasks."""
-        some = judge_labels.labelled_steps(rows, self.kind)
+        some = judge_metrics.labelled_steps(rows, self.kind)
         if self.kind == "soft":
             constant = np.full(len(some.labels), some.labels.mean())
             found = {
-                (place, name): judge_labels.soft_measures(
+                (place, name): judge_metrics.soft_measures(
                     some, constant if name == "constant" else some.values(name, place)
                 )
                 for place, name in self._criteria()
@@ -241,7 +240,7 @@ class _Labels:
                     one.pop("mse", None)
         else:
             found = {
-                (place, name): judge_labels.measures(some, self.kind, name, thresholds, place)
+                (place, name): judge_metrics.measures(some, self.kind, name, thresholds, place)
                 for (place, name), thresholds in self.thresholds.items()
             }
         return found, some.tasks
@@ -257,7 +256,7 @@ class _Labels:
                 "thresholds": dict(self.thresholds.get((place, criterion), {})),
                 "metrics": self.settings.resampling.estimates(one, tasks),
             }
-            if criterion in judge_labels.BASELINES:
+            if criterion in judge_metrics.BASELINES:
                 found["baselines"][criterion] = described
             else:
                 found["models"][self.models[place].name][criterion] = described
@@ -266,7 +265,7 @@ class _Labels:
     def differences(self, a: int, b: int) -> list[dict[str, Any]]:
         measured, tasks = self.measured(self.test)
         found = []
-        for criterion in judge_labels.MODEL_CRITERIA:
+        for criterion in judge_metrics.MODEL_CRITERIA:
             one, other = (measured.get((place, criterion), {}) for place in (a, b))
             for metric in one.keys() & other.keys():
                 difference = self.settings.resampling.difference(one[metric], other[metric], tasks)

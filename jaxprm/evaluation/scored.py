@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError
 from data_pipeline.trajectory import Trajectory
+from jaxprm.artifacts.directory import find_model
 from jaxprm.errors import UserError
 from jaxprm.evaluation.labels import Labels, lookup, read_labels
 from jaxprm.evaluation.statistics import Array
@@ -61,7 +62,7 @@ def score_models(
     found: dict[int, Row] = {}
     bad: dict[int, str] = {}
     for place, model in enumerate(models):
-        scorer = loading.load_scorer(loading.find_model(model))
+        scorer = loading.load_scorer(find_model(model))
         name = "score" if len(models) == 1 else f"score {place + 1} of {len(models)}"
         with input.open("rb") as lines, bar(name, total, unit="trajectory") as shown:
             numbered = enumerate(lines, start=1)

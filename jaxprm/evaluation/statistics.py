@@ -1,15 +1,12 @@
-"""Estimates and their intervals: exact best-of-N curves, the bootstrap over tasks and seeds, AUROC, calibration bins.
-
-NumPy alone. An estimate is what results.json holds: {"mean", "low", "high", "n"}, with n the number of tasks behind it.
-Where a statistic is not defined (an AUROC without failures), its mean, low and high are None.
-"""
+"""Interval estimates: exact best-of-N curves, the bootstrap over tasks and seeds, AUROC, calibration bins."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -334,3 +331,29 @@ def _finite(**arrays: ArrayLike) -> list[Array]:
         if not np.all(np.isfinite(x)):
             raise ValueError(f"{name} has {np.count_nonzero(~np.isfinite(x))} entries that are not finite")
     return list(converted.values())
+
+
+class Measure(NamedTuple):
+    statistic: TaskStatistic
+    n: int  # tasks with a part in it
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """How intervals are made: by the bootstrap over tasks."""
+
+    samples: int = SAMPLES
+    seed: int = 0
+    level: float = LEVEL
+
+    def estimate(self, measure: Measure, tasks: int) -> Estimate:
+        return bootstrap_statistic(
+            [measure.statistic], tasks, n=measure.n, samples=self.samples, seed=self.seed, level=self.level
+        )
+
+    def estimates(self, measures: Mapping[str, Measure], tasks: int) -> dict[str, Estimate]:
+        return {name: self.estimate(measure, tasks) for name, measure in measures.items()}
+
+    def difference(self, a: Measure, b: Measure, tasks: int) -> Estimate:
+        """a - b on the same resamples."""
+        return self.estimate(Measure(lambda counts: a.statistic(counts) - b.statistic(counts), min(a.n, b.n)), tasks)

@@ -72,13 +72,15 @@ def value_by_depth(records: Sequence[StepRecords], *, samples: int = SAMPLES, se
         pairs = [_pairs(r, count) for r in here]
         present = np.count_nonzero(sum(p.positives + p.negatives for p in pairs))
         options = {"samples": samples, "seed": seed}
-        rows.append({
-            "depth": depth,
-            "success": _mean([r.where(r.success) for r in here], "values", count, **options),
-            "failure": _mean([r.where(~r.success) for r in here], "values", count, **options),
-            "auroc": bootstrap_statistic([p.auroc for p in pairs], count, n=present, **options),
-            "auroc_within_task": _within_task([pairs], **options),
-        })  # fmt: skip
+        rows.append(
+            {
+                "depth": depth,
+                "success": _mean([r.where(r.success) for r in here], "values", count, **options),
+                "failure": _mean([r.where(~r.success) for r in here], "values", count, **options),
+                "auroc": bootstrap_statistic([p.auroc for p in pairs], count, n=present, **options),
+                "auroc_within_task": _within_task([pairs], **options),
+            }
+        )
     return rows
 
 

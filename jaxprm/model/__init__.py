@@ -1,0 +1,1 @@
+"""The transformer, its attention and prefix cache, and how they are sharded."""

@@ -1,14 +1,16 @@
-"""Grouped-query attention within packed rows and after cached prefixes, in plain JAX, on every platform.
-
-Letters: B batch, T queries, S keys, C cached tokens, H heads, K kv heads, E head dim.
-"""
+"""Grouped-query attention in packed rows and after cached prefixes: plain JAX, or the splash kernel on TPUs."""
 
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # Blocks of queries: large enough for a good matrix product, few enough for a quick compilation.
 MIN_QUERY_BLOCK, MAX_QUERY_BLOCKS = 64, 8
@@ -60,9 +62,7 @@ def attention(query, keys, values, mask, cached=()) -> jax.Array:
     peak = jax.lax.stop_gradient(functools.reduce(jnp.maximum, peaks))
     weights = [jnp.exp(block - gather(peak, len(block))) for block in scores]
     total = sum(spread(block.sum(axis=-1, keepdims=True)) for block in weights)
-    mixed = sum(
-        spread(block.astype(those.dtype) @ those) for block, (_, those, _) in zip(weights, blocks, strict=True)
-    )
+    mixed = sum(spread(block.astype(those.dtype) @ those) for block, (_, those, _) in zip(weights, blocks, strict=True))
     return (mixed / total).astype(values.dtype).reshape(query_shape)
 
 
@@ -120,3 +120,66 @@ def _join(tiles: jax.Array, axis: int, length: int) -> jax.Array:
     whole = jnp.moveaxis(tiles, 0, axis)
     whole = whole.reshape(*whole.shape[:axis], -1, *whole.shape[axis + 2 :])
     return jax.lax.slice_in_dim(whole, 0, length, axis=axis)
+
+
+# Tokens of a row on one device come in multiples of these; the largest that fits is used.
+BLOCKS = (512, 256, 128)
+HEAD_DIMS = 64  # and its multiples
+
+MeshAxes = tuple[str, ...]
+
+
+def fits(length: int, head_dim: int, sequence_shards: int = 1) -> bool:
+    """Whether the kernel takes rows of `length` tokens, split over so many devices."""
+    return length % (BLOCKS[-1] * sequence_shards) == 0 and head_dim % HEAD_DIMS == 0
+
+
+def splash_attention(
+    mesh: Mesh, *, batch: MeshAxes, heads: MeshAxes, kv_heads: MeshAxes, length: MeshAxes, interpret: bool = False
+) -> Callable[..., jax.Array]:
+    """An attention over (query, keys, values, segments), shapes and result as `packed_attention`'s.
+
+    Args:
+        batch, heads, kv_heads, length: mesh axes that these axes of the arrays are split over. Where tokens are split,
+            every device has its own queries and all keys.
+        interpret: runs the kernel's own program on any platform, slowly.
+    """
+
+    def shards(axes: MeshAxes) -> int:
+        return math.prod(mesh.shape[axis] for axis in axes)
+
+    def attend(query: jax.Array, keys: jax.Array, values: jax.Array, segments: jax.Array) -> jax.Array:
+        _, count, tokens, head_dim = query.shape
+        size = next(block for block in BLOCKS if tokens // shards(length) % block == 0)
+        names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+        kernel = kernels.make_splash_mha(
+            masks.MultiHeadMask([masks.CausalMask((tokens, tokens))] * count),
+            block_sizes=kernels.BlockSizes(**dict.fromkeys(names, size)),
+            head_shards=shards(heads),
+            q_seq_shards=shards(length),
+            interpret=interpret,
+        )
+
+        def local(kernel, query, keys, values, query_segments, key_segments):
+            ids = kernels.SegmentIds(query_segments, key_segments)
+            return jax.vmap(kernel)(query * head_dim**-0.5, keys, values, ids)
+
+        spec = PartitionSpec
+        queries, cached = spec(batch, heads, length), spec(batch, kv_heads)
+        mapped = jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(
+                kernel.manual_sharding_spec(NamedSharding(mesh, spec(heads, length))),
+                queries,
+                cached,
+                cached,
+                spec(batch, length),
+                spec(batch),
+            ),
+            out_specs=queries,
+            check_vma=False,
+        )
+        return mapped(kernel, query, keys, values, segments, segments)
+
+    return attend

@@ -19,8 +19,9 @@ import numpy as np
 from flax import nnx
 
 from jaxprm.errors import UserError
-from jaxprm.model.layout import ONE_DEVICE, Layout
-from jaxprm.model.transformer import Cache, TransformerConfig
+from jaxprm.model.config import TransformerConfig
+from jaxprm.model.sharding import ONE_DEVICE, Layout
+from jaxprm.model.transformer import Cache
 
 # A call with few rows to fill is made this much smaller: the end of every round of a search is.
 FEW = 8
@@ -117,9 +118,21 @@ class _Job(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("graph", "capacity", "kept_width", "layout"), donate_argnames=("bank",))
 def _extend(
-    graph, parameters, bank: Cache, ring: Ring, source, target, starts, kept, tokens, counts,
-    *, capacity, kept_width, layout=ONE_DEVICE,
-) -> Cache:  # fmt: skip
+    graph,
+    parameters,
+    bank: Cache,
+    ring: Ring,
+    source,
+    target,
+    starts,
+    kept,
+    tokens,
+    counts,
+    *,
+    capacity,
+    kept_width,
+    layout=ONE_DEVICE,
+) -> Cache:
     """Encodes `counts[r]` of tokens [R, W] after the first `starts[r]` of slot `source[r]` into slot `target[r]`.
 
     kept: int32 [3, R], ring rows, offsets and counts of what comes in between; kept_width, static, is no less than any
@@ -240,10 +253,20 @@ class PrefixBank:
                     none, nowhere = np.zeros(rows, np.int32), np.full(rows, self.slots, np.int32)
                     each()
                     self.bank = _extend(
-                        self._graph, self._parameters, self.bank, self.ring, none, nowhere, none,
-                        np.zeros((3, rows), np.int32), np.zeros((rows, width), np.int32), none,
-                        capacity=capacity, kept_width=self._kept_width, layout=self._layout,
-                    )  # fmt: skip
+                        self._graph,
+                        self._parameters,
+                        self.bank,
+                        self.ring,
+                        none,
+                        nowhere,
+                        none,
+                        np.zeros((3, rows), np.int32),
+                        np.zeros((rows, width), np.int32),
+                        none,
+                        capacity=capacity,
+                        kept_width=self._kept_width,
+                        layout=self._layout,
+                    )
 
     def place(self, prefixes: Sequence[np.ndarray]) -> np.ndarray:
         """A slot that begins with each prefix of tokens, int32 [T] each. Holds until the next call.
@@ -381,9 +404,20 @@ class PrefixBank:
                 if (end := job.known + len(chunk)) < len(job.prefix):
                     jobs.append(_Job(job.target, job.target, end, None, job.prefix))
             self.bank = _extend(
-                self._graph, self._parameters, self.bank, self.ring, source, target, starts, kept, tokens, counts,
-                capacity=self.bucket(int(starts.max())), kept_width=self._kept_width, layout=self._layout,
-            )  # fmt: skip
+                self._graph,
+                self._parameters,
+                self.bank,
+                self.ring,
+                source,
+                target,
+                starts,
+                kept,
+                tokens,
+                counts,
+                capacity=self.bucket(int(starts.max())),
+                kept_width=self._kept_width,
+                layout=self._layout,
+            )
             self.tokens_encoded += int(counts.sum())
             self.slots_computed += rows * width
 

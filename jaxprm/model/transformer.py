@@ -22,84 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxprm.errors import UserError
 from jaxprm.model.attention import chunk_mask, packed_attention, tiled_attention
-from jaxprm.model.families import FAMILIES, Family
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3's: wavelengths beyond `original_length / low_frequency_factor` are stretched by `factor`, those below
-    `original_length / high_frequency_factor` are kept, and what lies between is blended.
-    """
-
-    factor: float
-    low_frequency_factor: float
-    high_frequency_factor: float
-    original_length: int
-
-    def __post_init__(self):
-        for field in ("factor", "low_frequency_factor", "original_length"):
-            if not getattr(self, field) > 0:
-                raise UserError(f"rope scaling: {field} = {getattr(self, field)} must be above 0")
-        if not self.high_frequency_factor > self.low_frequency_factor:
-            raise UserError(
-                f"rope scaling: high_frequency_factor = {self.high_frequency_factor} must be above "
-                f"low_frequency_factor = {self.low_frequency_factor}"
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class Head:
-    """What a reward model makes of a hidden state.
-
-    labels: 1, a linear output that is the value itself; 2, whose softmax is read at label 1 (as TRL's PRMTrainer makes
-    them). bias: whether the outputs have one, as those of token classifiers do.
-    """
-
-    labels: int = 1
-    bias: bool = False
-
-    def __post_init__(self):
-        if self.labels not in (1, 2):
-            raise UserError(f"model.head.labels = {self.labels} must be 1 or 2")
-
-
-@dataclasses.dataclass(frozen=True)
-class TransformerConfig:
-    """Family and sizes of a decoder, and the head of the reward model that may sit on it.
-
-    Names follow the Hugging Face config where it has one. `head` matters to a RewardModel alone.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    rope_theta: float = 10_000.0
-    norm_epsilon: float = 1e-6
-    tie_embeddings: bool = True
-    family: str = "qwen2"
-    rope_scaling: RopeScaling | None = None
-    head: Head = Head()
-
-    def __post_init__(self):
-        if self.family not in FAMILIES:
-            raise UserError(f"model.family = {self.family!r} is not supported; supported: {', '.join(FAMILIES)}")
-        for field in ("vocab_size", "hidden_size", "layers", "heads", "kv_heads", "head_dim", "intermediate_size"):
-            if getattr(self, field) < 1:
-                raise UserError(f"model.{field} = {getattr(self, field)} must be at least 1")
-        if self.heads % self.kv_heads:
-            raise UserError(f"model.heads = {self.heads} is not a multiple of model.kv_heads = {self.kv_heads}")
-        if self.head_dim % 2:
-            raise UserError(f"model.head_dim = {self.head_dim} must be even: rotary embedding turns pairs")
-
-    @property
-    def traits(self) -> Family:
-        return FAMILIES[self.family]
+from jaxprm.model.config import RopeScaling, TransformerConfig
 
 
 class Cache(NamedTuple):
@@ -252,9 +176,7 @@ class Block(nnx.Module):
         self.up = matrix(width, config.intermediate_size)
         self.down = nnx.Param(matrix(config.intermediate_size, width)[...] * (2 * config.layers) ** -0.5)
 
-    def __call__(
-        self, x, cos, sin, segments, cached=(), attend=packed_attention, adapters=MappingProxyType({})
-    ):
+    def __call__(self, x, cos, sin, segments, cached=(), attend=packed_attention, adapters=MappingProxyType({})):
         """x [B, T, D] -> (x, keys [B, K, T, E], values [B, K, T, E]).
 
         adapters: {"a": [I, R], "b": [R, O]} by the name of a matrix [I, O], whose product is added to it.
@@ -297,9 +219,7 @@ class Transformer(nnx.Module):
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size)) * 0.02)
-        self.blocks = nnx.vmap(lambda keys: Block(config, rngs=keys), in_axes=0, out_axes=0)(
-            rngs.split(config.layers)
-        )
+        self.blocks = nnx.vmap(lambda keys: Block(config, rngs=keys), in_axes=0, out_axes=0)(rngs.split(config.layers))
         self.norm = nnx.Param(jnp.ones((config.hidden_size,)))
         if not config.tie_embeddings:
             self.unembedding = nnx.Param(
@@ -326,9 +246,7 @@ class Transformer(nnx.Module):
         says the dtype too; so are `adapters`, as for a Block but stacked on a layer axis.
         """
         compute = compute or Compute(dtype=dtype)
-        cos, sin = rotary_tables(
-            positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling
-        )
+        cos, sin = rotary_tables(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         # A row of the table is read whole: what splits its width is gathered first, or the result would have to be.
         x = compute.constrain(self.embedding[...].astype(compute.dtype), "vocabulary", "hidden")[tokens]
         graph, stacked = nnx.split(self.blocks)
@@ -395,3 +313,13 @@ class RewardModel(nnx.Module):
         """Values [B, S] at `read_positions` [B, S] of packed rows [B, T]."""
         hidden = self.transformer(tokens, positions, segments, dtype=dtype).hidden
         return self.value(jnp.take_along_axis(hidden, read_positions[..., None], axis=1))
+
+
+def reward_model_graph(config: TransformerConfig):
+    """Static definition of a RewardModel, to be merged with its state inside jit."""
+    return nnx.split(nnx.eval_shape(lambda: RewardModel(config, rngs=nnx.Rngs(0))))[0]
+
+
+def transformer_graph(config: TransformerConfig):
+    """Static definition of a Transformer, to be merged with its state inside jit."""
+    return nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))[0]

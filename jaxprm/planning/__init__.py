@@ -1,0 +1,1 @@
+"""A training run compiled for a TPU slice that is not here."""

@@ -1,4 +1,4 @@
-"""`python -m jaxprm plan`: what the options mean, and what is printed."""
+"""`python -m jaxprm plan`: its options, the models it knows by name, and what it prints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,70 @@ import msgspec
 from jaxprm import config as config_lib
 from jaxprm import files
 from jaxprm.errors import UserError
+from jaxprm.hf import hub, reader
+from jaxprm.model.config import RopeScaling, TransformerConfig
 from jaxprm.planning import compiling
+
+# Of their config.json on the Hugging Face hub; without an unembedding, which a reward model has not.
+MODELS = {
+    "qwen2.5-0.5b": TransformerConfig(
+        vocab_size=151_936,
+        hidden_size=896,
+        layers=24,
+        heads=14,
+        kv_heads=2,
+        head_dim=64,
+        intermediate_size=4864,
+        rope_theta=1e6,
+    ),
+    "qwen2.5-3b": TransformerConfig(
+        vocab_size=151_936,
+        hidden_size=2048,
+        layers=36,
+        heads=16,
+        kv_heads=2,
+        head_dim=128,
+        intermediate_size=11_008,
+        rope_theta=1e6,
+    ),
+    "qwen2.5-7b": TransformerConfig(
+        vocab_size=152_064,
+        hidden_size=3584,
+        layers=28,
+        heads=28,
+        kv_heads=4,
+        head_dim=128,
+        intermediate_size=18_944,
+        rope_theta=1e6,
+    ),
+    "llama-3.1-8b": TransformerConfig(
+        vocab_size=128_256,
+        hidden_size=4096,
+        layers=32,
+        heads=32,
+        kv_heads=8,
+        head_dim=128,
+        intermediate_size=14_336,
+        rope_theta=5e5,
+        norm_epsilon=1e-5,
+        family="llama",
+        rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
+    ),
+}
+
+
+def policy_config(model: str | Path) -> TransformerConfig:
+    """The config of a policy: a name in MODELS, a directory in Hugging Face format, or a name on the hub.
+
+    Of the hub config.json alone is fetched. Raises UserError for anything else.
+    """
+    if (known := str(model).lower()) in MODELS:
+        return MODELS[known]
+    try:
+        return reader.read_config(hub.resolve(model, files=("config.json",)))[0]
+    except UserError as error:
+        raise UserError(f"{error}; shapes that need no file: {', '.join(MODELS)}") from None
+
 
 DOES_NOT_FIT = 3
 
@@ -28,7 +91,7 @@ def run(options: Any, show: Callable[[str], None] = print) -> int:
     data = msgspec.structs.replace(experiment.data, **{k: v for k, v in changes.items() if v is not None})
     compiling.prepare(os.environ)
 
-    from jaxprm.planning.models import policy_config
+    pass
     from jaxprm.planning.plan import make_plan, mesh_of, open_slice
     from jaxprm.planning.report import as_json, as_text
 
@@ -50,10 +113,9 @@ def run(options: Any, show: Callable[[str], None] = print) -> int:
 
 def search(where, settings, data, mesh, policy, *, rows: int | None, show: Callable[[str], None]) -> dict[str, Any]:
     """{"tried": plans, "frontier": plans}; a line for each as it is compiled. mesh: the only one to try, or None."""
-    from jaxprm.planning.plan import make_plan
+    from jaxprm.model import sharding
+    from jaxprm.planning.plan import Candidate, Found, changed, frontier, make_plan, meshes, staircase
     from jaxprm.planning.report import as_json, verdict
-    from jaxprm.planning.search import Candidate, Found, changed, frontier, meshes, staircase
-    from jaxprm.training import sharding
 
     def evaluate(candidate: Candidate) -> Found:
         plan = make_plan(where, *changed(settings, data, candidate), candidate.mesh, policy, scores=False)
@@ -79,8 +141,14 @@ def search(where, settings, data, mesh, policy, *, rows: int | None, show: Calla
 
 def _line(found: Any, verdict: str) -> str:
     candidate = found.candidate
-    axes = ",".join(f"{axis}={size}" for axis in ("data", "fsdp", "tensor", "sequence")
-                    if (size := getattr(candidate.mesh, axis)) != 1) or "data=1"  # fmt: skip
+    axes = (
+        ",".join(
+            f"{axis}={size}"
+            for axis in ("data", "fsdp", "tensor", "sequence")
+            if (size := getattr(candidate.mesh, axis)) != 1
+        )
+        or "data=1"
+    )
     speed = found.tokens_per_second_per_chip
     said = "" if speed is None else f"; {speed:,.0f} tokens/s/chip (estimate)"
     return f"--mesh {axes} --batch {candidate.rows} remat={candidate.remat}: {verdict}{said}"

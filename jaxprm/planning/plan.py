@@ -1,9 +1,10 @@
-"""A plan: the training step and the scorer compiled for a TPU slice, what they need, and how fast they may be."""
+"""A plan: the training step and the scorer compiled for a TPU slice, their memory, and bounds on their time."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,17 +14,23 @@ from jax.sharding import SingleDeviceSharding
 
 from jaxprm import config as config_lib
 from jaxprm.errors import UserError
-from jaxprm.model import huggingface
+from jaxprm.model import sharding
 from jaxprm.model.attention import packed_attention
-from jaxprm.model.transformer import TransformerConfig
+from jaxprm.model.config import TransformerConfig
+from jaxprm.model.transformer import reward_model_graph
 from jaxprm.planning import compiling
-from jaxprm.planning.chips import Chip, chip_of
-from jaxprm.planning.compiling import Compilation, compile_ahead
-from jaxprm.planning.flops import StepFlops, forward_passes, matrices, train_step_flops
-from jaxprm.planning.hlo import Communication, attention_of, communication, host_transfers
-from jaxprm.planning.roofline import Estimate, estimate
+from jaxprm.planning.compiling import (
+    Communication,
+    Compilation,
+    Memory,
+    attention_of,
+    communication,
+    compile_ahead,
+    host_transfers,
+)
 from jaxprm.scoring import engine
-from jaxprm.training import reward_model, sharding
+from jaxprm.training import reward_model
+from jaxprm.training.flops import Chip, StepFlops, chip_of, forward_passes, matrices, train_step_flops
 from jaxprm.training.programs import batch_fields, batch_shapes, make_programs
 from jaxprm.training.step import FIELDS
 
@@ -146,7 +153,7 @@ def _scoring(where: Slice, config: TransformerConfig, length: int) -> Compilatio
     rows = max(1, engine.TOKENS_A_CALL // bucket)
     parameters = jax.tree.map(put, reward_model.abstract(config))
     tokens, counts = (put(jax.ShapeDtypeStruct(shape, jnp.int32)) for shape in ((rows, bucket), (rows,)))
-    arguments = (huggingface.reward_model_graph(config), parameters, tokens, counts, jnp.dtype(jnp.float32))
+    arguments = (reward_model_graph(config), parameters, tokens, counts, jnp.dtype(jnp.float32))
     return compile_ahead(engine.values_of_rows, *arguments, limit=where.limit)
 
 
@@ -207,3 +214,154 @@ def versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
     return found
+
+
+ASSUMPTIONS = (
+    "bound: rows full of tokens; products, recomputed and masked ones too, at the peak of bfloat16, memory and links "
+    "at theirs, all at the same time; nothing else takes time",
+    "bound, memory: arguments read and outputs written once, temporaries written and read once, the layers' weights "
+    "read once a pass; bound, interconnect: what the compiled collectives send, as rings over all links of a chip",
+    "expected: the efficiency of tuned trainings of larger models; a small model's narrow products reach less",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Seconds of a step and what follows; `binds` names the largest of the three that bound it.
+
+    step_seconds, tokens_per_second_per_chip, mfu: as expected by the lowest published efficiency, never faster than
+    the bound; where nothing is published, the bound itself (`expected` is False). best_seconds: by the highest.
+    """
+
+    compute_seconds: float
+    memory_seconds: float
+    interconnect_seconds: float
+    binds: str
+    bound_seconds: float
+    bound_tokens_per_second_per_chip: float
+    step_seconds: float
+    best_seconds: float
+    tokens_per_second_per_chip: float
+    mfu: float
+    expected: bool
+
+
+def estimate(
+    chip: Chip,
+    devices: int,
+    *,
+    model_flops: float,
+    computed_flops: float,
+    memory_bytes: float,
+    sent_bytes: float,
+    tokens: int,
+) -> Estimate:
+    """Of a step. FLOPs over all devices; bytes through one device's memory and out of it by its links."""
+    seconds = {
+        "compute": computed_flops / devices / chip.flops,
+        "memory": memory_bytes / chip.hbm,
+        "interconnect": sent_bytes / chip.interconnect,
+    }
+    binds = max(seconds, key=seconds.__getitem__)
+    bound = seconds[binds]
+    step = best = bound
+    if chip.efficiency is not None:
+        ideal = model_flops / devices / chip.flops
+        step, best = (max(bound, ideal / share) for share in (chip.efficiency.low, chip.efficiency.high))
+    return Estimate(
+        compute_seconds=seconds["compute"],
+        memory_seconds=seconds["memory"],
+        interconnect_seconds=seconds["interconnect"],
+        binds=binds,
+        bound_seconds=bound,
+        bound_tokens_per_second_per_chip=tokens / bound / devices,
+        step_seconds=step,
+        best_seconds=best,
+        tokens_per_second_per_chip=tokens / step / devices,
+        mfu=model_flops / devices / step / chip.flops,
+        expected=chip.efficiency is not None,
+    )
+
+
+REMATS = ("none", "minimal", "full")  # in the order of less memory and more time
+MAX_TENSOR, DOUBLINGS = 8, 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """What is tried: `rows` of the whole batch."""
+
+    mesh: config_lib.Mesh
+    rows: int
+    remat: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A candidate that was compiled; tokens_per_second_per_chip is None where it does not fit."""
+
+    candidate: Candidate
+    memory: Memory
+    tokens_per_second_per_chip: float | None
+    plan: Any = None
+
+
+def meshes(devices: int, config: TransformerConfig) -> list[config_lib.Mesh]:
+    """Whole copies, then the model split by rows, and by heads too in as many parts as divide them."""
+    found = [{"data": devices, "fsdp": 1, "tensor": 1}]
+    tensor = 1
+    while tensor <= min(MAX_TENSOR, devices):
+        sizes = (config.heads, config.kv_heads, config.intermediate_size, config.vocab_size)
+        fsdp = devices // tensor
+        if devices % tensor == 0 and not any(size % tensor for size in sizes) and config.hidden_size % fsdp == 0:
+            found.append({"data": 1, "fsdp": fsdp, "tensor": tensor})
+        tensor *= 2
+    return [config_lib.Mesh(**one) for one in {tuple(one.items()): one for one in found}.values()]
+
+
+def staircase(
+    meshes: Sequence[config_lib.Mesh],
+    evaluate: Callable[[Candidate], Found],
+    *,
+    settings: config_lib.RewardModel,
+    devices: int,
+    rows: int | None = None,
+) -> Iterator[Found]:
+    """Compiles what is worth it, as it goes: rows double, and what does not fit is rematerialised more.
+
+    Once a batch does not fit however it is rematerialised no larger one is tried, and a larger one with less is not
+    tried either: it needs more. rows: of the first batch; the fewest that divide where not given.
+    """
+    for mesh in meshes:
+        parts = devices // mesh.tensor // mesh.sequence * settings.microbatches
+        count = parts if rows is None else -(-rows // parts) * parts
+        level = 0
+        for _ in range(DOUBLINGS):
+            while level < len(REMATS):
+                found = evaluate(Candidate(mesh, count, REMATS[level]))
+                yield found
+                if found.memory.fits:
+                    break
+                level += 1
+            if level == len(REMATS):
+                break
+            count *= 2
+
+
+def frontier(found: Sequence[Found]) -> list[Found]:
+    """Those that fit and that no other beats in memory and in speed at once; the fastest first."""
+    fits = [one for one in found if one.memory.fits and one.tokens_per_second_per_chip is not None]
+    fits.sort(key=lambda one: (-one.tokens_per_second_per_chip, one.memory.total))
+    kept: list[Found] = []
+    for one in fits:
+        if not kept or one.memory.total < kept[-1].memory.total:
+            kept.append(one)
+    return kept
+
+
+def changed(settings: config_lib.RewardModel, data: config_lib.Data, candidate: Candidate) -> tuple[Any, Any]:
+    """(settings, data) of a candidate."""
+    return (
+        msgspec.structs.replace(settings, remat=candidate.remat),
+        msgspec.structs.replace(data, rows=candidate.rows),
+    )

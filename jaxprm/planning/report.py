@@ -6,11 +6,10 @@ import dataclasses
 import math
 from typing import Any
 
-from jaxprm.model.families import parameter_shapes
-from jaxprm.planning.chips import chip_of
+from jaxprm.hf.names import parameter_shapes
 from jaxprm.planning.compiling import Compilation, Memory
-from jaxprm.planning.plan import Plan, versions
-from jaxprm.planning.roofline import ASSUMPTIONS, Estimate
+from jaxprm.planning.plan import ASSUMPTIONS, Estimate, Plan, versions
+from jaxprm.training.flops import chip_of
 
 GIB = 1 << 30
 
@@ -79,9 +78,7 @@ def as_text(plan: Plan) -> str:
     ]
     if plan.communication is not None:
         sends = plan.communication
-        found = ", ".join(
-            f"{count} {name} ({_size(sends.sent[name])})" for name, count in sorted(sends.counts.items())
-        )
+        found = ", ".join(f"{count} {name} ({_size(sends.sent[name])})" for name, count in sorted(sends.counts.items()))
         lines.append(f"between    {found or 'nothing is sent'} from each device in a step; {_host(plan)}")
     lines.append(f"compiled   in {plan.step.seconds:.0f} s" + (": refused" if plan.step.refused else ""))
     if plan.training.refused:

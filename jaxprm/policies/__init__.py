@@ -1,0 +1,1 @@
+"""What proposes actions, and whole episodes sampled from it."""

@@ -17,9 +17,8 @@ from typing import Any, NamedTuple, TypeVar
 import httpx2
 import tenacity
 
-from jaxprm import redaction
 from jaxprm.config import Endpoint
-from jaxprm.errors import UserError
+from jaxprm.errors import UserError, redact
 from jaxprm.policies import completion
 from jaxprm.policies.completion import BadAnswer, Completion, Usage
 
@@ -218,7 +217,7 @@ class ChatClient:
         except TimeoutError:
             raise _Passing(f"no whole answer within {seconds:g} seconds") from None
         except httpx2.HTTPError as error:
-            said = redaction.redact(str(error), self._key)
+            said = redact(str(error), self._key)
             raise _Passing(f"{type(error).__name__}{said and ': '}{said}") from None
         if response.status_code == HTTPStatus.OK:
             return self._read(content, response.headers.get("Content-Type", ""))
@@ -233,14 +232,14 @@ class ChatClient:
             # It may have cost tokens all the same.
             self.counts.add(error.usage)
             reason = f"{error}: {completion.message(content, self._key)}"
-            raise _Passing(redaction.redact(reason, self._key)) from None
+            raise _Passing(redact(reason, self._key)) from None
         self.counts.add(found.usage)
         return found
 
     def _failure(self, response: httpx2.Response, content: bytes) -> Exception:
         status = response.status_code
         said = completion.message(content or response.headers.get("Location", "").encode(), self._key)
-        reason = redaction.redact(f"status {status} {response.reason_phrase}".rstrip() + f": {said}", self._key)
+        reason = redact(f"status {status} {response.reason_phrase}".rstrip() + f": {said}", self._key)
         if status in _PASSING or status >= 500 or status < 300:
             return _Passing(reason, _seconds(response.headers.get("Retry-After", "")))
         if status in (401, 403):

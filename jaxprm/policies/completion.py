@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
-from jaxprm import redaction
+from jaxprm.errors import redact
 
 Whole = Annotated[int, msgspec.Meta(ge=0)]
 STOPS: dict[str, Literal["end", "length"]] = {"stop": "end", "length": "length"}
@@ -151,6 +151,6 @@ def _is_named(answered: str, name: str) -> bool:
 
 
 def _line(text: str, secret: str | None) -> str:
-    text = redaction.redact(text, secret)  # before it is cut, or half of the secret would stay
+    text = redact(text, secret)  # before it is cut, or half of the secret would stay
     line = " ".join("".join(character if character.isprintable() else " " for character in text).split())
     return line[:_SHOWN] + ("..." if len(line) > _SHOWN else "") or "nothing"

@@ -16,9 +16,9 @@ import numpy as np
 from flax import nnx
 
 from data_pipeline.encode import Encoder
-from jaxprm.model import hub, huggingface
+from jaxprm.hf import hub, reader
 from jaxprm.model.prefix_bank import PrefixBank, rows_of
-from jaxprm.model.transformer import Cache
+from jaxprm.model.transformer import Cache, transformer_graph
 from jaxprm.policies.protocol import Action, DrawKey, State, candidate_seed, draw_keys
 
 # Half of the states each, side by side: one call does not fill two cores, and an accelerator queues them.
@@ -118,7 +118,7 @@ class LanguageModelPolicy:
     """
 
     def __init__(self, config, parameters: Any, encoder: Encoder, *, seed: int, settings):
-        self._graph = huggingface.transformer_graph(config)
+        self._graph = transformer_graph(config)
         self._parameters, self._encoder, self._seed = parameters, encoder, seed
         self._in_flight = settings.in_flight
         self._rows = -(-settings.in_flight // LANES)
@@ -127,9 +127,13 @@ class LanguageModelPolicy:
         self._steps = settings.max_action_tokens
         self.max_tokens = settings.max_tokens
         self._bank = PrefixBank(
-            self._graph, parameters, config,
-            slots=2 * LANES * self._rows, capacity=self.max_tokens, rows=self._in_flight,
-        )  # fmt: skip
+            self._graph,
+            parameters,
+            config,
+            slots=2 * LANES * self._rows,
+            capacity=self.max_tokens,
+            rows=self._in_flight,
+        )
         self._memory: dict[DrawKey, Action] = {}
         # A turn can end, but not open another message or be padding.
         self._banned = np.zeros(config.vocab_size, bool)
@@ -246,7 +250,7 @@ def default_directory() -> Path:
 def load(path: str, *, seed: int, settings) -> LanguageModelPolicy:
     """The policy of a model directory or a name on the hub, or the shipped one for "default"."""
     directory = default_directory() if path == "default" else hub.resolve(path)
-    config, parameters = huggingface.load_transformer(directory)
+    config, parameters = reader.load_transformer(directory)
     encoder = Encoder.load(directory, settings.chat_template)
-    huggingface.check_vocabulary(directory, config, encoder.vocabulary_size)
+    reader.check_vocabulary(directory, config, encoder.vocabulary_size)
     return LanguageModelPolicy(config, parameters, encoder, seed=seed, settings=settings)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jaxprm import named
-from jaxprm.config import Experiment, Policy
+from jaxprm import plugins
+from jaxprm.config import Experiment, Policy, is_plugin
 from jaxprm.errors import UserError
-from jaxprm.model import hub
-from jaxprm.policies import endpoint_check, protocol
+from jaxprm.hf import hub
+from jaxprm.policies import protocol
 
 _METHODS = ("propose", "count_tokens")
 
@@ -32,8 +32,8 @@ def load(experiment: Experiment) -> protocol.Policy:
             encoder = Encoder.load(base_directory(experiment), settings.chat_template)
         return openai.load(settings, seed=experiment.seed, encoder=encoder)
     arguments = {"seed": experiment.seed} | settings.arguments
-    policy = named.make("policy", settings.path, settings.path, arguments, known="a model directory, default")
-    if missing := named.missing_methods(policy, _METHODS):
+    policy = plugins.make("policy", settings.path, settings.path, arguments, known="a model directory, default")
+    if missing := plugins.missing_methods(policy, _METHODS):
         kind = type(policy).__name__
         raise UserError(f"policy {settings.path!r}: {kind} has no method {', '.join(missing)}; define it")
     return policy
@@ -41,7 +41,7 @@ def load(experiment: Experiment) -> protocol.Policy:
 
 def is_directory(settings: Policy) -> bool:
     """Whether the policy is a language model on disk, with weights and a tokenizer that others can start from."""
-    return settings.endpoint is None and not endpoint_check.is_own(settings.path)
+    return settings.endpoint is None and not is_plugin(settings.path)
 
 
 def policy_directory(settings: Policy) -> Path:

@@ -1,0 +1,1 @@
+"""Promises of steps and candidates, jitted and cached."""

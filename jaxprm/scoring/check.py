@@ -14,6 +14,7 @@ import numpy as np
 from data_pipeline.chat_template import as_messages
 from data_pipeline.encode import Encoded, Encoder
 from data_pipeline.trajectory import read_numbered, steps
+from jaxprm.artifacts.directory import find_model
 from jaxprm.errors import UserError
 from jaxprm.model.prefix_bank import bucket
 from jaxprm.scoring import loading
@@ -69,7 +70,7 @@ def check_scorer(model: Path, trajectories: Path | None = None, *, most: int = 1
     Raises UserError where there is nothing to score, or a conversation is longer than the scorer takes.
     """
     with jax.default_matmul_precision("highest"):
-        loaded = loading.load_scorer(loading.find_model(model))
+        loaded = loading.load_scorer(find_model(model))
         cases = _cases(loaded.encoder, trajectories, most)
         longest = max(len(case.encoded.tokens) for case in cases) + loaded.engine.shapes.packed[-1]
         same = (loaded.config, loaded.parameters, loaded.encoder)

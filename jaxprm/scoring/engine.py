@@ -15,11 +15,11 @@ import numpy as np
 from flax import nnx
 
 from jaxprm.errors import UserError
-from jaxprm.model import huggingface
 from jaxprm.model.attention import packed_attention, tiled_attention
-from jaxprm.model.layout import ONE_DEVICE, Layout
+from jaxprm.model.config import TransformerConfig
 from jaxprm.model.prefix_bank import Kept, PrefixBank, Shapes, alike, bucket, rows_for, rows_of
-from jaxprm.model.transformer import Compute, TransformerConfig
+from jaxprm.model.sharding import ONE_DEVICE, Layout
+from jaxprm.model.transformer import Compute, reward_model_graph, transformer_graph
 
 LENGTH_BUCKETS = (256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
 TOKENS_A_CALL = 8192
@@ -39,9 +39,19 @@ def values_of_rows(graph, parameters, tokens, counts, dtype, layout=ONE_DEVICE):
 
 @functools.partial(jax.jit, static_argnames=("graph", "capacity", "layout"), donate_argnames=("ring",))
 def _values_after(
-    graph, parameters, bank, ring, ring_rows, slots, lengths, tokens, positions, segments, capacity,
+    graph,
+    parameters,
+    bank,
+    ring,
+    ring_rows,
+    slots,
+    lengths,
+    tokens,
+    positions,
+    segments,
+    capacity,
     layout=ONE_DEVICE,
-):  # fmt: skip
+):
     """Values [R, W] of packed continuations, each after its row's cached prefix and blind to its neighbours.
 
     The second result is the ring, where there is one, with their keys and values in `ring_rows` [R].
@@ -85,7 +95,7 @@ class Engine:
     ):
         self._layout = layout
         self.config, self.max_tokens, self.shapes, self._dtype = config, max_tokens, shapes, jnp.dtype(dtype)
-        self._graph, self._parameters = huggingface.reward_model_graph(config), parameters
+        self._graph, self._parameters = reward_model_graph(config), parameters
         self._cache_bytes, self._wanted_rows = cache_bytes, rows
         self._encoded = self._slots = 0
         self._past = dict.fromkeys(("encoded", "reused", "again", "slots"), 0)
@@ -109,10 +119,17 @@ class Engine:
                 "raise it or lower max_tokens"
             )
         return PrefixBank(
-            huggingface.transformer_graph(config), self._parameters["transformer"], config,
-            slots=slots, capacity=self.max_tokens, rows=min(self._wanted_rows, slots // 2), dtype=self._dtype,
-            shapes=shapes, ring=slots, layout=self._layout,
-        )  # fmt: skip
+            transformer_graph(config),
+            self._parameters["transformer"],
+            config,
+            slots=slots,
+            capacity=self.max_tokens,
+            rows=min(self._wanted_rows, slots // 2),
+            dtype=self._dtype,
+            shapes=shapes,
+            ring=slots,
+            layout=self._layout,
+        )
 
     @property
     def _rows(self) -> int:
@@ -209,9 +226,19 @@ class Engine:
                     each()
                     none, chunk = np.zeros(rows, np.int32), np.zeros((rows, width), np.int32)
                     _, bank.ring = _values_after(
-                        self._graph, self._parameters, bank.bank, bank.ring, np.full(rows, bank.slots, np.int32), none,
-                        none, chunk, chunk, chunk, capacity=capacity, layout=self._layout,
-                    )  # fmt: skip
+                        self._graph,
+                        self._parameters,
+                        bank.bank,
+                        bank.ring,
+                        np.full(rows, bank.slots, np.int32),
+                        none,
+                        none,
+                        chunk,
+                        chunk,
+                        chunk,
+                        capacity=capacity,
+                        layout=self._layout,
+                    )
 
     def warm_up_whole(self, longest: int, each: Callable[[], None] = lambda: None) -> None:
         """As `warm_up`, what `whole` runs for few and many sequences of up to `longest` tokens, which are counted."""
@@ -235,9 +262,19 @@ class Engine:
         if keeps:
             ring_rows[:count] = bank.ring_rows(count)
         found, ring = _values_after(
-            self._graph, self._parameters, bank.bank, bank.ring if keeps else None, ring_rows, slots, lengths, tokens,
-            positions, segments, capacity=bank.bucket(int(lengths.max())), layout=self._layout,
-        )  # fmt: skip
+            self._graph,
+            self._parameters,
+            bank.bank,
+            bank.ring if keeps else None,
+            ring_rows,
+            slots,
+            lengths,
+            tokens,
+            positions,
+            segments,
+            capacity=bank.bucket(int(lengths.max())),
+            layout=self._layout,
+        )
         found = np.asarray(found)
         self._encoded += int((segments > 0).sum())
         self._slots += tokens.size

@@ -13,11 +13,12 @@ from typing import Any, BinaryIO, NamedTuple
 import msgspec
 import numpy as np
 
+from data_pipeline.chat_template import read_template
 from data_pipeline.errors import DataError
-from data_pipeline.template_choice import read_template
 from data_pipeline.trajectory import Trajectory, parse_line
 from jaxprm import config as config_lib
 from jaxprm import files
+from jaxprm.artifacts.directory import find_model, model_identity, read_recipe
 from jaxprm.errors import UserError
 from jaxprm.progress import bar
 from jaxprm.scoring import loading
@@ -73,18 +74,18 @@ def score_file(
     Raises UserError for a model or a file that cannot be read, for an OUTPUT.partial of another model or input, and for
     a full disk.
     """
-    model, input, output = loading.find_model(model), Path(input), Path(output)
+    model, input, output = find_model(model), Path(input), Path(output)
     _check_paths(input, output)
     digest, total = digest_and_count(input)
-    identity = {"format": FORMAT, "chunk": chunk, "dtype": dtype, "input": digest, "model": loading.identity(model)}
-    identity["chat_template"] = read_template(template)
+    run_identity = {"format": FORMAT, "chunk": chunk, "dtype": dtype, "input": digest, "model": model_identity(model)}
+    run_identity["chat_template"] = read_template(template)
     scorer = loading.load_scorer(model, dtype=dtype, template=template, mesh=mesh)
-    progress = loading.defines_progress(loading.read_recipe(model))
+    progress = loading.defines_progress(read_recipe(model))
     partial = output.with_name(output.name + ".partial")
     record = output.with_name(output.name + ".partial.json")
     done = errors = 0
     try:
-        done, errors = _resume(partial, record, identity, chunk)
+        done, errors = _resume(partial, record, run_identity, chunk)
         with (
             input.open("rb") as lines,
             partial.open("ab", buffering=0) as target,

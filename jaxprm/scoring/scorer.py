@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from data_pipeline.encode import Encoded, Encoder
-from jaxprm.model.layout import ONE_DEVICE, Layout
 from jaxprm.model.prefix_bank import Shapes, bucket
+from jaxprm.model.sharding import ONE_DEVICE, Layout
 from jaxprm.policies.protocol import prefix_hash
 from jaxprm.scoring.engine import CACHE_BYTES, LENGTH_BUCKETS, Engine
 
@@ -65,9 +65,15 @@ class Scorer:
     ):
         self.config, self.parameters, self.encoder, self.max_tokens = config, parameters, encoder, max_tokens
         self.engine = Engine(
-            config, parameters, rows=rows, max_tokens=max_tokens, shapes=shapes, cache_bytes=cache_bytes,
-            dtype=jnp.dtype(dtype), layout=layout,
-        )  # fmt: skip
+            config,
+            parameters,
+            rows=rows,
+            max_tokens=max_tokens,
+            shapes=shapes,
+            cache_bytes=cache_bytes,
+            dtype=jnp.dtype(dtype),
+            layout=layout,
+        )
         self._memory: dict[Key, float] = {}
 
     @property

@@ -1,0 +1,1 @@
+"""Guided search over any environment, policy and scorer."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from jaxprm.environments import Environment, pool
+from jaxprm.environments import Environment, protocol
 from jaxprm.errors import UserError
 
 
@@ -39,7 +39,7 @@ class Forest:
     """
 
     def __init__(self, make_environment: Callable[[], Environment]):
-        self._pool = pool.Pool(make_environment)
+        self._pool = protocol.Pool(make_environment)
         self._shared: dict[int, Environment] = {0: self._pool.take()}
         self._places: dict[str, int] = {}
         self._own: dict[str, Environment] = {}
@@ -72,7 +72,7 @@ class Forest:
         """The prompt of a task and its first branch, which is over at once, with its error, if there is no prompt."""
         environment = self._environment(task)
         try:
-            prompt = pool.reset(environment, task)
+            prompt = protocol.reset(environment, task)
             snapshot = environment.snapshot() if self.fork == "clone" else None
             return prompt, Branch(task, snapshot=snapshot, prompt=prompt)
         except Exception as error:
@@ -88,7 +88,7 @@ class Forest:
         actions = (*branch.actions, action)
         try:
             self._return_to(environment, branch)
-            result = pool.step(environment, action)
+            result = protocol.step(environment, action)
             self._count(steps=1)
             done = result.done or len(actions) >= environment.max_rounds
             after = Branch(
@@ -97,7 +97,7 @@ class Forest:
                 (*branch.observations, result.observation),
                 environment.snapshot() if self.fork == "clone" and not done else None,
                 done,
-                pool.outcome(environment) if done else None,
+                protocol.outcome(environment) if done else None,
                 prompt=branch.prompt,
             )
         except Exception as error:
@@ -157,9 +157,9 @@ class Forest:
         if self.fork == "clone":
             environment.restore(branch.snapshot)
         elif self.fork == "replay":
-            _compare(pool.reset(environment, branch.task), branch.prompt)
+            _compare(protocol.reset(environment, branch.task), branch.prompt)
             for action, expected in zip(branch.actions, branch.observations, strict=True):
-                observed = pool.step(environment, action).observation
+                observed = protocol.step(environment, action).observation
                 self._count(steps=1)
                 _compare(observed, expected)
 

@@ -15,8 +15,7 @@ import numpy as np
 
 from jaxprm.policies.protocol import Action, Policy
 from jaxprm.search.branches import Forest
-from jaxprm.search.limits import Limits
-from jaxprm.search.tree import ActionScorer, Node, Tree, expand, plant, take
+from jaxprm.search.tree import ActionScorer, Limits, Node, Tree, expand, plant, take
 
 
 @dataclass

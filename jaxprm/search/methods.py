@@ -1,22 +1,121 @@
-"""Every search of a run, each to its own file of one line a task: resumed by task, never done twice."""
+"""The guided searches of a run, each written to its own file, one line per task, resumed by task."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from jaxprm import config as config_lib
 from jaxprm import files
 from jaxprm.environments import Environment
 from jaxprm.evaluation.statistics import bootstrap
-from jaxprm.policies.protocol import Policy
+from jaxprm.policies.protocol import Policy, prefix_hash
 from jaxprm.progress import bar
 from jaxprm.search.beam import beam_search
 from jaxprm.search.branches import Forest, check_can_fork
-from jaxprm.search.limits import Limits, Prices, tokens_read
 from jaxprm.search.mcts import tree_search
-from jaxprm.search.plans import Plan
-from jaxprm.search.tree import ActionScorer, Tree, tree_to_dict
+from jaxprm.search.tree import ActionScorer, Limits, Prices, Tree, tokens_read, tree_to_dict
+
+
+class Plan(NamedTuple):
+    """kind: "beam", "diverse", "lookahead", "stepwise" or "mcts"; width: paths kept, or simulations before a step of
+    mcts; actions: drawn in a state; ahead: steps that a candidate is followed."""
+
+    kind: str
+    width: int
+    actions: int
+    ahead: int = 0
+
+    @property
+    def size(self) -> str:
+        """As in results.json: K of step-wise best-of-K, NxMxA with lookahead, NxM of all others."""
+        if self.kind == "stepwise":
+            return str(self.actions)
+        return f"{self.width}x{self.actions}" + (f"x{self.ahead}" if self.ahead else "")
+
+    @property
+    def at(self) -> str:
+        return f"{self.kind} {self.size}"
+
+    @property
+    def cost_key(self) -> str:
+        """Its name among the costs of a label: a beam's or a step-wise search's size alone."""
+        return f"{self.width}x{self.actions}" if self.kind in ("beam", "stepwise") else self.at
+
+    @property
+    def paths(self) -> int:
+        """Of a task, that the scorer's cache should hold. mcts scores one at a time, and comes back to a few."""
+        return 4 if self.kind == "mcts" else self.width
+
+    @property
+    def forks(self) -> bool:
+        """Whether it needs several branches of a task."""
+        return self.width > 1 or self.ahead > 0
+
+    def file_name(self, label: str, seed: int) -> str:
+        """The file of the search in WORKDIR/search, without its ending. A beam that keeps one path is step-wise."""
+        alone = self.width == 1 and self.kind == "beam"
+        return f"{f'stepwise-{self.actions}' if alone else f'{self.kind}-{self.size}'}-{label}-{seed}"
+
+    def inputs(self, settings: config_lib.Search) -> dict[str, Any]:
+        """What its result depends on, beside tasks, policy and scorer."""
+        found = {
+            "width": self.width,
+            "actions": self.actions,
+            "progress_weight": settings.progress_weight,
+            "trees": settings.trees,
+        }
+        if self.kind in ("diverse", "lookahead", "mcts"):
+            found["kind"] = self.kind
+        if self.ahead:
+            found["ahead"] = self.ahead
+        if settings.stop_at is not None:
+            found["stop_at"] = settings.stop_at
+        if settings.budget is not None:
+            found |= {"budget": settings.budget, "budget_unit": settings.budget_unit}
+        if self.kind == "mcts":
+            found["exploration"] = settings.exploration
+        return found
+
+
+def plans(settings: config_lib.Search) -> list[Plan]:
+    """All of a run's, beams first."""
+    return [
+        *(Plan("beam", *size) for size in settings.beams),
+        *(Plan("stepwise", 1, actions) for actions in settings.stepwise),
+        *(Plan("diverse", *size) for size in settings.diverse),
+        *(Plan("lookahead", *size) for size in settings.lookahead),
+        *(Plan("mcts", *size) for size in settings.mcts),
+    ]
+
+
+class RandomScorer:
+    """Uniform scores that depend on seed, conversation and action alone: a search that it guides is search without
+    judgement."""
+
+    def __init__(self, seed: int):
+        self._seed = seed
+        self.usage = {"encoded": 0}
+
+    def score_actions(self, states: Sequence[list[dict]], candidates: Sequence[Sequence[str]]) -> list[np.ndarray]:
+        """Scores in [0, 1), one array [N] a state."""
+        return [
+            np.asarray([self._uniform(name, text) for text in texts], np.float32)
+            for name, texts in zip(map(prefix_hash, states), candidates, strict=True)
+        ]
+
+    def forget(self) -> None:
+        """Nothing is kept."""
+
+    def _uniform(self, name: str, text: str) -> float:
+        digest = hashlib.sha256(f"{self._seed}\x1f{name}\x1f{text}".encode()).digest()
+        # As many bits as float32 holds, so that no score is rounded up to 1.
+        return int.from_bytes(digest[:3], "big") / 2**24
+
 
 # Paths searched together: enough to fill a batch, and with 64 episodes in flight half of what the scorer's cache holds.
 # Tasks searched together: few enough that a kill costs little.

@@ -1,1 +1,1 @@
-"""A reward model behind HTTP. Needs the `serve` extra; only the command line imports it."""
+"""A reward model behind HTTP. Needs the `serve` extra."""

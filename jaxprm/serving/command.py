@@ -7,7 +7,7 @@ import argparse
 from jaxprm.errors import UserError
 
 
-def run(options: argparse.Namespace) -> int:
+def serve_verb(options: argparse.Namespace) -> int:
     """Serves until it is told to end.
 
     Raises UserError without the `serve` extra, and as `server.serve`.
@@ -16,7 +16,7 @@ def run(options: argparse.Namespace) -> int:
     from jaxprm.scoring.loading import all_devices
 
     try:
-        from jaxprm.serving import limits, server
+        from jaxprm.serving import requests, server
     except ModuleNotFoundError as error:
         packages = "pip install uvicorn starlette prometheus-client"
         raise UserError(f"serve needs {error.name}, which is not installed: {packages}") from None
@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> int:
         dtype=options.dtype,
         template=options.chat_template,
         mesh=mesh_of(options.mesh) or all_devices(),
-        limits=limits.Limits(
+        limits=requests.Limits(
             tokens=options.max_tokens,
             candidates=options.max_candidates,
             body_bytes=options.max_body,

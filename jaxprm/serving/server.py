@@ -24,13 +24,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from jaxprm import config as config_lib
 from jaxprm import progress
 from jaxprm.api import Model
+from jaxprm.artifacts.directory import find_model, read_recipe
 from jaxprm.errors import UserError
 from jaxprm.scoring import loading
-from jaxprm.serving.answers import SHAPES, Answers
-from jaxprm.serving.app import Service, error_response, make_app
-from jaxprm.serving.batcher import Batcher
-from jaxprm.serving.limits import Limits, Refused
-from jaxprm.serving.metrics import Metrics
+from jaxprm.serving.app import Metrics, Service, error_response, make_app
+from jaxprm.serving.batcher import SHAPES, Answers, Batcher
+from jaxprm.serving.requests import Limits, Refused
 
 TOKEN = "JAXPRM_TOKEN"
 # Seconds between looks at the connections, and for which a client may keep a server that is shutting down.
@@ -58,15 +57,17 @@ def serve(
     token = read_token(os.environ)
     listening = bind(host, port, token)
     try:
-        found = loading.find_model(model)
+        found = find_model(model)
         scorer = loading.load_scorer(
             found, rows=rows, max_tokens=limits.tokens, dtype=dtype, template=template, mesh=mesh, shapes=SHAPES
         )
-        answers, metrics = Answers(scorer, Model(scorer, loading.read_recipe(found)), limits), Metrics()
+        answers, metrics = Answers(scorer, Model(scorer, read_recipe(found)), limits), Metrics()
         batcher = Batcher(
-            answers, lambda go_on: _warm_up(answers, go_on), limits,
+            answers,
+            lambda go_on: _warm_up(answers, go_on),
+            limits,
             done=lambda count, seconds: metrics.computed(count, seconds, answers.usage),
-        )  # fmt: skip
+        )
         metrics.watch(unanswered=lambda: batcher.unanswered, ready=lambda: batcher.state == "ready")
         service = Service(batcher, metrics, limits, str(model), token)
         shown, at, *_ = listening.getsockname()
@@ -126,10 +127,17 @@ def run(service: Service, listening: socket.socket) -> None:
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     server = _Server(
         uvicorn.Config(
-            make_app(service, lifespan), http=_Protocol, ws="none", loop="asyncio", lifespan="on", log_config=None,
-            access_log=False, server_header=False, timeout_keep_alive=max(1, round(service.limits.idle_seconds)),
+            make_app(service, lifespan),
+            http=_Protocol,
+            ws="none",
+            loop="asyncio",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=max(1, round(service.limits.idle_seconds)),
         )
-    )  # fmt: skip
+    )
     try:
         server.run(sockets=[listening])
     finally:

@@ -1,0 +1,1 @@
+"""One reward model, or one policy, trained."""

@@ -13,10 +13,10 @@ import numpy as np
 
 from jaxprm import config as config_lib
 from jaxprm.evaluation.value_metrics import StepRecords, validation
-from jaxprm.model import huggingface, weights
-from jaxprm.model.transformer import Compute
-from jaxprm.training import sharding
-from jaxprm.training.step import make_evaluation_step
+from jaxprm.hf import reader
+from jaxprm.model import sharding
+from jaxprm.model.transformer import Compute, reward_model_graph
+from jaxprm.training.step import FIELDS, make_evaluation_step
 
 if TYPE_CHECKING:
     from data_pipeline.batches import EvaluationBatches
@@ -76,22 +76,18 @@ def evaluate_model(
     from data_pipeline.encode import Encoder
     from data_pipeline.shards import open_dataset
 
-    config, _ = huggingface.read_config(model)
+    config, _ = reader.read_config(model)
     fingerprint = Encoder.load(model).fingerprint
     dataset = open_dataset(shards, encoder_fingerprint=fingerprint, skip_bad=data.skip_bad)
     devices = sharding.make_mesh(mesh or config_lib.Mesh())
     sharding.check_rows(devices, data.rows, data.length)
     sharding.check_model(devices, config)
-    batches = evaluation_batches(
-        dataset, split, rows=data.rows, length=data.length, steps_per_row=data.steps_per_row
-    )
-    shapes = weights.abstract(dataclasses.replace(config, tie_embeddings=True), reward=True)
-    config, parameters = huggingface.load_reward_model(
-        model, shardings=sharding.shardings(sharding.place(devices, shapes))
-    )
-    graph = huggingface.reward_model_graph(config)
+    batches = evaluation_batches(dataset, split, rows=data.rows, length=data.length, steps_per_row=data.steps_per_row)
+    shapes = reader.abstract(dataclasses.replace(config, tie_embeddings=True), reward=True)
+    config, parameters = reader.load_reward_model(model, shardings=sharding.shardings(sharding.place(devices, shapes)))
+    graph = reward_model_graph(config)
     settings = config_lib.RewardModel(label="evaluated", discount=discount)
     compute = Compute(constrain=sharding.constraints(devices))
     step = make_evaluation_step(graph, settings, compute)
     evaluation_step = jax.jit(step, out_shardings=sharding.replicated(devices))
-    return step_values(lambda batch: evaluation_step(parameters, sharding.put_batch(batch, devices)), batches)
+    return step_values(lambda batch: evaluation_step(parameters, sharding.put_batch(batch, devices, FIELDS)), batches)

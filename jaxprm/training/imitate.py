@@ -1,13 +1,11 @@
-"""Behaviour cloning: a small language model from nothing, taught by an environment's expert.
-
-The expert's episodes are free, so the data are a function of (seed, step): no epoch, no file, exact resume.
-"""
+"""Behaviour cloning: a small language model and its tokenizer, trained from scratch on an environment's expert."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import random
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,16 +18,53 @@ from flax import nnx
 from data_pipeline.encode import Encoder
 from jaxprm import config as config_lib
 from jaxprm import environments, files
-from jaxprm.collect import rollouts
+from jaxprm.artifacts.checkpoints import Checkpoints, abstract
 from jaxprm.errors import UserError
 from jaxprm.evaluation.statistics import bootstrap
-from jaxprm.model import huggingface
-from jaxprm.model.transformer import Transformer, TransformerConfig
+from jaxprm.hf import reader
+from jaxprm.model.config import TransformerConfig
+from jaxprm.model.transformer import Transformer, transformer_graph
 from jaxprm.policies import language_model
-from jaxprm.policies.tokenizer import train_tokenizer
+from jaxprm.policies.rollouts import rollouts
 from jaxprm.progress import bar
-from jaxprm.training.checkpoint import Checkpoints, abstract
 from jaxprm.training.optimizer import make_optimizer
+
+USER, ASSISTANT, END, PAD = "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
+
+# One token opens a message and one ends it: at 30-token turns ChatML's five would be a sixth of all tokens.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ '<|assistant|>' }}"
+    "{% elif message['role'] in ['user', 'tool', 'system'] %}{{ '<|user|>' }}"
+    "{% else %}{{ raise_exception('role ' + message['role'] + ' is not supported') }}{% endif %}"
+    "{{ message['content'] }}{{ '<|end|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> None:
+    """Trains on `texts` and writes tokenizer.json, tokenizer_config.json and chat_template.jinja."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    # GPT-2's words, which keep the space before a number: Qwen2's would make every count two tokens.
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, END, USER, ASSISTANT],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token=PAD, eos_token=END, clean_up_tokenization_spaces=False
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(directory)
+
 
 LOOKAHEAD = 3
 LOG_EVERY = 20
@@ -172,7 +207,7 @@ def _tokenizer(experiment: config_lib.Experiment, environment, directory: Path) 
 
 def _programs(model_config: TransformerConfig, optimizer, seed: int):
     """(init() -> state, train_step(state, batch) -> (state, metrics)), both jitted, the state donated."""
-    graph = huggingface.transformer_graph(model_config)
+    graph = transformer_graph(model_config)
 
     @jax.jit
     def init():
@@ -198,7 +233,7 @@ def write_policy(output: Path, model_config, parameters, encoder: Encoder, token
     for source in tokenizer.iterdir():
         (output / source.name).write_bytes(source.read_bytes())
     ids = {"pad_id": encoder.pad_id, "end_id": encoder.end_id}
-    huggingface.write_model(output, model_config, parameters, **ids, max_length=experiment.policy.max_tokens)
+    reader.write_model(output, model_config, parameters, **ids, max_length=experiment.policy.max_tokens)
 
 
 def _fingerprint(environment, encoder: Encoder, experiment: config_lib.Experiment) -> str:

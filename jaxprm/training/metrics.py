@@ -1,12 +1,11 @@
-"""What a training says of itself: metrics.jsonl, timing.jsonl, event files for TensorBoard, and Weights & Biases.
-
-metrics.jsonl is a function of config and data, so a resumed run has the same to the last byte; what the clock and the
-machine say is in timing.jsonl.
-"""
+"""Training metrics: metrics.jsonl, timing.jsonl, TensorBoard event files, and Weights & Biases."""
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
+import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,9 +15,11 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from jaxprm import config as config_lib
 from jaxprm import files
+from jaxprm.errors import UserError, redact
 from jaxprm.evaluation.value_metrics import StepRecords
-from jaxprm.planning.chips import chip_of_device
+from jaxprm.training.flops import chip_of_device
 
 TIMING_EVERY = 10  # steps
 BINS = 20
@@ -218,3 +219,78 @@ def _short(value: float) -> float:
 def _cut(path: Path, start: int) -> None:
     lines: Iterable[dict] = (line for line in files.whole_lines(path) if line["step"] <= start)
     files.write_atomic(path, "".join(map(files.line, lines)))
+
+
+KEY = "WANDB_API_KEY"
+WANDB_BINS = 20
+# A machine that is taken away cannot wait for an upload; what was not sent stays in the folder, for `wandb sync`.
+FINISH_SECONDS = 20.0
+
+
+def check(settings: config_lib.Logging) -> None:
+    """Raises UserError where the package or the key is missing."""
+    if settings.wandb == "off":
+        return
+    if importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            f"logging.wandb = {settings.wandb}: the package wandb is not installed; pip install 'jaxprm[wandb]', or "
+            "set it to off"
+        )
+    if settings.wandb == "online" and not os.environ.get(KEY):
+        raise UserError(f"logging.wandb = online: the environment has no {KEY}; set it, or logging.wandb=offline")
+
+
+class WandbSink:
+    """One W&B run for one training, in however many processes. Its id is in OUTPUT/wandb.json.
+
+    Everything is keyed by the training's step, for W&B never goes back: what a resumed training computes again is there
+    twice, with the same numbers at the same step.
+
+    Raises UserError as `check` does, and where W&B refuses or cannot be reached.
+    """
+
+    def __init__(self, settings: config_lib.Logging, output: Path, *, name: str, group: str, config: dict[str, Any]):
+        check(settings)
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # tracebacks hold what variables hold
+        import wandb
+
+        self._wandb, online = wandb, settings.wandb == "online"
+        try:
+            self._run = wandb.init(
+                project=settings.project,
+                entity=settings.entity,
+                name=name,
+                group=group,
+                id=_run_id(output),
+                resume="allow" if online else None,  # offline files of one id are joined when they are sent
+                mode=settings.wandb,
+                dir=str(output),
+                config=config,
+                settings=wandb.Settings(
+                    console="off", disable_git=True, disable_code=True, silent=True, finish_timeout=FINISH_SECONDS
+                ),
+            )
+        except wandb.errors.Error as error:
+            said = redact(" ".join(str(error).split()), os.environ.get(KEY))
+            raise UserError(f"logging.wandb = {settings.wandb}: {said}; mend it, or set it to offline") from None
+        if online:
+            print(f"W&B: {self._run.url}")
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
+
+    def scalars(self, numbers: Mapping[str, float | None], step: int) -> None:
+        self._run.log({name: value for name, value in numbers.items() if value is not None} | {"step": step})
+
+    def histogram(self, name: str, values: np.ndarray, step: int, *, weights: np.ndarray) -> None:
+        counted = np.histogram(values, WANDB_BINS, weights=weights)
+        self._run.log({name: self._wandb.Histogram(np_histogram=counted), "step": step})
+
+    def close(self, *, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
+
+
+def _run_id(output: Path) -> str:
+    path = output / "wandb.json"
+    if not path.exists():
+        files.write_json(path, {"id": secrets.token_hex(8)})
+    return files.read_json(path)["id"]

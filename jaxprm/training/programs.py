@@ -1,4 +1,4 @@
-"""The jitted functions of a training, from shapes alone: training runs them, a plan compiles them for elsewhere."""
+"""The jitted functions of a training run, built from shapes alone: training runs them, `plan` compiles them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxprm import config as config_lib
-from jaxprm.model import huggingface
-from jaxprm.model.transformer import Compute, TransformerConfig
-from jaxprm.training import features, reward_model, sharding, trainable
-from jaxprm.training.computing import make_compute
+from jaxprm.errors import UserError
+from jaxprm.model import sharding
+from jaxprm.model.attention import packed_attention
+from jaxprm.model.config import TransformerConfig
+from jaxprm.model.sharding import RULES, Rules
+from jaxprm.model.transformer import Compute, reward_model_graph
+from jaxprm.training import features, reward_model, trainable
 from jaxprm.training.optimizer import make_optimizer
 from jaxprm.training.step import (
     FIELDS,
@@ -25,6 +28,41 @@ from jaxprm.training.step import (
     make_train_step,
     reads_states,
 )
+
+
+def make_compute(
+    settings: config_lib.RewardModel, config: TransformerConfig, mesh: Mesh, length: int, rules: Rules = RULES
+) -> Compute:
+    """dtype, rematerialisation, attention and layout for rows of `length` tokens."""
+    return Compute(
+        dtype=jnp.dtype(settings.dtype),
+        remat=settings.remat,
+        attend=_attention(settings.attention, config, mesh, length, rules),
+        constrain=sharding.constraints(mesh, rules),
+        frozen_layers=config.layers - settings.last_k if settings.trainable == "last_k" else 0,
+    )
+
+
+def _attention(name: str, config: TransformerConfig, mesh: Mesh, length: int, rules: Rules):
+    """`auto` is splash attention on TPUs where it takes the shapes. Raises UserError where `splash` cannot be."""
+    platform = mesh.devices.flat[0].platform
+    if name == "reference" or (name == "auto" and platform != "tpu"):
+        return packed_attention
+    from jaxprm.model.attention import BLOCKS, HEAD_DIMS, fits, splash_attention
+
+    if platform != "tpu":
+        raise UserError(f'attention = "splash" needs a TPU, the devices are {platform}; use "auto" or "reference"')
+    shards = mesh.shape["sequence"]
+    if not fits(length, config.head_dim, shards):
+        if name == "auto":
+            return packed_attention
+        raise UserError(
+            f'attention = "splash" needs data.length = {length} to be a multiple of {BLOCKS[-1] * shards} and the '
+            f'model\'s head_dim = {config.head_dim} of {HEAD_DIMS}; use "auto" or "reference"'
+        )
+    axes = {name: getattr(rules, name) for name in ("batch", "heads", "kv_heads", "length")}
+    return splash_attention(mesh, **axes)
+
 
 _TOKEN_FIELDS = ("tokens", "segments", "positions")
 _TYPES = {"rewards": jnp.float32, "weights": jnp.float32} | dict.fromkeys(("is_first", "is_last", "valid"), jnp.bool_)
@@ -63,7 +101,7 @@ def make_programs(
     """
     sharding.check_model(mesh, config)
     trainable.check_trainable(settings, config)
-    graph = huggingface.reward_model_graph(config)
+    graph = reward_model_graph(config)
     compute = make_compute(settings, config, mesh, length)
     rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 

@@ -1,4 +1,4 @@
-"""A reward model before and after training: made from a policy, written as a directory with its recipe beside it."""
+"""A reward model before and after training: made from a policy, described, and written with its recipe."""
 
 from __future__ import annotations
 
@@ -11,19 +11,70 @@ from typing import Any
 
 import jax
 import msgspec
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from data_pipeline.batches import TrainingBatches
 from data_pipeline.encode import Encoder
+from data_pipeline.metadata import length_histogram, length_range
+from data_pipeline.shards import Dataset, Split
 from jaxprm import config as config_lib
 from jaxprm import files
 from jaxprm.errors import UserError
-from jaxprm.model import hub, huggingface, weights
-from jaxprm.model.hf_config import hf_config
-from jaxprm.model.tensor_files import weight_files
-from jaxprm.model.transformer import Head, RewardModel, TransformerConfig
-from jaxprm.training import sharding
+from jaxprm.hf import hub, reader
+from jaxprm.hf.config import hf_config
+from jaxprm.hf.safetensors import weight_files
+from jaxprm.model import sharding
+from jaxprm.model.config import Head, TransformerConfig
+from jaxprm.model.transformer import RewardModel
 from jaxprm.training.step import progress_beta, reads_states
+
+
+def training_facts(dataset: Dataset, batches: TrainingBatches) -> dict[str, Any]:
+    """trained_on: trajectories, and tokens of all epochs; lengths: their histogram; turn_tokens; fill; skipped.
+
+    `turn_tokens` has the `median` and the `most`, of 99 in 100, tokens of an action and of what follows it up to the
+    next one. `fill` is the share of the token slots of all batches that hold one; `skipped` is by split.
+    """
+    epochs, lengths = len(batches.epoch_ends), batches.split.lengths
+    return {
+        "trained_on": {"trajectories": len(lengths), "tokens": int(lengths.sum()) * epochs},
+        "lengths": length_histogram(lengths),
+        "turn_tokens": _turn_tokens(batches.split),
+        "fill": round(batches.fill, 4),
+        "skipped": {split: dataset.skipped(split)._asdict() for split in ("train", "validation")},
+    }
+
+
+def _turn_tokens(split: Split) -> dict[str, dict[str, int]]:
+    within = np.ones(max(0, len(split.read_positions) - 1), bool)
+    within[split.step_starts[1:-1] - 1] = False  # from one trajectory's last step to the first of the next
+    turns = {
+        "action": split.read_positions - split.state_positions,
+        "observation": (split.state_positions[1:] - split.read_positions[:-1])[within],
+    }
+    return {name: _spread(tokens) for name, tokens in turns.items()}
+
+
+def _spread(tokens: np.ndarray) -> dict[str, int]:
+    median, most = np.percentile(tokens, (50, 99), method="higher") if len(tokens) else (0, 0)
+    return {"median": int(median), "most": int(most)}
+
+
+def to_lines(name: str, facts: dict[str, Any], data: config_lib.Data, steps: int) -> Iterator[str]:
+    """The facts for a terminal."""
+    trajectories, fill = facts["trained_on"]["trajectories"], facts["fill"]
+    yield (
+        f"train {name}: {trajectories} trajectories, {steps} batches of {data.rows} x {data.length} tokens, "
+        f"{fill:.1%} full"
+    )
+    yield "  tokens: " + ", ".join(f"{length_range(low)} in {count}" for low, count in facts["lengths"].items())
+    for split, skipped in facts["skipped"].items():
+        if skipped["shards"]:
+            count = skipped["trajectories"]
+            yield f"  left out of {split}: {skipped['shards']} broken shards with {count} trajectories"
+
 
 RECIPE = "reward_model.json"
 READ_POSITION = "last token of the chat rendering that ends with the assistant message"
@@ -40,8 +91,8 @@ def from_policy_config(policy: TransformerConfig) -> TransformerConfig:
 
 def abstract(config: TransformerConfig) -> nnx.State:
     """Shapes of the parameters, in the tree of `from_policy`."""
-    head = {name: part for name, part in weights.abstract(config, reward=True).items() if name != "transformer"}
-    return nnx.State({"transformer": weights.abstract(config, reward=False), **head})
+    head = {name: part for name, part in reader.abstract(config, reward=True).items() if name != "transformer"}
+    return nnx.State({"transformer": reader.abstract(config, reward=False), **head})
 
 
 def from_policy(base: Path, seed: int, mesh: Mesh | None = None) -> tuple[TransformerConfig, nnx.State]:
@@ -49,13 +100,13 @@ def from_policy(base: Path, seed: int, mesh: Mesh | None = None) -> tuple[Transf
 
     With a mesh everything is made where it will lie: no host, and no device, ever has the whole model.
     """
-    config = from_policy_config(huggingface.read_config(base)[0])
+    config = from_policy_config(reader.read_config(base)[0])
     places = None
     if mesh is not None:
         sharding.check_model(mesh, config)
         places = sharding.shardings(sharding.place(mesh, abstract(config)))
     trunk_places, head_place = (None, None) if places is None else (places["transformer"], places["head"])
-    config, trunk = huggingface.load_transformer(base, unembedding=False, shardings=trunk_places)
+    config, trunk = reader.load_transformer(base, unembedding=False, shardings=trunk_places)
     make_head = jax.jit(lambda: nnx.state(RewardModel(config, rngs=nnx.Rngs(seed)))["head"], out_shardings=head_place)
     return config, nnx.State({"transformer": trunk, "head": make_head()})
 
@@ -108,7 +159,7 @@ def write(
 ) -> None:
     """The model in Hugging Face format, the policy's tokenizer with `encoder`'s template, the recipe; or nothing."""
     with _whole(directory) as beside:
-        huggingface.write_model(beside, config, parameters, **_described(base, encoder, recipe))
+        reader.write_model(beside, config, parameters, **_described(base, encoder, recipe))
         _write_companions(beside, base, encoder, recipe)
 
 
@@ -135,7 +186,7 @@ def _whole(directory: Path) -> Iterator[Path]:
 
 
 def _described(base: Path, encoder: Encoder, recipe: dict) -> dict[str, Any]:
-    _, source = huggingface.read_config(base)
+    _, source = reader.read_config(base)
     length = int(source.get("max_position_embeddings") or recipe["max_tokens"])
     return {"pad_id": encoder.pad_id, "end_id": encoder.end_id, "max_length": length, "source": source}
 

@@ -29,9 +29,17 @@ NOTHING = nnx.State({})
 
 # What the step functions read of a batch; tokens, segments, positions are [B, T], the others [B, S].
 FIELDS = (
-    "tokens", "segments", "positions", "read_positions", "state_positions",
-    "rewards", "weights", "is_first", "is_last", "valid",
-)  # fmt: skip
+    "tokens",
+    "segments",
+    "positions",
+    "read_positions",
+    "state_positions",
+    "rewards",
+    "weights",
+    "is_first",
+    "is_last",
+    "valid",
+)
 
 
 def reads_states(settings: config_lib.RewardModel) -> bool:

@@ -17,23 +17,23 @@ from data_pipeline.batches import EvaluationBatches, TrainingBatches, evaluation
 from data_pipeline.encode import Encoder
 from data_pipeline.shards import Split, open_dataset
 from jaxprm import config as config_lib
+from jaxprm.artifacts.checkpoints import Checkpoints
+from jaxprm.artifacts.directory import DESCRIPTION
 from jaxprm.errors import Interrupted, UserError
 from jaxprm.evaluation.value_metrics import StepRecords
+from jaxprm.hf import reader
 from jaxprm.losses import check_objective
-from jaxprm.model import huggingface
-from jaxprm.model.orbax_reader import DESCRIPTION
-from jaxprm.planning.flops import train_step_flops
+from jaxprm.model import sharding
 from jaxprm.progress import bar
-from jaxprm.training import distributed, reward_model, sharding, trainable
-from jaxprm.training.checkpoint import Checkpoints
-from jaxprm.training.data_facts import to_lines, training_facts
+from jaxprm.training import distributed, reward_model, trainable
+from jaxprm.training.distributed import Preemption, Timer
 from jaxprm.training.evaluate import step_values, summary
 from jaxprm.training.features import Features, features_of_split
-from jaxprm.training.metrics import Metrics, Profile, Sink, not_finite, numbers, seconds_at_peak
-from jaxprm.training.preemption import Preemption, Timer
+from jaxprm.training.flops import train_step_flops
+from jaxprm.training.metrics import Metrics, Profile, Sink, WandbSink, not_finite, numbers, seconds_at_peak
 from jaxprm.training.programs import Programs, batch_fields, make_programs
-from jaxprm.training.step import progress_beta
-from jaxprm.training.wandb_sink import WandbSink
+from jaxprm.training.reward_model import to_lines, training_facts
+from jaxprm.training.step import FIELDS, progress_beta
 
 LOGGED = {"loss": "validation_loss"}  # in metrics.jsonl, beside the training's own loss
 SHOWN_TRAJECTORIES = 8
@@ -102,7 +102,7 @@ def train_reward_model(
 
     # Model: read and drawn where it will lie, then taken apart into what is trained and what is not
     config, parameters = reward_model.from_policy(base, seed, mesh)
-    huggingface.check_vocabulary(base, config, encoder.vocabulary_size)
+    reader.check_vocabulary(base, config, encoder.vocabulary_size)
     programs = make_programs(settings, config, mesh, length=data.length, steps=steps, seed=seed)
     frozen = nnx.State({})
     if settings.trainable != "full":
@@ -112,10 +112,12 @@ def train_reward_model(
     fields, features = batch_fields(settings), None
     if settings.trainable == "head":
         features = _features(
-            programs, nnx.State(dict(parameters.items()) | dict(frozen.items())), mesh,
+            programs,
+            nnx.State(dict(parameters.items()) | dict(frozen.items())),
+            mesh,
             {"train": evaluation_batches(dataset, "train", **shape), "validation": validation_batches},
             shards.with_name("features") / reward_model.features_identity(settings, identity),
-        )  # fmt: skip
+        )
         frozen = nnx.State({})
 
     # Restore: state and data position together
@@ -198,8 +200,7 @@ def train_reward_model(
                 pending = (step, found)
                 stops = preemption.noticed(step)
                 evaluates, saves = (
-                    step == steps or step % every == 0
-                    for every in (settings.evaluate_every, settings.checkpoint_every)
+                    step == steps or step % every == 0 for every in (settings.evaluate_every, settings.checkpoint_every)
                 )
                 saves |= stops or timer.due(step)
                 if evaluates or saves:
@@ -249,8 +250,10 @@ def _wandb(
         return None
     name, group = f"{settings.label}, seed {seed}", experiment.name
     config = msgspec.to_builtins(settings, str_keys=True) | {
-        "data": msgspec.to_builtins(experiment.data), "seed": seed, "fingerprints": identity,
-    }  # fmt: skip
+        "data": msgspec.to_builtins(experiment.data),
+        "seed": seed,
+        "fingerprints": identity,
+    }
     return lambda: WandbSink(experiment.logging, output, name=name, group=group, config=config)
 
 
@@ -270,7 +273,7 @@ def _features(
     """Hidden states of every split, from the folder's files or from one pass."""
     return {
         split: features_of_split(
-            lambda batch: programs.features_step(parameters, sharding.put_batch(batch, mesh)),
+            lambda batch: programs.features_step(parameters, sharding.put_batch(batch, mesh, FIELDS)),
             one,
             one.split.step_starts,
             folder / split,

@@ -14,7 +14,7 @@ from flax import nnx
 
 from jaxprm import config as config_lib
 from jaxprm.errors import UserError
-from jaxprm.model.transformer import TransformerConfig
+from jaxprm.model.config import TransformerConfig
 
 
 def check_trainable(settings: config_lib.RewardModel, config: TransformerConfig) -> None:

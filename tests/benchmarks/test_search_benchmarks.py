@@ -7,10 +7,10 @@ import pytest
 from flax import nnx
 
 from benchmarks import decisions, search_growth
-from jaxprm.bench.search import Setting, bench_engine
 from jaxprm.config import Policy
-from jaxprm.model import huggingface
+from jaxprm.hf import reader
 from jaxprm.policies.loading import policy_directory
+from jaxprm.scoring.bench import Setting, bench_engine
 from jaxprm.search.branches import Branch
 from jaxprm.search.tree import Node, Tree
 from jaxprm.training.reward_model import from_policy
@@ -24,7 +24,7 @@ def textcraft_model(tmp_path_factory):
         (directory / name).write_bytes((base / name).read_bytes())
     config, state = from_policy(base, 0)
     state["head"] = nnx.Param(state["head"][...] * 20)
-    huggingface.write_model(directory, config, state, pad_id=0, end_id=1, max_length=1024)
+    reader.write_model(directory, config, state, pad_id=0, end_id=1, max_length=1024)
     return directory
 
 

@@ -42,9 +42,7 @@ def make_tokenizer(
     if extra:
         for token in extra:
             (backend.add_special_tokens if token.special else backend.add_tokens)([token])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<|pad|>", eos_token=end, chat_template=template
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<|pad|>", eos_token=end, chat_template=template)
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,8 @@ def make_dataset(steps_of: list[list[int]], seed: int = 0) -> Dataset:
     reads = [(np.cumsum(steps) + 1).tolist() for steps in steps_of]
     count = sum(map(len, reads))
     split = Split(
-        ids=[f"row-{n}" for n in range(len(steps_of))], tasks=["task"] * len(steps_of),
+        ids=[f"row-{n}" for n in range(len(steps_of))],
+        tasks=["task"] * len(steps_of),
         weights=random.integers(1, 9, len(steps_of)).astype(np.float32),
         outcomes=random.random(len(steps_of), np.float32),
         tokens=random.integers(10, 1000, sum(lengths)).astype(np.int32),
@@ -36,7 +37,11 @@ def make_dataset(steps_of: list[list[int]], seed: int = 0) -> Dataset:
         step_labels=np.where(random.random(count) < 0.5, np.nan, random.random(count)).astype(np.float32),
     )
     metadata = Metadata(
-        tokenizer="", pad_id=PAD, max_length=None, too_long="error", splits={},
+        tokenizer="",
+        pad_id=PAD,
+        max_length=None,
+        too_long="error",
+        splits={},
         shards={"shard": Shard(bytes=0, sha256=str(seed))},
     )
     dataset = Dataset(Path("memory"), metadata)

@@ -32,7 +32,11 @@ def folder(tmp_path_factory, plain_tokenizer, make_trajectory, write_rows) -> Pa
             seed = first + rng.randrange(25)
             ended = "error" if rng.random() < 0.1 else "done"
             yield make_trajectory(
-                seed, id=f"{name}-{number}", rounds=1 + seed % 6, outcome=rng.choice([0.0, 0.3, 1.0]), ended=ended,
+                seed,
+                id=f"{name}-{number}",
+                rounds=1 + seed % 6,
+                outcome=rng.choice([0.0, 0.3, 1.0]),
+                ended=ended,
                 **fields,
             )
 
@@ -142,8 +146,8 @@ def test_the_local_build_never_imports_beam(folder):
 import sys
 sys.modules["apache_beam"] = None  # an import of it fails
 from data_pipeline import build
-status = build.main(["--input", {str(folder / 'a.jsonl')!r}, "--tokenizer", {str(folder / 'tokenizer')!r}, "--output",
-                     {str(folder / 'plain')!r}, *sys.argv[1:]])
+status = build.main(["--input", {str(folder / "a.jsonl")!r}, "--tokenizer", {str(folder / "tokenizer")!r}, "--output",
+                     {str(folder / "plain")!r}, *sys.argv[1:]])
 assert not [name for name in sys.modules if name.startswith("apache_beam.")]
 sys.exit(status)
 """

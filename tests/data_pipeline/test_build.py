@@ -45,11 +45,13 @@ def test_what_is_read_is_what_the_encoder_made_in_the_order_of_the_input(dataset
 
 
 def test_soft_outcomes_rewards_and_labels_stay_floats(build_rows, make_trajectory, tmp_path):
-    build_rows([
-        make_trajectory(0, outcome=0.7),
-        make_trajectory(1, outcome=None, rewards=[0.25, -0.5]),
-        make_trajectory(2, outcome=0.0, step_labels=[None, 0.3]),
-    ])
+    build_rows(
+        [
+            make_trajectory(0, outcome=0.7),
+            make_trajectory(1, outcome=None, rewards=[0.25, -0.5]),
+            make_trajectory(2, outcome=0.0, step_labels=[None, 0.3]),
+        ]
+    )
     split = open_dataset(tmp_path / "data").split("train")
     np.testing.assert_allclose(split.rewards, [0, 0.7, 0.25, -0.5, 0, 0], atol=1e-7)
     np.testing.assert_allclose(split.step_labels, [np.nan] * 5 + [0.3], atol=1e-7)
@@ -253,7 +255,8 @@ def test_command_line_mistakes_are_one_line_and_status_two(
     plain_tokenizer.save_pretrained(tmp_path / "tokenizer")
     right = {
         "--input": str(write_rows(tmp_path / "train.jsonl", [make_trajectory(0)])),
-        "--tokenizer": str(tmp_path / "tokenizer"), "--output": str(tmp_path / "data"),
+        "--tokenizer": str(tmp_path / "tokenizer"),
+        "--output": str(tmp_path / "data"),
     }
     bad = tmp_path / "bad"
     bad.write_text(json.dumps({"id": "a"}))

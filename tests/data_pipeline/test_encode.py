@@ -92,7 +92,9 @@ def test_state_falls_back_to_the_message_before_where_the_prompt_is_no_prefix(ch
     # as for a template that asks for a thought which the turns then lack
     template = chatml_encoder.tokenizer.chat_template.replace("assistant\n", "assistant\n<think>")
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=chatml_encoder.tokenizer.backend_tokenizer, pad_token="<|pad|>", eos_token="<|im_end|>",
+        tokenizer_object=chatml_encoder.tokenizer.backend_tokenizer,
+        pad_token="<|pad|>",
+        eos_token="<|im_end|>",
         chat_template=template,
     )
     encoded = Encoder(tokenizer).trajectory(CHAT, row="x")
@@ -128,8 +130,10 @@ def test_messages_that_are_no_steps_get_no_position(encoder):
 @pytest.mark.parametrize("template", [FORGETS_THOUGHTS, MOVES_SYSTEM])
 def test_template_that_rewrites_earlier_turns_is_refused_by_name(with_template, template):
     messages = [
-        {"role": "system", "content": "Be brief."}, CHAT[0],
-        {"role": "assistant", "content": "<think>hm</think>get 2 oak log"}, CHAT[2],
+        {"role": "system", "content": "Be brief."},
+        CHAT[0],
+        {"role": "assistant", "content": "<think>hm</think>get 2 oak log"},
+        CHAT[2],
         {"role": "assistant", "content": "<think>so</think>craft oak sign"},
     ]
     with pytest.raises(DataError, match=r"^t\.jsonl:9: the chat template of test/template .* message \d"):
@@ -260,7 +264,9 @@ def test_loading_what_was_saved_keeps_fingerprint_and_ids(encoder, tmp_path):
     loaded = Encoder.load(tmp_path)
     assert loaded.fingerprint == encoder.fingerprint
     assert (loaded.pad_id, loaded.end_id, loaded.vocabulary_size) == (
-        encoder.pad_id, encoder.end_id, encoder.vocabulary_size
+        encoder.pad_id,
+        encoder.end_id,
+        encoder.vocabulary_size,
     )
     assert loaded.trajectory(CHAT, row="x").tokens.tolist() == encoder.trajectory(CHAT, row="x").tokens.tolist()
 

@@ -62,9 +62,7 @@ def test_first_fit_where_the_fullest_row_is_the_wrong_one():
     """By best fit 4 joins 12 and 12, where 2 are lost; the last 3 finds 2 free there, 2 next to 19, and no room."""
     lengths = [19, 15, 15, 12, 12, 4, 3, 3, 3, 3]
     rows = best_fit(lengths, [1] * len(lengths), capacity=30, slots=99)
-    assert sorted(sorted(lengths[item] for item in row) for row in rows) == [
-        [3, 3, 4, 19], [3, 3, 12, 12], [15, 15]
-    ]  # fmt: skip
+    assert sorted(sorted(lengths[item] for item in row) for row in rows) == [[3, 3, 4, 19], [3, 3, 12, 12], [15, 15]]
 
 
 def draws(kind, random, count, capacity):
@@ -77,7 +75,8 @@ def draws(kind, random, count, capacity):
         "lognormal": lambda: np.clip(random.lognormal(np.log(mean), random.uniform(0.2, 1), count), 1, capacity),
         "gamma": lambda: np.clip(random.gamma(2, mean / 2, count), 1, capacity),
         "two kinds": lambda: np.where(
-            random.random(count) < 0.95, random.integers(1, capacity // 4, count),
+            random.random(count) < 0.95,
+            random.integers(1, capacity // 4, count),
             random.integers(capacity // 2, capacity + 1, count),
         ),
         "few sizes": lambda: random.choice(random.integers(1, capacity + 1, 4), count),
@@ -162,7 +161,5 @@ def test_row_order_does_not_follow_length_and_windows_leave_no_tails():
 
 @pytest.mark.parametrize("window", [1, 3])
 def test_tiny_windows_still_fill_rows(window):
-    plan = plan_epochs(
-        np.full(20, 10), np.ones(20, int), capacity=40, slots=9, window=window, epochs=1, seed=None
-    )
+    plan = plan_epochs(np.full(20, 10), np.ones(20, int), capacity=40, slots=9, window=window, epochs=1, seed=None)
     assert len(rows_of(plan)) == 5

@@ -5,7 +5,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data_pipeline.encode import Encoder
 from data_pipeline.errors import DataError
-from data_pipeline.padding import padding_id
+from data_pipeline.packing import padding_id
 from tests.data_pipeline.conftest import CHATML, make_tokenizer
 
 LLAMA = (
@@ -13,8 +13,15 @@ LLAMA = (
     "m['content'] + '<|eot_id|>' }}{% endfor %}"
 )
 QWEN = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2, "<|fim_pad|>": 3}
-LLAMA_3 = {"<|begin_of_text|>": 0, "<|end_of_text|>": 1, "<|reserved_special_token_0|>": 2, "<|eot_id|>": 3,
-           "<|start_header_id|>": 4, "<|end_header_id|>": 5, "<|reserved_special_token_1|>": 6}  # fmt: skip
+LLAMA_3 = {
+    "<|begin_of_text|>": 0,
+    "<|end_of_text|>": 1,
+    "<|reserved_special_token_0|>": 2,
+    "<|eot_id|>": 3,
+    "<|start_header_id|>": 4,
+    "<|end_header_id|>": 5,
+    "<|reserved_special_token_1|>": 6,
+}
 LLAMA_31 = LLAMA_3 | {"<|finetune_right_pad_id|>": 7}
 
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from data_pipeline.chat_template import SHIPPED
 from data_pipeline.encode import Encoder
 from data_pipeline.errors import DataError
-from data_pipeline.template_choice import SHIPPED
 from tests.data_pipeline.conftest import CHATML, PLAIN, make_tokenizer
 
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}]
@@ -108,9 +108,10 @@ def test_every_step_of_it_has_its_place(named):
         steps = [index for index, message in enumerate(chat) if message["role"] == "assistant"]
         assert encoded.message_indices.tolist() == steps
         for step, read, state in zip(steps, encoded.read_positions, encoded.state_positions, strict=True):
-            assert encoded.tokens[: read + 1].tolist() == encoder.trajectory(
-                chat[: step + 1], row="x", tools=tools
-            ).tokens.tolist()
+            assert (
+                encoded.tokens[: read + 1].tolist()
+                == encoder.trajectory(chat[: step + 1], row="x", tools=tools).tokens.tolist()
+            )
             assert encoded.tokens[: state + 1].tolist() == encoder.prompt(chat[:step], tools=tools)
 
 

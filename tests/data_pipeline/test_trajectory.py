@@ -102,7 +102,9 @@ def trajectories(draw) -> Trajectory:
     count = len(steps(conversation))
     number = st.floats(allow_nan=False, allow_infinity=False)
     return Trajectory(
-        id=draw(texts), messages=conversation, outcome=draw(st.none() | st.floats(0, 1)),
+        id=draw(texts),
+        messages=conversation,
+        outcome=draw(st.none() | st.floats(0, 1)),
         rewards=draw(st.none() | st.lists(number, min_size=count, max_size=count)),
         step_labels=draw(st.none() | st.lists(st.none() | number, min_size=count, max_size=count)),
         meta=draw(st.dictionaries(texts, st.integers(-9, 9), max_size=2)),

@@ -6,8 +6,7 @@ import pytest
 
 from data_pipeline.errors import DataError
 from data_pipeline.trajectory import to_line
-from data_pipeline.validate import validate
-from data_pipeline.validate_text import to_text
+from data_pipeline.validate import to_text, validate
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from contextlib import redirect_stdout
 import pytest
 
 from jaxprm import cli
-from jaxprm.evaluation.judge_labels import METRICS, TERNARY
+from jaxprm.evaluation.judge_metrics import METRICS, TERNARY
 from jaxprm.evaluation.labels import KINDS
 from tests.docs import pages
 from tests.model import tiny

@@ -14,7 +14,7 @@ import pytest
 import jaxprm
 from benchmarks import serve_load
 from jaxprm import cli
-from jaxprm.serving.limits import Limits
+from jaxprm.serving.requests import Limits
 from tests.docs import pages
 from tests.model import tiny
 
@@ -79,9 +79,7 @@ def _commands(text: str) -> list[str]:
 def test_a_host_that_others_reach_is_refused_with_the_line_that_is_shown(folder):
     (_, arguments) = pages.shell(PAGE)
     assert arguments[-2:] == ["--host", "0.0.0.0"]
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=pages.ROOT, capture_output=True, text=True, check=False
-    )  # fmt: skip
+    done = subprocess.run([sys.executable, *arguments], cwd=pages.ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "") and f"    {done.stderr}" in TEXT
 
 

@@ -15,12 +15,12 @@ import pytest
 import torch
 import transformers
 
+from data_pipeline.chat_template import SHIPPED
 from data_pipeline.encode import Encoder
 from data_pipeline.errors import DataError
-from data_pipeline.template_choice import SHIPPED
 from jaxprm import cli
-from jaxprm.model import hf_config
-from jaxprm.model.families import FAMILIES
+from jaxprm.hf import config as hf_config
+from jaxprm.model.config import FAMILIES
 from tests.data_pipeline.conftest import make_tokenizer
 from tests.docs import pages
 
@@ -40,8 +40,16 @@ def make(directory: Path, name: str, kind: str, **fields) -> torch.nn.Module:
     tokenizer = make_tokenizer(REWRITES, ("<|im_start|>", "<|im_end|>", "<|endoftext|>"), "<|endoftext|>")
     tokenizer.save_pretrained(directory)
     config = getattr(transformers, f"{name}Config")(
-        vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-        intermediate_size=48, max_position_embeddings=4096, pad_token_id=0, **fields,
+        vocab_size=400,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=48,
+        max_position_embeddings=4096,
+        pad_token_id=0,
+        **fields,
     )
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}For{kind}")(config).eval()

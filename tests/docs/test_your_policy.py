@@ -54,9 +54,10 @@ def test_a_collection_through_the_server_loses_and_invents_nothing(server, capsy
     monkeypatch.setenv("SERVER_KEY", key)
     server.answers = lambda body: completion("Action: get 1 oak log" if len(body["messages"]) < 5 else "Action: wait")
     overrides = [
-        f"policy.endpoint.base_url={server.base_url}", "policy.endpoint.api_key_env=SERVER_KEY",
+        f"policy.endpoint.base_url={server.base_url}",
+        "policy.endpoint.api_key_env=SERVER_KEY",
         "environment.arguments.max_rounds=4",
-    ]  # fmt: skip
+    ]
     command = commands()["served_config.py"]
     assert command[0] == "collect"
     assert cli.main([*command[:2], *overrides, *command[2:]]) == 0
@@ -80,9 +81,10 @@ def test_a_collection_through_the_server_loses_and_invents_nothing(server, capsy
 def test_failures_are_counted_and_told(server, capsys):
     server.answers = lambda body: completion("Action: wait") if body["seed"] % 5 else Reply(200, b"{", Server="a")
     overrides = [
-        f"policy.endpoint.base_url={server.base_url}", "policy.endpoint.retries=0",
+        f"policy.endpoint.base_url={server.base_url}",
+        "policy.endpoint.retries=0",
         "environment.arguments.max_rounds=4",
-    ]  # fmt: skip
+    ]
     command = commands()["served_config.py"]
     assert cli.main([*command[:2], *overrides, *command[2:]]) == 0
     lines = trajectories("runs/served")

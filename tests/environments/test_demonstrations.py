@@ -6,11 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxprm import config
-from jaxprm.environments import planner
-from jaxprm.environments.demonstrations import exchange_words, item_words, training_goals
-from jaxprm.environments.invented import LONGEST_PLAN, invent
-from jaxprm.environments.recipes import spoken
 from jaxprm.environments.textcraft import TextCraft
+from jaxprm.environments.textcraft.demonstrations import (
+    LONGEST_PLAN,
+    exchange_words,
+    invent,
+    item_words,
+    next_message,
+    training_goals,
+)
+from jaxprm.environments.textcraft.recipes import spoken
 from jaxprm.errors import UserError
 from jaxprm.training.imitate import imitate
 
@@ -40,7 +45,7 @@ def test_without_mistakes_every_turn_is_the_experts_and_the_episode_succeeds(see
     turns = 0
     done = False
     while not done:
-        _, _, done = ENV.step(planner.next_message(ENV))
+        _, _, done = ENV.step(next_message(ENV))
         turns += 1
     assert ENV.outcome() == 1.0 and turns <= LONGEST_PLAN
     assert prompt.endswith(f"Goal: craft {spoken(goal)}.")

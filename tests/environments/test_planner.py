@@ -5,10 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxprm.environments import recipes
-from jaxprm.environments.planner import next_message, plan
-from jaxprm.environments.recipes import Ingredient, Recipe, RecipeBook
-from jaxprm.environments.textcraft import TextCraft, parse
+from jaxprm.environments.textcraft import TextCraft, recipes
+from jaxprm.environments.textcraft.demonstrations import next_message
+from jaxprm.environments.textcraft.environment import parse
+from jaxprm.environments.textcraft.planner import plan
+from jaxprm.environments.textcraft.recipes import Ingredient, Recipe, RecipeBook
 
 BOOK = recipes.minecraft()
 

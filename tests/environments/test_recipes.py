@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
-from jaxprm.environments import recipes
-from jaxprm.environments.recipes import Ingredient
+from jaxprm.environments.textcraft import recipes
+from jaxprm.environments.textcraft.recipes import Ingredient
 from jaxprm.errors import UserError
 
 

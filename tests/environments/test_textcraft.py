@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxprm.environments import recipes, textcraft
-from jaxprm.environments.textcraft import TextCraft
+from jaxprm.environments.textcraft import TextCraft, environment, recipes
 from jaxprm.errors import UserError
 
 GOALS = recipes.minecraft().goals
@@ -126,7 +125,7 @@ def test_a_tag_takes_any_one_of_its_items_and_the_output_count_is_not_read(env):
         ("action: get 1 bamboo", "Could not execute "),
         ("", "Could not execute "),
         ("Thought: first. Action: get 1 bamboo", "Got 1 bamboo"),
-        ("Action: get 1 bamboo\nAction: get 1 bamboo", textcraft.MANY_ACTIONS),
+        ("Action: get 1 bamboo\nAction: get 1 bamboo", environment.MANY_ACTIONS),
         ("Action: get 1 bamboo\n\nObservation: Got 1 bamboo", "Got 1 bamboo"),
     ],
 )
@@ -197,7 +196,7 @@ def test_prompts_are_the_same_in_every_process():
         "text = '|'.join(env.reset(f'textcraft/{i}') for i in range(544)) + str(env.tasks('train'));"
         "print(hashlib.sha256(text.encode()).hexdigest())"
     )
-    path = os.pathsep.join([str(Path(textcraft.__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(environment.__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     digests = {
         subprocess.run(
             [sys.executable, "-c", code],
@@ -221,7 +220,7 @@ def test_seed_and_task_change_the_prompt_and_nothing_else_does():
 
 def test_splits_share_no_goal_and_hold_every_depth():
     env = TextCraft()
-    parts = {split: env.tasks(split) for split in textcraft.SPLITS}
+    parts = {split: env.tasks(split) for split in environment.SPLITS}
     assert sorted(sum(parts.values(), ())) == sorted(f"textcraft/{index}" for index in range(544))
     depths = {split: Counter(env.describe(task)["depth"] for task in tasks) for split, tasks in parts.items()}
     # 65, 10 and 25 % of 125, 291, 117 and 11

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from jaxprm.collect import rollouts
 from jaxprm.environments.worker import Workers
 from jaxprm.errors import UserError
+from jaxprm.policies.rollouts import rollouts
 from jaxprm.search.beam import beam_search
 from jaxprm.search.branches import Forest
 from tests.environments.misbehaving import Misbehaving
@@ -183,9 +183,15 @@ def test_a_search_loses_the_branch_and_nothing_else(made, fork):
     forest = Forest(workers(made, at_once=2, fork=fork))
     scores = ScriptedScorer(lambda path: float(path[-1] != "crash") if width == 1 else 0.5)
     trees = beam_search(
-        ["test/0", "test/1", "test/2"], forest, ScriptedPolicy(draws), scores,
-        width=width, actions=1 if width == 2 else 2, temperature=1.0, max_rounds=6,
-    )  # fmt: skip
+        ["test/0", "test/1", "test/2"],
+        forest,
+        ScriptedPolicy(draws),
+        scores,
+        width=width,
+        actions=1 if width == 2 else 2,
+        temperature=1.0,
+        max_rounds=6,
+    )
     forest.close()
     for tree in trees:
         assert path_of(tree.best.messages) == ("x", *["y"] * 5), path_of(tree.best.messages)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxprm.evaluation.budget import Cost, budget_for, budget_ratio, equal_budget
+from jaxprm.evaluation.best_of_n import Cost, budget_for, budget_ratio, equal_budget
 
 
 def test_a_budget_between_two_sizes_lies_on_a_line_over_the_logarithm():

@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 from jaxprm import files
 from jaxprm.errors import UserError
 from jaxprm.evaluation.judge import Model, Settings, judge
-from jaxprm.evaluation.judge_table import judge_table
-from jaxprm.evaluation.labels import Labels
-from jaxprm.evaluation.measure import Resampling
+from jaxprm.evaluation.labels import Labels, validation_tasks
 from jaxprm.evaluation.scored import Row, ScoredFile
-from jaxprm.evaluation.step_labels import validation_tasks
+from jaxprm.evaluation.statistics import Resampling
+from jaxprm.evaluation.tables import judge_table
 
 QUICK = Resampling(samples=60)
 ONE = [Model("m", 1.0)]

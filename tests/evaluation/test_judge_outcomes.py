@@ -5,10 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
-from jaxprm.evaluation import judge_outcomes as outcomes
-from jaxprm.evaluation.measure import Measure, Resampling
+from jaxprm.evaluation import judge_metrics as outcomes
 from jaxprm.evaluation.scored import Row, returns, steps_of
-from jaxprm.evaluation.statistics import explained_variance
+from jaxprm.evaluation.statistics import Measure, Resampling, explained_variance
 
 QUICK = Resampling(samples=40)
 

@@ -5,12 +5,17 @@ from types import SimpleNamespace
 import pytest
 
 from jaxprm import config, files
-from jaxprm.evaluation.results import Results
+from jaxprm.workflow.results import Results
 
 SEARCH = config.Search(
-    pool=2, best_of_n=(1, 2), prefix_best_of_n=(1, 2), beams=((2, 2),), stepwise=(), mcts=((3, 2),),
+    pool=2,
+    best_of_n=(1, 2),
+    prefix_best_of_n=(1, 2),
+    beams=((2, 2),),
+    stepwise=(),
+    mcts=((3, 2),),
     aggregations=("mean", "product", "vote", "weighted_vote"),
-)  # fmt: skip
+)
 
 
 @pytest.fixture
@@ -24,26 +29,37 @@ def results(tmp_path, monkeypatch):
 
     messages = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}]
     names = [(task, number) for task in ("t", "u") for number in (0, 1)]
-    write("pool", [
-        {"id": f"{task}{number}", "task": task, "outcome": float(number), "messages": messages,
-         "meta": {"tokens": 30, "answer": f"{number}"}}
-        for task, number in names
-    ])  # fmt: skip
+    write(
+        "pool",
+        [
+            {
+                "id": f"{task}{number}",
+                "task": task,
+                "outcome": float(number),
+                "messages": messages,
+                "meta": {"tokens": 30, "answer": f"{number}"},
+            }
+            for task, number in names
+        ],
+    )
     # good: the final promise tells, the mean does not; bad: the other way round.
     values = {"good": ([0.9, 0.1], [0.1, 0.5]), "bad": ([0.1, 0.5], [0.9, 0.1])}
     searched = {"policy_tokens": 50, "reward_tokens": 150, "environment_steps": 4, "merged": 1, "proposed": 4}
     for label, promises in values.items():
-        write(f"values-pool-{label}-0", [
-            {"id": f"{task}{number}", "values": promises[number], "tokens": 140, "prompt_tokens": 100}
-            for task, number in names
-        ])  # fmt: skip
+        write(
+            f"values-pool-{label}-0",
+            [
+                {"id": f"{task}{number}", "values": promises[number], "tokens": 140, "prompt_tokens": 100}
+                for task, number in names
+            ],
+        )
     for label in ("good", "bad", "random"):
         for kind, reward in (("beam-2x2", 300.0), ("mcts-3x2", 75.0)):
             lines = [{"task": task, "outcome": 1.0, "errors": 0, "reward_encoded": reward} for task in ("t", "u")]
             if kind == "beam-2x2":
                 lines[0]["ended"] = "budget"
             write(f"{kind}-{label}-0", [line | searched for line in lines])
-    monkeypatch.setattr("jaxprm.evaluation.results.flops_of_tokens", lambda state: (10.0, 2.0))
+    monkeypatch.setattr("jaxprm.workflow.results.flops_of_tokens", lambda state: (10.0, 2.0))
     return Results(SimpleNamespace(experiment=experiment, work=tmp_path))
 
 

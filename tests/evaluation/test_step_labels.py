@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxprm.evaluation import step_labels as core
-from jaxprm.evaluation.judge_labels import METRICS
+from jaxprm.evaluation import labels as core
+from jaxprm.evaluation.judge_metrics import METRICS
 
 few_levels = st.integers(0, 4).map(float)  # so that ties are common
 # One trajectory: the value and the wrongness of each of its labelled steps.

@@ -114,9 +114,19 @@ def test_seeds_may_have_different_steps_and_tasks():
 
 def test_steps_of_weight_zero_change_nothing():
     records = hand_records()
-    more = StepRecords(*(np.append(getattr(records, name), extra) for name, extra in [
-        ("values", 99.0), ("targets", 5.0), ("depths", 9), ("tasks", "z"), ("weights", 0), ("success", True),
-    ]))  # fmt: skip
+    more = StepRecords(
+        *(
+            np.append(getattr(records, name), extra)
+            for name, extra in [
+                ("values", 99.0),
+                ("targets", 5.0),
+                ("depths", 9),
+                ("tasks", "z"),
+                ("weights", 0),
+                ("success", True),
+            ]
+        )
+    )
     assert validation([more]) == validation([records])
     assert value_by_depth([more]) == value_by_depth([records])
     assert calibration([more]) == calibration([records])

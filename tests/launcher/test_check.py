@@ -35,8 +35,6 @@ def test_what_is_wrong_is_named(platforms, local, devices, workers, words):
 def test_this_machine_has_no_tpu(platforms, words):
     """With the real jax: on the CPU, and where the TPU is named and missing it raises."""
     environment = os.environ | {"JAX_PLATFORMS": platforms, "TPU_SKIP_MDS_QUERY": "1"}
-    found = subprocess.run(
-        [sys.executable, str(PATH), "1", "1"], env=environment, capture_output=True, text=True
-    )  # fmt: skip
+    found = subprocess.run([sys.executable, str(PATH), "1", "1"], env=environment, capture_output=True, text=True)
     assert found.returncode == 1
     assert words in found.stdout.splitlines()[-1]

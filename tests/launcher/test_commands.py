@@ -57,9 +57,18 @@ def test_an_on_demand_v5e_8(launch, spelled):
 
 def test_a_spot_v6e_16_by_queued_resource_that_is_preempted_once(launch):
     queue = states(
-        "queued-resources", "ABSENT", "ABSENT", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE",
-        "SUSPENDING", "SUSPENDED", "ABSENT", "ACTIVE", "ABSENT",
-    )  # fmt: skip
+        "queued-resources",
+        "ABSENT",
+        "ABSENT",
+        "WAITING_FOR_RESOURCES",
+        "PROVISIONING",
+        "ACTIVE",
+        "SUSPENDING",
+        "SUSPENDED",
+        "ABSENT",
+        "ACTIVE",
+        "ABSENT",
+    )
     unfinished = [0, "gs://my-bucket/prm/state/worker-0\n", ""]
     ended = [0, "gs://my-bucket/prm/state/done\ngs://my-bucket/prm/state/worker-0\n", ""]
     marks = ["storage ls gs://my-bucket/prm/state/", [GONE, GONE, unfinished, ended]]
@@ -104,16 +113,28 @@ def test_a_spot_v6e_16_by_queued_resource_that_is_preempted_once(launch):
     assert "prm is lost (SUSPENDED): deleting it and making it again" in said
     assert "done; results in gs://my-bucket/prm/work" in said
     assert (launch.cloud.bucket / "my-bucket/prm/job/command").read_text().split("\n") == [
-        tree, "none", "train", "configs/textcraft_tiny.py", "",
-    ]  # fmt: skip
+        tree,
+        "none",
+        "train",
+        "configs/textcraft_tiny.py",
+        "",
+    ]
 
 
 def test_a_reserved_v5p(launch):
     launch.cloud.scenario([ACCOUNT, OFFERED, NOT_QUEUED, states("tpu-vm", "ABSENT", "CREATING", "READY")])
     launch(
-        "create", "--accelerator", "v5p-32", "--reserved", "--network", "tpus", "--subnetwork", "west",
-        "--service-account", "prm@my-project.iam.gserviceaccount.com",
-    )  # fmt: skip
+        "create",
+        "--accelerator",
+        "v5p-32",
+        "--reserved",
+        "--network",
+        "tpus",
+        "--subnetwork",
+        "west",
+        "--service-account",
+        "prm@my-project.iam.gserviceaccount.com",
+    )
     assert (
         f"compute tpus tpu-vm create prm --version=v2-alpha-tpuv5 {WHERE} --accelerator-type=v5p-32 --reserved "
         f"--service-account=prm@my-project.iam.gserviceaccount.com --network=tpus --subnetwork=west {STARTUP}"
@@ -157,8 +178,15 @@ def test_a_failed_queued_resource_says_why_and_is_made_again(launch):
     said = launch("create", "--accelerator", "v5e-8", "--queued").stderr
     assert "the reservation is full" in said
     assert [one.split()[3] for one in launch.commands() if "queued-resources" in one] == [
-        "describe", "create", "describe", "describe", "delete", "describe", "create", "describe",
-    ]  # fmt: skip
+        "describe",
+        "create",
+        "describe",
+        "describe",
+        "delete",
+        "describe",
+        "create",
+        "describe",
+    ]
 
 
 def test_a_machine_that_someone_deletes_is_not_made_again(launch):
@@ -404,8 +432,11 @@ def test_status_names_machine_workers_and_run(launch):
         [ACCOUNT, NOT_QUEUED, states("tpu-vm", "READY"), ["display-url", [[0, "==> worker-0 <==\nrunning\n", ""]]]]
     )
     assert launch("status").stdout.splitlines() == [
-        "machine   prm: READY (node)", "==> worker-0 <==", "running", "run       not finished",
-    ]  # fmt: skip
+        "machine   prm: READY (node)",
+        "==> worker-0 <==",
+        "running",
+        "run       not finished",
+    ]
     launch.cloud.put("my-bucket/prm/state/failed", "worker 2: exit code 3\n")
     assert "run       failed: worker 2: exit code 3" in launch("status").stdout
 

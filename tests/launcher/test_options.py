@@ -31,9 +31,21 @@ def test_shellcheck_finds_nothing(clone):
 
 
 @pytest.mark.parametrize(
-    "option", ["--name", "--project", "--zone", "--bucket", "--accelerator", "--runtime", "--valid-until", "--network",
-               "--subnetwork", "--service-account", "--worker"],
-)  # fmt: skip
+    "option",
+    [
+        "--name",
+        "--project",
+        "--zone",
+        "--bucket",
+        "--accelerator",
+        "--runtime",
+        "--valid-until",
+        "--network",
+        "--subnetwork",
+        "--service-account",
+        "--worker",
+    ],
+)
 def test_identifiers_that_hold_anything_else_are_refused(launch, option):
     """Each with one line that names the option, and nothing asked of gcloud."""
     for attack in ATTACKS + MORE * (option == "--name"):
@@ -122,8 +134,11 @@ def test_options_may_come_from_the_environment(clone, cloud):
     names = {"JAXPRM_PROJECT": "my-project", "JAXPRM_ZONE": "us-west4-a", "JAXPRM_BUCKET": "gs://my-bucket"}
     found = subprocess.run(
         [str(clone / "launch_tpu.sh"), "ssh", "--name", "prm", "--dry-run"],
-        env=cloud.environment(**names), capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        env=cloud.environment(**names),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert found.stdout == "+ gcloud compute tpus tpu-vm ssh prm --zone=us-west4-a --project=my-project --worker=0\n"
 
 
@@ -203,6 +218,8 @@ def test_without_gcloud_the_user_is_told(clone, tmp_path):
         (tmp_path / "bin" / name).symlink_to(shutil.which(name))
     found = subprocess.run(
         [str(clone / "launch_tpu.sh"), "create", *COMMON, *UP],
-        env={"PATH": str(tmp_path / "bin"), "HOME": os.environ.get("HOME", "/")}, capture_output=True, text=True,
-    )  # fmt: skip
+        env={"PATH": str(tmp_path / "bin"), "HOME": os.environ.get("HOME", "/")},
+        capture_output=True,
+        text=True,
+    )
     assert found.returncode == 2 and "no gcloud: install the Google Cloud CLI" in found.stderr

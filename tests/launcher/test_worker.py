@@ -282,10 +282,13 @@ def test_a_machine_that_goes_away_lets_the_run_save(machine, cloud):
 
 
 @pytest.mark.parametrize(
-    "generation, flag", [("v6e", "--xla_tpu_scoped_vmem_limit_kib=98304"),
-                         ("v5e", "--xla_tpu_enable_async_collective_fusion=true"),
-                         ("v5p", "--xla_tpu_enable_latency_hiding_scheduler=true")],
-)  # fmt: skip
+    "generation, flag",
+    [
+        ("v6e", "--xla_tpu_scoped_vmem_limit_kib=98304"),
+        ("v5e", "--xla_tpu_enable_async_collective_fusion=true"),
+        ("v5p", "--xla_tpu_enable_latency_hiding_scheduler=true"),
+    ],
+)
 def test_stale_variables_are_cleared_and_flags_set_before_python(cloud, tmp_path, generation, flag):
     send(cloud, tmp_path)
     machine = Machine(cloud, tmp_path / "machine", generation)

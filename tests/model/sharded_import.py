@@ -1,6 +1,6 @@
 """Run by test_sharded_import.py in a process with eight virtual devices: loads a model in many layouts.
 
-    python sharded_import.py DIRECTORY
+python sharded_import.py DIRECTORY
 """
 
 from __future__ import annotations
@@ -15,14 +15,22 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxprm import config as config_lib
-from jaxprm.model import huggingface, weights
-from jaxprm.training import sharding
+from jaxprm.hf import reader
+from jaxprm.model import sharding
 
 # Of stacked matrices [L, in, out]: whole, split along each axis, along two, over both mesh axes at once.
 LAYOUTS = [
-    (), ("fsdp",), (None, "fsdp"), (None, None, "fsdp"), ("data", "fsdp"), ("data", None, "fsdp"),
-    (None, "fsdp", "data"), (None, ("data", "fsdp")), (None, None, ("fsdp", "data")), (("data", "fsdp"), None),
-]  # fmt: skip
+    (),
+    ("fsdp",),
+    (None, "fsdp"),
+    (None, None, "fsdp"),
+    ("data", "fsdp"),
+    ("data", None, "fsdp"),
+    (None, "fsdp", "data"),
+    (None, ("data", "fsdp")),
+    (None, None, ("fsdp", "data")),
+    (("data", "fsdp"), None),
+]
 
 
 def fits(shape: tuple[int, ...], spec: tuple, mesh) -> bool:
@@ -36,11 +44,11 @@ def fits(shape: tuple[int, ...], spec: tuple, mesh) -> bool:
 def main(directory: Path) -> None:
     assert jax.device_count() == 8
     checked = 0
-    for load, dtype in ((huggingface.load_transformer, jnp.bfloat16), (huggingface.load_reward_model, jnp.float32)):
-        reward = load is huggingface.load_reward_model
+    for load, dtype in ((reader.load_transformer, jnp.bfloat16), (reader.load_reward_model, jnp.float32)):
+        reward = load is reader.load_reward_model
         place = directory / ("reward" if reward else "causal")
         config, whole = load(place, dtype=dtype)
-        shapes = weights.abstract(config, reward=reward, dtype=dtype)
+        shapes = reader.abstract(config, reward=reward, dtype=dtype)
         for data, layout in [*((2, layout) for layout in LAYOUTS), *((1, layout) for layout in LAYOUTS[:4])]:
             mesh = sharding.make_mesh(config_lib.Mesh(data=data, fsdp=8 // data))
 

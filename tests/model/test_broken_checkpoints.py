@@ -19,9 +19,10 @@ from safetensors.numpy import load_file, save_file
 
 from jaxprm import cli
 from jaxprm.errors import UserError
-from jaxprm.model import huggingface, weights
-from jaxprm.model.hf_config import read_config
-from jaxprm.model.tensor_files import INDEX, WEIGHTS, model_files, open_tensors, weight_files
+from jaxprm.hf import reader
+from jaxprm.hf import reader as weights
+from jaxprm.hf.config import read_config
+from jaxprm.hf.safetensors import INDEX, WEIGHTS, model_files, open_tensors, weight_files
 from tests.model import tiny
 
 CONFIG = tiny.UNTIED
@@ -33,7 +34,7 @@ HUGE = 10**18
 def single(tmp_path_factory) -> Path:
     """A model in one file, without metadata in its header."""
     directory = tmp_path_factory.mktemp("single")
-    huggingface.write_model(directory, CONFIG, tiny.transformer(CONFIG), pad_id=0, end_id=1, max_length=512)
+    reader.write_model(directory, CONFIG, tiny.transformer(CONFIG), pad_id=0, end_id=1, max_length=512)
     save_file(load_file(directory / WEIGHTS), directory / WEIGHTS)
     return directory
 
@@ -53,7 +54,7 @@ def sharded(tmp_path_factory, single) -> Path:
     return directory
 
 
-def refuse(directory: Path, what: Any, read: Callable = huggingface.load_transformer) -> str:
+def refuse(directory: Path, what: Any, read: Callable = reader.load_transformer) -> str:
     """The one line that reading it gives, in no time, and before the first parameter is filled."""
     began = time.process_time()
     try:
@@ -69,8 +70,8 @@ def refuse(directory: Path, what: Any, read: Callable = huggingface.load_transfo
 
 
 def test_the_checkpoints_of_these_tests_are_read_when_they_are_whole(single, sharded):
-    _, one = huggingface.load_transformer(single)
-    _, other = huggingface.load_transformer(sharded)
+    _, one = reader.load_transformer(single)
+    _, other = reader.load_transformer(sharded)
     for name in ("embedding", "unembedding", "norm"):
         np.testing.assert_array_equal(one[name][...], other[name][...])
     np.testing.assert_array_equal(one["blocks"]["down"][...], other["blocks"]["down"][...])
@@ -79,13 +80,21 @@ def test_the_checkpoints_of_these_tests_are_read_when_they_are_whole(single, sha
 
 
 COUNTS = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
     "intermediate_size",
-)  # fmt: skip
+)
 LLAMA3 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
-}  # fmt: skip
+}
 
 
 def broken_configs(whole: dict) -> Iterator[dict]:
@@ -108,10 +117,20 @@ def broken_configs(whole: dict) -> Iterator[dict]:
     for value in ("mistral", "qwen2_moe", "Qwen2", "", 3, ["qwen2"], {}, None):
         yield whole | {"model_type": value}
     for value in (
-        "Qwen2ForCausalLM", [], None, ["Qwen2ForCausalLM"] * 2, [3], [[]], ["Qwen3ForCausalLM"], ["LlamaForCausalLM"],
-        ["Qwen2Model"], ["Qwen2ForQuestionAnswering"], ["Qwen2ForProcessRewardModel"], [None],
+        "Qwen2ForCausalLM",
+        [],
+        None,
+        ["Qwen2ForCausalLM"] * 2,
+        [3],
+        [[]],
+        ["Qwen3ForCausalLM"],
+        ["LlamaForCausalLM"],
+        ["Qwen2Model"],
+        ["Qwen2ForQuestionAnswering"],
+        ["Qwen2ForProcessRewardModel"],
+        [None],
         {"0": "Qwen2ForCausalLM"},
-    ):  # fmt: skip
+    ):
         yield whole | {"architectures": value}
     for name, values in {
         "hidden_act": ("gelu", "relu", 1, ["silu"]),
@@ -123,20 +142,39 @@ def broken_configs(whole: dict) -> Iterator[dict]:
         "is_causal": (False, "no"),
         "partial_rotary_factor": (0.5, "half"),
         "rope_scaling": (
-            "dynamic", 3, [1], {"type": "linear", "factor": 2.0}, {"rope_type": "dynamic", "factor": 2.0},
-            {"rope_type": "yarn", "factor": 4.0}, {"type": "longrope"}, {"rope_type": None}, {"rope_type": 3},
-            {"rope_type": []}, {"rope_type": "default", "mrope_section": [1, 2]}, LLAMA3 | {"factor": 0},
-            LLAMA3 | {"factor": "8"}, LLAMA3 | {"low_freq_factor": 4.0}, LLAMA3 | {"high_freq_factor": None},
-            LLAMA3 | {"original_max_position_embeddings": 1.5}, LLAMA3 | {"original_max_position_embeddings": -2},
-            LLAMA3 | {"original_max_position_embeddings": "64"}, LLAMA3 | {"attention_factor": 2.0},
-            LLAMA3 | {"rope_theta": 7.0}, LLAMA3 | {"partial_rotary_factor": 0.5},
+            "dynamic",
+            3,
+            [1],
+            {"type": "linear", "factor": 2.0},
+            {"rope_type": "dynamic", "factor": 2.0},
+            {"rope_type": "yarn", "factor": 4.0},
+            {"type": "longrope"},
+            {"rope_type": None},
+            {"rope_type": 3},
+            {"rope_type": []},
+            {"rope_type": "default", "mrope_section": [1, 2]},
+            LLAMA3 | {"factor": 0},
+            LLAMA3 | {"factor": "8"},
+            LLAMA3 | {"low_freq_factor": 4.0},
+            LLAMA3 | {"high_freq_factor": None},
+            LLAMA3 | {"original_max_position_embeddings": 1.5},
+            LLAMA3 | {"original_max_position_embeddings": -2},
+            LLAMA3 | {"original_max_position_embeddings": "64"},
+            LLAMA3 | {"attention_factor": 2.0},
+            LLAMA3 | {"rope_theta": 7.0},
+            LLAMA3 | {"partial_rotary_factor": 0.5},
             LLAMA3 | {"low_freq_factor": math.nan},
         ),
         "rope_parameters": (
-            "default", 1, {"full_attention": {"rope_type": "default"}}, {"rope_type": "default", "rope_theta": "x"},
-            {"rope_type": "default", "rope_theta": -1}, {"rope_type": "proportional"}, {"rope_theta": 1e9},
+            "default",
+            1,
+            {"full_attention": {"rope_type": "default"}},
+            {"rope_type": "default", "rope_theta": "x"},
+            {"rope_type": "default", "rope_theta": -1},
+            {"rope_type": "proportional"},
+            {"rope_theta": 1e9},
         ),
-    }.items():  # fmt: skip
+    }.items():
         for value in values:
             yield whole | {name: value}
     # Another family's decoder has other tensors.
@@ -160,13 +198,23 @@ def test_every_broken_config_is_refused_by_field(single, tmp_path):
 
 
 CLASSIFIER_CHANGES = [
-    {"num_labels": 3, "id2label": None}, {"num_labels": 0, "id2label": None}, {"num_labels": "1", "id2label": None},
-    {"num_labels": True, "id2label": None}, {"num_labels": None, "id2label": None}, {"num_labels": 2},
-    {"id2label": {}}, {"id2label": []}, {"id2label": "value"}, {"id2label": {"0": "a", "1": "b", "2": "c"}},
-    {"problem_type": "multi_label_classification"}, {"problem_type": "single_label_classification"},
-    {"problem_type": 3}, {"architectures": ["Qwen2ForTokenClassification"]}, {"architectures": ["Qwen2ForCausalLM"]},
+    {"num_labels": 3, "id2label": None},
+    {"num_labels": 0, "id2label": None},
+    {"num_labels": "1", "id2label": None},
+    {"num_labels": True, "id2label": None},
+    {"num_labels": None, "id2label": None},
+    {"num_labels": 2},
+    {"id2label": {}},
+    {"id2label": []},
+    {"id2label": "value"},
+    {"id2label": {"0": "a", "1": "b", "2": "c"}},
+    {"problem_type": "multi_label_classification"},
+    {"problem_type": "single_label_classification"},
+    {"problem_type": 3},
+    {"architectures": ["Qwen2ForTokenClassification"]},
+    {"architectures": ["Qwen2ForCausalLM"]},
     {"architectures": ["Qwen2ForTokenClassification"], "token_classification_bias": "no"},
-]  # fmt: skip
+]
 
 
 def test_every_broken_classifier_is_refused(tmp_path):
@@ -174,7 +222,7 @@ def test_every_broken_classifier_is_refused(tmp_path):
     whole = json.loads((tmp_path / "config.json").read_text())
     for change in CLASSIFIER_CHANGES:
         (tmp_path / "config.json").write_text(json.dumps(whole | change))
-        refuse(tmp_path, change, huggingface.load_reward_model)
+        refuse(tmp_path, change, reader.load_reward_model)
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"a": ' * 50_000, b"1e999"])
@@ -207,15 +255,45 @@ def broken_entries(header: dict, data: bytes) -> Iterator[tuple[str, dict]]:
     for dtype in (None, 4, "", "f32", "FP32", "I8", "F8_E4M3", "F16", "BF16", "F64", "I32", "U8", ["F32"], "BOOL"):
         yield f"dtype {dtype}", header | {name: entry | {"dtype": dtype}}
     for shape in (
-        None, "40", 40, [40], [40, 56], [56, 41], [56, 40, 1], [56.0, 40.0], [-56, -40], [HUGE, HUGE], [56, True],
-        [[56, 40]], [0, 40], [], ["56", "40"], [1] * 40, [56 * 40],
-    ):  # fmt: skip
+        None,
+        "40",
+        40,
+        [40],
+        [40, 56],
+        [56, 41],
+        [56, 40, 1],
+        [56.0, 40.0],
+        [-56, -40],
+        [HUGE, HUGE],
+        [56, True],
+        [[56, 40]],
+        [0, 40],
+        [],
+        ["56", "40"],
+        [1] * 40,
+        [56 * 40],
+    ):
         yield f"shape {shape}", header | {name: entry | {"shape": shape}}
     for offsets in (
-        None, 0, [], [start], [start, end, end], [end, start], [start, end + 4], [start + 4, end], [start - 4, end - 4],
-        [start + 4, end + 4], [-4, end], [0, end - start], [len(data), len(data) + end - start], [start, HUGE],
-        [float(start), float(end)], [str(start), str(end)], [start, None], [1 << 64, 1 << 65],
-    ):  # fmt: skip
+        None,
+        0,
+        [],
+        [start],
+        [start, end, end],
+        [end, start],
+        [start, end + 4],
+        [start + 4, end],
+        [start - 4, end - 4],
+        [start + 4, end + 4],
+        [-4, end],
+        [0, end - start],
+        [len(data), len(data) + end - start],
+        [start, HUGE],
+        [float(start), float(end)],
+        [str(start), str(end)],
+        [start, None],
+        [1 << 64, 1 << 65],
+    ):
         yield f"offsets {offsets}", header | {name: entry | {"data_offsets": offsets}}
     yield "missing", {other: value for other, value in header.items() if other != name}
     nothing = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
@@ -261,12 +339,31 @@ def broken_indexes(index: dict, directory: Path) -> Iterator[tuple[str, Any]]:
     files = index["weight_map"]
     name = "model.norm.weight"
     for value in (
-        "../model.safetensors", str(directory / SHARDS[0]), "/etc/passwd", f"./{SHARDS[0]}", f"sub/{SHARDS[0]}", "",
-        ".", "..", "config.json", "model.bin", "missing.safetensors", "a\0b.safetensors",
+        "../model.safetensors",
+        str(directory / SHARDS[0]),
+        "/etc/passwd",
+        f"./{SHARDS[0]}",
+        f"sub/{SHARDS[0]}",
+        "",
+        ".",
+        "..",
+        "config.json",
+        "model.bin",
+        "missing.safetensors",
+        "a\0b.safetensors",
         "a\nb.safetensors",
-        ".safetensors", "\ud800.safetensors", f"..\\{SHARDS[0]}", "x" * 5000 + ".safetensors",
-        "folder.safetensors", 3, None, [], {}, [SHARDS[0]], True,
-    ):  # fmt: skip
+        ".safetensors",
+        "\ud800.safetensors",
+        f"..\\{SHARDS[0]}",
+        "x" * 5000 + ".safetensors",
+        "folder.safetensors",
+        3,
+        None,
+        [],
+        {},
+        [SHARDS[0]],
+        True,
+    ):
         yield f"file {value!r}"[:60], index | {"weight_map": files | {name: value}}
     for value in (None, [], {}, "x", 3):
         yield f"weight_map {value!r}", index | {"weight_map": value}
@@ -330,11 +427,11 @@ def test_buffers_of_old_checkpoints_are_passed_over(single, tmp_path):
     tensors = load_file(single / WEIGHTS)
     buffers = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": np.ones(6, np.float64) for layer in range(3)}
     save_file(tensors | buffers | {"model.rotary_emb.inv_freq": np.ones(6, np.float32)}, tmp_path / WEIGHTS)
-    huggingface.load_transformer(tmp_path)
+    reader.load_transformer(tmp_path)
 
 
 def test_a_tied_models_unembedding_must_be_its_embedding(tmp_path):
-    huggingface.write_model(tmp_path, tiny.CONFIG, tiny.transformer(), pad_id=0, end_id=1, max_length=512)
+    reader.write_model(tmp_path, tiny.CONFIG, tiny.transformer(), pad_id=0, end_id=1, max_length=512)
     tensors = load_file(tmp_path / WEIGHTS)
     table = tensors["model.embed_tokens.weight"]
     other = table.copy()
@@ -343,7 +440,7 @@ def test_a_tied_models_unembedding_must_be_its_embedding(tmp_path):
         save_file(tensors | {"lm_head.weight": wrong}, tmp_path / WEIGHTS)
         assert "tie_word_embeddings = true" in refuse(tmp_path, wrong.shape)
     save_file(tensors | {"lm_head.weight": table}, tmp_path / WEIGHTS)
-    huggingface.load_transformer(tmp_path)
+    reader.load_transformer(tmp_path)
 
 
 def test_the_command_line_says_one_line_and_no_traceback(tmp_path, capsys):
@@ -352,9 +449,13 @@ def test_the_command_line_says_one_line_and_no_traceback(tmp_path, capsys):
     options = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
     weight_bytes, config = (model / WEIGHTS).read_bytes(), (model / "config.json").read_text()
     for name, content in (
-        (WEIGHTS, weight_bytes[:-1]), (WEIGHTS, b"\xff" * 64), ("config.json", b"{"),
-        ("config.json", b'{"model_type": "gpt2"}'), ("tokenizer.json", b"{}"), ("tokenizer_config.json", b"["),
-    ):  # fmt: skip
+        (WEIGHTS, weight_bytes[:-1]),
+        (WEIGHTS, b"\xff" * 64),
+        ("config.json", b"{"),
+        ("config.json", b'{"model_type": "gpt2"}'),
+        ("tokenizer.json", b"{}"),
+        ("tokenizer_config.json", b"["),
+    ):
         (model / WEIGHTS).write_bytes(weight_bytes)
         (model / "config.json").write_text(config)
         (model / name).write_bytes(content)

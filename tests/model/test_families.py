@@ -12,10 +12,11 @@ import torch
 import transformers
 from flax import nnx
 
-from jaxprm.model import huggingface, weights
-from jaxprm.model.families import FAMILIES, parameter_shapes
-from jaxprm.model.hf_config import read_config
-from jaxprm.model.transformer import Head, RewardModel, RopeScaling, Transformer, rotary_frequencies
+from jaxprm.hf import reader
+from jaxprm.hf.config import read_config
+from jaxprm.hf.names import parameter_shapes
+from jaxprm.model.config import FAMILIES, Head, RopeScaling
+from jaxprm.model.transformer import RewardModel, Transformer, reward_model_graph, rotary_frequencies, transformer_graph
 from tests.model import tiny
 
 # Beside JAX's own threads, torch's wait for each other longer than they work.
@@ -24,15 +25,27 @@ VOCABULARY, LENGTHS = 211, (29, 17, 5)
 RNG = np.random.default_rng(3)
 TOKENS = RNG.integers(1, VOCABULARY, size=(len(LENGTHS), max(LENGTHS)))
 LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
-}  # fmt: skip
+}
 # Odd sizes: seven queries to a key, a head_dim that is not hidden_size / heads, no two axes alike.
 SIZES = {
-    "vocab_size": VOCABULARY, "hidden_size": 42, "num_hidden_layers": 3, "num_attention_heads": 7,
-    "num_key_value_heads": 1, "head_dim": 10, "intermediate_size": 52, "max_position_embeddings": 128,
-    "pad_token_id": 0, "rms_norm_eps": 1e-5, "use_cache": False,
-}  # fmt: skip
+    "vocab_size": VOCABULARY,
+    "hidden_size": 42,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 7,
+    "num_key_value_heads": 1,
+    "head_dim": 10,
+    "intermediate_size": 52,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "rms_norm_eps": 1e-5,
+    "use_cache": False,
+}
 CASES = {
     "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True, "rope_theta": 1000.0}),
     "qwen2-untied": ("Qwen2", {"tie_word_embeddings": False, "rope_parameters": LLAMA3, "num_key_value_heads": 7}),
@@ -96,7 +109,7 @@ def _outputs(graph, state, positions, segments, dtype):
 
 def our_outputs(config, state, *, reward=False, positions=None, segments=None, dtype=jnp.float32) -> np.ndarray:
     """Logits [B, T, V] of a language model, or values [B, T] of a reward model."""
-    graph = (huggingface.reward_model_graph if reward else huggingface.transformer_graph)(config)
+    graph = (reward_model_graph if reward else transformer_graph)(config)
     own_positions = np.broadcast_to(np.arange(TOKENS.shape[1]), TOKENS.shape)
     own_segments = (np.arange(TOKENS.shape[1]) < np.array(LENGTHS)[:, None]).astype(np.int32)
     positions, segments = (a if b is None else b for a, b in ((own_positions, positions), (own_segments, segments)))
@@ -123,12 +136,12 @@ def test_language_models_give_torchs_logits_and_give_them_back(tmp_path, case, v
         as_version_4(tmp_path / "in")
     reference = real(padded_logits(theirs))
     assert reference.std() > 0.3
-    config, state = huggingface.load_transformer(tmp_path / "in")
+    config, state = reader.load_transformer(tmp_path / "in")
     assert config.tie_embeddings == ("untied" not in case)
     np.testing.assert_allclose(real(our_outputs(config, state)), reference, atol=1e-4)
     _, source = read_config(tmp_path / "in")
     (tmp_path / "out").mkdir()
-    huggingface.write_model(tmp_path / "out", config, state, pad_id=0, end_id=1, max_length=7, source=source)
+    reader.write_model(tmp_path / "out", config, state, pad_id=0, end_id=1, max_length=7, source=source)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     assert type(again) is type(theirs)
     np.testing.assert_array_equal(real(padded_logits(again)), reference)
@@ -157,12 +170,12 @@ def test_reward_models_give_torchs_values_and_give_them_back(tmp_path, case, kin
     logits = real(padded_logits(theirs))
     values = logits[:, 0] if labels == 1 else torch.tensor(logits).softmax(-1)[:, 1].numpy()
     assert values.std() > 0.3
-    config, state = huggingface.load_reward_model(tmp_path / "in")
+    config, state = reader.load_reward_model(tmp_path / "in")
     assert config.head == Head(labels, bias=kind == TOKEN)
     np.testing.assert_allclose(real(our_outputs(config, state, reward=True)), values, atol=1e-4)
     (tmp_path / "out").mkdir()
     source = read_config(tmp_path / "in")[1]
-    huggingface.write_model(tmp_path / "out", config, state, pad_id=0, end_id=1, max_length=7, source=source)
+    reader.write_model(tmp_path / "out", config, state, pad_id=0, end_id=1, max_length=7, source=source)
     again = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     assert type(again) is type(theirs)
     np.testing.assert_array_equal(real(padded_logits(again)), logits)
@@ -174,7 +187,7 @@ def test_a_sequence_classifiers_own_answer_is_the_value_of_the_last_token(tmp_pa
     mask = torch.arange(TOKENS.shape[1])[None] < torch.tensor(LENGTHS)[:, None]
     with torch.no_grad():
         answers = theirs(input_ids=torch.tensor(TOKENS) * mask, attention_mask=mask.long()).logits[:, 0].numpy()
-    config, state = huggingface.load_reward_model(tmp_path)
+    config, state = reader.load_reward_model(tmp_path)
     values = our_outputs(config, state, reward=True)
     last = [row[length - 1] for row, length in zip(values, LENGTHS, strict=True)]
     np.testing.assert_allclose(last, answers, atol=1e-4)
@@ -184,7 +197,7 @@ def test_a_sequence_classifiers_own_answer_is_the_value_of_the_last_token(tmp_pa
 def test_one_wrong_tensor_mask_or_position_would_be_seen(tmp_path, case):
     """What the tests above compare within 1e-4 moves a hundred times as much for any single mistake."""
     torch_model(case).save_pretrained(tmp_path)
-    config, state = huggingface.load_transformer(tmp_path)
+    config, state = reader.load_transformer(tmp_path)
     right = real(our_outputs(config, state))
     for path, parameter in nnx.to_flat_state(state):
         broken = np.array(parameter[...])
@@ -192,8 +205,9 @@ def test_one_wrong_tensor_mask_or_position_would_be_seen(tmp_path, case):
             broken[1] = np.roll(broken[1], 1, axis=-1)
         else:
             broken = np.roll(broken, 1, axis=-1)
-        wrong = nnx.from_flat_state([(p, nnx.Param(jnp.asarray(broken)) if p == path else q)
-                                     for p, q in nnx.to_flat_state(state)])
+        wrong = nnx.from_flat_state(
+            [(p, nnx.Param(jnp.asarray(broken)) if p == path else q) for p, q in nnx.to_flat_state(state)]
+        )
         assert np.abs(real(our_outputs(config, wrong)) - right).max() > 1e-2, path
     positions = np.broadcast_to(np.arange(TOKENS.shape[1]), TOKENS.shape).copy()
     positions[:, 3] += 1
@@ -207,7 +221,7 @@ def test_one_wrong_tensor_mask_or_position_would_be_seen(tmp_path, case):
 def test_bfloat16_weights_are_kept_bit_for_bit(tmp_path, case):
     theirs = torch_model(case).to(torch.bfloat16)
     theirs.save_pretrained(tmp_path)
-    config, state = huggingface.load_transformer(tmp_path, dtype=jnp.bfloat16)
+    config, state = reader.load_transformer(tmp_path, dtype=jnp.bfloat16)
     table = theirs.model.embed_tokens.weight.detach().view(torch.int16).numpy()
     np.testing.assert_array_equal(np.asarray(state["embedding"][...]).view(np.int16), table)
     assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype(jnp.bfloat16)}
@@ -231,7 +245,7 @@ def test_bfloat16_weights_are_kept_bit_for_bit(tmp_path, case):
 def test_every_stored_precision_is_read_in_the_wanted_one(tmp_path, stored, wanted):
     theirs = torch_model("qwen2-untied").to(stored)
     theirs.save_pretrained(tmp_path)
-    _, state = huggingface.load_transformer(tmp_path, dtype=wanted)
+    _, state = reader.load_transformer(tmp_path, dtype=wanted)
     layer = theirs.model.layers[2].mlp.down_proj.weight.detach().float().numpy().T
     expected = jnp.asarray(layer).astype(wanted)
     assert state["blocks"]["down"][...].dtype == wanted
@@ -245,7 +259,9 @@ def test_rotary_frequencies_are_torchs(theta, head_dim, scaling):
     rope = {"rope_theta": theta, "rope_type": "default"}
     if scaling is not None:
         rope |= LLAMA3 | {
-            "rope_theta": theta, "factor": scaling.factor, "original_max_position_embeddings": scaling.original_length
+            "rope_theta": theta,
+            "factor": scaling.factor,
+            "original_max_position_embeddings": scaling.original_length,
         }
     config = transformers.LlamaConfig(**SIZES | {"head_dim": head_dim, "rope_parameters": rope})
     theirs = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config).inv_freq.numpy()
@@ -265,5 +281,5 @@ def test_the_table_names_the_parameters_of_the_modules(family, head):
             del expected["transformer"]["unembedding"]
         expected = {path: leaf.shape for path, leaf in nnx.to_flat_state(expected)}
         assert parameter_shapes(config, reward=reward) == expected
-        abstract = weights.abstract(config, reward=reward)
+        abstract = reader.abstract(config, reward=reward)
         assert {path: leaf.shape for path, leaf in nnx.to_flat_state(abstract)} == expected

@@ -14,7 +14,7 @@ from huggingface_hub.utils import filter_repo_objects
 from jaxprm import cli
 from jaxprm.config import Policy
 from jaxprm.errors import UserError
-from jaxprm.model import hub
+from jaxprm.hf import hub
 from jaxprm.policies import language_model
 from tests.model import tiny
 
@@ -114,10 +114,20 @@ def test_what_the_hub_says_becomes_one_line(monkeypatch, error, named):
 
 def test_only_what_a_model_is_made_of_is_downloaded(monkeypatch, tmp_path):
     held = [
-        "config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json",
-        "tokenizer_config.json", "chat_template.jinja", "README.md", "modeling_custom.py", "pytorch_model.bin",
-        "original/consolidated.00.pth", "original/model.safetensors", "onnx/config.json", "training_args.bin",
-    ]  # fmt: skip
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "README.md",
+        "modeling_custom.py",
+        "pytorch_model.bin",
+        "original/consolidated.00.pth",
+        "original/model.safetensors",
+        "onnx/config.json",
+        "training_args.bin",
+    ]
 
     def download(name, *, revision, allow_patterns, ignore_patterns):
         assert (name, revision) == ("org/name", None)

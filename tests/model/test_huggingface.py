@@ -12,8 +12,9 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from jaxprm.errors import UserError
-from jaxprm.model import huggingface
-from jaxprm.model.transformer import TransformerConfig, rotary_tables
+from jaxprm.hf import reader
+from jaxprm.model.config import TransformerConfig
+from jaxprm.model.transformer import rotary_tables, transformer_graph
 from tests.model import tiny
 
 # Beside JAX's own threads, torch's wait for each other longer than they work.
@@ -24,7 +25,7 @@ TOKENS[:, -1] = 1
 
 
 def write(directory, state, config=tiny.CONFIG):
-    huggingface.write_model(directory, config, state, pad_id=0, end_id=1, max_length=512)
+    reader.write_model(directory, config, state, pad_id=0, end_id=1, max_length=512)
     return directory
 
 
@@ -33,7 +34,7 @@ def logits(state, tokens, config) -> np.ndarray:
 
     @jax.jit
     def forward(state):
-        model = nnx.merge(huggingface.transformer_graph(config), state)
+        model = nnx.merge(transformer_graph(config), state)
         return model.logits(model(tokens, positions, np.ones_like(tokens)).hidden)
 
     return np.asarray(forward(state))
@@ -50,8 +51,16 @@ def randomise(model: torch.nn.Module) -> torch.nn.Module:
 
 def torch_config(**extra) -> transformers.Qwen2Config:
     return transformers.Qwen2Config(
-        vocab_size=200, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=48, rope_theta=1000.0, rms_norm_eps=1e-5, pad_token_id=0, **extra,
+        vocab_size=200,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        rope_theta=1000.0,
+        rms_norm_eps=1e-5,
+        pad_token_id=0,
+        **extra,
     )
 
 
@@ -103,7 +112,7 @@ def test_rotary_frequencies_are_torchs_bit_for_bit(theta, head_dim):
 def test_a_language_model_torch_wrote_gives_us_the_same_logits(tmp_path, tie):
     theirs = randomise(transformers.Qwen2ForCausalLM(torch_config(tie_word_embeddings=tie)))
     theirs.save_pretrained(tmp_path)
-    config, state = huggingface.load_transformer(tmp_path)
+    config, state = reader.load_transformer(tmp_path)
     assert (config.rope_theta, config.norm_epsilon, config.tie_embeddings) == (1000.0, 1e-5, tie)
     tokens = TOKENS % 200
     with torch.no_grad():
@@ -114,7 +123,7 @@ def test_a_language_model_torch_wrote_gives_us_the_same_logits(tmp_path, tie):
 def test_a_classifier_torch_wrote_gives_us_the_same_values(tmp_path):
     theirs = randomise(transformers.Qwen2ForSequenceClassification(torch_config(num_labels=1)))
     theirs.save_pretrained(tmp_path)
-    config, state = huggingface.load_reward_model(tmp_path)
+    config, state = reader.load_reward_model(tmp_path)
     tokens = TOKENS % 199 + 1
     with torch.no_grad():
         reference = theirs(torch.tensor(tokens)).logits[:, 0].numpy()
@@ -123,7 +132,7 @@ def test_a_classifier_torch_wrote_gives_us_the_same_values(tmp_path):
 
 def test_reading_what_was_written_gives_the_same_bits_and_config(tmp_path):
     state = tiny.reward_model(tiny.UNTIED)
-    config, read = huggingface.load_reward_model(write(tmp_path, state, tiny.UNTIED))
+    config, read = reader.load_reward_model(write(tmp_path, state, tiny.UNTIED))
     # A classifier has no unembedding; everything else comes back.
     assert config == tiny.CONFIG
     del state["transformer"]["unembedding"]
@@ -134,15 +143,15 @@ def test_the_trunk_of_a_reward_model_is_its_transformer(tmp_path):
     state = tiny.reward_model()
     write(tmp_path, state)
     with pytest.raises(UserError, match="is a reward model; give a language model"):
-        huggingface.load_transformer(tmp_path)
-    _, trunk = huggingface.load_transformer(tmp_path, unembedding=False)
+        reader.load_transformer(tmp_path)
+    _, trunk = reader.load_transformer(tmp_path, unembedding=False)
     jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(trunk), nnx.to_pure_dict(state["transformer"]))
 
 
 def test_weights_stored_in_half_precision_are_read_as_float32(tmp_path):
     theirs = transformers.Qwen2ForCausalLM(torch_config(tie_word_embeddings=True)).to(torch.bfloat16)
     theirs.save_pretrained(tmp_path)
-    _, state = huggingface.load_transformer(tmp_path)
+    _, state = reader.load_transformer(tmp_path)
     assert state["embedding"][...].dtype == np.float32
     np.testing.assert_array_equal(state["embedding"][...], theirs.model.embed_tokens.weight.detach().float().numpy())
 
@@ -153,7 +162,7 @@ def test_a_v4_config_is_read_like_a_v5_one(tmp_path):
     fields = json.loads(path.read_text())
     del fields["rope_parameters"]
     path.write_text(json.dumps(fields | {"rope_scaling": None}))
-    assert huggingface.read_config(tmp_path)[0] == tiny.CONFIG
+    assert reader.read_config(tmp_path)[0] == tiny.CONFIG
 
 
 @pytest.mark.parametrize(
@@ -176,7 +185,7 @@ def test_a_config_that_cannot_be_represented_is_refused_by_field(tmp_path, chang
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=named) as caught:
-        huggingface.read_config(tmp_path)
+        reader.read_config(tmp_path)
     assert "\n" not in str(caught.value)
 
 
@@ -198,35 +207,35 @@ def broken(tmp_path, change, config=tiny.CONFIG, state=None):
 def test_missing_misshapen_and_unknown_tensors_are_refused_by_name(tmp_path, change, named):
     broken(tmp_path, change)
     with pytest.raises(UserError, match=named):
-        huggingface.load_transformer(tmp_path)
+        reader.load_transformer(tmp_path)
 
 
 def test_an_untied_language_model_without_its_unembedding_is_refused(tmp_path):
     broken(tmp_path, lambda tensors: tensors.pop("lm_head.weight"), tiny.UNTIED, tiny.transformer(tiny.UNTIED))
     with pytest.raises(UserError, match=r"lm_head\.weight is missing"):
-        huggingface.load_transformer(tmp_path)
+        reader.load_transformer(tmp_path)
 
 
 def test_a_language_model_is_no_reward_model(tmp_path):
     write(tmp_path, tiny.transformer())
     with pytest.raises(UserError, match=r"score\.weight"):
-        huggingface.load_reward_model(tmp_path)
+        reader.load_reward_model(tmp_path)
 
 
 def test_files_that_are_missing_or_torn_are_one_line(tmp_path):
     with pytest.raises(UserError, match=r"no config.json"):
-        huggingface.load_transformer(tmp_path)
+        reader.load_transformer(tmp_path)
     write(tmp_path, tiny.transformer())
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-5])
     with pytest.raises(UserError, match="cannot be read"):
-        huggingface.load_transformer(tmp_path)
+        reader.load_transformer(tmp_path)
     weights.unlink()
     with pytest.raises(UserError, match=r"no model.safetensors"):
-        huggingface.load_transformer(tmp_path)
+        reader.load_transformer(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="not JSON"):
-        huggingface.load_transformer(tmp_path)
+        reader.load_transformer(tmp_path)
 
 
 @pytest.mark.parametrize("sizes", [{"heads": 4, "kv_heads": 3}, {"head_dim": 7}, {"kv_heads": 0}, {"layers": 0}])

@@ -6,14 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxprm.errors import UserError
-from jaxprm.model import huggingface
 from jaxprm.model.prefix_bank import PrefixBank, alike, rows_for
+from jaxprm.model.transformer import reward_model_graph, transformer_graph
 from jaxprm.scoring.engine import _values_after
 from tests.model import tiny
 
 STATE = tiny.reward_model()
-GRAPH = huggingface.reward_model_graph(tiny.CONFIG)
-TRUNK = huggingface.transformer_graph(tiny.CONFIG)
+GRAPH = reward_model_graph(tiny.CONFIG)
+TRUNK = transformer_graph(tiny.CONFIG)
 # One shape for all tests, since each is compiled: six slots, which three prefixes at a time keep evicting.
 SLOTS, CAPACITY, ROWS, REST = 6, 340, 2, 8
 
@@ -34,9 +34,18 @@ def values_after(bank: PrefixBank, prefixes, rests) -> np.ndarray:
     tokens = np.pad(np.stack(rests), [*padding, (0, 0)])
     positions = np.broadcast_to(np.arange(REST, dtype=np.int32), tokens.shape)
     values, _ = _values_after(
-        GRAPH, STATE, bank.bank, None, None, np.pad(slots, padding), lengths, tokens, positions, np.ones_like(tokens),
+        GRAPH,
+        STATE,
+        bank.bank,
+        None,
+        None,
+        np.pad(slots, padding),
+        lengths,
+        tokens,
+        positions,
+        np.ones_like(tokens),
         capacity=CAPACITY,
-    )  # fmt: skip
+    )
     return np.asarray(values)[: len(prefixes)]
 
 

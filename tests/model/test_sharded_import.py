@@ -11,16 +11,25 @@ from pathlib import Path
 import pytest
 from flax import nnx
 
-from jaxprm.model import huggingface
-from jaxprm.model.transformer import Head, RewardModel, Transformer, TransformerConfig
+from jaxprm.hf import reader
+from jaxprm.model.config import Head, TransformerConfig
+from jaxprm.model.transformer import RewardModel, Transformer
 from tests.model import tiny
 
 ROOT = Path(__file__).parents[2]
 # Divisible by eight where it matters, and no two axes alike; norms of heads and a head of two labels among them.
 CONFIG = TransformerConfig(
-    vocab_size=48, hidden_size=40, layers=8, heads=4, kv_heads=2, head_dim=12, intermediate_size=56, family="qwen3",
-    tie_embeddings=False, head=Head(2, bias=True),
-)  # fmt: skip
+    vocab_size=48,
+    hidden_size=40,
+    layers=8,
+    heads=4,
+    kv_heads=2,
+    head_dim=12,
+    intermediate_size=56,
+    family="qwen3",
+    tie_embeddings=False,
+    head=Head(2, bias=True),
+)
 
 
 def run(*arguments: str, devices: int | None = None) -> str:
@@ -38,7 +47,7 @@ def test_every_layout_holds_the_same_numbers(tmp_path):
     for name, kind in (("causal", Transformer), ("reward", RewardModel)):
         (tmp_path / name).mkdir()
         state = tiny.randomised(nnx.state(kind(CONFIG, rngs=nnx.Rngs(0))), seed=0)
-        huggingface.write_model(tmp_path / name, CONFIG, state, pad_id=0, end_id=1, max_length=64)
+        reader.write_model(tmp_path / name, CONFIG, state, pad_id=0, end_id=1, max_length=64)
     script = Path(__file__).with_name("sharded_import.py")
     assert "layouts that split them" in run(str(script), str(tmp_path), devices=8)
 

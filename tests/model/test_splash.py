@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprm.model import splash
+from jaxprm.model import attention, sharding
 from jaxprm.model.attention import packed_attention
-from jaxprm.training import sharding
 
 ROWS, HEADS, KV_HEADS, LENGTH, HEAD_DIM = 2, 4, 2, 256, 64
 
@@ -30,7 +29,7 @@ def test_the_kernel_is_the_reference_in_values_and_gradients():
 
     mesh = sharding.make_mesh(config_lib.Mesh(), jax.devices()[:1])
     rules = {name: getattr(sharding.RULES, name) for name in ("batch", "heads", "kv_heads", "length")}
-    kernel = splash.splash_attention(mesh, **rules, interpret=True)
+    kernel = attention.splash_attention(mesh, **rules, interpret=True)
     *arrays, segments = inputs()
     weights = jax.random.normal(jax.random.key(9), arrays[0].shape) * (segments > 0)[:, None, :, None]
 
@@ -44,9 +43,7 @@ def test_the_kernel_is_the_reference_in_values_and_gradients():
     ((_, found), found_gradients) = with_gradients(kernel)
     ((_, expected), gradients) = with_gradients(packed_attention)
     real = np.asarray(segments > 0)
-    np.testing.assert_allclose(
-        np.moveaxis(found, 2, 1)[real], np.moveaxis(expected, 2, 1)[real], rtol=1e-4, atol=1e-5
-    )
+    np.testing.assert_allclose(np.moveaxis(found, 2, 1)[real], np.moveaxis(expected, 2, 1)[real], rtol=1e-4, atol=1e-5)
     for one, other in zip(found_gradients, gradients, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
 
@@ -56,4 +53,4 @@ def test_the_kernel_is_the_reference_in_values_and_gradients():
     [(256, 64, 1, True), (256, 128, 2, True), (192, 64, 1, False), (256, 64, 4, False), (256, 80, 1, False)],
 )
 def test_shapes_that_the_kernel_takes(length, head_dim, shards, expected):
-    assert splash.fits(length, head_dim, shards) is expected
+    assert attention.fits(length, head_dim, shards) is expected

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxprm.model import huggingface
-from jaxprm.model.transformer import Cache
+from jaxprm.model.transformer import Cache, reward_model_graph
 from tests.model import tiny
 
 STATE = tiny.reward_model()
-GRAPH = huggingface.reward_model_graph(tiny.CONFIG)
+GRAPH = reward_model_graph(tiny.CONFIG)
 RNG = np.random.default_rng(5)
 LENGTHS = (17, 9, 23)
 SEQUENCES = [RNG.integers(0, tiny.CONFIG.vocab_size, size=length) for length in LENGTHS]

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from jaxprm.errors import UserError
-from jaxprm.model import weights_writer
-from jaxprm.model.weights_writer import Tensor, parse_size, write_weights
+from jaxprm.hf import writer as weights_writer
+from jaxprm.hf.writer import Tensor, parse_size, write_weights
 
 RNG = np.random.default_rng(0)
 SHAPES = {"b.weight": (7, 5), "a": (3,), "large": (30, 11), "matrix": (4, 2, 3), "one": (1, 9), "last": (13,)}
@@ -59,9 +59,10 @@ def test_arrays_on_a_device_in_either_precision_are_written(tmp_path):
 def test_shards_are_cut_where_the_hub_cuts_them(tmp_path, limit, dtype, theirs):
     names = write_weights(tmp_path, tensors(), dtype=dtype, max_shard_bytes=limit)
     plan = split_torch_state_dict_into_shards(
-        {name: torch.empty(shape, dtype=theirs) for name, shape in SHAPES.items()}, max_shard_size=limit,
+        {name: torch.empty(shape, dtype=theirs) for name, shape in SHAPES.items()},
+        max_shard_size=limit,
         filename_pattern="model{suffix}.safetensors",
-    )  # fmt: skip
+    )
     assert {name for name in names if not name.endswith(".json")} == plan.filename_to_tensors.keys()
     for name, held in plan.filename_to_tensors.items():
         assert load_file(tmp_path / name).keys() == set(held)

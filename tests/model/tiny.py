@@ -17,9 +17,10 @@ import numpy as np
 from flax import nnx
 
 from data_pipeline.encode import Encoder
-from jaxprm.model import huggingface
-from jaxprm.model.transformer import RewardModel, Transformer, TransformerConfig
-from jaxprm.policies.tokenizer import train_tokenizer
+from jaxprm.hf import reader
+from jaxprm.model.config import TransformerConfig
+from jaxprm.model.transformer import RewardModel, Transformer, reward_model_graph
+from jaxprm.training.imitate import train_tokenizer
 
 # Every size differs from every other, so that no two axes can be mistaken for each other.
 CONFIG = TransformerConfig(
@@ -94,9 +95,7 @@ def _write(directory: Path, config: TransformerConfig, state) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     for source in tokenizer_directory().iterdir():
         (directory / source.name).write_bytes(source.read_bytes())
-    huggingface.write_model(
-        directory, config, state, pad_id=encoder().pad_id, end_id=encoder().end_id, max_length=1024
-    )
+    reader.write_model(directory, config, state, pad_id=encoder().pad_id, end_id=encoder().end_id, max_length=1024)
     return directory
 
 
@@ -121,7 +120,7 @@ def values(state, tokens, positions=None, segments=None, config: TransformerConf
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     segments = jnp.ones_like(tokens) if segments is None else jnp.asarray(segments)
-    return np.asarray(_values(huggingface.reward_model_graph(config), state, tokens, jnp.asarray(positions), segments))
+    return np.asarray(_values(reward_model_graph(config), state, tokens, jnp.asarray(positions), segments))
 
 
 @jax.jit(static_argnums=0)

@@ -36,9 +36,16 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     folder = tmp_path_factory.mktemp("colab")
     base_model.write(folder / "base")
     settings = {
-        "CODE": str(notebook.ROOT), "WORKDIR": str(folder / "work"), "MODEL": str(folder / "base"), "PLATFORM": "cpu",
-        "LENGTH": 1024, "ROWS": 4, "EPOCHS": 1, "LEARNING_RATE": 1e-3, "CHECKPOINT_MINUTES": 0.01,
-    }  # fmt: skip
+        "CODE": str(notebook.ROOT),
+        "WORKDIR": str(folder / "work"),
+        "MODEL": str(folder / "base"),
+        "PLATFORM": "cpu",
+        "LENGTH": 1024,
+        "ROWS": 4,
+        "EPOCHS": 1,
+        "LEARNING_RATE": 1e-3,
+        "CHECKPOINT_MINUTES": 0.01,
+    }
     nbformat.write(notebook.with_settings(notebook.load(), **settings), folder / "in.ipynb")
     cut_off(start(folder, "first.ipynb"), training(folder) / "checkpoints")
     assert not (training(folder) / "model").exists()
@@ -58,9 +65,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
 
 def start(folder: Path, output: str) -> subprocess.Popen:
     command = [sys.executable, Path(__file__).with_name("execute.py"), "in.ipynb", output]
-    return subprocess.Popen(
-        command, cwd=folder, env=dict(os.environ), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    return subprocess.Popen(command, cwd=folder, env=dict(os.environ), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def training(folder: Path) -> Path:

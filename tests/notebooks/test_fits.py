@@ -9,33 +9,58 @@ from flax import nnx
 
 from jaxprm import config as config_lib
 from jaxprm.model import transformer
+from jaxprm.model.config import TransformerConfig
 from jaxprm.training import optimizer, trainable
 from jaxprm.training.step import initial_state
 from notebooks import colab, fits
 
 QWEN = {
-    "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "num_hidden_layers": 24,
-    "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864,
-}  # fmt: skip
+    "model_type": "qwen2",
+    "vocab_size": 151936,
+    "hidden_size": 896,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "intermediate_size": 4864,
+}
 OTHERS = [
-    {"model_type": "qwen3", "vocab_size": 500, "hidden_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
-     "num_key_value_heads": 2, "head_dim": 128, "intermediate_size": 384},
-    {"model_type": "llama", "vocab_size": 700, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
-     "intermediate_size": 256},
-]  # fmt: skip
+    {
+        "model_type": "qwen3",
+        "vocab_size": 500,
+        "hidden_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "intermediate_size": 384,
+    },
+    {
+        "model_type": "llama",
+        "vocab_size": 700,
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 256,
+    },
+]
 # Peaks that libtpu's compiler gives for the train step of QWEN on v5e:1x1, rows 8, length 2048, microbatches 2.
 COMPILED = {"lora": 3.90e9, "adafactor": 7.15e9, "adamw": 11.10e9}
 
 
-def abstract(config: dict) -> tuple[transformer.TransformerConfig, nnx.State]:
+def abstract(config: dict) -> tuple[TransformerConfig, nnx.State]:
     """The reward model of a config.json, as shapes."""
     heads = config["num_attention_heads"]
-    sizes = transformer.TransformerConfig(
-        vocab_size=config["vocab_size"], hidden_size=config["hidden_size"], layers=config["num_hidden_layers"],
-        heads=heads, kv_heads=config.get("num_key_value_heads", heads),
+    sizes = TransformerConfig(
+        vocab_size=config["vocab_size"],
+        hidden_size=config["hidden_size"],
+        layers=config["num_hidden_layers"],
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads", heads),
         head_dim=config.get("head_dim", config["hidden_size"] // heads),
-        intermediate_size=config["intermediate_size"], rope_theta=1e4, family=config["model_type"],
-    )  # fmt: skip
+        intermediate_size=config["intermediate_size"],
+        rope_theta=1e4,
+        family=config["model_type"],
+    )
     return sizes, jax.eval_shape(lambda: nnx.state(transformer.RewardModel(sizes, rngs=nnx.Rngs(0))))
 
 

@@ -59,16 +59,22 @@ def test_a_tasks_best_and_worst_attempt_are_shown(tmp_path, capsys):
         {"id": "x", "task": "same", "outcome": 1.0, "messages": said("x")},
         {"id": "bad", "task": "t", "outcome": 0.0, "messages": said("no\nidea")},
         {"id": "broken", "task": "t", "outcome": 0.1, "messages": said("-")},
-        {"id": "good", "task": "t", "outcome": 1.0,
-         "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": [call]}]},
-    ]  # fmt: skip
+        {
+            "id": "good",
+            "task": "t",
+            "outcome": 1.0,
+            "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": [call]}],
+        },
+    ]
     step = {"message": 1, "promise": 0.25, "progress": None}
     scores = [{"steps": [step]}, {"steps": [step]}, {"error": "-"}, {"steps": [step | {"progress": -0.5}]}]
     logs.show(lines(tmp_path / "rows", *rows), lines(tmp_path / "scores", *scores))
     assert capsys.readouterr().out.splitlines() == [
-        "good, outcome 1", "  promise  0.250  progress -0.500  look({})",
-        "bad, outcome 0", "  promise  0.250  progress         no idea",
-    ]  # fmt: skip
+        "good, outcome 1",
+        "  promise  0.250  progress -0.500  look({})",
+        "bad, outcome 0",
+        "  promise  0.250  progress         no idea",
+    ]
     logs.show(lines(tmp_path / "rows", *rows[:1]), lines(tmp_path / "scores", *scores[:1]))
     assert capsys.readouterr().out == "no task has attempts of different outcomes\n"
 

@@ -8,14 +8,12 @@ from types import SimpleNamespace
 import jax
 
 from jaxprm import config as config_lib
-from jaxprm.model.transformer import TransformerConfig
+from jaxprm.model.config import TransformerConfig
 from jaxprm.planning import plan as plan_lib
 from jaxprm.planning.compiling import Compilation, Memory
 from jaxprm.planning.plan import Plan, Slice, make_plan
 
-TINY = TransformerConfig(
-    vocab_size=96, hidden_size=16, layers=3, heads=4, kv_heads=2, head_dim=8, intermediate_size=40
-)
+TINY = TransformerConfig(vocab_size=96, hidden_size=16, layers=3, heads=4, kv_heads=2, head_dim=8, intermediate_size=40)
 # A loop of 3 whose body has a gather, begun and ended in fusions of one channel, and a reduce-scatter as a TPU has it.
 LOOP = """HloModule jit_step, is_scheduled=true
 

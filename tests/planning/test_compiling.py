@@ -12,8 +12,8 @@ from jax.sharding import SingleDeviceSharding
 
 from jaxprm.errors import UserError
 from jaxprm.planning import compiling
-from jaxprm.planning.chips import chip_of
 from jaxprm.planning.compiling import argument_bytes, compile_ahead, compiled_memory, refused_memory
+from jaxprm.training.flops import chip_of
 
 GIB = 1 << 30
 LIMIT = 16 * GIB
@@ -21,9 +21,12 @@ LIMIT = 16 * GIB
 
 def test_outputs_in_the_place_of_arguments_are_counted_once():
     found = SimpleNamespace(
-        argument_size_in_bytes=100, output_size_in_bytes=90, alias_size_in_bytes=80, temp_size_in_bytes=30,
+        argument_size_in_bytes=100,
+        output_size_in_bytes=90,
+        alias_size_in_bytes=80,
+        temp_size_in_bytes=30,
         generated_code_size_in_bytes=7,
-    )  # fmt: skip
+    )
     memory = compiled_memory(found, 150)
     assert memory.total == 100 + 10 + 30 + 7
     assert memory.fits and not compiled_memory(found, 146).fits
@@ -32,8 +35,10 @@ def test_outputs_in_the_place_of_arguments_are_counted_once():
 def test_what_the_compiler_says_it_needs_is_read():
     memory = refused_memory(
         "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.50G of 15.75G hbm. Exceeded hbm capacity "
-        "by 1.75G.", 5 * GIB, LIMIT,
-    )  # fmt: skip
+        "by 1.75G.",
+        5 * GIB,
+        LIMIT,
+    )
     assert (memory.total, memory.limit, memory.arguments) == (17.5 * GIB, 15.75 * GIB, 5 * GIB)
     assert memory.temporaries is None and not memory.fits
 

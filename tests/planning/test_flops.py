@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from jaxprm import config as config_lib
-from jaxprm.planning.flops import attended_pairs, train_step_flops
-from jaxprm.planning.models import MODELS
-from jaxprm.training import sharding
+from jaxprm.model import sharding
+from jaxprm.planning.command import MODELS
+from jaxprm.training.flops import attended_pairs, train_step_flops
 from jaxprm.training.programs import batch_fields, batch_shapes, make_programs
 from tests.planning.fakes import TINY
 

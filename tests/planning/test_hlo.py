@@ -1,4 +1,4 @@
-from jaxprm.planning.hlo import attention_of, communication, host_transfers
+from jaxprm.planning.compiling import attention_of, communication, host_transfers
 from tests.planning.fakes import LOOP
 
 

@@ -12,7 +12,7 @@ from jaxprm import config as config_lib
 from jaxprm.errors import UserError
 from jaxprm.planning import compiling
 from jaxprm.planning import plan as plan_lib
-from jaxprm.planning.models import MODELS, policy_config
+from jaxprm.planning.command import MODELS, policy_config
 from jaxprm.planning.plan import mesh_of
 from jaxprm.planning.report import as_json, as_text
 from jaxprm.scoring import engine
@@ -108,7 +108,7 @@ def test_shapes_of_public_models():
     """Parameters as their model cards give them: without the embedding 0.36, 2.77 and 6.53 billion; Llama has 8.03."""
     from math import prod
 
-    from jaxprm.model.families import parameter_shapes
+    from jaxprm.hf.names import parameter_shapes
 
     counts = {}
     for name, config in MODELS.items():
@@ -117,8 +117,11 @@ def test_shapes_of_public_models():
         embedding = prod(shapes["transformer", "embedding"])
         counts[name] += embedding if name.startswith("llama") else -embedding
     assert {name: round(count / 1e9, 2) for name, count in counts.items()} == {
-        "qwen2.5-0.5b": 0.36, "qwen2.5-3b": 2.77, "qwen2.5-7b": 6.53, "llama-3.1-8b": 8.03,
-    }  # fmt: skip
+        "qwen2.5-0.5b": 0.36,
+        "qwen2.5-3b": 2.77,
+        "qwen2.5-7b": 6.53,
+        "llama-3.1-8b": 8.03,
+    }
 
 
 def test_models_by_name_and_by_directory(tmp_path):

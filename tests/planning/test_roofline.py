@@ -1,10 +1,9 @@
 import pytest
 
 from jaxprm import config as config_lib
-from jaxprm.planning.chips import CHIPS, Chip, Efficiency
-from jaxprm.planning.flops import train_step_flops
-from jaxprm.planning.models import MODELS
-from jaxprm.planning.roofline import estimate
+from jaxprm.planning.command import MODELS
+from jaxprm.planning.plan import estimate
+from jaxprm.training.flops import CHIPS, Chip, Efficiency, train_step_flops
 
 CHIP = Chip(flops=100.0, hbm=10.0, interconnect=5.0, source="here", efficiency=Efficiency(0.5, 0.8, "there"))
 STEP = {"model_flops": 800.0, "computed_flops": 1000.0, "memory_bytes": 20.0, "sent_bytes": 5.0, "tokens": 60}
@@ -46,9 +45,14 @@ def test_the_published_run_is_what_its_efficiency_predicts():
     flops = train_step_flops(MODELS["llama-3.1-8b"], config_lib.RewardModel(label="x"), data, "splash")
     unembedding = 6 * 24 * 8192 * 4096 * 128_256
     found = estimate(
-        CHIPS["v6e"], 8, model_flops=flops.model + unembedding, computed_flops=0.0, memory_bytes=0.0, sent_bytes=1.0,
+        CHIPS["v6e"],
+        8,
+        model_flops=flops.model + unembedding,
+        computed_flops=0.0,
+        memory_bytes=0.0,
+        sent_bytes=1.0,
         tokens=24 * 8192,
-    )  # fmt: skip
+    )
     assert found.tokens_per_second_per_chip == pytest.approx(7139, rel=0.01)
     assert found.step_seconds == pytest.approx(3.443, rel=0.01)
 

@@ -1,7 +1,7 @@
 from jaxprm import config as config_lib
+from jaxprm.planning.command import MODELS
 from jaxprm.planning.compiling import Memory
-from jaxprm.planning.models import MODELS
-from jaxprm.planning.search import Candidate, Found, changed, frontier, meshes, staircase
+from jaxprm.planning.plan import Candidate, Found, changed, frontier, meshes, staircase
 
 SETTINGS = config_lib.RewardModel(label="x")
 
@@ -29,9 +29,13 @@ def test_larger_batches_are_rematerialised_more_until_none_fits():
 
     tried = list(staircase([config_lib.Mesh(data=4)], evaluate, settings=SETTINGS, devices=4))
     assert [(one.candidate.rows, one.candidate.remat, one.memory.fits) for one in tried] == [
-        (4, "none", True), (8, "none", False), (8, "minimal", True), (16, "minimal", False), (16, "full", True),
+        (4, "none", True),
+        (8, "none", False),
+        (8, "minimal", True),
+        (16, "minimal", False),
+        (16, "full", True),
         (32, "full", False),
-    ]  # fmt: skip
+    ]
 
 
 def test_the_first_batch_divides_over_the_mesh():

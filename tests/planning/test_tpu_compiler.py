@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxprm.model.hf_config import hf_config
-from jaxprm.model.transformer import TransformerConfig
+from jaxprm.hf.config import hf_config
+from jaxprm.model.config import TransformerConfig
 
 ROOT = Path(__file__).parents[2]
 # Figures of one version of the compiler; another may need more, which is then to be looked at and recorded.
@@ -26,10 +26,26 @@ def test_a_small_model_fits_sends_nothing_to_the_host_and_has_not_grown(tmp_path
     config = hf_config(MODEL, reward=False, pad_id=0, end_id=1, max_length=512)
     (tmp_path / "config.json").write_text(json.dumps(config))
     command = [
-        sys.executable, "-m", "jaxprm", "plan", "configs/forkme.py", "reward_models.0.dtype=bfloat16",
-        "reward_models.0.remat=full", "--model", tmp_path, "--topology", "v5e:2x4", "--mesh", "data=2,fsdp=4",
-        "--batch", "16", "--length", "512", "--json", tmp_path / "plan.json",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "jaxprm",
+        "plan",
+        "configs/forkme.py",
+        "reward_models.0.dtype=bfloat16",
+        "reward_models.0.remat=full",
+        "--model",
+        tmp_path,
+        "--topology",
+        "v5e:2x4",
+        "--mesh",
+        "data=2,fsdp=4",
+        "--batch",
+        "16",
+        "--length",
+        "512",
+        "--json",
+        tmp_path / "plan.json",
+    ]
     done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "plan.json").read_text())

@@ -28,9 +28,7 @@ def completion(text: str | None = "up", *, tokens: int = 2, finish: str | None =
         "id": "1",
         "object": "chat.completion",
         "model": MODEL,
-        "choices": [
-            {"index": 0, "message": {"role": "assistant", "content": text} | message, "finish_reason": finish}
-        ],
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": text} | message, "finish_reason": finish}],
         "usage": {"prompt_tokens": 10, "completion_tokens": tokens, "total_tokens": 10 + tokens},
     }
 

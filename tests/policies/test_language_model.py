@@ -10,7 +10,8 @@ from safetensors.numpy import load_file, save_file
 from data_pipeline.encode import Encoder
 from jaxprm import config
 from jaxprm.errors import UserError
-from jaxprm.model import huggingface
+from jaxprm.hf import reader
+from jaxprm.model.transformer import transformer_graph
 from jaxprm.policies import language_model
 from jaxprm.policies.language_model import LanguageModelPolicy
 from jaxprm.policies.protocol import Action, State
@@ -37,7 +38,7 @@ def _hidden(parameters, sequences) -> list[np.ndarray]:
     tokens, segments = np.zeros((2, len(sequences), LONGEST), np.int32)
     for row, sequence in enumerate(sequences):
         tokens[row, : len(sequence)], segments[row, : len(sequence)] = sequence, 1
-    graph = huggingface.transformer_graph(tiny.UNTIED)
+    graph = transformer_graph(tiny.UNTIED)
     hidden = tiny.hidden(graph, parameters, tokens, segments)
     return [hidden[row, : len(sequence)] for row, sequence in enumerate(sequences)]
 
@@ -229,7 +230,7 @@ def test_nothing_compiles_again_after_the_first_round():
 def directory(tmp_path):
     for source in tiny.tokenizer_directory().iterdir():
         (tmp_path / source.name).write_bytes(source.read_bytes())
-    huggingface.write_model(
+    reader.write_model(
         tmp_path, tiny.UNTIED, PARAMETERS, pad_id=ENCODER.pad_id, end_id=ENCODER.end_id, max_length=LONGEST
     )
     return tmp_path

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from jaxprm import stages
 from jaxprm.config import Endpoint, Experiment, Policy
 from jaxprm.errors import UserError
 from jaxprm.policies import language_model, loading
 from jaxprm.policies.openai import OpenAIPolicy
 from jaxprm.policies.protocol import State
-from jaxprm.run import Run, stage_inputs
+from jaxprm.workflow import workdir
+from jaxprm.workflow.context import Run
+from jaxprm.workflow.run import stage_inputs
 
 OWN = """
 from jaxprm.policies.protocol import Action
@@ -113,14 +114,20 @@ def test_a_policys_directory_is_the_base_unless_another_is_given(tmp_path):
 
 
 def inputs(tmp_path: Path, until="build", **changed):
-    return stage_inputs(Run(experiment(**changed), stages.WorkDirectory(tmp_path / "work")), until)
+    return stage_inputs(Run(experiment(**changed), workdir.WorkDirectory(tmp_path / "work")), until)
 
 
 def test_where_a_server_stands_and_how_it_is_asked_does_not_change_a_stage_and_its_model_does(tmp_path):
     moved = Endpoint(
-        model="m", base_url="https://elsewhere/v1", api_key_env="KEY", served_as="n", requests_in_flight=3,
-        timeout_seconds=1.0, retries=0, give_up_after=1,
-    )  # fmt: skip
+        model="m",
+        base_url="https://elsewhere/v1",
+        api_key_env="KEY",
+        served_as="n",
+        requests_in_flight=3,
+        timeout_seconds=1.0,
+        retries=0,
+        give_up_after=1,
+    )
     before = inputs(tmp_path, endpoint=ENDPOINT, base="default")
     assert inputs(tmp_path, endpoint=moved, base="default", in_flight=3) == before
     for other in (Endpoint(model="n"), Endpoint(model="m", extra_body={"top_p": 0.5})):
@@ -140,7 +147,7 @@ def test_the_base_model_changes_shards_but_not_trajectories(tmp_path, own):
 
 
 def test_a_run_closes_its_policy_and_tells_what_was_tried_again(own, tmp_path, capsys):
-    state = Run(experiment(path="own_policy:Parrot"), stages.WorkDirectory(tmp_path / "work"))
+    state = Run(experiment(path="own_policy:Parrot"), workdir.WorkDirectory(tmp_path / "work"))
     state.close()
     assert "policy" not in vars(state)  # it was never made
     policy = state.policy

@@ -125,8 +125,13 @@ def test_usage_is_the_servers_count(server, make):
     tokens = [action.tokens for some in drawn for action in some]
     assert tokens[:2] == [3, 3]
     assert policy.usage == {
-        "requests": 12, "retries": 0, "failures": 0, "encoded": 12 * 10 - 2 * 4, "cached": 8, "generated": sum(tokens)
-    }  # fmt: skip
+        "requests": 12,
+        "retries": 0,
+        "failures": 0,
+        "encoded": 12 * 10 - 2 * 4,
+        "cached": 8,
+        "generated": sum(tokens),
+    }
 
 
 def test_an_answer_is_cut_at_the_token_limit_and_may_be_empty(server, make):
@@ -209,7 +214,7 @@ MISBEHAVIOUR = {
     "a slow drip": (raw(HEAD + b"Content-Length: 9000\r\n\r\n", b"{", pause=0.03, times=30), "whole answer within"),
     "no end": (raw(HEAD + b"Transfer-Encoding: chunked\r\n\r\n", *[CHUNK] * 140), "more than 8388608 bytes"),
     "headers without end": (raw(b"HTTP/1.1 200 OK\r\n", *[b"a: " + b"b" * 4096 + b"\r\n"] * 40), "RemoteProtocolError"),
-}  # fmt: skip
+}
 
 
 SLOW = {"silence", "a slow drip"}
@@ -279,15 +284,19 @@ def test_a_date_to_come_is_waited_for():
 @pytest.mark.parametrize(
     ("reply", "says"),
     [
-        (Reply(401, {"error": {"message": f"Incorrect API key provided: {KEY}"}}),
-         "status 401 Unauthorized: Incorrect API key provided: [key]; it was sent the key in MY_KEY; name"),
+        (
+            Reply(401, {"error": {"message": f"Incorrect API key provided: {KEY}"}}),
+            "status 401 Unauthorized: Incorrect API key provided: [key]; it was sent the key in MY_KEY; name",
+        ),
         (Reply(403, b"x" * 290 + KEY.encode()), "status 403 Forbidden: " + "x" * 290 + "[key]; it was sent the key"),
         (Reply(404, {"detail": "Not Found"}), "status 404 Not Found: Not Found; see that policy.endpoint.base_url is"),
-        (Reply(307, b"", Location="https://elsewhere/v1"),
-         "status 307 Temporary Redirect: https://elsewhere/v1; mend policy.endpoint.base_url"),
+        (
+            Reply(307, b"", Location="https://elsewhere/v1"),
+            "status 307 Temporary Redirect: https://elsewhere/v1; mend policy.endpoint.base_url",
+        ),
         (Reply(402, {"error": {"message": "no credit"}}), "status 402 Payment Required: no credit; mend"),
     ],
-)  # fmt: skip
+)
 def test_what_trying_again_cannot_mend_is_one_line_at_once(reply, says, server, make):
     server.script["bad"] = [reply]
     policy = make(key=KEY, api_key_env="MY_KEY")

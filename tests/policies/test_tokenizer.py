@@ -3,7 +3,7 @@
 import pytest
 
 from data_pipeline.encode import Encoder
-from jaxprm.policies.tokenizer import train_tokenizer
+from jaxprm.training.imitate import train_tokenizer
 
 TEXTS = ["craft 4 oak planks using 1 oak log", "Got 12 oak-log.\n\nI'd  need\t(3) more:\n", "naïve 木材 🪵 x²"]
 

@@ -17,11 +17,11 @@ import pytest
 from data_pipeline.encode import Encoder
 from data_pipeline.trajectory import parse_line
 from jaxprm import environments
-from jaxprm.collect import collect
 from jaxprm.config import Endpoint, Policy
 from jaxprm.errors import UserError
 from jaxprm.policies import language_model, openai
 from jaxprm.policies.protocol import State
+from jaxprm.policies.rollouts import collect
 
 pytestmark = pytest.mark.slow
 

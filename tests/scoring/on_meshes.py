@@ -26,8 +26,11 @@ def searched(model):
         for at, state in enumerate(states):
             candidates = [f"try {turn} {at} {number}" for number in range(4)]
             scores += [score.promise for score in model.score_actions(state, candidates)]
-            states[at] = [*state, {"role": "assistant", "content": candidates[turn]},
-                          {"role": "user", "content": f"saw {turn}"}]  # fmt: skip
+            states[at] = [
+                *state,
+                {"role": "assistant", "content": candidates[turn]},
+                {"role": "user", "content": f"saw {turn}"},
+            ]
     finished = [[*state, {"role": "assistant", "content": "done"}] for state in states]
     scores += [step["promise"] for table in model.score(finished) for step in table["steps"]]
     return np.asarray(scores)

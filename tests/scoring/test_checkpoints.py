@@ -9,27 +9,31 @@ import optax
 import pytest
 
 import jaxprm
+from jaxprm.artifacts.checkpoints import Checkpoints
+from jaxprm.artifacts.directory import DESCRIPTION, files_of, find_model, model_identity, read_recipe
 from jaxprm.errors import UserError
-from jaxprm.export import export
-from jaxprm.model import huggingface
-from jaxprm.model.orbax_reader import DESCRIPTION
+from jaxprm.export.export import export
+from jaxprm.hf import reader
 from jaxprm.scoring import loading
 from jaxprm.training import reward_model
-from jaxprm.training.checkpoint import Checkpoints
 from tests.model import tiny
 
 # Of a base with an unembedding, which a reward model has not.
 STATES = {step: tiny.reward_model(seed=step) for step in (20, 40)}
 CONVERSATION = tiny.conversation(5, turns=4)
-LOG = [{"step": 20, "validation_loss": 0.5, "auroc": 0.6}, {"step": 30, "loss": 0.1}, {"step": 40, "loss": 0.2},
-       {"step": 60, "validation_loss": 0.1, "auroc": 0.9}]  # fmt: skip
+LOG = [
+    {"step": 20, "validation_loss": 0.5, "auroc": 0.6},
+    {"step": 30, "loss": 0.1},
+    {"step": 40, "loss": 0.2},
+    {"step": 60, "validation_loss": 0.1, "auroc": 0.9},
+]
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
     """The output of a training that has two checkpoints and no model."""
     base = tmp_path_factory.mktemp("base")
-    huggingface.write_model(base, tiny.UNTIED, tiny.transformer(tiny.UNTIED), pad_id=0, end_id=1, max_length=777)
+    reader.write_model(base, tiny.UNTIED, tiny.transformer(tiny.UNTIED), pad_id=0, end_id=1, max_length=777)
     for file in tiny.tokenizer_directory().iterdir():
         shutil.copy(file, base)
     output = tmp_path_factory.mktemp("run") / "agentprm" / "seed-0"
@@ -38,8 +42,14 @@ def original(tmp_path_factory):
         optimizer = optax.adam(1e-3).init(state)
         checkpoints.save(step, {"step": jnp.int32(step), "parameters": state, "optimizer": optimizer}, {"rows": 7})
     checkpoints.close()
-    recipe = {"label": "agentprm", "objective": "agentprm", "max_tokens": 1024, "base": str(base), "seed": 3,
-              "fingerprints": {"tokenizer": tiny.encoder().fingerprint}}  # fmt: skip
+    recipe = {
+        "label": "agentprm",
+        "objective": "agentprm",
+        "max_tokens": 1024,
+        "base": str(base),
+        "seed": 3,
+        "fingerprints": {"tokenizer": tiny.encoder().fingerprint},
+    }
     reward_model.describe(output / DESCRIPTION, tiny.CONFIG, base=base, encoder=tiny.encoder(), recipe=recipe)
     (output / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LOG))
     return output
@@ -61,26 +71,26 @@ def expected(step: int) -> np.ndarray:
 
 def test_the_newest_checkpoint_stands_for_a_model_that_is_not_there_yet(output):
     for path in (output, output.parent, output / "checkpoints"):
-        assert loading.find_model(path) == output / "checkpoints" / "40"
+        assert find_model(path) == output / "checkpoints" / "40"
     tiny.assert_close(promises(output), expected(40))
     tiny.assert_close(promises(output / "checkpoints" / "20"), expected(20))
 
 
 def test_a_checkpoint_may_be_named_from_where_it_lies(output, monkeypatch):
     monkeypatch.chdir(output / "checkpoints" / "20")
-    assert loading.read_recipe(loading.find_model("."))["steps"] == 20
+    assert read_recipe(find_model("."))["steps"] == 20
     monkeypatch.chdir(output / "checkpoints")
-    assert loading.files_of(loading.find_model(".")) == output / DESCRIPTION
+    assert files_of(find_model(".")) == output / DESCRIPTION
 
 
 def test_a_finished_model_comes_first_and_checkpoints_by_name(output):
     tiny.write_reward_model(output / "model", STATES[20])
-    assert loading.find_model(output.parent) == output / "model"
-    assert loading.find_model(output / "checkpoints" / "40") == output / "checkpoints" / "40"
+    assert find_model(output.parent) == output / "model"
+    assert find_model(output / "checkpoints" / "40") == output / "checkpoints" / "40"
 
 
 def test_its_recipe_tells_how_far_it_was_trained(output):
-    recipe = loading.read_recipe(output / "checkpoints" / "40")
+    recipe = read_recipe(output / "checkpoints" / "40")
     assert (recipe["label"], recipe["steps"], recipe["unfinished"]) == ("agentprm", 40, True)
     assert recipe["validation"] == {"loss": 0.5, "auroc": 0.6}  # of step 20: the next one is of step 60
 
@@ -101,20 +111,20 @@ def test_reading_touches_nothing_of_a_training_that_is_writing(output):
     (half / "state").mkdir(parents=True)
     (output / "checkpoints" / "60" / "state").mkdir(parents=True)
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
-    assert loading.find_model(output) == output / "checkpoints" / "40"
+    assert find_model(output) == output / "checkpoints" / "40"
     promises(output)
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
 
 
 def test_every_checkpoint_is_another_model(output):
-    first, second = (loading.identity(output / "checkpoints" / step) for step in ("20", "40"))
+    first, second = (model_identity(output / "checkpoints" / step) for step in ("20", "40"))
     assert first != second and first["config.json"] == second["config.json"]
 
 
 def test_a_checkpoint_without_what_lies_beside_it_is_refused(output):
     shutil.rmtree(output / DESCRIPTION)
     with pytest.raises(UserError, match=r"checkpoint .*/40: .*model-files is missing, .* give the training's output"):
-        loading.find_model(output)
+        find_model(output)
 
 
 @pytest.mark.parametrize("trainable", ["lora", "head", "last_k"])
@@ -122,7 +132,7 @@ def test_a_checkpoint_of_a_part_of_the_model_is_refused_in_words(output, trainab
     path = output / DESCRIPTION / "reward_model.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"config": {"trainable": trainable}}))
     with pytest.raises(UserError, match=f"trainable = '{trainable}', it holds the part .* let the training end"):
-        loading.find_model(output)
+        find_model(output)
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_parameter(output):

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from data_pipeline.errors import DataError
+from jaxprm.artifacts.directory import find_model, read_recipe
 from jaxprm.errors import UserError
 from jaxprm.model.prefix_bank import WIDEST, Shapes, TurnTokens
 from jaxprm.scoring import loading
@@ -24,22 +25,22 @@ def run(tmp_path):
 
 @pytest.mark.parametrize("path", ["reward_models/orm", "reward_models/orm/seed-0", "reward_models/orm/seed-0/model"])
 def test_the_only_model_at_or_below_a_path_is_found(run, path):
-    assert loading.find_model(run / path) == run / "reward_models/orm/seed-0/model"
+    assert find_model(run / path) == run / "reward_models/orm/seed-0/model"
 
 
 @pytest.mark.parametrize(("path", "count"), [("", 3), ("reward_models", 3), ("reward_models/agentprm", 2)])
 def test_several_models_are_listed(run, path, count):
     with pytest.raises(UserError, match=f"holds {count} reward models") as caught:
-        loading.find_model(run / path)
+        find_model(run / path)
     assert str(run / "reward_models/agentprm/seed-1/model") in str(caught.value)
 
 
 def test_no_model_is_said_in_words(run):
     (run / "empty").mkdir()
     with pytest.raises(UserError, match=r"no model\.safetensors there"):
-        loading.find_model(run / "empty")
+        find_model(run / "empty")
     with pytest.raises(UserError, match="no such directory"):
-        loading.find_model(run / "nowhere")
+        find_model(run / "nowhere")
 
 
 def test_a_tokenizer_that_is_not_the_models_is_refused(tmp_path):
@@ -54,12 +55,12 @@ def test_a_tokenizer_that_is_not_the_models_is_refused(tmp_path):
 
 
 def test_a_recipe_is_read_where_there_is_one(tmp_path):
-    assert loading.read_recipe(tmp_path) == {}
+    assert read_recipe(tmp_path) == {}
     (tmp_path / "reward_model.json").write_text(json.dumps({"label": "pvm"}))
-    assert loading.read_recipe(tmp_path) == {"label": "pvm"}
+    assert read_recipe(tmp_path) == {"label": "pvm"}
     (tmp_path / "reward_model.json").write_text("{")
     with pytest.raises(UserError, match=r"reward_model\.json: "):
-        loading.read_recipe(tmp_path)
+        read_recipe(tmp_path)
 
 
 def test_turns_as_long_as_those_of_the_training_data_are_encoded_once(tmp_path):

@@ -98,12 +98,17 @@ BAD = {
     "id is a number": ('{"id": 7, "messages": []}', None, "id"),
     "no step": (line(1, messages=tiny.conversation(0)[:1]), "row-1", "no assistant message"),
     "special token": (
-        line(1, messages=[*tiny.conversation(0), {"role": "user", "content": "a <|end|>"}]), "row-1", "<|end|>",
+        line(1, messages=[*tiny.conversation(0), {"role": "user", "content": "a <|end|>"}]),
+        "row-1",
+        "<|end|>",
     ),
-    "too long": (line(1, messages=[{"role": "user", "content": "get 1 stick " * 20000}, *tiny.conversation(0)[1:]]),
-                 "row-1", "tokens, more than"),
+    "too long": (
+        line(1, messages=[{"role": "user", "content": "get 1 stick " * 20000}, *tiny.conversation(0)[1:]]),
+        "row-1",
+        "tokens, more than",
+    ),
     "empty": ("", None, ""),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", BAD)

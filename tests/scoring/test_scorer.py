@@ -146,8 +146,9 @@ def test_questions_prepared_before_any_is_scored_are_scored_as_alone():
     assert first[0] == known[0] and first.tolist() == second.tolist()
     tiny.assert_close(first[1:], reference(with_action(state, "Action: get 2 stick"))[-1:])
     tiny.assert_close(third, reference(with_action(CONVERSATIONS[1][:3], "Action: get 1 stick"))[-1:])
-    assert questions[2].longest == len(tiny.encoder().trajectory(
-        with_action(CONVERSATIONS[1][:3], "Action: get 1 stick"), row="").tokens)  # fmt: skip
+    assert questions[2].longest == len(
+        tiny.encoder().trajectory(with_action(CONVERSATIONS[1][:3], "Action: get 1 stick"), row="").tokens
+    )
 
 
 def test_a_candidate_longer_than_a_row_and_a_state_longer_than_the_cache_are_scored_whole():

@@ -20,10 +20,15 @@ GAME = {
 }
 DRAWS = {(): ["a", "b", "a", "c"], ("b",): ["d", "e"], ("c",): ["f", "f"], ("c", "f"): ["g", "h"]}
 SCORES = {
-    ("a",): 0.5, ("b",): 0.7, ("c",): 0.6,
-    ("b", "d"): 0.65, ("b", "e"): 0.4, ("c", "f"): 0.8,
-    ("c", "f", "g"): 0.66, ("c", "f", "h"): 0.3,
-}  # fmt: skip
+    ("a",): 0.5,
+    ("b",): 0.7,
+    ("c",): 0.6,
+    ("b", "d"): 0.65,
+    ("b", "e"): 0.4,
+    ("c", "f"): 0.8,
+    ("c", "f", "g"): 0.66,
+    ("c", "f", "h"): 0.3,
+}
 
 
 def search(
@@ -34,9 +39,16 @@ def search(
     forest = Forest(factory)
     policy = ScriptedPolicy(draws if callable(draws) else lambda task, path: draws[path], cut, fail)
     trees = beam_search(
-        tasks or list(games), forest, policy, ScriptedScorer(scores),
-        width=width, actions=actions, temperature=1.0, max_rounds=max_rounds, **options,
-    )  # fmt: skip
+        tasks or list(games),
+        forest,
+        policy,
+        ScriptedScorer(scores),
+        width=width,
+        actions=actions,
+        temperature=1.0,
+        max_rounds=max_rounds,
+        **options,
+    )
     forest.close()
     assert set(factory.closes) == {1}
     return trees, factory, policy
@@ -49,9 +61,14 @@ def paths(nodes):
 def test_the_golden_tree_is_searched_as_worked_out_by_hand():
     frontiers = []
     (tree,), factory, policy = search(
-        GAME, DRAWS, SCORES, width=2, actions=2, cut={"f"},
+        GAME,
+        DRAWS,
+        SCORES,
+        width=2,
+        actions=2,
+        cut={"f"},
         on_round=lambda trees: frontiers.append(paths(trees[0].frontier)),
-    )  # fmt: skip
+    )
     # Round 1: a .5, b .7, c .6. Round 2: b/d .65 (over), b/e .4, c/f .8. Round 3: c/f/g .66, c/f/h .3, and b/d kept.
     assert frontiers == [
         [("b",), ("c",)],
@@ -74,8 +91,13 @@ def test_the_dict_of_the_golden_tree_has_every_candidate():
     found = tree_to_dict(tree, method="agentprm", beam="2x2")
     nodes = found.pop("nodes")
     assert found == {
-        "method": "agentprm", "beam": "2x2", "task": "golden", "outcome": 1.0, "prompt": "play golden", "best": 7,
-    }  # fmt: skip
+        "method": "agentprm",
+        "beam": "2x2",
+        "task": "golden",
+        "outcome": 1.0,
+        "prompt": "play golden",
+        "best": 7,
+    }
     names = ["id", "parent", "round", "action", "observation", "promise", "progress", "kept", "count"]
     names += ["done", "outcome"]
     expected = [
@@ -208,9 +230,14 @@ def test_a_path_without_candidates_ranks_behind_all_that_goes_on(fork):
 def test_a_task_for_which_the_policy_gives_nothing_ends_without_success_and_others_go_on(fork):
     games = {"lost": {"a": 1.0}, "won": {"a": 1.0}}
     trees, factory, policy = search(
-        games, lambda task, path: ["fails"] if task == "lost" else ["a"], {("a",): 0.5},
-        width=1, actions=2, fork=fork, fail={"fails"},
-    )  # fmt: skip
+        games,
+        lambda task, path: ["fails"] if task == "lost" else ["a"],
+        {("a",): 0.5},
+        width=1,
+        actions=2,
+        fork=fork,
+        fail={"fails"},
+    )
     lost, won = trees
     assert (lost.best.id, lost.best.branch.outcome, lost.best.branch.error) == (0, 0.0, "policy: no fails today")
     assert (lost.failed, lost.rounds, lost.nodes) == (2, 1, [])
@@ -292,9 +319,13 @@ def naive_beam(game, score, width, actions):
 def test_beam_search_equals_a_naive_one(game, seed, width, actions):
     frontiers = []
     (tree,), factory, _ = search(
-        {"t": game}, lambda task, path: children(game, path), coarse(seed), width=width, actions=actions,
+        {"t": game},
+        lambda task, path: children(game, path),
+        coarse(seed),
+        width=width,
+        actions=actions,
         on_round=lambda trees: frontiers.append(paths(trees[0].frontier)),
-    )  # fmt: skip
+    )
     expected = naive_beam(game, coarse(seed), width, actions)
     assert frontiers == expected
     best = max(expected[-1], key=coarse(seed))
@@ -323,9 +354,13 @@ def test_an_exhaustive_beam_finds_what_exhaustive_search_finds(game, seed, fork)
 @settings(max_examples=100, deadline=None)
 def test_true_values_need_no_width(game, fork):
     (tree,), _, _ = search(
-        {"t": game}, lambda task, path: children(game, path), lambda path: max(leaves(at(game, path))),
-        width=1, actions=3, fork=fork,
-    )  # fmt: skip
+        {"t": game},
+        lambda task, path: children(game, path),
+        lambda path: max(leaves(at(game, path))),
+        width=1,
+        actions=3,
+        fork=fork,
+    )
     assert tree.best.branch.outcome == max(leaves(game))
 
 
@@ -380,9 +415,14 @@ def test_a_diverse_beam_keeps_a_path_of_every_group_of_draws():
     frontiers = {False: [], True: []}
     for diverse, found in frontiers.items():
         search(
-            game, draws, scores, width=2, actions=2, diverse=diverse,
+            game,
+            draws,
+            scores,
+            width=2,
+            actions=2,
+            diverse=diverse,
             on_round=lambda trees, found=found: found.append(paths(trees[0].frontier)),
-        )  # fmt: skip
+        )
     assert frontiers[False] == [[("a",), ("b",)], [("a", "x"), ("a", "z")]]
     assert frontiers[True] == [[("a",), ("d",)], [("a", "x"), ("d", "y")]]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxprm.search.best_of_n import AGGREGATIONS
+from jaxprm.evaluation.best_of_n import AGGREGATIONS
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxprm.collect import rollouts
 from jaxprm.policies.protocol import candidate_seed, prefix_hash
+from jaxprm.policies.rollouts import rollouts
 from jaxprm.search.beam import beam_search
 from jaxprm.search.branches import Forest
-from jaxprm.search.controls import RandomScorer
+from jaxprm.search.methods import RandomScorer
 from tests.search.fakes import SeededPolicy, Walk
 
 MESSAGE = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": st.text(max_size=8)})

@@ -4,8 +4,8 @@ import pytest
 
 from jaxprm.search.beam import beam_search
 from jaxprm.search.branches import Forest
-from jaxprm.search.limits import Limits, Prices, tokens_read
 from jaxprm.search.mcts import tree_search
+from jaxprm.search.tree import Limits, Prices, tokens_read
 from tests.search.fakes import Factory, ScriptedPolicy, ScriptedScorer, TreeGame, path_of
 
 GAME = {"t": {"a": {"b": {"c": 1.0}}, "x": 0.5}}

@@ -4,17 +4,21 @@ import pytest
 
 from jaxprm.search.beam import beam_search
 from jaxprm.search.branches import Forest
-from jaxprm.search.limits import tokens_read
-from jaxprm.search.tree import tree_to_dict
+from jaxprm.search.tree import tokens_read, tree_to_dict
 from tests.search.fakes import Factory, ScriptedPolicy, ScriptedScorer, TreeGame, path_of
 
 # After "a", which looks best, there is only "p", which does not; "b" leads to "q" and on to "r".
 GAME = {"t": {"a": {"p": {"x": 0.0}}, "b": {"q": {"r": 1.0}}, "c": 0.5}}
 DRAWS = {(): ["a", "b", "c"], ("a",): ["p"], ("a", "p"): ["x"], ("b",): ["q"], ("b", "q"): ["r"]}
 SCORES = {
-    ("a",): 0.9, ("b",): 0.5, ("c",): 0.6,
-    ("a", "p"): 0.2, ("a", "p", "x"): 0.1, ("b", "q"): 0.7, ("b", "q", "r"): 0.65,
-}  # fmt: skip
+    ("a",): 0.9,
+    ("b",): 0.5,
+    ("c",): 0.6,
+    ("a", "p"): 0.2,
+    ("a", "p", "x"): 0.1,
+    ("b", "q"): 0.7,
+    ("b", "q", "r"): 0.65,
+}
 
 
 class Tempered(ScriptedPolicy):
@@ -33,9 +37,17 @@ def search(ahead, *, game=GAME, fork="clone", fail=(), scores=SCORES, width=1, *
     forest = Forest(Factory(lambda: TreeGame(game, fork)))
     policy = Tempered(lambda task, path: DRAWS[path], fail=fail)
     (tree,) = beam_search(
-        ["t"], forest, policy, ScriptedScorer(scores),
-        width=width, actions=3, temperature=1.0, max_rounds=5, ahead=ahead, **options,
-    )  # fmt: skip
+        ["t"],
+        forest,
+        policy,
+        ScriptedScorer(scores),
+        width=width,
+        actions=3,
+        temperature=1.0,
+        max_rounds=5,
+        ahead=ahead,
+        **options,
+    )
     forest.close()
     return tree, policy, forest
 
@@ -51,8 +63,10 @@ def test_without_it_the_search_is_led_astray_and_one_step_ahead_mends_it(fork):
     tree, _, _ = search(1, fork=fork)
     # "a" is worth what "p" is, "b" what "q" is, and "c" is over: it is worth itself.
     assert {path: score for path, score in looked(tree).items() if len(path) == 1} == {
-        ("a",): 0.2, ("b",): 0.7, ("c",): 0.6,
-    }  # fmt: skip
+        ("a",): 0.2,
+        ("b",): 0.7,
+        ("c",): 0.6,
+    }
     assert path_of(tree.best.messages) == ("b", "q", "r") and tree.best.branch.outcome == 1.0
 
 

@@ -50,8 +50,10 @@ def test_the_golden_tree_is_searched_as_worked_out_by_hand(monkeypatch):
     # 1: the start is expanded, worth (.6 + .5) / 2. 2: a, as .6 + .5 > .5 + .5; worth (.2 + .4) / 2. 3: b, as
     # .5 + .5 sqrt 2 > .3 + .5 sqrt 2 / 2; it ends, worth its promise. Each was visited once, and .5 > .3: b is taken.
     assert [(path, visits, pytest.approx(value)) for path, visits, value in seen] == [
-        ((), 1, 0.55), (("a",), 1, 0.3), (("b",), 1, 0.5),
-    ]  # fmt: skip
+        ((), 1, 0.55),
+        (("a",), 1, 0.3),
+        (("b",), 1, 0.5),
+    ]
     assert path_of(tree.best.messages) == ("b",)
     assert (tree.best.branch.outcome, tree.rounds, tree.proposed) == (0.5, 1, 4)
     assert factory.made[0].executed == [("a",), ("b",)]
@@ -60,9 +62,15 @@ def test_the_golden_tree_is_searched_as_worked_out_by_hand(monkeypatch):
 
 def test_a_greedy_search_of_the_same_tree_is_led_astray():
     (tree,) = beam_search(
-        ["t"], Forest(lambda: TreeGame(GAME)), ScriptedPolicy(lambda task, path: DRAWS[path]), ScriptedScorer(SCORES),
-        width=1, actions=2, temperature=1.0, max_rounds=9,
-    )  # fmt: skip
+        ["t"],
+        Forest(lambda: TreeGame(GAME)),
+        ScriptedPolicy(lambda task, path: DRAWS[path]),
+        ScriptedScorer(SCORES),
+        width=1,
+        actions=2,
+        temperature=1.0,
+        max_rounds=9,
+    )
     assert path_of(tree.best.messages) == ("a", "y")
 
 

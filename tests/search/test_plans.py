@@ -5,9 +5,8 @@ import pytest
 
 from jaxprm import config, files
 from jaxprm.errors import UserError
-from jaxprm.search.limits import Prices
-from jaxprm.search.methods import guided_search
-from jaxprm.search.plans import Plan, plans
+from jaxprm.search.methods import Plan, guided_search, plans
+from jaxprm.search.tree import Prices
 from tests.search.fakes import ScriptedScorer, SeededPolicy, Walk
 
 SETTINGS = config.Search(

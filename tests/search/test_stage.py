@@ -7,10 +7,10 @@ import pytest
 
 from jaxprm import config, files
 from jaxprm.errors import UserError
-from jaxprm.run import Run
-from jaxprm.search import stage
-from jaxprm.search.controls import RandomScorer
-from jaxprm.stages import WorkDirectory
+from jaxprm.search.methods import RandomScorer
+from jaxprm.workflow import search_stage
+from jaxprm.workflow.context import Run
+from jaxprm.workflow.workdir import WorkDirectory
 from tests.model import tiny
 from tests.search.fakes import SeededPolicy, Walk
 
@@ -32,7 +32,7 @@ def test_equal_conversations_are_scored_once_and_their_tokens_told(tmp_path):
     lines.append({"id": "failed", "messages": first, "ended": "error"})
     (tmp_path / "in.jsonl").write_text("".join(map(files.line, lines)))
     scorer = CountingScorer()
-    stage._score_file(scorer, tmp_path / "in.jsonl", tmp_path / "out.jsonl", "")
+    search_stage._score_file(scorer, tmp_path / "in.jsonl", tmp_path / "out.jsonl", "")
     assert scorer.scored == 2
     found = list(files.read_lines(tmp_path / "out.jsonl"))
     assert [(line["id"], line["values"]) for line in found] == [("0", [0, 1, 2]), ("1", [0]), ("2", [0, 1, 2])]
@@ -48,10 +48,16 @@ def test_every_plan_of_a_run_leaves_its_file(tmp_path):
     models = (config.RewardModel(label="mine"),)
     experiment = config.Experiment(name="small", search=search, reward_models=models)
     state = SimpleNamespace(
-        experiment=experiment, work=WorkDirectory(tmp_path), make_environment=Walk, policy=SeededPolicy(),
-        search_inputs={}, collect_inputs={}, trained=list, train_inputs=None,
-    )  # fmt: skip
-    stage._Stages(state).guided(["walk/test/0"], "random", 0, lambda: RandomScorer(0))
+        experiment=experiment,
+        work=WorkDirectory(tmp_path),
+        make_environment=Walk,
+        policy=SeededPolicy(),
+        search_inputs={},
+        collect_inputs={},
+        trained=list,
+        train_inputs=None,
+    )
+    search_stage._Stages(state).guided(["walk/test/0"], "random", 0, lambda: RandomScorer(0))
     names = {path.stem for path in (tmp_path / "search").glob("*.jsonl")}
     kinds = ("beam-2x2", "stepwise-2", "diverse-2x2", "lookahead-2x2x1", "mcts-3x2")
     assert names == {f"{kind}-random-0" for kind in kinds}
@@ -65,7 +71,7 @@ def checked(environment, tmp_path, policy=None, **search):
     experiment = config.Experiment(name="small", **settings)
     state = Run(experiment, WorkDirectory(tmp_path))
     state.__dict__["make_environment"] = environment
-    stage.check(state)
+    search_stage.check(state)
 
 
 def test_what_the_environment_cannot_do_is_said_before_any_work(tmp_path, monkeypatch):

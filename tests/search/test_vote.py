@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxprm.search.vote import VOTES, vote_curve
+from jaxprm.evaluation.best_of_n import VOTES, vote_curve
 
 
 def naive(weights, answers, outcomes, size):

@@ -9,11 +9,9 @@ from collections.abc import Sequence
 import httpx2
 
 from jaxprm.api import ActionScore
-from jaxprm.serving.app import Service, make_app
+from jaxprm.serving.app import Metrics, Service, make_app
 from jaxprm.serving.batcher import Batcher
-from jaxprm.serving.limits import Limits
-from jaxprm.serving.metrics import Metrics
-from jaxprm.serving.requests import Classify, ScoreActions, Values
+from jaxprm.serving.requests import Classify, Limits, ScoreActions, Values
 
 JSON = {"Content-Type": "application/json"}
 MESSAGES = [{"role": "user", "content": "Goal: torch"}]

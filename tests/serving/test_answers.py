@@ -6,9 +6,8 @@ import numpy as np
 
 from jaxprm.api import ActionScore
 from jaxprm.errors import UserError
-from jaxprm.serving.answers import Answers
-from jaxprm.serving.limits import Limits
-from jaxprm.serving.requests import Classify, ScoreActions, Values
+from jaxprm.serving.batcher import Answers
+from jaxprm.serving.requests import Classify, Limits, ScoreActions, Values
 
 
 class Stub:

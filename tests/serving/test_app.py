@@ -5,8 +5,8 @@ import logging
 
 import pytest
 
-from jaxprm.serving.limits import Limits
-from jaxprm.serving.metrics import Metrics
+from jaxprm.serving.app import Metrics
+from jaxprm.serving.requests import Limits
 from tests.serving import fakes
 from tests.serving.fakes import JSON, MESSAGES, error
 

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from jaxprm.errors import UserError
-from jaxprm.serving.limits import Limits, Refused
+from jaxprm.serving.requests import Limits, Refused
 from tests.serving import fakes
 
 

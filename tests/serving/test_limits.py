@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.requests import Request
 
-from jaxprm.serving.limits import LONGEST_MESSAGE, Intake, Limits, Refused, decoded
+from jaxprm.serving.requests import LONGEST_MESSAGE, Intake, Limits, Refused, decoded
 
 SMALL = Limits(body_bytes=10, held_bytes=15, body_seconds=0.05)
 

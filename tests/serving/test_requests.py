@@ -4,8 +4,7 @@ import pytest
 
 from jaxprm.api import ActionScore
 from jaxprm.serving import requests
-from jaxprm.serving.limits import Limits, Refused
-from jaxprm.serving.requests import Values
+from jaxprm.serving.requests import Limits, Refused, Values
 
 LIMITS = Limits(candidates=3)
 CHAT = [{"role": "user", "content": "Goal"}, {"role": "assistant", "content": "get"}]
@@ -40,9 +39,7 @@ def test_other_shapes_of_actions_are_refused(value, words):
     assert caught.value.status == 400
 
 
-@pytest.mark.parametrize(
-    ("name", "form"), [("input", "vllm"), ("text", "sglang"), ("input_ids", "sglang")]
-)  # fmt: skip
+@pytest.mark.parametrize(("name", "form"), [("input", "vllm"), ("text", "sglang"), ("input_ids", "sglang")])
 @pytest.mark.parametrize(
     ("given", "inputs", "one"),
     [

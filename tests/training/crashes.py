@@ -14,8 +14,8 @@ import msgspec
 
 from jaxprm import config as config_lib
 from jaxprm import files
+from jaxprm.artifacts.checkpoints import inspect
 from jaxprm.errors import RESUMABLE
-from jaxprm.training.inspection import inspect
 from tests.training.toy import Run
 
 ROOT = Path(__file__).parents[2]
@@ -47,9 +47,12 @@ class Trainer:
     def __call__(self, output: str, **how) -> Process:
         """One process, to its end or its death; how: see killed_training.py."""
         arguments = {
-            "experiment": config_lib.to_dict(self._experiment), "shards": str(self._toy.shards),
-            "base": str(self._toy.base), "output": str(self._folder / output), **how,
-        }  # fmt: skip
+            "experiment": config_lib.to_dict(self._experiment),
+            "shards": str(self._toy.shards),
+            "base": str(self._toy.base),
+            "output": str(self._folder / output),
+            **how,
+        }
         written = self._folder / "arguments.json"
         written.write_text(json.dumps(arguments))
         command = [sys.executable, str(Path(__file__).with_name("killed_training.py")), str(written)]

@@ -23,20 +23,18 @@ from flax import nnx
 
 from data_pipeline.batches import training_batches
 from jaxprm import config as config_lib
-from jaxprm.model import huggingface
-from jaxprm.model.attention import packed_attention
-from jaxprm.model.splash import splash_attention
-from jaxprm.model.transformer import Compute, RewardModel, TransformerConfig
-from jaxprm.training import sharding
-from jaxprm.training.checkpoint import Checkpoints
-from jaxprm.training.inspection import inspect
+from jaxprm.artifacts.checkpoints import Checkpoints, inspect
+from jaxprm.model import sharding
+from jaxprm.model.attention import packed_attention, splash_attention
+from jaxprm.model.config import TransformerConfig
+from jaxprm.model.transformer import Compute, RewardModel, reward_model_graph
 from jaxprm.training.optimizer import make_optimizer
-from jaxprm.training.step import initial_state, loss_and_gradients, make_train_step
+from jaxprm.training.step import FIELDS, initial_state, loss_and_gradients, make_train_step
 
 SIZES = TransformerConfig(
     vocab_size=300, hidden_size=32, layers=2, heads=4, kv_heads=2, head_dim=8, intermediate_size=64
 )
-GRAPH = huggingface.reward_model_graph(SIZES)
+GRAPH = reward_model_graph(SIZES)
 MESHES = ((1, 1, 1, 1), (8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2))
 IN_PARTS = (2, 2, 2, 1)
 STEPS = 20
@@ -64,13 +62,11 @@ def run(sizes: tuple[int, ...], parameters, batches) -> tuple[dict, dict, int]:
         return loss_and_gradients(GRAPH, parameters, None, batch, settings, compute)[2]
 
     gradients = jax.jit(gradients_of, out_shardings=placed["parameters"])(
-        state["parameters"], sharding.put_batch(batches[0], mesh)
+        state["parameters"], sharding.put_batch(batches[0], mesh, FIELDS)
     )
-    step = jax.jit(
-        make_train_step(GRAPH, OPTIMIZER, settings, compute), donate_argnums=0, out_shardings=(placed, None)
-    )
+    step = jax.jit(make_train_step(GRAPH, OPTIMIZER, settings, compute), donate_argnums=0, out_shardings=(placed, None))
     for batch in batches:
-        state, _ = step(state, sharding.put_batch(batch, mesh))
+        state, _ = step(state, sharding.put_batch(batch, mesh, FIELDS))
     split = sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state["parameters"]))
     return jax.device_get(gradients), jax.device_get(state["parameters"]), split
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxprm.artifacts.checkpoints import Checkpoints, abstract
 from jaxprm.errors import UserError
-from jaxprm.training.checkpoint import Checkpoints, abstract
 
 IDENTITY = {"config": "c", "base model": "b", "dataset": "d", "tokenizer": "t", "seed": 3}
 

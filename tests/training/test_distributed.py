@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from jaxprm.errors import RESUMABLE, UserError
-from jaxprm.training import distributed, peers
-from jaxprm.training.preemption import Preemption, Timer
+from jaxprm.training import distributed
+from jaxprm.training import distributed as peers
+from jaxprm.training.distributed import Preemption, Timer
 
 
 def plug(folder: Path, *devices: tuple[str, str]) -> Path:
@@ -96,7 +97,7 @@ def test_sigterm_is_a_notice_within_and_what_it_was_after():
 
 
 def test_minutes_since_the_last_save(monkeypatch):
-    from jaxprm.training import preemption
+    from jaxprm.training import distributed as preemption
 
     now = [100.0]
     monkeypatch.setattr(preemption.time, "monotonic", lambda: now[0])

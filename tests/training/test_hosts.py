@@ -43,10 +43,14 @@ def start(toy, tmp_path_factory):
 
     def run(output: str, processes: int, kill: dict | None = None) -> tuple[Path, list[tuple[int, str]]]:
         arguments = {
-            "experiment": config_lib.to_dict(experiment), "shards": str(toy.shards), "base": str(toy.base),
-            "output": str(folder / output), "coordinator": f"127.0.0.1:{free_port()}", "processes": processes,
+            "experiment": config_lib.to_dict(experiment),
+            "shards": str(toy.shards),
+            "base": str(toy.base),
+            "output": str(folder / output),
+            "coordinator": f"127.0.0.1:{free_port()}",
+            "processes": processes,
             "kill": kill,
-        }  # fmt: skip
+        }
         (folder / "arguments.json").write_text(json.dumps(arguments))
         command = [sys.executable, str(Path(__file__).with_name("hosts.py")), str(folder / "arguments.json")]
         running = [

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from jaxprm import cli
+from jaxprm.artifacts.checkpoints import Checkpoints, inspect
+from jaxprm.artifacts.directory import find_checkpoint
 from jaxprm.errors import UserError
-from jaxprm.training.checkpoint import Checkpoints
-from jaxprm.training.inspection import find_checkpoint, inspect
 
 ROOT = Path(__file__).parents[2]
 IDENTITY = {"config": "c", "seed": 3}

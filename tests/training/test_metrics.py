@@ -25,9 +25,13 @@ def records() -> StepRecords:
     values = np.array([0.0, 0.25, 0.5, 1.0], np.float32)
     blank = np.ones(4)
     return StepRecords(
-        values=values, targets=np.ones(4, np.float32), depths=blank, tasks=blank, weights=np.array([1.0, 2, 1, 1]),
+        values=values,
+        targets=np.ones(4, np.float32),
+        depths=blank,
+        tasks=blank,
+        weights=np.array([1.0, 2, 1, 1]),
         success=blank,
-    )  # fmt: skip
+    )
 
 
 def test_scalars_and_histograms_are_events_that_tensorflow_reads(tmp_path):
@@ -123,9 +127,12 @@ def test_one_more_sink_gets_what_tensorboard_gets(tmp_path):
         metrics.step({"step": 1, "loss": 0.5})
         metrics.validation(1, {"auroc": None}, records())
     assert said == [
-        (1, {"training/loss": 0.5}), (1, {"validation/auroc": None}), (1, "validation/values", 1.75, 5.0),
-        (1, "validation/returns", 4.0, 5.0), False,
-    ]  # fmt: skip
+        (1, {"training/loss": 0.5}),
+        (1, {"validation/auroc": None}),
+        (1, "validation/values", 1.75, 5.0),
+        (1, "validation/returns", 4.0, 5.0),
+        False,
+    ]
     with pytest.raises(RuntimeError), Metrics(tmp_path / "failed", 0, writes=True, also=Other):
         raise RuntimeError
     assert said[-1] is True

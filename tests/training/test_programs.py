@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from data_pipeline.batches import training_batches
-from jaxprm.training import sharding
+from jaxprm.model import sharding
 from jaxprm.training.programs import batch_fields, batch_shapes, make_programs
 from jaxprm.training.reward_model import from_policy
 from jaxprm.training.step import FIELDS
@@ -32,7 +32,7 @@ def test_states_are_as_described(toy, trainable):
 def test_batches_are_as_described(toy):
     mesh, data = sharding.make_mesh(toy.experiment.mesh), toy.experiment.data
     batches = training_batches(toy.shards, rows=8, length=128, steps_per_row=32, epochs=1, seed=0)
-    batch = sharding.put_batch(next(batches), mesh)
+    batch = sharding.put_batch(next(batches), mesh, FIELDS)
     config, _ = from_policy(toy.base, 0, mesh)
     assert described(batch_shapes(FIELDS, data, config, mesh)) == described(batch)
 

@@ -10,8 +10,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from jaxprm.artifacts.checkpoints import inspect
 from jaxprm.errors import RESUMABLE
-from jaxprm.training.inspection import inspect
 from tests.training.crashes import KILLED, Trainer
 from tests.training.killed_training import NAMED
 

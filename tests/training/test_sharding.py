@@ -14,11 +14,11 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from jaxprm import config as config_lib
 from jaxprm.errors import UserError
-from jaxprm.model.axes import PARAMETERS
-from jaxprm.model.families import FAMILIES
-from jaxprm.model.transformer import Head, RewardModel, Transformer, TransformerConfig
-from jaxprm.training import sharding
-from jaxprm.training.sharding import AXES, Rules
+from jaxprm.model import sharding
+from jaxprm.model.config import FAMILIES, Head, TransformerConfig
+from jaxprm.model.sharding import AXES, PARAMETERS, Rules
+from jaxprm.model.transformer import RewardModel, Transformer
+from jaxprm.training.step import FIELDS
 
 SIZES = TransformerConfig(
     vocab_size=320, hidden_size=64, layers=3, heads=4, kv_heads=2, head_dim=8, intermediate_size=96
@@ -174,8 +174,8 @@ def test_two_axes_on_one_mesh_axis_collide():
 
 def test_a_batch_on_the_mesh_holds_what_the_host_gave():
     mesh = sharding.make_mesh(config_lib.Mesh(), jax.devices()[:1])
-    batch = {name: np.arange(6).reshape(2, 3) + index for index, name in enumerate(sharding.FIELDS)}
-    placed = sharding.put_batch(batch | {"example": np.zeros((2, 3))}, mesh)
-    assert set(placed) == set(sharding.FIELDS)
+    batch = {name: np.arange(6).reshape(2, 3) + index for index, name in enumerate(FIELDS)}
+    placed = sharding.put_batch(batch | {"example": np.zeros((2, 3))}, mesh, FIELDS)
+    assert set(placed) == set(FIELDS)
     for name, array in placed.items():
         np.testing.assert_array_equal(array, batch[name])

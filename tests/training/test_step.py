@@ -12,14 +12,14 @@ import pytest
 from flax import nnx
 
 from jaxprm import config as config_lib
-from jaxprm.model import huggingface
-from jaxprm.model.transformer import Compute, RewardModel, TransformerConfig
+from jaxprm.model.config import TransformerConfig
+from jaxprm.model.transformer import Compute, RewardModel, reward_model_graph
 from jaxprm.training.step import initial_state, loss_and_gradients, make_train_step, readouts, reward_loss
 
 CONFIG = TransformerConfig(
     vocab_size=20, hidden_size=16, layers=1, heads=2, kv_heads=1, head_dim=8, intermediate_size=24
 )
-GRAPH = huggingface.reward_model_graph(CONFIG)
+GRAPH = reward_model_graph(CONFIG)
 ROWS, LENGTH, SLOTS = 2, 48, 12
 BETA, LAMBDA = 0.5, 0.8
 
@@ -51,7 +51,11 @@ def trajectory(seed: int, steps: int, outcome: float, weight: float = 1.0) -> di
     reads = [3 + 3 * step for step in range(steps)]
     tokens = rng.integers(1, CONFIG.vocab_size, reads[-1] + 1)
     return {
-        "tokens": tokens, "reads": reads, "states": [read - 2 for read in reads], "outcome": outcome, "weight": weight
+        "tokens": tokens,
+        "reads": reads,
+        "states": [read - 2 for read in reads],
+        "outcome": outcome,
+        "weight": weight,
     }
 
 

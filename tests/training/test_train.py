@@ -22,8 +22,10 @@ from data_pipeline.encode import Encoder
 from data_pipeline.errors import DataError
 from data_pipeline.shards import open_dataset
 from jaxprm import files
+from jaxprm.artifacts.directory import find_model, read_recipe
 from jaxprm.errors import UserError
-from jaxprm.model import huggingface
+from jaxprm.hf import reader
+from jaxprm.model.transformer import reward_model_graph
 from jaxprm.scoring import loading
 from jaxprm.training import programs, train
 from jaxprm.training.evaluate import evaluate_model, summary
@@ -93,8 +95,8 @@ def test_the_loss_falls_and_values_tell_success_from_failure(trained, toy):
 
 def test_promise_grows_towards_the_goal(trained):
     """The value of going to 5 from 4 is above that of going to 3, and far above that of the failing move to 0."""
-    config, parameters = huggingface.load_reward_model(trained.model)
-    graph, encoder = huggingface.reward_model_graph(config), Encoder.load(trained.model)
+    config, parameters = reader.load_reward_model(trained.model)
+    graph, encoder = reward_model_graph(config), Encoder.load(trained.model)
 
     @jax.jit
     def values_of(tokens, reads):
@@ -192,10 +194,10 @@ def test_shards_of_another_tokenizer_are_refused(toy, tmp_path):
 
 def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused(toy, tmp_path):
     shutil.copytree(toy.base, tmp_path / "base")
-    config, trunk = huggingface.load_transformer(toy.base)
+    config, trunk = reader.load_transformer(toy.base)
     small = dataclasses.replace(config, vocab_size=200)
     trunk["embedding"] = nnx.Param(trunk["embedding"][:200])
-    huggingface.write_model(tmp_path / "base", small, trunk, pad_id=0, end_id=1, max_length=256)
+    reader.write_model(tmp_path / "base", small, trunk, pad_id=0, end_id=1, max_length=256)
     refused(UserError, "its embedding 200", toy, tmp_path / "output", base=tmp_path / "base")
 
 
@@ -255,9 +257,7 @@ def test_a_training_says_what_it_learns_from_and_keeps_it(trained, train_toy, to
     assert sum(recipe["lengths"].values()) == len(split.ids) == recipe["trained_on"]["trajectories"]
     assert recipe["lengths"]["32"] == sum(32 <= length < 64 for length in split.lengths)
     assert recipe["skipped"] == {split: {"shards": 0, "trajectories": 0} for split in ("train", "validation")}
-    assert recipe["fill"] == pytest.approx(
-        recipe["trained_on"]["tokens"] / (recipe["steps"] * 8 * 128), abs=1e-4
-    )
+    assert recipe["fill"] == pytest.approx(recipe["trained_on"]["tokens"] / (recipe["steps"] * 8 * 128), abs=1e-4)
     shutil.copytree(trained.output, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "model")
     train_toy(tmp_path / "run")
@@ -316,7 +316,7 @@ def test_a_part_is_trained_and_a_whole_model_is_written(train_toy, toy, trainabl
     assert again["loss"] == pytest.approx(last["validation_loss"], rel=2e-2 if trainable == "lora" else 1e-4)
     # What was not trained is as it was.
     _, first = from_policy(toy.base, 0)
-    _, trained = huggingface.load_reward_model(found.model)
+    _, trained = reader.load_reward_model(found.model)
     same = {
         name: np.array_equal(leaf[...], first["transformer"]["blocks"][name][...])
         for name, leaf in trained["transformer"]["blocks"].items()
@@ -334,10 +334,10 @@ def test_a_part_is_trained_and_a_whole_model_is_written(train_toy, toy, trainabl
 
 
 def test_a_reward_model_starts_from_the_policy_and_its_head_from_the_seed(toy, tmp_path):
-    config, trunk = huggingface.load_transformer(toy.base)
+    config, trunk = reader.load_transformer(toy.base)
     untied = dataclasses.replace(config, tie_embeddings=False)
     policy = nnx.State(dict(trunk.items()) | {"unembedding": nnx.Param(trunk["embedding"][...] + 1)})
-    huggingface.write_model(tmp_path, untied, policy, pad_id=0, end_id=1, max_length=256)
+    reader.write_model(tmp_path, untied, policy, pad_id=0, end_id=1, max_length=256)
     made, first = from_policy(tmp_path, 0)
     _, again = from_policy(tmp_path, 0)
     _, other = from_policy(tmp_path, 1)
@@ -352,12 +352,12 @@ def test_a_reward_model_starts_from_the_policy_and_its_head_from_the_seed(toy, t
 
 def test_the_last_checkpoint_is_the_model_and_can_be_scored_before_it_is_written(trained, tmp_path):
     """What lies beside the checkpoints makes models of them; the finished model has the last one's weights."""
-    last = loading.find_model(shutil.copytree(trained.output, tmp_path / "run", ignore=lambda *_: ["model"]))
+    last = find_model(shutil.copytree(trained.output, tmp_path / "run", ignore=lambda *_: ["model"]))
     assert last == tmp_path / "run" / "checkpoints" / str(len(trained.losses))
     (ours, parameters), (config, finished) = (loading.load_reward_model(path) for path in (last, trained.model))
     assert ours == config
     jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(parameters), nnx.to_pure_dict(finished))
-    recipes = [loading.read_recipe(path) for path in (last, trained.model)]
+    recipes = [read_recipe(path) for path in (last, trained.model)]
     assert recipes[0].pop("unfinished") is True
     assert {"steps", "trained_on", "fingerprints"} < recipes[0].keys() <= recipes[1].keys()
     assert recipes[0]["validation"].keys() == recipes[1]["validation"].keys()

@@ -13,8 +13,8 @@ from flax import nnx
 
 from jaxprm import config as config_lib
 from jaxprm.errors import UserError
-from jaxprm.model import huggingface
-from jaxprm.model.transformer import Compute, RewardModel, TransformerConfig
+from jaxprm.model.config import TransformerConfig
+from jaxprm.model.transformer import Compute, RewardModel, reward_model_graph
 from jaxprm.training import trainable
 from jaxprm.training.optimizer import make_optimizer
 from jaxprm.training.step import hidden_states, loss_and_gradients, trained_readouts
@@ -22,7 +22,7 @@ from jaxprm.training.step import hidden_states, loss_and_gradients, trained_read
 CONFIG = TransformerConfig(
     vocab_size=20, hidden_size=16, layers=3, heads=2, kv_heads=1, head_dim=8, intermediate_size=24
 )
-GRAPH = huggingface.reward_model_graph(CONFIG)
+GRAPH = reward_model_graph(CONFIG)
 LORA = config_lib.Lora(rank=2, alpha=6.0, targets=("query", "down"))
 STEPS = {"is_first": [1, 0, 0, 1], "is_last": [0, 0, 1, 1], "valid": [1, 1, 1, 1]}
 KINDS = ("full", "lora", "head", "last_k")

@@ -14,7 +14,10 @@ def test_the_table_says_what_was_found():
     run = {"tokens_per_second": 2000.0, "padding": 0.02, "tokens": 4000, "seconds": 2.0}
     found = {
         "peak": {
-            "share": 0.5, "shares": [0.4, 0.5, 0.6], "flops_per_step": 3e9, "step_seconds": 0.25,
+            "share": 0.5,
+            "shares": [0.4, 0.5, 0.6],
+            "flops_per_step": 3e9,
+            "step_seconds": 0.25,
             "peak_flops": {"jax": 9e9, "torch": 8e9},
         },
         "padding": {"padding": 0.019, "batches": 56, "batch": [2, 2048]},
@@ -24,7 +27,7 @@ def test_the_table_says_what_was_found():
                 "ratios": {"torch": [1.0, 2.0, 4.0]},
             }
         },
-    }  # fmt: skip
+    }
     peak, padding, ours, theirs = training.table(found).splitlines()
     assert "50% of the faster matmul (40% to 60%); 3 GFLOP in 0.25 s" in peak and "jax 9, torch 8" in peak
     assert padding == "padding: 1.9% of 56 batches [2, 2048]"
@@ -35,11 +38,18 @@ def test_the_table_says_what_was_found():
 def split() -> Split:
     """Two trajectories of 5 and 3 tokens, the second of which fails, with steps that end at 2 and 4, and at 1."""
     return Split(
-        ids=["a", "b"], tasks=["a", "b"], weights=np.ones(2, np.float32), outcomes=np.array([1, 0], np.float32),
-        tokens=np.arange(10, 18, dtype=np.int32), token_starts=np.array([0, 5, 8]), step_starts=np.array([0, 2, 3]),
-        read_positions=np.array([2, 4, 1], np.int32), state_positions=np.array([1, 3, 0], np.int32),
-        rewards=np.zeros(3, np.float32), step_labels=np.zeros(3, np.float32),
-    )  # fmt: skip
+        ids=["a", "b"],
+        tasks=["a", "b"],
+        weights=np.ones(2, np.float32),
+        outcomes=np.array([1, 0], np.float32),
+        tokens=np.arange(10, 18, dtype=np.int32),
+        token_starts=np.array([0, 5, 8]),
+        step_starts=np.array([0, 2, 3]),
+        read_positions=np.array([2, 4, 1], np.int32),
+        state_positions=np.array([1, 3, 0], np.int32),
+        rewards=np.zeros(3, np.float32),
+        step_labels=np.zeros(3, np.float32),
+    )
 
 
 def test_padded_batches_are_labelled_where_steps_end():

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from jaxprm import config as config_lib
-from jaxprm import files, run
+from jaxprm import files
 from jaxprm.errors import UserError
-from jaxprm.training import wandb_sink
+from jaxprm.training import metrics
+from jaxprm.training.metrics import WandbSink
 from jaxprm.training.train import train_reward_model
-from jaxprm.training.wandb_sink import WandbSink
+from jaxprm.workflow import run
 
 SECRET = "0123456789abcdef0123456789abcdef01234567"
 ROOT = Path(__file__).parents[2]
@@ -60,7 +61,7 @@ class Fake(types.ModuleType):
 def fake(monkeypatch) -> Fake:
     found = Fake()
     monkeypatch.setitem(sys.modules, "wandb", found)
-    monkeypatch.setattr(wandb_sink.importlib.util, "find_spec", lambda name: found)
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: found)
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     return found
@@ -79,7 +80,7 @@ def test_everything_is_keyed_by_the_step(tmp_path, fake):
     scalars, histogram = fake.logged
     assert scalars == {"training/loss": 0.5, "step": 7}
     counts, edges = histogram["validation/values"]
-    assert (counts[0], counts[-1], counts.sum(), len(edges)) == (1, 2, 3, wandb_sink.BINS + 1)
+    assert (counts[0], counts[-1], counts.sum(), len(edges)) == (1, 2, 3, metrics.BINS + 1)
     assert histogram["step"] == 7
     assert fake.finished == [1]
     (init,) = fake.inits
@@ -113,11 +114,11 @@ def test_what_is_missing_is_said_before_any_work(tmp_path, fake, monkeypatch):
     with pytest.raises(UserError, match="logging.wandb = online: the environment has no WANDB_API_KEY; set it, or"):
         run.run(online, tmp_path / "run", until="train")
     assert not (tmp_path / "run/trajectories").exists()
-    wandb_sink.check(config_lib.Logging(wandb="offline"))
-    monkeypatch.setattr(wandb_sink.importlib.util, "find_spec", lambda name: None)
+    metrics.check(config_lib.Logging(wandb="offline"))
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="logging.wandb = offline: the package wandb is not installed; pip install"):
         opened(tmp_path, "offline")
-    wandb_sink.check(config_lib.Logging())
+    metrics.check(config_lib.Logging())
     assert not fake.inits
 
 
@@ -153,7 +154,7 @@ import sys
 from pathlib import Path
 import numpy as np
 from jaxprm import config
-from jaxprm.training.wandb_sink import WandbSink
+from jaxprm.training.metrics import WandbSink
 
 for _ in range(2):
     sink = WandbSink(config.Logging(wandb="offline"), Path(sys.argv[1]), name="a", group="b", config={"rows": 2})

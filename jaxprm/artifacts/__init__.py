@@ -1,0 +1,1 @@
+"""A reward model or a checkpoint on disk: found, read, described."""

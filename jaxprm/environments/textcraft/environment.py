@@ -1,0 +1,300 @@
+"""TextCraft: obtain a Minecraft item by getting and crafting, from the recipes listed in the prompt.
+
+Prompts, actions and replies are AgentGym's, its client's clean-up of actions included, so that results compare. Where
+its engine would print a Python object, reply None or let an inventory become negative, the text here is plain.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+from jaxprm.environments.protocol import StepResult
+from jaxprm.environments.textcraft import recipes
+from jaxprm.environments.textcraft.demonstrations import demonstrate
+from jaxprm.environments.textcraft.recipes import Recipe, RecipeBook, identifier, spoken
+from jaxprm.errors import UserError
+
+SPLITS = ("train", "validation", "test")
+MANY_ACTIONS = "Error: Only one 'Action' is allowed per response. Please adjust your response."
+
+_ACTION = re.compile(r"Action:\s*(.*?)(?=\n|$)", re.DOTALL)
+_UNKNOWN_CHARACTERS = re.compile(r"[^A-Za-z0-9, ]+")
+# More digits than any task needs: longer numbers are not understood.
+_GET = re.compile(r"get ([0-9]{1,9}) (.*)")
+_CRAFT = re.compile(r"craft (.*) using (.*)")
+_COUNTED = re.compile(r"([0-9]{1,9}) (.*)")
+
+
+class Command(NamedTuple):
+    """A parsed action. `text` is the cleaned action; items are ids, written as the action spells them."""
+
+    kind: Literal["get", "craft", "inventory", "unknown", "many", "malformed"]
+    text: str
+    item: str = ""
+    count: int = 0
+    ingredients: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """What stays the same from reset to reset: the goal's id and the recipes of the prompt, in its order."""
+
+    book: RecipeBook
+    goal: str
+    recipes: tuple[Recipe, ...]
+    prompt: str
+
+
+class State(NamedTuple):
+    """A snapshot: no later step changes it."""
+
+    episode: Episode
+    inventory: dict[str, int]
+    rounds: int
+    done: bool
+    success: bool
+
+
+class TextCraft:
+    """The TextCraft environment.
+
+    Args:
+      seed: with a task's id, decides its distractors and the order of its recipes.
+      max_rounds: an episode ends without success after so many steps.
+      distractors: the most recipes in a prompt that do not lead to the goal; (low, high) draws that number per task.
+      split: shares of the goal items, of every depth, for train, validation and test.
+      split_seed: decides which goal falls where.
+      book: the recipes; those of Minecraft when None.
+    """
+
+    fork = "clone"
+
+    def __init__(
+        self,
+        seed: int = 0,
+        max_rounds: int = 20,
+        distractors: int | Sequence[int] = 10,
+        split: Sequence[float] = (0.65, 0.10, 0.25),
+        split_seed: int = 0,
+        book: RecipeBook | None = None,
+    ) -> None:
+        if max_rounds < 1:
+            raise UserError(f"textcraft: max_rounds is {max_rounds}; it must be at least 1")
+        if len(split) != 3 or min(split) < 0 or abs(sum(split) - 1) > 1e-6:
+            raise UserError(f"textcraft: split is {tuple(split)}; give three shares that sum to 1")
+        self.seed = seed
+        self.max_rounds = max_rounds
+        self.distractors = _bounds(distractors)
+        self.book = recipes.minecraft() if book is None else book
+        self._tasks = _split(self.book, tuple(split), split_seed)
+        self._episodes: dict[str, Episode] = {}
+        self._state: State | None = None
+
+    def tasks(self, split: str) -> tuple[str, ...]:
+        """The ids "textcraft/<index into book.goals>" of a split, ascending (so by depth)."""
+        if split not in self._tasks:
+            raise UserError(f"textcraft: no split {split!r}; use one of {', '.join(SPLITS)}")
+        return self._tasks[split]
+
+    def describe(self, task: str) -> dict[str, str | int]:
+        goal = self._goal(task)
+        return {"goal": spoken(goal), "depth": self.book.depth(goal)}
+
+    def reset(self, task: str) -> str:
+        """Starts a task, the same in every process, and returns the prompt."""
+        episode = self._episodes.get(task)
+        if episode is None:
+            # A string seeds through sha512, whatever PYTHONHASHSEED is.
+            rng = random.Random(f"{task}:{self.seed}")
+            episode = self._episodes[task] = self._make(self._goal(task), rng, self.distractors)
+        return self._start(episode)
+
+    def sample_episode(
+        self,
+        goal: str,
+        rng: random.Random,
+        distractors: int | Sequence[int] | None = None,
+        book: RecipeBook | None = None,
+    ) -> str:
+        """Starts an episode that is no task, for imitation: drawn from `rng`, maybe from a renamed book.
+
+        Returns the prompt; step, snapshot and the planner then work as after reset.
+        """
+        if not (book or self.book).recipes_for(goal):
+            raise UserError(f"textcraft: {goal!r} has no recipe; take a goal from the book's `goals`")
+        bounds = self.distractors if distractors is None else _bounds(distractors)
+        return self._start(self._make(goal, rng, bounds, book))
+
+    def demonstration(self, rng: random.Random, **variety: Any) -> list[dict]:
+        """An expert episode of a training goal, as messages: see `demonstrate`."""
+        return demonstrate(self, rng, **variety)
+
+    def step(self, action: str) -> StepResult:
+        """Carries out the one `Action:` line of an assistant message.
+
+        Raises:
+          RuntimeError: before the first reset, or after the episode is done.
+        """
+        state = self._running()
+        if state.done:
+            raise RuntimeError("textcraft: step after the episode is done; call reset")
+        observation, obtained = self._carry_out(parse(action), state.inventory)
+        success = obtained == state.episode.goal
+        done = success or state.rounds + 1 >= self.max_rounds
+        self._state = State(state.episode, state.inventory, state.rounds + 1, done, success)
+        return StepResult(observation, float(success), done)
+
+    def outcome(self) -> float:
+        """1 when the goal item was obtained, else 0."""
+        return float(self._running().success)
+
+    def snapshot(self) -> State:
+        state = self._running()
+        return state._replace(inventory=dict(state.inventory))
+
+    def restore(self, state: State) -> None:
+        self._state = state._replace(inventory=dict(state.inventory))
+
+    def close(self) -> None:
+        self._state = None
+
+    @property
+    def episode(self) -> Episode:
+        """The goal and the recipes of the prompt."""
+        return self._running().episode
+
+    @property
+    def inventory(self) -> dict[str, int]:
+        """A copy: item id -> count."""
+        return dict(self._running().inventory)
+
+    @property
+    def rounds(self) -> int:
+        return self._running().rounds
+
+    def _running(self) -> State:
+        if self._state is None:
+            raise RuntimeError("textcraft: no episode; call reset first")
+        return self._state
+
+    def _start(self, episode: Episode) -> str:
+        self._state = State(episode, {}, 0, False, False)
+        return episode.prompt
+
+    def _goal(self, task: str) -> str:
+        name, _, index = task.partition("/")
+        if name != "textcraft" or not index.isdecimal() or int(index) >= len(self.book.goals):
+            raise UserError(f"textcraft: no task {task!r}; ids are textcraft/0 to textcraft/{len(self.book.goals) - 1}")
+        return self.book.goals[int(index)]
+
+    def _make(self, goal: str, rng: random.Random, bounds: tuple[int, int], book: RecipeBook | None = None) -> Episode:
+        book = self.book if book is None else book
+        tree = {recipe.command: recipe for recipe in book.tree(goal)}
+        others: dict[str, Recipe] = {}
+        # AgentGym: for each ingredient of each recipe of the tree, up to ten recipes that use it too.
+        for recipe in tree.values():
+            for part in recipe.ingredients:
+                uses = book.uses(part.name)
+                for other in rng.sample(uses, min(len(uses), 10)):
+                    if other.command not in tree:
+                        others[other.command] = other
+        most = bounds[0] if bounds[0] == bounds[1] else rng.randint(*bounds)
+        chosen = rng.sample([others[command] for command in sorted(others)], min(len(others), most))
+        shown = [tree[command] for command in sorted(tree)] + chosen
+        rng.shuffle(shown)
+        commands = "\n".join(recipe.command for recipe in shown)
+        return Episode(book, goal, tuple(shown), f"Crafting commands:\n{commands}\n\nGoal: craft {spoken(goal)}.")
+
+    def _carry_out(self, command: Command, inventory: dict[str, int]) -> tuple[str, str | None]:
+        """The reply, and the item obtained if any; changes the inventory."""
+        if command.kind == "craft":
+            return self._craft(command, inventory)
+        if command.kind == "get":
+            return self._get(command, inventory)
+        if command.kind == "inventory":
+            if not inventory:
+                return "Inventory: You are not carrying anything.", None
+            return "Inventory: " + "".join(f"[{spoken(item)}] ({count}) " for item, count in inventory.items()), None
+        if command.kind == "many":
+            return MANY_ACTIONS, None
+        if command.kind == "malformed":
+            return f"Wrong item format: {command.text}", None
+        return f"Could not execute {command.text}", None
+
+    def _get(self, command: Command, inventory: dict[str, int]) -> tuple[str, str | None]:
+        book = self._running().episode.book
+        item = command.item
+        if item not in book.item_ids or book.is_craftable(item):
+            return f"Could not find {command.text}", None
+        inventory[item] = inventory.get(item, 0) + command.count
+        return f"Got {command.count} {command.text}", item
+
+    def _craft(self, command: Command, inventory: dict[str, int]) -> tuple[str, str | None]:
+        needed: dict[str, int] = {}
+        for item, count in command.ingredients:
+            needed[item] = needed.get(item, 0) + count
+        # A tag is never in the inventory: the action has to name an item of it.
+        if any(item not in inventory or inventory[item] < count for item, count in needed.items()):
+            return f"Could not find enough items to craft {command.item}", None
+        recipe = self._running().episode.book.match(command.item, command.ingredients)
+        if recipe is None:
+            return f"Could not find a valid recipe for {command.item}", None
+        for item, count in needed.items():
+            inventory[item] -= count
+            if not inventory[item]:
+                del inventory[item]
+        inventory[recipe.output] = inventory.get(recipe.output, 0) + recipe.count
+        return f"Crafted {recipe.count} {recipe.output}", recipe.output
+
+
+@lru_cache(maxsize=1 << 16)
+def parse(message: str) -> Command:
+    """Reads an assistant message as AgentGym's client and server do together."""
+    found = _ACTION.findall(message)
+    if len(found) > 1:
+        return Command("many", "")
+    text = " ".join(_UNKNOWN_CHARACTERS.sub("", found[0] if found else "").split())
+    if text.lower() == "look":
+        text = "inventory"
+    if match := _CRAFT.match(text):
+        return _parse_craft(match[1], match[2])
+    if match := _GET.match(text):
+        return Command("get", match[2], identifier(match[2]), int(match[1]))
+    return Command("inventory" if text.startswith("inventory") else "unknown", text)
+
+
+def _parse_craft(output: str, inputs: str) -> Command:
+    counted = _COUNTED.match(output)
+    ingredients = []
+    for part in inputs.split(","):
+        match = _COUNTED.match(part.strip())
+        if not match:
+            return Command("malformed", part.strip())
+        ingredients.append((identifier(match[2]), int(match[1])))
+    return Command("craft", "", identifier(counted[2] if counted else output), 0, tuple(ingredients))
+
+
+def _bounds(distractors: int | Sequence[int]) -> tuple[int, int]:
+    low, high = (distractors, distractors) if isinstance(distractors, int) else distractors
+    if not 0 <= low <= high:
+        raise UserError(f"textcraft: distractors is {distractors}; give a number >= 0, or (low, high) with low <= high")
+    return low, high
+
+
+def _split(book: RecipeBook, shares: tuple[float, ...], seed: int) -> dict[str, tuple[str, ...]]:
+    """Deals the goals of each depth out to the splits in proportion to their shares."""
+    dealt: dict[str, list[int]] = {name: [] for name in SPLITS}
+    depths = [book.depth(goal) for goal in book.goals]
+    for depth in sorted(set(depths)):
+        indices = [index for index, other in enumerate(depths) if other == depth]
+        random.Random(f"textcraft-split:{seed}:{depth}").shuffle(indices)
+        first = round(shares[0] * len(indices))
+        second = round((shares[0] + shares[1]) * len(indices))
+        for name, part in zip(SPLITS, (indices[:first], indices[first:second], indices[second:]), strict=True):
+            dealt[name] += part
+    return {name: tuple(f"textcraft/{index}" for index in sorted(part)) for name, part in dealt.items()}

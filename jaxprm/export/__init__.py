@@ -1,0 +1,1 @@
+"""A reward model as a Hugging Face directory, verified against transformers."""

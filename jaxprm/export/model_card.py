@@ -1,0 +1,327 @@
+"""The README.md of an exported reward model: what it is, what it was trained on, how to call it, what was checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxprm import files
+
+_OBJECTIVES = {
+    "agentprm": "AgentPRM (arXiv 2511.08325): TD(lambda) estimates of the outcome, and a loss on the progress of steps",
+    "pvm": "a process value model: at every step the outcome of its trajectory",
+    "orm": "an outcome reward model: the outcome, at the last step of a trajectory only",
+    "mc": "Monte Carlo: how often sampled continuations of the step reach the outcome (Math-Shepherd)",
+}
+_METHODS = {"beam": "beam {}", "stepwise": "best of {} at every step", "best_of_n": "best of {}"}
+
+
+def model_card(
+    recipe: Mapping[str, Any],
+    config: Mapping[str, Any],
+    tokenizer: Mapping[str, Any],
+    verified: Mapping[str, Any] | None,
+) -> str:
+    """The card of a model with this reward_model.json, config.json and tokenizer_config.json, checked or not."""
+    label = recipe.get("label", "reward model")
+    known = _range(recipe, config)
+    bounds = f", as a number in [{known[0]:g}, {known[1]:g}] but for errors of estimation" if known else ""
+    sections = [
+        _front_matter(recipe, config),
+        f"# {label}: a process reward model for agents\n\n"
+        "For every action (assistant turn) of a conversation it predicts the **promise**: the outcome to expect once "
+        f"the action is taken{bounds}. **Progress** is the difference between an action's promise and the one before. "
+        f"{_progress_note(recipe)}",
+        "\n".join(["## What it is", "", *_facts(recipe, config, tokenizer)]),
+        "\n\n".join(["## How to call it", *usage_sections(config)]),
+        "\n".join(["## What was checked", "", _checked(verified, config)]),
+    ]
+    if results := recipe.get("results"):
+        sections.append("\n".join(["## Results", "", *_results_table(results)]))
+    if validation := list(_numbers(recipe.get("validation") or {})):
+        rows = [f"| {name} | {value:.4g} |" for name, value in validation]
+        sections.append("\n".join(["## On validation trajectories", "", "| | value |", "|---|---|", *rows]))
+    return "\n\n".join(sections) + "\n"
+
+
+def run_results(model: Path, label: str | None) -> dict[str, Any] | None:
+    """What a card shows of the results.json of the run whose reward model this is; None where there is no such run."""
+    parents = model.absolute().parents
+    path = parents[3] / "results.json" if len(parents) > 3 else Path()
+    if len(parents) <= 3 or parents[2].name != "reward_models" or not path.is_file():
+        return None
+    results = files.read_json(path)
+    methods = {name: results["methods"][name] for name in (label, "random") if name in results["methods"]}
+    if label not in methods:
+        return None
+    return {
+        "label": label,
+        "name": results.get("name"),
+        "policy": results["policy"],
+        "methods": methods,
+        "seeds": results.get("provenance", {}).get("seeds"),
+    }
+
+
+def _results_table(results: Mapping[str, Any]) -> Iterator[str]:
+    yield (
+        f"Success on held-out tasks of the run `{results['name']}`, in per cent, mean and 95 % interval over tasks; "
+        f"guided search is a mean over reward models of seeds {results['seeds']}, this one among them."
+    )
+    yield from ("", "| method | success | tasks |", "|---|---|---|")
+    names = {"sampled": "the policy alone, one sample", "greedy": "the policy alone, greedy"}
+    for key, estimate in results["policy"].items():
+        yield _result_row(names.get(key, key), estimate)
+    for label, found in results["methods"].items():
+        by = "random scores" if label == "random" else f"guided by {label}"
+        for kind, title in _METHODS.items():
+            for size, estimate in (found.get(kind) or {}).items():
+                yield _result_row(f"{title.format(size)}, {by}", estimate)
+
+
+def _result_row(name: str, estimate: Mapping[str, Any]) -> str:
+    if estimate["mean"] is None:
+        return f"| {name} | not defined | {estimate['n']} |"
+    mean, low, high = (100 * estimate[key] for key in ("mean", "low", "high"))
+    return f"| {name} | {mean:.1f} [{low:.1f}, {high:.1f}] | {estimate['n']} |"
+
+
+def _front_matter(recipe: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    token_classifier = is_token_classifier(config)
+    lines = ["library_name: transformers", f"pipeline_tag: {'token' if token_classifier else 'text'}-classification"]
+    base = str(recipe.get("base", ""))
+    if base.count("/") == 1:
+        lines.append(f"base_model: {base}")
+    return "\n".join(["---", *lines, "tags: [jaxprm, process-reward-model, agents]", "---"])
+
+
+def _progress_note(recipe: Mapping[str, Any]) -> str:
+    if recipe.get("targets", {}).get("discount", 1.0) == 1.0:
+        return "It has none at the first."
+    return "This model discounts, so promises of neighbouring steps cannot be compared, and progress is undefined."
+
+
+def _range(recipe: Mapping[str, Any], config: Mapping[str, Any]) -> Sequence[float] | None:
+    """Lowest and highest value of the targets, None where nobody wrote it down. Two labels give a probability."""
+    return (0.0, 1.0) if config.get("num_labels", 1) == 2 else recipe.get("value_range")
+
+
+def _facts(recipe: Mapping[str, Any], config: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> Iterator[str]:
+    objective = recipe.get("objective")
+    yield f"- Base model: {recipe.get('base', 'unknown')}"
+    yield f"- Architecture: {config['architectures'][0]}, weights in {config['dtype']}"
+    yield f"- Target: {_OBJECTIVES.get(objective, objective or 'unknown')}"
+    settings = ", ".join(f"{name} {value}" for name, value in recipe.get("targets", {}).items())
+    if settings:
+        yield f"- Settings: {settings}"
+    trained_on = recipe.get("trained_on", {})
+    if trained_on:
+        yield "- Data: " + ", ".join(f"{value:,} {name}" for name, value in trained_on.items())
+    else:
+        yield "- Data: not recorded"
+    if recipe.get("unfinished"):
+        yield f"- Training: not finished, a checkpoint after {recipe['steps']:,} steps"
+    yield f"- Read position: {recipe.get('read_position', 'last token of the rendering that ends with the action')}"
+    yield _value_fact(recipe, config)
+    if recipe.get("max_tokens"):
+        yield f"- Trained on up to {recipe['max_tokens']} tokens"
+    if recipe.get("seed") is not None:
+        yield f"- Seed: {recipe['seed']}"
+    yield "- Chat template: chat_template.jinja, the one it was trained with; scores of another rendering mean nothing"
+    yield f"- Padding: token {config['pad_token_id']}, which ends no message; keep it, or others read the wrong token"
+    if "auto_map" in tokenizer:
+        yield (
+            "- Tokenizer: it does not split words as Qwen2's does. The `auto_map` in tokenizer_config.json names a "
+            "class of transformers itself and keeps AutoTokenizer from rebuilding it; load it without "
+            "`trust_remote_code`"
+        )
+
+
+def _value_fact(recipe: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    if config.get("num_labels", 1) == 2:
+        return f"- Value: the probability of label 1, {config['id2label']['1']!r}, softmax(logits)[1], in [0, 1]"
+    known = _range(recipe, config)
+    shown = f"[{known[0]:g}, {known[1]:g}]" if known else "not recorded"
+    return f"- Value range of the targets: {shown}; the value is linear, no sigmoid belongs on it"
+
+
+def _checked(verified: Mapping[str, Any] | None, config: Mapping[str, Any]) -> str:
+    if verified is None:
+        text = "Nothing: exported without `--verify`."
+    else:
+        rounding = verified.get("rounding")
+        ours = "the model as it was trained" if rounding is None else "jaxprm's of the same weights"
+        text = (
+            f"Scores of transformers {verified['transformers']} (torch {verified['torch']}, computed in float32, in "
+            f"padded batches) against {ours}, at all {verified['read_positions']} read positions of "
+            f"{verified['trajectories']} conversations: largest difference {verified['largest_difference']:.1e}, "
+            f"bound {verified['bound']:.1e}."
+        )
+        if rounding is not None:
+            text += (
+                f" Rounding the weights to bfloat16 moved scores by up to {rounding:.1e}. Arithmetic in bfloat16 moves "
+                "them too, which was not measured."
+            )
+        text += " Other consumers and other precisions were not checked."
+    if config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
+        text += " Its head_dim is not hidden_size / heads, which not every consumer supports."
+    return text
+
+
+def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{name} ")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield f"{prefix}{name}", value
+
+
+_CONVERSATION = '''\
+messages = [
+    {"role": "user", "content": "Craft 1 oak planks. You have nothing."},
+    {"role": "assistant", "content": "I need oak logs. get 1 oak log"},
+    {"role": "user", "content": "Got 1 oak log"},
+    {"role": "assistant", "content": "craft 4 oak planks using 1 oak log"},
+]
+
+
+def tokens_of(messages):
+    """The rendering that ends with the last message: no generation prompt, and no special tokens added to it."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False)  # tools=..., where the agent has them
+    return tokenizer(text, add_special_tokens=False, return_tensors="pt")
+'''
+
+_SEQUENCE = f"""\
+```python
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+directory = "."  # this directory, or its name on the Hub
+tokenizer = AutoTokenizer.from_pretrained(directory)
+model = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32).eval()
+
+{_CONVERSATION}
+
+before = None
+for index, message in enumerate(messages):
+    if message["role"] != "assistant":
+        continue
+    with torch.no_grad():
+        promise = model(**tokens_of(messages[: index + 1])).logits[0]VALUE.item()
+    progress = None if before is None else promise - before
+    print({{"message": index, "promise": promise, "progress": progress}})
+    before = promise
+```"""
+
+_TOKEN = f"""\
+```python
+import torch
+from transformers import AutoModelForTokenClassification, AutoTokenizer
+
+directory = "."  # this directory, or its name on the Hub
+tokenizer = AutoTokenizer.from_pretrained(directory)
+model = AutoModelForTokenClassification.from_pretrained(directory, dtype=torch.float32).eval()
+
+{_CONVERSATION}
+
+with torch.no_grad():  # one pass for all steps
+    values = model(**tokens_of(messages)).logits[0]VALUE
+before = None
+for index, message in enumerate(messages):
+    if message["role"] != "assistant":
+        continue
+    # The value of a step is that of the last token of the rendering that ends with it.
+    end = tokens_of(messages[: index + 1])["input_ids"].shape[1] - 1
+    promise = values[end].item()
+    progress = None if before is None else promise - before
+    print({{"message": index, "promise": promise, "progress": progress}})
+    before = promise
+```"""
+
+_JAXPRM = """\
+With jaxprm, which scores all steps in one pass and candidates after a shared prefix:
+
+```python
+import jaxprm
+
+model = jaxprm.load(directory)
+print(model.score([messages])[0]["steps"])
+print(model.score_actions(messages[:3], ["craft 4 oak planks using 1 oak log", "get 1 oak log"]))
+```"""
+
+_VLLM_SEQUENCE = """\
+With vLLM, given tokens, to which it adds none of its own:
+
+    from vllm import LLM
+    llm = LLM(model=directory, runner="pooling", dtype="DTYPE")
+    prompt = {"prompt_token_ids": tokens_of(messages)["input_ids"][0].tolist()}
+    promise = llm.classify([prompt])[0].outputs.probs[INDEX]    # NOTE"""
+
+_VLLM_TOKEN = """\
+With vLLM, given tokens, to which it adds none of its own:
+
+    from vllm import LLM
+    llm = LLM(model=directory, runner="pooling", dtype="DTYPE")
+    prompt = {"prompt_token_ids": tokens_of(messages)["input_ids"][0].tolist()}
+    values = llm.encode([prompt], pooling_task="token_classify")[0].outputs.data[:, INDEX]    # NOTE"""
+
+_SGLANG_SEQUENCE = """\
+With SGLang:
+
+    python -m sglang.launch_server --model-path DIRECTORY --is-embedding --dtype DTYPE --port 30000
+
+    import requests
+    body = {"model": directory, "input_ids": tokens_of(messages)["input_ids"][0].tolist()}
+    promise = requests.post("http://localhost:30000/classify", json=body).json()["embedding"][0]"""
+
+_TRL_SEQUENCE = """\
+With TRL, as the reward of a policy (conversations; the reward of a completion is the promise of its last turn):
+
+    from trl import GRPOTrainer
+    trainer = GRPOTrainer(model=..., reward_funcs=directory, train_dataset=..., args=...)"""
+
+_UNSEEN = (
+    "The calls of vLLM{others} need a server or packages that were not there when this was written: they follow their "
+    "documentation and were not run on this export. Compare a few scores with transformers' before you rely on them."
+)
+
+
+def is_token_classifier(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is a token classifier's."""
+    return config["architectures"][0].endswith("ForTokenClassification")
+
+
+def usage_sections(config: Mapping[str, Any]) -> list[str]:
+    """The paragraphs on calling a model with this config.json from transformers, jaxprm, vLLM, SGLang and TRL."""
+    two = config.get("num_labels", 1) == 2
+    if two:
+        vllm = {"INDEX": "1", "NOTE": "a softmax, as config.json has two labels"}
+    else:
+        vllm = {"INDEX": "0", "NOTE": 'the raw value: config.json says problem_type "regression"'}
+    replaced = vllm | {"DTYPE": config["dtype"]}
+    if is_token_classifier(config):
+        value = ".softmax(-1)[:, 1]" if two else "[:, 0]"
+        parts = [_TOKEN, _JAXPRM, _VLLM_TOKEN, _token_consumers(), _UNSEEN.format(others="")]
+    else:
+        value = ".softmax(-1)[1]" if two else "[0]"
+        parts = [_SEQUENCE, _JAXPRM, _VLLM_SEQUENCE]
+        parts += [] if two else [_SGLANG_SEQUENCE, _sglang_note(), _TRL_SEQUENCE]
+        parts.append(_UNSEEN.format(others="" if two else ", SGLang and TRL"))
+    for name, text in (replaced | {"VALUE": value}).items():
+        parts = [part.replace(name, text) for part in parts]
+    return ["With transformers:", *parts]
+
+
+def _sglang_note() -> str:
+    return (
+        "SGLang's `/classify` gives the value itself; its `/v1/classify` applies a softmax, which is 1 for a single "
+        "label. Some versions give the head of a sequence classifier a bias that no checkpoint sets."
+    )
+
+
+def _token_consumers() -> str:
+    return (
+        "SGLang and TRL's reward functions load sequence classifiers: for them, export with `--format sequence`. TRL's "
+        "own process reward models are token classifiers of two labels; this one is called as above."
+    )
