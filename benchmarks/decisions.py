@@ -20,13 +20,13 @@ import numpy as np
 
 from jaxprm import environments
 from jaxprm.artifacts.directory import find_model
-from jaxprm.config import Experiment, Policy
+from jaxprm.config import Experiment, PolicyConfig
 from jaxprm.host_memory import keep_freed
 from jaxprm.policies import loading as policies
 from jaxprm.scoring.loading import load_scorer
 from jaxprm.scoring.scorer import Scorer
 from jaxprm.search.beam import beam_search
-from jaxprm.search.branches import Forest
+from jaxprm.search.branches import BranchRunner
 from jaxprm.search.tree import ActionScorer, Node, Tree
 
 # Of two scores: what padding, packing and a cache may change; times their root mean square where that is above 1.
@@ -47,7 +47,7 @@ class Plain:
             for text in texts
         ]
         encoded = [self._scorer.encoder.trajectory(messages, row="candidate") for messages in whole]
-        values = self._scorer.engine.whole([one.tokens for one in encoded], ["candidate"] * len(encoded))
+        values = self._scorer.engine.score_full([one.tokens for one in encoded], ["candidate"] * len(encoded))
         last = [found[one.read_positions[-1]] for one, found in zip(encoded, values, strict=True)]
         return np.split(np.asarray(last), np.cumsum([len(texts) for texts in candidates])[:-1])
 
@@ -68,7 +68,7 @@ class Timed:
 
 def compare(model: Path, *, tasks: int, width: int, actions: int, seed: int = 0) -> dict[str, Any]:
     """{"nodes", "bound", "largest_difference", "parted_within_bound", "parted", "outcomes", "engine", "plain"}."""
-    policy = policies.load(Experiment(name="decisions", seed=seed, policy=Policy(in_flight=64)))
+    policy = policies.load(Experiment(name="decisions", seed=seed, policy=PolicyConfig(in_flight=64)))
     make = lambda: environments.create("textcraft", TEXTCRAFT)
     names = make().tasks("test")
     names = [names[index * len(names) // tasks] for index in range(tasks)]
@@ -76,7 +76,7 @@ def compare(model: Path, *, tasks: int, width: int, actions: int, seed: int = 0)
     # The first of each compiles, and draws what all will draw: only the second is timed.
     for name in ("engine", "plain") * 2:
         scorer = load_scorer(model, rows=32, max_tokens=960)
-        judge, forest = Timed(scorer if name == "engine" else Plain(scorer)), Forest(make)
+        judge, forest = Timed(scorer if name == "engine" else Plain(scorer)), BranchRunner(make)
         trees[name] = beam_search(
             names,
             forest,

@@ -104,14 +104,14 @@ def make_checkpoint(directory: Path, config) -> int:
     """Writes config.json and sharded weights; returns the bytes of the largest tensor."""
     from jaxprm.hf.config import hf_config
     from jaxprm.hf.names import tensors
-    from jaxprm.hf.writer import Tensor, write_weights
+    from jaxprm.hf.writer import TensorToWrite, write_weights
 
     described = hf_config(config, reward=False, pad_id=0, end_id=1, max_length=32_768, dtype="bfloat16")
     (directory / "config.json").write_text(json.dumps(described))
     wanted = list(tensors(config, reward=False))
     write_weights(
         directory,
-        [Tensor(one.name, one.shape, lambda one=one: random_bfloat16(one.name, one.shape)) for one in wanted],
+        [TensorToWrite(one.name, one.shape, lambda one=one: random_bfloat16(one.name, one.shape)) for one in wanted],
         dtype="bfloat16",
     )
     return max(2 * int(np.prod(one.shape)) for one in wanted)
@@ -128,8 +128,8 @@ def import_checkpoint(directory: Path, config, devices: int):
 
     places = None
     if devices > 1:
-        mesh = sharding.make_mesh(config_lib.Mesh(data=1, fsdp=devices))
-        placed = sharding.place(mesh, reader.abstract(config, reward=False))
+        mesh = sharding.make_mesh(config_lib.MeshConfig(data=1, fsdp=devices))
+        placed = sharding.with_shardings(mesh, reader.abstract(config, reward=False))
         places = jax.tree.map(lambda leaf: leaf.sharding, placed)
     _, state = reader.load_transformer(directory, dtype=jnp.bfloat16, shardings=places)
     return jax.block_until_ready(state)

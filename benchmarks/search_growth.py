@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from jaxprm.host_memory import keep_freed
-from jaxprm.scoring.bench import Setting, bench_engine
+from jaxprm.scoring.bench import TreeSizes, bench_engine
 
 LENGTHS = {"prompt_tokens": 300, "action_tokens": 20, "observation_tokens": 40, "beams": 4}
 DEPTHS, CANDIDATES = (5, 10, 20, 40), (2, 4, 8, 16, 32)
@@ -28,8 +28,8 @@ DEPTHS, CANDIDATES = (5, 10, 20, 40), (2, 4, 8, 16, 32)
 def measure(depths: Sequence[int], candidates: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
     """{"depth": [...], "candidates": [...]}, a row for each search."""
     settings = {
-        "depth": [Setting(**LENGTHS, candidates=4, depth=depth) for depth in depths],
-        "candidates": [Setting(**LENGTHS, candidates=count, depth=10) for count in candidates],
+        "depth": [TreeSizes(**LENGTHS, candidates=4, depth=depth) for depth in depths],
+        "candidates": [TreeSizes(**LENGTHS, candidates=count, depth=10) for count in candidates],
     }
     rows: dict[str, list[dict[str, Any]]] = {}
     for axis, some in settings.items():

@@ -44,7 +44,7 @@ from jaxprm.workflow.run import run
 from jaxprm.workflow.workdir import WorkDirectory
 
 CONFIG = Path(__file__).parents[1] / "configs/textcraft_tiny.py"
-SETTINGS = config_lib.RewardModel(label="bench")
+SETTINGS = config_lib.RewardModelConfig(label="bench")
 SQUARE = 2048  # of the products that the peak is measured by
 SIZES = {  # of the models that are compared with torch; `tiny` has the shipped policy's
     "tiny": TransformerConfig(
@@ -65,8 +65,8 @@ def seconds_of(work: Callable[[], Any]) -> float:
 class Ours:
     """A model with its jitted step: the state goes from call to call."""
 
-    def __init__(self, config: TransformerConfig, data: config_lib.Data, *, steps: int, parameters: Any = None):
-        self.mesh = sharding.make_mesh(config_lib.Mesh())
+    def __init__(self, config: TransformerConfig, data: config_lib.DataConfig, *, steps: int, parameters: Any = None):
+        self.mesh = sharding.make_mesh(config_lib.MeshConfig())
         self.programs = make_programs(SETTINGS, config, self.mesh, length=data.length, steps=steps, seed=0)
         if parameters is None:
             parameters = nnx.state(RewardModel(config, rngs=nnx.Rngs(0)))
@@ -82,7 +82,7 @@ class Ours:
         jax.block_until_ready((self.state, metrics))
 
 
-def full_batch(config: TransformerConfig, data: config_lib.Data) -> dict[str, np.ndarray]:
+def full_batch(config: TransformerConfig, data: config_lib.DataConfig) -> dict[str, np.ndarray]:
     """Random tokens, one trajectory a row, as FLOPs are counted."""
     rng, (rows, length, steps) = np.random.default_rng(0), (data.rows, data.length, data.steps_per_row)
     ends = np.broadcast_to(np.linspace(1, length - 1, steps).astype(np.int32), (rows, steps))
@@ -120,7 +120,7 @@ def matmuls(torch: bool) -> dict[str, Callable[[], float]]:
 
 
 def bench_peak(
-    config: TransformerConfig, data: config_lib.Data, *, rounds: int, torch: bool, progress: Any
+    config: TransformerConfig, data: config_lib.DataConfig, *, rounds: int, torch: bool, progress: Any
 ) -> dict[str, Any]:
     """{"share", "shares", "flops_per_step", "step_seconds", "peak_flops": {library: ...}, "parameters"}.
 
@@ -152,16 +152,16 @@ def bench_peak(
     }
 
 
-def real_dataset(workdir: Path, data: config_lib.Data, *, tasks: int, attempts: int) -> Dataset:
+def real_dataset(workdir: Path, data: config_lib.DataConfig, *, tasks: int, attempts: int) -> Dataset:
     """Shards of the shipped policy's attempts at training tasks; what is there already is not made again."""
     shipped = config_lib.load(CONFIG)
-    collection = config_lib.Collection(train_tasks=tasks, validation_tasks=1, trajectories_per_task=attempts)
+    collection = config_lib.CollectionConfig(train_tasks=tasks, validation_tasks=1, trajectories_per_task=attempts)
     experiment = msgspec.structs.replace(shipped, name="bench", collection=collection, data=data)
     run(experiment, workdir, until="build")
     return open_dataset(WorkDirectory(workdir) / "shards")
 
 
-def packing(dataset: Dataset, data: config_lib.Data, epochs: int) -> dict[str, Any]:
+def packing(dataset: Dataset, data: config_lib.DataConfig, epochs: int) -> dict[str, Any]:
     """{"padding", "batches", ...}: the share of token slots that hold none, in the batches of `epochs` epochs."""
     batches = training_batches(dataset, "train", **_shape(data), epochs=epochs, seed=0)
     lengths = batches.split.lengths
@@ -175,7 +175,7 @@ def packing(dataset: Dataset, data: config_lib.Data, epochs: int) -> dict[str, A
 
 
 def bench_speed(
-    config: TransformerConfig, dataset: Dataset, data: config_lib.Data, *, rounds: int, torch: bool, progress: Any
+    config: TransformerConfig, dataset: Dataset, data: config_lib.DataConfig, *, rounds: int, torch: bool, progress: Any
 ) -> dict[str, Any]:
     """{"runs": {name: {"tokens_per_second", "padding", "tokens", "seconds"}}, "ratios": {name: of every round}, ...}.
 
@@ -235,14 +235,14 @@ def bench_speed(
     }
 
 
-def endless(dataset: Dataset, data: config_lib.Data) -> Iterator[dict[str, np.ndarray]]:
+def endless(dataset: Dataset, data: config_lib.DataConfig) -> Iterator[dict[str, np.ndarray]]:
     seed = 0
     while True:
         yield from training_batches(dataset, "train", **_shape(data), epochs=8, seed=seed)
         seed += 1
 
 
-def _shape(data: config_lib.Data) -> dict[str, int]:
+def _shape(data: config_lib.DataConfig) -> dict[str, int]:
     return {"rows": data.rows, "length": data.length, "steps_per_row": data.steps_per_row}
 
 
@@ -285,7 +285,7 @@ def main(arguments: list[str] | None = None) -> None:
     if unknown := set(sizes) - SIZES.keys():
         parser.error(f"--sizes {min(unknown)}: must be of {', '.join(SIZES)}")
 
-    data = config_lib.Data(rows=options.rows, length=options.length, steps_per_row=options.length // 16)
+    data = config_lib.DataConfig(rows=options.rows, length=options.length, steps_per_row=options.length // 16)
     dataset = real_dataset(options.workdir, data, tasks=options.tasks, attempts=options.attempts)
     found: dict[str, Any] = {"load_before": os.getloadavg()[0], "cpus": len(os.sched_getaffinity(0))}
     found["padding"] = packing(dataset, data, epochs=4)
@@ -300,7 +300,7 @@ def main(arguments: list[str] | None = None) -> None:
                 head_dim=64,
                 intermediate_size=options.hidden * 8 // 3 // 64 * 64,
             )
-            full = config_lib.Data(rows=4, length=512, steps_per_row=32)
+            full = config_lib.DataConfig(rows=4, length=512, steps_per_row=32)
             found["peak"] = bench_peak(model, full, rounds=options.rounds, torch=options.torch, progress=progress)
         found["speed"] = {
             size: bench_speed(SIZES[size], dataset, data, rounds=options.rounds, torch=options.torch, progress=progress)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForTokenClassification
 
-from data_pipeline.shards import Split
+from data_pipeline.shards import ShardSplit
 from jaxprm.hf import reader
 from jaxprm.model.config import TransformerConfig
 
@@ -31,7 +31,7 @@ def load(config: TransformerConfig, parameters: Any, *, max_length: int) -> Any:
 class TokenClassification:
     """Trains step by step on a split: label 1 at every step of a trajectory that succeeded, 0 of one that did not."""
 
-    def __init__(self, model: Any, split: Split, pad_id: int, *, rows: int, grouped: bool):
+    def __init__(self, model: Any, split: ShardSplit, pad_id: int, *, rows: int, grouped: bool):
         self._model, self._split, self._pad_id, self._rows = model, split, pad_id, rows
         self._optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.01, fused=True)
         self._batches = self._endless(grouped)
@@ -61,7 +61,7 @@ class TokenClassification:
             yield from (whole[at] for at in rng.permutation(len(whole)))
 
 
-def collate(split: Split, examples: np.ndarray, pad_id: int) -> dict[str, torch.Tensor]:
+def collate(split: ShardSplit, examples: np.ndarray, pad_id: int) -> dict[str, torch.Tensor]:
     """Trajectories padded to the longest, [B, T] each; labels where a step ends, of the trajectory's outcome."""
     lengths = split.lengths[examples]
     shape = (len(examples), int(lengths.max()))

@@ -7,13 +7,13 @@ checkpoint is as large, three lie on the disk at times, and each passes through 
 0.1 GB. With reward_models.0.trainable=full take optimizer=adafactor, or a disk and a host that are large enough.
 """
 
-from jaxprm.config import Data, Experiment, RewardModel
+from jaxprm.config import DataConfig, Experiment, RewardModelConfig
 
 config = Experiment(
     name="colab",
-    data=Data(rows=8, length=2048, steps_per_row=64, too_long="error"),
+    data=DataConfig(rows=8, length=2048, steps_per_row=64, too_long="error"),
     reward_models=(
-        RewardModel(
+        RewardModelConfig(
             label="agentprm",
             trainable="lora",
             epochs=4,

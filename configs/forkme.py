@@ -9,36 +9,46 @@ docs/your-environment.md has a complete small example, docs/concepts.md says wha
 
 import msgspec
 
-from jaxprm.config import Collection, Data, Environment, Experiment, Policy, RewardModel, Search
+from jaxprm.config import (
+    CollectionConfig,
+    DataConfig,
+    EnvironmentConfig,
+    Experiment,
+    PolicyConfig,
+    RewardModelConfig,
+    SearchConfig,
+)
 
 config = Experiment(
     name="mine",
     # Decides every draw: the same config and seed give the same trajectories and searches.
     seed=0,
     # A registered name, or "module:attribute" of your own class; `arguments` go to its constructor.
-    environment=Environment(name="textcraft", arguments={"distractors": 4}),
+    environment=EnvironmentConfig(name="textcraft", arguments={"distractors": 4}),
     # `path` is a Qwen2 model directory in Hugging Face format; "default" is the TextCraft policy of the package.
     # `endpoint` asks a server instead, and "module:attribute" is a class of your own: see docs/your-policy.md.
     # An action is cut at `max_action_tokens`, and an episode that outgrows `max_tokens` can only say nothing.
     # `in_flight` episodes are played at once: more is faster until memory or the cores are full.
-    policy=Policy(path="default", max_action_tokens=64, max_tokens=896, in_flight=64),
+    policy=PolicyConfig(path="default", max_action_tokens=64, max_tokens=896, in_flight=64),
     # None takes all tasks of a split. The reward model learns from differences between attempts at one task:
     # prefer 16 trajectories of fewer tasks to one of many, and a policy that succeeds in 10 to 90 % of its attempts.
-    collection=Collection(train_tasks=120, validation_tasks=30, trajectories_per_task=16, temperature=1.0),
+    collection=CollectionConfig(train_tasks=120, validation_tasks=30, trajectories_per_task=16, temperature=1.0),
     # A batch is `rows` times `length` tokens and at most `steps_per_row` steps a row. Longer trajectories are an
     # "error", "drop"ped, or cut to a "window" of their first steps; shards/metadata.json counts them.
-    data=Data(rows=8, length=512, steps_per_row=32, too_long="window"),
+    data=DataConfig(rows=8, length=512, steps_per_row=32, too_long="window"),
     # All are trained on the same trajectories, from the policy's weights. A label names files and curves.
     reward_models=(
-        RewardModel(label="agentprm", objective="agentprm", beta=1.0, gae_lambda=0.95, epochs=2, learning_rate=3e-4),
-        RewardModel(label="agentprm_no_progress", objective="agentprm", beta=0.0, epochs=2, learning_rate=3e-4),
-        RewardModel(label="pvm", objective="pvm", beta=0.0, epochs=2, learning_rate=3e-4),
+        RewardModelConfig(
+            label="agentprm", objective="agentprm", beta=1.0, gae_lambda=0.95, epochs=2, learning_rate=3e-4
+        ),
+        RewardModelConfig(label="agentprm_no_progress", objective="agentprm", beta=0.0, epochs=2, learning_rate=3e-4),
+        RewardModelConfig(label="pvm", objective="pvm", beta=0.0, epochs=2, learning_rate=3e-4),
     ),
     # One reward model a seed. Intervals cover the luck of training from two seeds on; three or more say something.
     reward_seeds=(0,),
     # An environment with fork = "none" takes beams=(): a beam needs to go back.
     # Choose among settings with split="validation"; read test once.
-    search=Search(
+    search=SearchConfig(
         split="test",
         tasks=60,
         temperature=0.7,
@@ -58,9 +68,9 @@ config = Experiment(
 # What --quick takes: the whole loop at a size that only shows that it runs.
 quick = msgspec.structs.replace(
     config,
-    collection=Collection(train_tasks=6, validation_tasks=4, trajectories_per_task=4),
+    collection=CollectionConfig(train_tasks=6, validation_tasks=4, trajectories_per_task=4),
     reward_models=tuple(msgspec.structs.replace(model, epochs=1) for model in config.reward_models),
-    search=Search(
+    search=SearchConfig(
         tasks=4, pool=4, best_of_n=(1, 2, 4), prefix_best_of_n=(1, 2, 4), beams=((2, 2),), stepwise=(2,), trees=2
     ),
     bootstrap_samples=200,

@@ -11,11 +11,21 @@ and searches at temperature 0.7. It does not give the batch, the warmup, the wei
 are ours. One chip: reward_models.0.microbatches=16, and so on for each; docs/training.md says what else saves memory.
 """
 
-from jaxprm.config import Collection, Data, Endpoint, Environment, Experiment, Mesh, Policy, RewardModel, Search
+from jaxprm.config import (
+    CollectionConfig,
+    DataConfig,
+    EndpointConfig,
+    EnvironmentConfig,
+    Experiment,
+    MeshConfig,
+    PolicyConfig,
+    RewardModelConfig,
+    SearchConfig,
+)
 
 
-def reward_model(label: str, objective: str, beta: float) -> RewardModel:
-    return RewardModel(
+def reward_model(label: str, objective: str, beta: float) -> RewardModelConfig:
+    return RewardModelConfig(
         label=label,
         objective=objective,
         beta=beta,
@@ -36,21 +46,24 @@ def reward_model(label: str, objective: str, beta: float) -> RewardModel:
 
 config = Experiment(
     name="paper_qwen2_5_0_5b",
-    environment=Environment(name="textcraft"),  # ten distractors and twenty rounds
-    policy=Policy(
-        endpoint=Endpoint(model="Qwen/Qwen2.5-0.5B-Instruct"), max_action_tokens=256, max_tokens=4096, in_flight=128
+    environment=EnvironmentConfig(name="textcraft"),  # ten distractors and twenty rounds
+    policy=PolicyConfig(
+        endpoint=EndpointConfig(model="Qwen/Qwen2.5-0.5B-Instruct"),
+        max_action_tokens=256,
+        max_tokens=4096,
+        in_flight=128,
     ),
     base_model="Qwen/Qwen2.5-0.5B-Instruct",
-    collection=Collection(trajectories_per_task=16, temperature=1.0),
-    data=Data(rows=16, length=4096, steps_per_row=128, too_long="window"),
+    collection=CollectionConfig(trajectories_per_task=16, temperature=1.0),
+    data=DataConfig(rows=16, length=4096, steps_per_row=128, too_long="window"),
     reward_models=(
         reward_model("agentprm", "agentprm", 1.0),
         reward_model("agentprm_no_progress", "agentprm", 0.0),
         reward_model("pvm", "pvm", 0.0),
         reward_model("orm", "orm", 0.0),
     ),
-    mesh=Mesh(data=1, fsdp=-1),
-    search=Search(
+    mesh=MeshConfig(data=1, fsdp=-1),
+    search=SearchConfig(
         temperature=0.7,
         pool=64,
         best_of_n=(1, 2, 4, 8, 16, 32, 64),

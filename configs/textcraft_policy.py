@@ -3,14 +3,16 @@
 python -m jaxprm imitate configs/textcraft_policy.py --workdir runs/policy
 """
 
-from jaxprm.config import Environment, Experiment, Imitation, Model, Policy
+from jaxprm.config import DecoderConfig, EnvironmentConfig, Experiment, ImitationConfig, PolicyConfig
 
 config = Experiment(
     name="textcraft_policy",
-    environment=Environment(name="textcraft", arguments={"distractors": 4}),
-    policy=Policy(in_flight=64, max_action_tokens=64, max_tokens=896),
-    model=Model(vocab_size=1280, hidden_size=128, layers=4, heads=4, kv_heads=2, head_dim=32, intermediate_size=256),
-    imitation=Imitation(
+    environment=EnvironmentConfig(name="textcraft", arguments={"distractors": 4}),
+    policy=PolicyConfig(in_flight=64, max_action_tokens=64, max_tokens=896),
+    model=DecoderConfig(
+        vocab_size=1280, hidden_size=128, layers=4, heads=4, kv_heads=2, head_dim=32, intermediate_size=256
+    ),
+    imitation=ImitationConfig(
         steps=6_000,
         rows=8,
         length=512,

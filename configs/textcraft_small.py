@@ -6,22 +6,30 @@ python -m jaxprm run configs/textcraft_small.py 'reward_seeds=[0]' --workdir run
 python -m jaxprm run configs/textcraft_small.py --workdir runs/small
 """
 
-from jaxprm.config import Collection, Data, Environment, Experiment, Policy, RewardModel, Search
+from jaxprm.config import (
+    CollectionConfig,
+    DataConfig,
+    EnvironmentConfig,
+    Experiment,
+    PolicyConfig,
+    RewardModelConfig,
+    SearchConfig,
+)
 
 config = Experiment(
     name="textcraft_small",
-    environment=Environment(name="textcraft", arguments={"distractors": 4, "max_rounds": 12}),
-    policy=Policy(path="default", in_flight=128, max_action_tokens=64, max_tokens=896),
-    collection=Collection(trajectories_per_task=16),
-    data=Data(rows=8, length=512, steps_per_row=32, too_long="window"),
+    environment=EnvironmentConfig(name="textcraft", arguments={"distractors": 4, "max_rounds": 12}),
+    policy=PolicyConfig(path="default", in_flight=128, max_action_tokens=64, max_tokens=896),
+    collection=CollectionConfig(trajectories_per_task=16),
+    data=DataConfig(rows=8, length=512, steps_per_row=32, too_long="window"),
     reward_models=(
-        RewardModel(label="agentprm", objective="agentprm", epochs=1, evaluate_every=200),
-        RewardModel(label="pvm", objective="pvm", beta=0.0, epochs=1, evaluate_every=200),
-        RewardModel(label="orm", objective="orm", beta=0.0, epochs=1, evaluate_every=200),
-        RewardModel(label="agentprm_no_progress", objective="agentprm", beta=0.0, epochs=1, evaluate_every=200),
+        RewardModelConfig(label="agentprm", objective="agentprm", epochs=1, evaluate_every=200),
+        RewardModelConfig(label="pvm", objective="pvm", beta=0.0, epochs=1, evaluate_every=200),
+        RewardModelConfig(label="orm", objective="orm", beta=0.0, epochs=1, evaluate_every=200),
+        RewardModelConfig(label="agentprm_no_progress", objective="agentprm", beta=0.0, epochs=1, evaluate_every=200),
     ),
     reward_seeds=(0, 1, 2),
-    search=Search(
+    search=SearchConfig(
         pool=128,
         best_of_n=(1, 2, 4, 8, 16, 32, 64, 128),
         prefix_best_of_n=(1, 2, 4, 8, 16, 32, 64, 128),

@@ -19,7 +19,7 @@ import tensorflow as tf
 
 from data_pipeline.errors import DataError
 from data_pipeline.packing import plan_epochs
-from data_pipeline.shards import Dataset, Split, open_dataset
+from data_pipeline.shards import Dataset, ShardSplit, open_dataset
 
 Batch = dict[str, np.ndarray]
 
@@ -284,7 +284,7 @@ def evaluation_batches(
     return EvaluationBatches(_PackedSplit(dataset, split, shape, window=window, epochs=1, seed=None))
 
 
-def _check_fit(split: Split, shape: Shape) -> None:
+def _check_fit(split: ShardSplit, shape: Shape) -> None:
     for what, sizes, bound, field in (
         ("tokens", split.lengths, shape.length, "length"),
         ("steps", split.step_counts, shape.steps_per_row, "steps_per_row"),

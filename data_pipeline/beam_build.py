@@ -32,8 +32,8 @@ from data_pipeline.errors import MOST_LISTED, DataError, SplitError
 from data_pipeline.metadata import FILE, Metadata, Shard, shard_of
 from data_pipeline.output import check_output, replace
 from data_pipeline.records import (
-    Counts,
     Preparation,
+    RowCounts,
     Sizes,
     TooLong,
     check_not_empty,
@@ -58,7 +58,7 @@ Placed = tuple[int, dict[str, Any]]  # a record with its place
 class _Summary(msgspec.Struct):
     """What is known of the rows: counts by split, in the order of their first rows, and what is wrong with some."""
 
-    counts: list[tuple[str, Counts]]
+    counts: list[tuple[str, RowCounts]]
     bad: int
     first_bad: list[tuple[int, str]]
     leak: list[tuple[int, str]]
@@ -200,7 +200,9 @@ class _Prepare(beam.DoFn):
             name = f"{where} ({trajectory.id})"
             split = split_of_row(trajectory, given, name)
             yield TaggedOutput("tasks", (trajectory.task_id, {split: (place, name)}))
-            yield TaggedOutput("counts", (split, (place, Counts())))  # the split is there, whatever becomes of the row
+            yield TaggedOutput(
+                "counts", (split, (place, RowCounts()))
+            )  # the split is there, whatever becomes of the row
             prepared = self._preparation.prepare(trajectory, name)
         except DataError as error:
             yield TaggedOutput("bad", (place, str(error)))
@@ -233,8 +235,8 @@ def _summarize(pipeline: beam.Pipeline, prepared: Any, path: str) -> None:
     pipeline | "Summary" >> beam.Create([path]) | "Summarize" >> beam.Map(_store_summary, **parts)
 
 
-def _add_counts(found: Iterable[tuple[int, Counts]]) -> tuple[int, Counts]:
-    first, total = 1 << 62, Counts()
+def _add_counts(found: Iterable[tuple[int, RowCounts]]) -> tuple[int, RowCounts]:
+    first, total = 1 << 62, RowCounts()
     for place, counts in found:
         first, total = min(first, place), total + counts
     return first, total

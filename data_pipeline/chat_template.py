@@ -68,7 +68,7 @@ class FrozenMessage(NamedTuple):
         return plain
 
 
-Conversation = tuple[FrozenMessage, ...]
+FrozenConversation = tuple[FrozenMessage, ...]
 
 
 class ChatTemplate:
@@ -95,7 +95,7 @@ class ChatTemplate:
             raise DataError(f"the chat template of {source} is not valid Jinja: {one_line(error)}") from None
         self._cached = Remembered(self._render, size=_rendering_bytes, most=_RENDERINGS)
 
-    def render(self, messages: Conversation, tools: Tools, generation: bool, row: str) -> str:
+    def render(self, messages: FrozenConversation, tools: Tools, generation: bool, row: str) -> str:
         """The conversation as text; with `generation`, up to where the next assistant message begins."""
         encoded = msgspec.json.encode(tools) if tools else b""
         try:
@@ -106,7 +106,7 @@ class ChatTemplate:
                 f"{one_line(error)}{self._advice}"
             ) from None
 
-    def _where(self, messages: Conversation, tools: bytes, generation: bool) -> str:
+    def _where(self, messages: FrozenConversation, tools: bytes, generation: bool) -> str:
         """Where rendering fails: at the message after the longest part of the conversation that can be rendered."""
         for count in range(len(messages) - (not generation), 0, -1):
             with suppress(Exception):
@@ -115,7 +115,7 @@ class ChatTemplate:
                 return f"at {at}"
         return f"at message 0 ({messages[0].role})" if messages else "without messages"
 
-    def _render(self, messages: Conversation, tools: bytes, generation: bool) -> str:
+    def _render(self, messages: FrozenConversation, tools: bytes, generation: bool) -> str:
         return self._compiled.render(
             messages=[message.for_template() for message in messages],
             tools=msgspec.json.decode(tools) if tools else None,
@@ -125,7 +125,7 @@ class ChatTemplate:
         )
 
 
-def _rendering_bytes(arguments: tuple[Conversation, bytes, bool], text: str) -> int:
+def _rendering_bytes(arguments: tuple[FrozenConversation, bytes, bool], text: str) -> int:
     """The text, and about as much for the messages that it was made of."""
     messages, tools, _ = arguments
     return 2 * sys.getsizeof(text) + len(tools) + 256 * (1 + len(messages))
@@ -246,7 +246,7 @@ def read_template(template: str | PathLike[str] | None) -> str | None:
         ) from None
 
 
-def choose(tokenizer: PreTrainedTokenizerFast, template: str | PathLike[str] | None, *, source: str) -> None:
+def choose_template(tokenizer: PreTrainedTokenizerFast, template: str | PathLike[str] | None, *, source: str) -> None:
     """Gives a tokenizer the template `template`: None or "own", the name of a shipped one, or a file.
 
     A shipped template also says which token ends a message.

@@ -26,12 +26,12 @@ from transformers import PreTrainedTokenizerFast
 from data_pipeline.chat_template import (
     OWN,
     ChatTemplate,
-    Conversation,
+    FrozenConversation,
     Messages,
     Tools,
     advice,
     as_messages,
-    choose,
+    choose_template,
     freeze,
     load_tokenizer,
     write_tokenizer,
@@ -106,7 +106,7 @@ class Encoder:
         (chat_template.SHIPPED) or a file; None or "own" for its own.
         """
         tokenizer = load_tokenizer(Path(directory))
-        choose(tokenizer, template, source=str(directory))
+        choose_template(tokenizer, template, source=str(directory))
         named = "" if template in (None, OWN) else f" (template {template})"
         return cls(tokenizer, source=f"{directory}{named}")
 
@@ -193,7 +193,7 @@ class Encoder:
             message_indices=np.asarray([step.message for step in table], np.int32),
         )
 
-    def _state_position(self, whole: _Pieces, before: Conversation, tools: Tools, row: str) -> int:
+    def _state_position(self, whole: _Pieces, before: FrozenConversation, tools: Tools, row: str) -> int:
         """Last token of the rendering that asks for the message after `before`, or of `before` if that is no prefix."""
         for generation in (True, False):
             rendering = self._template.render(before, tools, generation, row)
@@ -203,7 +203,7 @@ class Encoder:
         raise self._rewritten(whole, rendering, len(before) - 1, row)
 
     def _read_positions(
-        self, whole: _Pieces, upto: Conversation, message: Message, tools: Tools, row: str
+        self, whole: _Pieces, upto: FrozenConversation, message: Message, tools: Tools, row: str
     ) -> list[int]:
         """Where the steps of the last message of `upto` are read: at the ends of its parts, the last at its own end."""
         index = len(upto) - 1
@@ -228,7 +228,7 @@ class Encoder:
             ends.append(position)
         return [*ends, end]
 
-    def _verify_text(self, whole: _Pieces, conversation: Conversation, row: str) -> None:
+    def _verify_text(self, whole: _Pieces, conversation: FrozenConversation, row: str) -> None:
         if self._backend.encode_batch_fast([whole.text], add_special_tokens=False)[0].ids != whole.ids:
             raise DataError(f"{row}: {self.source} encodes the conversation otherwise than its turns one by one")
         decoded = self.decode(whole.ids)
@@ -245,7 +245,7 @@ class Encoder:
                         f"({message.role}: {_short(forms[0])}){self._advice}"
                     )
 
-    def _verify_tools(self, whole: _Pieces, conversation: Conversation, tools: Tools, row: str) -> None:
+    def _verify_tools(self, whole: _Pieces, conversation: FrozenConversation, tools: Tools, row: str) -> None:
         if tools and self._template.render(conversation, None, False, row) == whole.text:
             raise DataError(f"{row}: the chat template of {self.source} leaves out the tools{self._advice}")
 
@@ -307,7 +307,7 @@ class Encoder:
             token.lstrip or token.rstrip or token.single_word or token.normalized for token in tokens.values()
         )
 
-    def _conversation(self, messages: Sequence[Message], row: str) -> Conversation:
+    def _conversation(self, messages: Sequence[Message], row: str) -> FrozenConversation:
         conversation = tuple(map(freeze, messages))
         for index, message in enumerate(conversation):
             found = self.special_in(message.raw_text())

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 
-class Plan(NamedTuple):
+class PackingPlan(NamedTuple):
     """Rows of epochs. Row r holds trajectories members[starts[r]:starts[r + 1]]; epoch e ends before row ends[e]."""
 
     members: np.ndarray  # int32
@@ -82,7 +82,7 @@ def _first_fit(
 
 def plan_epochs(
     lengths: np.ndarray, steps: np.ndarray, *, capacity: int, slots: int, window: int, epochs: int, seed: int | None
-) -> Plan:
+) -> PackingPlan:
     """Packs every trajectory once an epoch, in an order that depends on seed and epoch alone.
 
     The order is cut into windows of `window` trajectories, each packed by itself and its rows shuffled, since packing
@@ -96,7 +96,7 @@ def plan_epochs(
         packed.extend(_plan_epoch(lengths, steps, capacity=capacity, slots=slots, window=window, random=random))
         ends.append(len(packed))
     counts = [len(row) for row in packed]
-    return Plan(
+    return PackingPlan(
         members=np.fromiter((item for row in packed for item in row), np.int32, sum(counts)),
         starts=np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]),
         ends=np.asarray(ends, np.int64),

@@ -28,7 +28,7 @@ class _Steps(NamedTuple):
     step_labels: np.ndarray
 
 
-class Counts(NamedTuple):
+class RowCounts(NamedTuple):
     """Rows of a split, and those of them that ended in an error, were too long and left out, or cut."""
 
     rows: int = 0
@@ -36,8 +36,8 @@ class Counts(NamedTuple):
     dropped: int = 0
     windowed: int = 0
 
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(*map(sum, zip(self, other, strict=True)))
+    def __add__(self, other: RowCounts) -> RowCounts:
+        return RowCounts(*map(sum, zip(self, other, strict=True)))
 
 
 class Sizes(NamedTuple):
@@ -50,10 +50,10 @@ class Sizes(NamedTuple):
     tasks: list[bytes]
 
 
-class Prepared(NamedTuple):
+class PreparedRow(NamedTuple):
     """What becomes of a row: what it adds to the counts, and what is stored of it, None where it is left out."""
 
-    counts: Counts
+    counts: RowCounts
     steps: _Steps | None
 
 
@@ -64,13 +64,13 @@ class Preparation:
         self._encoder, self._max_length, self._too_long = encoder, max_length, too_long
         self._encoded: dict[bytes, Encoded] = {}
 
-    def prepare(self, trajectory: Trajectory, row: str) -> Prepared:
+    def prepare(self, trajectory: Trajectory, row: str) -> PreparedRow:
         """Raises DataError for a row that cannot be trained on."""
         if trajectory.ended == "error":
-            return Prepared(Counts(rows=1, errors=1), None)
+            return PreparedRow(RowCounts(rows=1, errors=1), None)
         steps = _steps(trajectory, self._encode(trajectory, row), row)
         if self._max_length is None or len(steps.tokens) <= self._max_length:
-            return Prepared(Counts(rows=1), steps)
+            return PreparedRow(RowCounts(rows=1), steps)
         if self._too_long == "error":
             raise DataError(
                 f"{row}: {len(steps.tokens)} tokens, max_length is {self._max_length}; "
@@ -78,8 +78,8 @@ class Preparation:
             )
         # A window needs one whole step: a prompt that fills it leaves nothing to train on.
         if self._too_long == "drop" or steps.read_positions[0] >= self._max_length:
-            return Prepared(Counts(rows=1, dropped=1), None)
-        return Prepared(Counts(rows=1, windowed=1), self._window(steps))
+            return PreparedRow(RowCounts(rows=1, dropped=1), None)
+        return PreparedRow(RowCounts(rows=1, windowed=1), self._window(steps))
 
     def _encode(self, trajectory: Trajectory, row: str) -> Encoded:
         key = hashlib.sha256(msgspec.json.encode([trajectory.messages, trajectory.tools])).digest()
@@ -125,7 +125,7 @@ def sizes_of(records: Sequence[Mapping[str, Any]]) -> Sizes:
     )
 
 
-def split_metadata(counts: Counts, sizes: Sizes) -> SplitMetadata:
+def split_metadata(counts: RowCounts, sizes: Sizes) -> SplitMetadata:
     count = len(sizes.lengths)
     return SplitMetadata(
         **counts._asdict(),
@@ -146,7 +146,7 @@ class SplitRecords:
 
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
-        self.counts = Counts()
+        self.counts = RowCounts()
         self._index: dict[bytes, int] = {}
 
     def add(self, trajectory: Trajectory, steps: _Steps) -> None:
@@ -205,7 +205,7 @@ def _steps(trajectory: Trajectory, encoded: Encoded, row: str) -> _Steps:
     return _Steps(encoded.tokens, encoded.read_positions, encoded.state_positions, rewards, labels)
 
 
-def check_not_empty(splits: Mapping[str, tuple[Counts, int]], inputs: Inputs) -> None:
+def check_not_empty(splits: Mapping[str, tuple[RowCounts, int]], inputs: Inputs) -> None:
     """Raises DataError where a split that was asked for, or has rows, has no trajectory to store."""
     missing = [split for split in inputs if split is not None and split not in splits]
     if missing or not splits:

@@ -102,7 +102,7 @@ def describe(directory: Path, splits: Mapping[str, tuple[Sequence[int], int]]) -
     info.write_to_directory(directory)
 
 
-class Split(NamedTuple):
+class ShardSplit(NamedTuple):
     """A split in memory, trajectories one after another: N of them, T tokens and S steps in all.
 
     Trajectory n has tokens[token_starts[n]:token_starts[n + 1]] and steps step_starts[n] to step_starts[n + 1].
@@ -147,7 +147,7 @@ class Dataset:
         self.directory = directory
         self.metadata = metadata
         self.broken = broken or {}
-        self._splits: dict[str, Split] = {}
+        self._splits: dict[str, ShardSplit] = {}
 
     @functools.cached_property
     def _builder(self) -> tfds.core.DatasetBuilder:
@@ -173,14 +173,14 @@ class Dataset:
         info = self._builder.info.splits[name]
         return dict(zip(info.filenames, info.shard_lengths, strict=True))
 
-    def split(self, name: str) -> Split:
+    def split(self, name: str) -> ShardSplit:
         if name not in self.metadata.splits:
             raise DataError(f"{self.directory}: no split {name!r}, only {', '.join(sorted(self.metadata.splits))}")
         if name not in self._splits:
             self._splits[name] = self._read(name)
         return self._splits[name]
 
-    def _read(self, name: str) -> Split:
+    def _read(self, name: str) -> ShardSplit:
         config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)  # files one after another, in order
         files = self._files(name)
         kept = [index for index, file in enumerate(files) if file not in self.broken]
@@ -201,7 +201,7 @@ class Dataset:
         expected = self.metadata.splits[name].trajectories - self.skipped(name).trajectories
         if len(whole["weight"]) != expected:
             raise DataError(f"{self.directory}: split {name} has {len(whole['weight'])} records, not {expected}")
-        return Split(
+        return ShardSplit(
             ids=[id.decode() for id in whole["id"]],
             tasks=[task.decode() for task in whole["task"]],
             weights=whole["weight"].astype(np.float32),

@@ -64,7 +64,7 @@ class Groups(msgspec.Struct, frozen=True, kw_only=True):
     attempts: Spread
 
 
-class Report(msgspec.Struct, frozen=True, kw_only=True):
+class ValidationReport(msgspec.Struct, frozen=True, kw_only=True):
     """What `validate` found. rows = trajectories + bad; `leaks` names tasks in two splits.
 
     `tokens`, `lengths` (metadata.length_histogram) and `too_long` are there with a tokenizer. `equal` counts
@@ -103,7 +103,7 @@ def validate(
     encoder: Encoder | None = None,
     max_length: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Report:
+) -> ValidationReport:
     """Reads every row of JSONL files by split; under None, rows name their own or are counted under "".
 
     With an encoder every conversation is encoded and verified as for training, and one that cannot be is a bad row.
@@ -196,13 +196,13 @@ class _Counts:
             self._leaks.setdefault(key, f"task {task} is {both}; split by task")
         self._tasks[key] = _Task(known.split, known.attempts + 1, min(known.low, low), max(known.high, high))
 
-    def report(self, files: list[str], max_length: int | None) -> Report:
+    def report(self, files: list[str], max_length: int | None) -> ValidationReport:
         for name, split in self._splits.items():
             if known := split.failed + split.partial + split.full:
                 split.mean_outcome = self._outcomes[name] / known
         repeated = [task for task in self._tasks.values() if task.attempts > 1]
         lengths = np.asarray(self._tokens)
-        return Report(
+        return ValidationReport(
             files=files,
             rows=self.rows,
             trajectories=len(self._steps),
@@ -250,12 +250,12 @@ def _is_new(known: set[bytes], text: bytes) -> bool:
 _BAR = 40
 
 
-def to_text(report: Report) -> str:
+def to_text(report: ValidationReport) -> str:
     """What a user wants to know before training, the bad rows at the end."""
     return "\n".join(_lines(report))
 
 
-def _lines(report: Report) -> Iterator[str]:
+def _lines(report: ValidationReport) -> Iterator[str]:
     yield f"{report.rows} rows, {report.trajectories} trajectories, {len(report.bad)} bad"
     for name, counts in report.splits.items():
         yield f"  {name or 'no split'}: {_split(counts)}"
@@ -281,7 +281,7 @@ def _split(counts: SplitCounts) -> str:
     return ", ".join(parts)
 
 
-def _about_trajectories(report: Report) -> Iterator[str]:
+def _about_trajectories(report: ValidationReport) -> Iterator[str]:
     yield f"steps per trajectory: {_spread_line(report.steps)}"
     if report.tokens is not None and report.lengths is not None:
         yield f"tokens per trajectory: {_spread_line(report.tokens)}"

@@ -20,7 +20,7 @@ from jaxprm import config as config_lib
 from jaxprm.artifacts.directory import find_model, read_recipe
 from jaxprm.errors import UserError
 from jaxprm.scoring import loading
-from jaxprm.scoring.scorer import Prepared, Scorer
+from jaxprm.scoring.scorer import PreparedConversation, Scorer
 
 Conversation = Sequence[Message | Mapping[str, Any]]
 
@@ -38,8 +38,8 @@ class ActionScore(NamedTuple):
 class Question(NamedTuple):
     """Candidates of one conversation, encoded; and its last step, whose promise theirs are compared with."""
 
-    candidates: Prepared
-    last: Prepared | None
+    candidates: PreparedConversation
+    last: PreparedConversation | None
 
     @property
     def longest(self) -> int:
@@ -121,7 +121,7 @@ class Model:
         lasts = [next(before)[0] if one.last else None for one in questions]
         return [_scores(found, last) for found, last in zip(promises, lasts, strict=True)]
 
-    def _last_step(self, history: list[dict], tools: list[dict] | None) -> Prepared | None:
+    def _last_step(self, history: list[dict], tools: list[dict] | None) -> PreparedConversation | None:
         """The last step taken; in an agent's loop it was a candidate once, and its promise is remembered."""
         steps = [index for index, one in enumerate(history) if one["role"] == "assistant" and one.get("step", True)]
         return self._scorer.prepare(history[: steps[-1]], [history[steps[-1]]], tools) if steps else None
@@ -152,12 +152,12 @@ def load(
     return Model(scorer, read_recipe(model))
 
 
-def mesh_of(sizes: Mapping[str, int] | None) -> config_lib.Mesh | None:
+def mesh_of(sizes: Mapping[str, int] | None) -> config_lib.MeshConfig | None:
     """The section of a config. Raises UserError for an axis that there is not."""
     if sizes is None:
         return None
     try:
-        return msgspec.convert(dict(sizes), config_lib.Mesh)
+        return msgspec.convert(dict(sizes), config_lib.MeshConfig)
     except msgspec.ValidationError as error:
         raise UserError(f"mesh = {dict(sizes)}: {error}; its axes are data, fsdp, tensor and sequence") from None
 

@@ -366,9 +366,9 @@ def _check_scorer(options) -> int:
 
 def _bench(options) -> int:
     from jaxprm import files
-    from jaxprm.scoring.bench import Setting, bench_search, table
+    from jaxprm.scoring.bench import TreeSizes, bench_search, table
 
-    found = bench_search(Setting(**{name: getattr(options, name) for name in Setting._fields}), torch=options.torch)
+    found = bench_search(TreeSizes(**{name: getattr(options, name) for name in TreeSizes._fields}), torch=options.torch)
     print(table(found))
     if options.json:
         files.write_json(options.json, found)

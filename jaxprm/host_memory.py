@@ -26,7 +26,7 @@ def keep_freed(devices: Path = Path("/dev")) -> bool:
     return all(mallopt(option, value) == 1 for option, value in options)
 
 
-def give_back() -> None:
+def trim_malloc() -> None:
     """Returns what is free now to the system, where glibc can: between tasks whose needs differ."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

@@ -18,7 +18,7 @@ from jaxprm.environments import StepResult
 from jaxprm.errors import UserError
 from jaxprm.policies.rollouts import collect, rollouts, trajectory
 from jaxprm.search.beam import beam_search
-from jaxprm.search.branches import Forest
+from jaxprm.search.branches import BranchRunner
 from jaxprm.search.methods import RandomScorer
 from jaxprm.search.tree import tree_to_dict
 from tests.search.fakes import Factory, ScriptedPolicy, SeededPolicy, TreeGame, Walk
@@ -419,7 +419,7 @@ def test_a_users_own_environment_is_collected_and_searched(tmp_path, monkeypatch
         def score_actions(self, states, candidates):
             return [[-abs(int(text) - 2) for text in texts] for texts in candidates]
 
-    forest = Forest(make)
+    forest = BranchRunner(make)
     for scorer in (Knows(), RandomScorer(0)):
         trees = beam_search(
             tasks, forest, policy, scorer, width=2, actions=4, temperature=0.7, max_rounds=forest.environment.max_rounds

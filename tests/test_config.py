@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxprm import config
-from jaxprm.config import Experiment, RewardModel, Search
+from jaxprm.config import Experiment, RewardModelConfig, SearchConfig
 from jaxprm.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -48,7 +48,7 @@ def message(load, *arguments, **options):
 
 def test_a_file_is_loaded_with_its_defaults(recipe):
     found = config.load(recipe)
-    assert (found.name, found.seed, found.search) == ("mine", 0, Search())
+    assert (found.name, found.seed, found.search) == ("mine", 0, SearchConfig())
     assert [model.label for model in found.reward_models] == ["agentprm", "pvm"]
     # Arguments are what they are after a round trip through config.json.
     assert found.environment.arguments == {"distractors": [0, 4], "names": {"a": "b"}}
@@ -213,7 +213,7 @@ def test_an_experiment_cannot_be_changed():
 
 MODELS = st.lists(
     st.builds(
-        RewardModel,
+        RewardModelConfig,
         label=st.text("abc_019", min_size=1, max_size=8),
         objective=st.sampled_from(["agentprm", "pvm", "orm"]),
         beta=st.floats(0, 10),
@@ -232,7 +232,7 @@ def test_a_config_json_gives_the_experiment_back(models, arguments, seed, reward
     first = Experiment(
         name="x",
         seed=seed,
-        environment=config.Environment(arguments=arguments),
+        environment=config.EnvironmentConfig(arguments=arguments),
         reward_models=models,
         reward_seeds=tuple(reward_seeds),
     )
@@ -374,15 +374,17 @@ def test_a_field_that_came_later_is_recorded_only_where_it_is_set():
         "evaluate_every",
         "checkpoint_every",
     }
-    assert set(config.recorded(config.RewardModel(label="some"))) == before
-    chosen = config.RewardModel(label="some", trainable="lora", lora=config.Lora(rank=4), dtype="bfloat16")
-    assert set(config.recorded(chosen)) == before | {"trainable", "lora", "dtype"}
-    assert config.recorded(chosen)["lora"]["rank"] == 4
+    assert set(config.fingerprint_fields(config.RewardModelConfig(label="some"))) == before
+    chosen = config.RewardModelConfig(label="some", trainable="lora", lora=config.LoraConfig(rank=4), dtype="bfloat16")
+    assert set(config.fingerprint_fields(chosen)) == before | {"trainable", "lora", "dtype"}
+    assert config.fingerprint_fields(chosen)["lora"]["rank"] == 4
 
 
 def test_how_it_is_computed_and_kept_is_not_recorded():
     how = {"remat": "full", "microbatches": 4, "attention": "reference", "checkpoint_minutes": 5.0, "keep_best": 3}
-    assert config.recorded(config.RewardModel(label="some", **how)) == config.recorded(config.RewardModel(label="some"))
+    assert config.fingerprint_fields(config.RewardModelConfig(label="some", **how)) == config.fingerprint_fields(
+        config.RewardModelConfig(label="some")
+    )
 
 
 def test_adapters_of_one_matrix_twice_are_refused():

@@ -29,7 +29,7 @@ above = b"y" * (1 << 20)  # what is below it is no end of the heap
 most = held()
 del blocks
 kept = held()
-host_memory.give_back()
+host_memory.trim_malloc()
 print(most, kept, held())
 """
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jaxprm.export.export import MARKER, export
-from jaxprm.scoring.files import Counts, score_file
+from jaxprm.scoring.files import LineCounts, score_file
 from tests.model import tiny
 
 pytestmark = pytest.mark.slow
@@ -64,6 +64,6 @@ def test_scoring_that_is_killed_goes_on_and_ends_with_the_same_bytes(model, tmp_
     assert not output.exists()
     partial = (tmp_path / "out.jsonl.partial").read_bytes()
     assert 12 <= partial.count(b"\n") < 23 and not partial.endswith(b"\n")
-    assert score_file(model, input, output, chunk=4) == Counts(scored=22, errors=1)
+    assert score_file(model, input, output, chunk=4) == LineCounts(scored=22, errors=1)
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "out.jsonl", "whole.jsonl"}

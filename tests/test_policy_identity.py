@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jaxprm.config import Experiment, Policy
+from jaxprm.config import Experiment, PolicyConfig
 from jaxprm.workflow.context import Run
 
 INDEX = "model.safetensors.index.json"
@@ -27,7 +27,7 @@ def policy(tmp_path) -> Path:
 
 
 def identity(path: Path, **policy) -> str:
-    run = Run(Experiment(name="x", policy=Policy(path=str(path), **policy)), work=None)
+    run = Run(Experiment(name="x", policy=PolicyConfig(path=str(path), **policy)), work=None)
     return run.collect_inputs["policy"]["path"]
 
 

@@ -12,7 +12,7 @@ from data_pipeline.trajectory import read
 from jaxprm import cli, config
 from jaxprm.errors import UserError
 from jaxprm.workflow import context, user_files
-from jaxprm.workflow.user_files import take
+from jaxprm.workflow.user_files import import_files
 from tests.model import tiny
 
 OPTIONS = {"validation_share": 0.25, "seed": 0, "skip_bad": False}
@@ -37,7 +37,7 @@ def outputs(tmp_path):
 def test_rows_go_to_the_split_of_their_file_or_their_own_or_their_tasks(tmp_path, outputs):
     mixed = [*(row(n) for n in range(100)), row(200, split="validation"), row(201, split="test")]
     files = [write(tmp_path / "m", mixed), "validation=" + write(tmp_path / "v", [row(300)])]
-    taken = take(files, outputs, **OPTIONS)
+    taken = import_files(files, outputs, **OPTIONS)
     held = [one.task for one in read(outputs["validation"])]
     assert held[-2:] == ["t200", "t300"] and 10 < len(held) < 45
     assert taken.splits == {"train": 102 - len(held), "validation": len(held), "test": 1} and not taken.bad
@@ -49,7 +49,7 @@ def test_rows_go_to_the_split_of_their_file_or_their_own_or_their_tasks(tmp_path
 def test_task_and_success_are_filled_in_where_the_row_tells_them(tmp_path, outputs):
     rows = [row(1, task=None), row(2, success=True), row(3, outcome=None)]
     files = ["train=" + write(tmp_path / "t", rows), "validation=" + write(tmp_path / "v", [row(4)])]
-    take(files, outputs, **OPTIONS)
+    import_files(files, outputs, **OPTIONS)
     first, second, third = read(outputs["train"])
     assert first.task.startswith("prompt/") and first.success is True
     assert second.success is True and third.success is None
@@ -59,9 +59,9 @@ def test_a_bad_row_is_refused_or_left_out_and_reported(tmp_path, outputs):
     rows = [row(1), "{broken", row(2, messages=[{"role": "user", "content": "x"}]), row(3)]
     files = ["train=" + write(tmp_path / "t", rows), "validation=" + write(tmp_path / "v", [row(4)])]
     with pytest.raises(DataError, match="t:2: JSON is malformed"):
-        take(files, outputs, **OPTIONS)
+        import_files(files, outputs, **OPTIONS)
     assert os.listdir(tmp_path / "w") == []
-    taken = take(files, outputs, **OPTIONS | {"skip_bad": True})
+    taken = import_files(files, outputs, **OPTIONS | {"skip_bad": True})
     assert taken.splits["train"] == 2 and len(taken.bad) == 2
     assert "t:3 (2): no assistant message is a step" in taken.bad[1]
 
@@ -69,14 +69,14 @@ def test_a_bad_row_is_refused_or_left_out_and_reported(tmp_path, outputs):
 def test_a_task_in_two_splits_is_refused_whatever_is_skipped(tmp_path, outputs):
     files = [f"{split}=" + write(tmp_path / split, [row(1)]) for split in ("train", "validation")]
     with pytest.raises(SplitError, match=r"validation:1 \(1\): task t1 is in train and in validation"):
-        take(files, outputs, **OPTIONS | {"skip_bad": True})
+        import_files(files, outputs, **OPTIONS | {"skip_bad": True})
 
 
 def test_a_split_without_a_row_is_refused_with_what_would_do(tmp_path, outputs):
     with pytest.raises(
         UserError, match=r"no trajectory for validation \(1 in train, 0 bad\); .*validation_share = 0.25"
     ):
-        take([write(tmp_path / "t", [row(1, split="train")])], outputs, **OPTIONS)
+        import_files([write(tmp_path / "t", [row(1, split="train")])], outputs, **OPTIONS)
     assert os.listdir(tmp_path / "w") == []
 
 
@@ -91,7 +91,7 @@ def test_the_same_content_elsewhere_is_the_same_and_another_is_not(tmp_path):
 def test_runs_that_sample_do_not_depend_on_the_fields_for_files(tmp_path):
     """Work directories from before these fields came are still theirs."""
     sampled = config.Experiment(name="x")
-    other = msgspec.structs.replace(sampled, collection=config.Collection(validation_share=0.5, skip_bad=True))
+    other = msgspec.structs.replace(sampled, collection=config.CollectionConfig(validation_share=0.5, skip_bad=True))
     inputs = [context.Run(one, context.WorkDirectory(tmp_path)).collect_inputs for one in (sampled, other)]
     assert inputs[0] == inputs[1]
     assert set(inputs[0]["collection"]) == {

@@ -17,7 +17,7 @@ import msgspec
 from data_pipeline import splits
 from data_pipeline.errors import DataError, SplitError
 from data_pipeline.importers import fields, openai, sharegpt, trl
-from data_pipeline.importers.source import Row, read_rows
+from data_pipeline.importers.source import SourceRow, read_rows
 from data_pipeline.output import new_file
 from data_pipeline.trajectory import Trajectory, check_steps, parse_line, to_line
 
@@ -61,7 +61,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     skip_bad: bool = False
 
 
-class Report(msgspec.Struct, kw_only=True):
+class ImportReport(msgspec.Struct, kw_only=True):
     """What became of the rows: rows = written + skipped. `bad` says why, for each that was skipped.
 
     `without_outcome` have neither outcome nor rewards. `notes` counts what was changed or left out inside of written
@@ -85,7 +85,7 @@ def import_trajectories(
     options: Options,
     *,
     progress: Callable[[int, int], None] | None = None,
-) -> Report:
+) -> ImportReport:
     """Writes the trajectories of `inputs` to the new file `output`, JSON Lines, in their order.
 
     progress: called with (bytes read, bytes in all).
@@ -122,7 +122,7 @@ def import_trajectories(
     return report
 
 
-def to_text(report: Report, output: str | PathLike[str]) -> list[str]:
+def to_text(report: ImportReport, output: str | PathLike[str]) -> list[str]:
     """What became of the rows, for a terminal; bad rows not among it."""
     lines = [f"{report.written} trajectories of {report.rows} rows written, {report.skipped} left out: {output}"]
     lines += [f"  {count} in {split or 'no split'}" for split, count in sorted(report.splits.items())]
@@ -139,7 +139,7 @@ class _Converter:
     """Converts rows, and keeps what holds across them: ids are unique, tasks in one split."""
 
     def __init__(self, options: Options):
-        self.report = Report()
+        self.report = ImportReport()
         self._options, self._format = options, FORMATS[options.format]
         self._messages = fields.Path.parse(options.messages or self._format.messages)
         self._paths = {
@@ -159,7 +159,7 @@ class _Converter:
         if options.split_by is not None:
             splits.check_share(options.validation_share)
 
-    def convert(self, row: Row, source: str) -> Trajectory:
+    def convert(self, row: SourceRow, source: str) -> Trajectory:
         """The row's trajectory. Raises DataError, naming the row, and then nothing was counted but the row."""
         if isinstance(row.value, DataError):
             raise row.value
@@ -217,7 +217,7 @@ class _Converter:
             return fields.outcome(value, path, self._options.scale)
         return fields.success(value, path) if name == "success" else fields.name(value, path)
 
-    def _split(self, trajectory: Trajectory, row: Row) -> tuple[Trajectory, bool]:
+    def _split(self, trajectory: Trajectory, row: SourceRow) -> tuple[Trajectory, bool]:
         """With its split, and whether that replaces one the row had named."""
         if self._options.split_by is None:
             return trajectory, False

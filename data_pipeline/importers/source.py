@@ -34,7 +34,7 @@ _REFUSED = {
 }
 
 
-class Row(NamedTuple):
+class SourceRow(NamedTuple):
     """One row of a file: `number` counts from 1 and `where` names it; `value` is the error of a row without an object.
 
     `bytes_read` is how far into the file its reader is, for a progress bar.
@@ -46,7 +46,7 @@ class Row(NamedTuple):
     bytes_read: int
 
 
-def read_rows(path: str | PathLike[str]) -> Iterator[Row]:
+def read_rows(path: str | PathLike[str]) -> Iterator[SourceRow]:
     """The rows of a file, in order, in bounded memory; blank lines are no rows.
 
     Raises DataError for a file that cannot be read, is empty, or in which rows cannot be told apart.
@@ -90,7 +90,7 @@ def _kind(file: BinaryIO, path: Path) -> str:
     raise DataError(f"{path}: empty, there is no row in it")
 
 
-def _lines(file: BinaryIO, path: Path) -> Iterator[Row]:
+def _lines(file: BinaryIO, path: Path) -> Iterator[SourceRow]:
     number, place = 0, file.tell()
     while line := file.readline(MAX_ROW_BYTES + 1):
         number, place, whole = number + 1, place + len(line), len(line) <= MAX_ROW_BYTES
@@ -99,18 +99,20 @@ def _lines(file: BinaryIO, path: Path) -> Iterator[Row]:
             while line and not line.endswith(b"\n"):
                 line = file.readline(_CHUNK)
                 place += len(line)
-            yield Row(where, number, _too_long(where), place)
+            yield SourceRow(where, number, _too_long(where), place)
         elif line.strip(_BLANK):
-            yield Row(where, number, _decode(line, where), place)
+            yield SourceRow(where, number, _decode(line, where), place)
 
 
-def _array(file: BinaryIO, path: Path) -> Iterator[Row]:
+def _array(file: BinaryIO, path: Path) -> Iterator[SourceRow]:
     number = 0
     for number, (text, line, end, last) in enumerate(_elements(file, path), start=1):
         where = f"{path}: row {number} (line {line})"
         if last and number == 1 and not text:
             return  # an array without elements
-        yield Row(where, number, _decode(text, where) if text else DataError(f"{where}: nothing between commas"), end)
+        yield SourceRow(
+            where, number, _decode(text, where) if text else DataError(f"{where}: nothing between commas"), end
+        )
 
 
 def _elements(file: BinaryIO, path: Path) -> Iterator[tuple[bytes, int, int, bool]]:
@@ -173,7 +175,7 @@ def _newlines_before(text: bytes | bytearray) -> int:
     return text.count(b"\n", 0, len(text) - len(text.lstrip(_BLANK)))
 
 
-def _parquet(path: Path) -> Iterator[Row]:
+def _parquet(path: Path) -> Iterator[SourceRow]:
     try:
         from pyarrow import parquet
     except ImportError:
@@ -188,7 +190,7 @@ def _parquet(path: Path) -> Iterator[Row]:
                 for index in range(batch.num_rows):
                     number += 1
                     where = f"{path}: row {number}"
-                    yield Row(where, number, _parquet_row(batch.slice(index, 1), where), size * number // total)
+                    yield SourceRow(where, number, _parquet_row(batch.slice(index, 1), where), size * number // total)
     except Exception as error:  # of a broken file pyarrow raises this and that
         after = f"after row {number}: " if number else ""
         raise DataError(f"{path}: Parquet that cannot be read: {after}{' '.join(str(error).split())[:200]}") from None

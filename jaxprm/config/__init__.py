@@ -1,43 +1,71 @@
 """Every field of an experiment; a config file read, overridden, checked."""
 
+import sys
+from typing import Any
+
+from jaxprm.config import schema
 from jaxprm.config.loading import fingerprint, from_dict, is_plugin, load, to_dict
 from jaxprm.config.schema import (
-    Collection,
-    Data,
-    Endpoint,
-    Environment,
+    CollectionConfig,
+    DataConfig,
+    DecoderConfig,
+    EndpointConfig,
+    EnvironmentConfig,
     Experiment,
-    Imitation,
-    Logging,
-    Lora,
-    Mesh,
-    Model,
-    Policy,
-    RewardModel,
-    Search,
+    ImitationConfig,
+    LoggingConfig,
+    LoraConfig,
+    MeshConfig,
+    PolicyConfig,
+    RewardModelConfig,
+    SearchConfig,
     Section,
-    recorded,
+    fingerprint_fields,
 )
 
 __all__ = [
-    "Collection",
-    "Data",
-    "Endpoint",
-    "Environment",
+    "CollectionConfig",
+    "DataConfig",
+    "DecoderConfig",
+    "EndpointConfig",
+    "EnvironmentConfig",
     "Experiment",
-    "Imitation",
-    "Logging",
-    "Lora",
-    "Mesh",
-    "Model",
-    "Policy",
-    "RewardModel",
-    "Search",
+    "ImitationConfig",
+    "LoggingConfig",
+    "LoraConfig",
+    "MeshConfig",
+    "PolicyConfig",
+    "RewardModelConfig",
+    "SearchConfig",
     "Section",
     "fingerprint",
+    "fingerprint_fields",
     "from_dict",
     "is_plugin",
     "load",
-    "recorded",
     "to_dict",
 ]
+
+# Sections were named without the suffix Config before 0.2. Users' config files keep working.
+_OLD_NAMES = {
+    "Collection": "CollectionConfig",
+    "Data": "DataConfig",
+    "Endpoint": "EndpointConfig",
+    "Environment": "EnvironmentConfig",
+    "Imitation": "ImitationConfig",
+    "Logging": "LoggingConfig",
+    "Lora": "LoraConfig",
+    "Mesh": "MeshConfig",
+    "Model": "DecoderConfig",
+    "Policy": "PolicyConfig",
+    "RewardModel": "RewardModelConfig",
+    "Search": "SearchConfig",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A section by the name it had before 0.2, with a one-line notice on stderr."""
+    if name not in _OLD_NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    print(f"note: jaxprm.config.{name} is now called {_OLD_NAMES[name]}; the old name still works", file=sys.stderr)
+    return getattr(schema, _OLD_NAMES[name])

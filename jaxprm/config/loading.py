@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from jaxprm import plugins
-from jaxprm.config.schema import Endpoint, Experiment, Policy, Section
+from jaxprm.config.schema import EndpointConfig, Experiment, PolicyConfig, Section
 from jaxprm.errors import UserError, secret_field
 
 # Set for every request, or for answers of another form than the one that is read.
@@ -177,7 +177,7 @@ def _kind_of(kind: Any, part: str) -> Any:
     return sections[0] if sections and get_origin(found) is types.UnionType else found
 
 
-def validate_endpoint(policy: Policy) -> str | None:
+def validate_endpoint(policy: PolicyConfig) -> str | None:
     """The first thing that cannot be, with its field and the fix; None where all is well."""
     if policy.endpoint is None:
         if policy.arguments and not is_plugin(policy.path):
@@ -210,7 +210,7 @@ def _wrong_url(url: str) -> str | None:
     return None
 
 
-def _wrong_field(endpoint: Endpoint) -> str | None:
+def _wrong_field(endpoint: EndpointConfig) -> str | None:
     name = endpoint.api_key_env
     # The value is not shown: whoever misunderstands the field puts the key there.
     if name is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):

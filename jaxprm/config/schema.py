@@ -9,20 +9,20 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-Count = Annotated[int, msgspec.Meta(ge=1)]
-Whole = Annotated[int, msgspec.Meta(ge=0)]
-Positive = Annotated[float, msgspec.Meta(gt=0)]
-NotNegative = Annotated[float, msgspec.Meta(ge=0)]
+PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
+NonNegativeInt = Annotated[int, msgspec.Meta(ge=0)]
+PositiveFloat = Annotated[float, msgspec.Meta(gt=0)]
+NonNegativeFloat = Annotated[float, msgspec.Meta(ge=0)]
 Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
-Devices = Annotated[int, msgspec.Meta(ge=-1)]
-Counts = Annotated[tuple[Count, ...], msgspec.Meta(min_length=1)]
+AxisSize = Annotated[int, msgspec.Meta(ge=-1)]
+PositiveInts = Annotated[tuple[PositiveInt, ...], msgspec.Meta(min_length=1)]
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of every part of a config: immutable, keyword-only, closed to unknown fields."""
 
 
-class Environment(Section):
+class EnvironmentConfig(Section):
     """`name` is a registered environment or a user's `module:attribute`; `arguments` go to its constructor.
 
     workers: 0 for environments in this process, one after the other; else each in a process of its own, so many of
@@ -31,39 +31,39 @@ class Environment(Section):
 
     name: str = "textcraft"
     arguments: dict[str, Any] = {}
-    workers: Whole = 0
-    timeout: Positive = 120.0
-    memory_mb: Count | None = None
+    workers: NonNegativeInt = 0
+    timeout: PositiveFloat = 120.0
+    memory_mb: PositiveInt | None = None
 
 
-class Model(Section):
+class DecoderConfig(Section):
     """Sizes of a decoder made from nothing (imitation); a reward model takes its policy's."""
 
-    vocab_size: Count = 1024
-    hidden_size: Count = 128
-    layers: Count = 4
-    heads: Count = 4
-    kv_heads: Count = 2
-    head_dim: Count = 32
-    intermediate_size: Count = 256
-    rope_theta: Positive = 10_000.0
+    vocab_size: PositiveInt = 1024
+    hidden_size: PositiveInt = 128
+    layers: PositiveInt = 4
+    heads: PositiveInt = 4
+    kv_heads: PositiveInt = 2
+    head_dim: PositiveInt = 32
+    intermediate_size: PositiveInt = 256
+    rope_theta: PositiveFloat = 10_000.0
 
 
-class Imitation(Section):
+class ImitationConfig(Section):
     """Behaviour cloning of an environment's expert. Episodes are made on the fly: none is seen twice by design."""
 
-    steps: Count = 10_000
-    rows: Count = 16
-    length: Count = 512
-    learning_rate: Positive = 2e-3
-    warmup_steps: Whole = 200
-    weight_decay: NotNegative = 0.01
-    tokenizer_episodes: Count = 2_000
-    checkpoint_every: Count = 500
+    steps: PositiveInt = 10_000
+    rows: PositiveInt = 16
+    length: PositiveInt = 512
+    learning_rate: PositiveFloat = 2e-3
+    warmup_steps: NonNegativeInt = 200
+    weight_decay: NonNegativeFloat = 0.01
+    tokenizer_episodes: PositiveInt = 2_000
+    checkpoint_every: PositiveInt = 500
     demonstrations: dict[str, Any] = {}
 
 
-class Endpoint(Section):
+class EndpointConfig(Section):
     """An OpenAI-compatible server of chat completions. `base_url` ends where `/chat/completions` begins.
 
     The key stays in the environment: `api_key_env` names the variable; null sends none. `served_as` is what the server
@@ -76,15 +76,15 @@ class Endpoint(Section):
     base_url: str = "http://127.0.0.1:8000/v1"
     api_key_env: str | None = None
     served_as: str | None = None
-    requests_in_flight: Count = 32
-    timeout_seconds: Positive = 120.0
-    retries: Whole = 5
-    give_up_after: Count = 64
+    requests_in_flight: PositiveInt = 32
+    timeout_seconds: PositiveFloat = 120.0
+    retries: NonNegativeInt = 5
+    give_up_after: PositiveInt = 64
     log_probabilities: bool = False
     extra_body: dict[str, Any] = {}
 
 
-class Policy(Section):
+class PolicyConfig(Section):
     """`path` is a model directory or a name on the hub (org/name, org/name@revision), `default` the one that ships,
     or a user's `module:attribute`, to whose call `arguments` go beside the seed. An `endpoint` is asked in their place.
 
@@ -94,51 +94,51 @@ class Policy(Section):
 
     path: str = "default"
     chat_template: str = "own"
-    endpoint: Endpoint | None = None
+    endpoint: EndpointConfig | None = None
     arguments: dict[str, Any] = {}
-    max_action_tokens: Count = 96
-    max_tokens: Count = 1024
-    in_flight: Count = 128
+    max_action_tokens: PositiveInt = 96
+    max_tokens: PositiveInt = 1024
+    in_flight: PositiveInt = 128
 
 
-class Collection(Section):
+class CollectionConfig(Section):
     """Trajectories for training and validation. `tasks` null means all of a split.
 
     With `files`, each a FILE or SPLIT=FILE, nothing is sampled. Rows go to the split of their file, or to the one they
     name, or by a hash of their task, `validation_share` of the tasks to validation. `skip_bad` leaves bad rows out.
     """
 
-    train_tasks: Count | None = None
-    validation_tasks: Count | None = None
-    trajectories_per_task: Count = 16
-    temperature: NotNegative = 1.0
+    train_tasks: PositiveInt | None = None
+    validation_tasks: PositiveInt | None = None
+    trajectories_per_task: PositiveInt = 16
+    temperature: NonNegativeFloat = 1.0
     files: tuple[str, ...] = ()
     validation_share: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.1
     skip_bad: bool = False
 
 
-class Data(Section):
+class DataConfig(Section):
     """Shards and packed batches; lengths in tokens. `skip_bad` leaves truncated and corrupt shards out of training."""
 
-    shards: Count = 4
-    rows: Count = 8
-    length: Count = 1024
-    steps_per_row: Count = 64
+    shards: PositiveInt = 4
+    rows: PositiveInt = 8
+    length: PositiveInt = 1024
+    steps_per_row: PositiveInt = 64
     too_long: Literal["error", "drop", "window"] = "window"
     skip_bad: bool = False
 
 
-class Lora(Section):
+class LoraConfig(Section):
     """Adapters: W + alpha / rank * A B for every matrix in `targets`, with A [I, rank] and B [rank, O]."""
 
-    rank: Count = 16
-    alpha: Positive = 32.0
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
     targets: Annotated[
         tuple[Literal["query", "key", "value", "output", "gate", "up", "down"], ...], msgspec.Meta(min_length=1)
     ] = ("query", "key", "value", "output", "gate", "up", "down")
 
 
-class RewardModel(Section):
+class RewardModelConfig(Section):
     """One reward model: its objective (METHOD.md, sections 3 and 4), its optimizer, and how it is computed.
 
     `dtype` is that of activations and products; parameters, norms, head, targets and loss are float32. `remat` is what
@@ -152,63 +152,63 @@ class RewardModel(Section):
 
     label: Annotated[str, msgspec.Meta(pattern="^[a-z0-9_]+$")]
     objective: Literal["agentprm", "pvm", "orm"] = "agentprm"
-    beta: NotNegative = 1.0
+    beta: NonNegativeFloat = 1.0
     gae_lambda: Fraction = 0.95
     discount: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
     bootstrap: Literal["action", "next", "state"] = "action"
     progress_gradient: Literal["both", "previous"] = "both"
     target_update: Literal["online", "ema", "copy"] = "online"
     target_decay: Fraction = 0.99
-    target_every: Count = 50
+    target_every: PositiveInt = 50
     trainable: Literal["full", "lora", "head", "last_k"] = "full"
-    lora: Lora = Lora()
-    last_k: Count = 2
-    epochs: Count = 2
+    lora: LoraConfig = LoraConfig()
+    last_k: PositiveInt = 2
+    epochs: PositiveInt = 2
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    learning_rate: Positive = 3e-4
-    head_multiplier: Positive = 10.0
+    learning_rate: PositiveFloat = 3e-4
+    head_multiplier: PositiveFloat = 10.0
     warmup_fraction: Fraction = 0.05
-    weight_decay: NotNegative = 0.01
-    gradient_clip: Positive = 1.0
+    weight_decay: NonNegativeFloat = 0.01
+    gradient_clip: PositiveFloat = 1.0
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "minimal", "full"] = "none"
-    microbatches: Count = 1
+    microbatches: PositiveInt = 1
     attention: Literal["auto", "splash", "reference"] = "auto"
-    evaluate_every: Count = 50
-    checkpoint_every: Count = 100
-    checkpoint_minutes: Positive | None = None
-    keep_latest: Count = 2
-    keep_best: Whole = 0
+    evaluate_every: PositiveInt = 50
+    checkpoint_every: PositiveInt = 100
+    checkpoint_minutes: PositiveFloat | None = None
+    keep_latest: PositiveInt = 2
+    keep_best: NonNegativeInt = 0
 
 
 # Fields of a reward model that change how it is computed or kept and, but for rounding, not what comes out.
-_NEUTRAL = ("remat", "microbatches", "attention", "checkpoint_minutes", "keep_latest", "keep_best")
+_NON_SEMANTIC = ("remat", "microbatches", "attention", "checkpoint_minutes", "keep_latest", "keep_best")
 # Fields that are recorded only where they are not at their default, which is how all was computed before they came.
-_LATER = ("dtype", "trainable", "lora", "last_k", "optimizer", "schedule")
+_OMIT_IF_DEFAULT = ("dtype", "trainable", "lora", "last_k", "optimizer", "schedule")
 
 
-def recorded(model: RewardModel) -> dict[str, Any]:
+def fingerprint_fields(model: RewardModelConfig) -> dict[str, Any]:
     """The fields of a reward model that its training is a function of, to be compared with an earlier run's."""
     defaults = {field.name: field.default for field in msgspec.structs.fields(model)}
     return {
         name: value
         for name, value in msgspec.to_builtins(model, str_keys=True).items()
-        if name not in _NEUTRAL and not (name in _LATER and getattr(model, name) == defaults[name])
+        if name not in _NON_SEMANTIC and not (name in _OMIT_IF_DEFAULT and getattr(model, name) == defaults[name])
     }
 
 
-class Mesh(Section):
+class MeshConfig(Section):
     """Devices along each axis; -1 takes what is left, for one of them. dcn_data is the number of slices, -1 all."""
 
-    data: Devices = -1
-    fsdp: Devices = 1
-    tensor: Devices = 1
-    sequence: Devices = 1
-    dcn_data: Devices = -1
+    data: AxisSize = -1
+    fsdp: AxisSize = 1
+    tensor: AxisSize = 1
+    sequence: AxisSize = 1
+    dcn_data: AxisSize = -1
 
 
-class Logging(Section):
+class LoggingConfig(Section):
     """Where a training's metrics go beside its own files.
 
     `wandb`: to Weights & Biases, `online` with the key in WANDB_API_KEY, or `offline` into files that `wandb sync`
@@ -220,7 +220,7 @@ class Logging(Section):
     entity: str | None = None
 
 
-class Search(Section):
+class SearchConfig(Section):
     """What is searched on the held-out tasks. `tasks` null means all of the split.
 
     beams, diverse: (paths kept, actions of each); lookahead: (paths, actions, steps ahead); mcts: (simulations before a
@@ -230,24 +230,24 @@ class Search(Section):
     """
 
     split: Literal["validation", "test"] = "test"
-    tasks: Count | None = None
-    temperature: Positive = 0.7
-    pool: Count = 32
-    best_of_n: Counts = (1, 2, 4, 8, 16, 32)
-    prefix_steps: Count = 3
-    prefix_best_of_n: Counts = (1, 2, 4, 8, 16)
-    beams: tuple[tuple[Count, Count], ...] = ((2, 2), (4, 4))
-    stepwise: tuple[Count, ...] = (4,)
-    diverse: tuple[tuple[Count, Count], ...] = ()
-    lookahead: tuple[tuple[Count, Count, Count], ...] = ()
-    mcts: tuple[tuple[Count, Count], ...] = ()
-    exploration: NotNegative = 1.0
+    tasks: PositiveInt | None = None
+    temperature: PositiveFloat = 0.7
+    pool: PositiveInt = 32
+    best_of_n: PositiveInts = (1, 2, 4, 8, 16, 32)
+    prefix_steps: PositiveInt = 3
+    prefix_best_of_n: PositiveInts = (1, 2, 4, 8, 16)
+    beams: tuple[tuple[PositiveInt, PositiveInt], ...] = ((2, 2), (4, 4))
+    stepwise: tuple[PositiveInt, ...] = (4,)
+    diverse: tuple[tuple[PositiveInt, PositiveInt], ...] = ()
+    lookahead: tuple[tuple[PositiveInt, PositiveInt, PositiveInt], ...] = ()
+    mcts: tuple[tuple[PositiveInt, PositiveInt], ...] = ()
+    exploration: NonNegativeFloat = 1.0
     aggregations: tuple[Literal["mean", "min", "max", "product", "sum", "vote", "weighted_vote"], ...] = ()
-    progress_weight: NotNegative = 0.0
+    progress_weight: NonNegativeFloat = 0.0
     stop_at: float | None = None
-    budget: Positive | None = None
+    budget: PositiveFloat | None = None
     budget_unit: Literal["tokens", "flops"] = "tokens"
-    trees: Whole = 6
+    trees: NonNegativeInt = 6
 
 
 class Experiment(Section):
@@ -257,17 +257,17 @@ class Experiment(Section):
     """
 
     name: str
-    seed: Whole = 0
-    environment: Environment = Environment()
-    policy: Policy = Policy()
+    seed: NonNegativeInt = 0
+    environment: EnvironmentConfig = EnvironmentConfig()
+    policy: PolicyConfig = PolicyConfig()
     base_model: str | None = None
-    collection: Collection = Collection()
-    data: Data = Data()
-    reward_models: tuple[RewardModel, ...] = (RewardModel(label="agentprm"),)
-    reward_seeds: Annotated[tuple[Whole, ...], msgspec.Meta(min_length=1)] = (0,)
-    mesh: Mesh = Mesh()
-    logging: Logging = Logging()
-    search: Search = Search()
-    bootstrap_samples: Count = 2_000
-    model: Model = Model()
-    imitation: Imitation = Imitation()
+    collection: CollectionConfig = CollectionConfig()
+    data: DataConfig = DataConfig()
+    reward_models: tuple[RewardModelConfig, ...] = (RewardModelConfig(label="agentprm"),)
+    reward_seeds: Annotated[tuple[NonNegativeInt, ...], msgspec.Meta(min_length=1)] = (0,)
+    mesh: MeshConfig = MeshConfig()
+    logging: LoggingConfig = LoggingConfig()
+    search: SearchConfig = SearchConfig()
+    bootstrap_samples: PositiveInt = 2_000
+    model: DecoderConfig = DecoderConfig()
+    imitation: ImitationConfig = ImitationConfig()

@@ -116,7 +116,7 @@ class Pool:
             self._threads = ThreadPoolExecutor(self.at_once, thread_name_prefix="environments")
         return list(self._threads.map(act, items))
 
-    def take(self) -> Environment:
+    def acquire(self) -> Environment:
         with self._lock:
             if self._idle:
                 return self._idle.pop()
@@ -125,7 +125,7 @@ class Pool:
             self._open.append(environment)
         return environment
 
-    def give_back(self, environment: Environment) -> None:
+    def release(self, environment: Environment) -> None:
         with self._lock:
             self._idle.append(environment)
 

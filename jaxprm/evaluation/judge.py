@@ -15,7 +15,7 @@ from jaxprm.artifacts.directory import find_model, read_recipe
 from jaxprm.errors import UserError
 from jaxprm.evaluation import judge_metrics
 from jaxprm.evaluation.labels import OWN_FIELD, kind_of, validation_tasks
-from jaxprm.evaluation.scored import Row, ScoredFile, score_models, steps_of
+from jaxprm.evaluation.scored import ScoredFile, ScoredTrajectory, score_models, steps_of
 from jaxprm.evaluation.statistics import Measure, Resampling, paired_difference
 from jaxprm.evaluation.value_metrics import calibration
 from jaxprm.scoring import loading
@@ -45,7 +45,7 @@ class Settings:
             )
 
 
-class Model(NamedTuple):
+class JudgedModel(NamedTuple):
     """What is known of a reward model before it has scored."""
 
     name: str
@@ -69,7 +69,8 @@ def evaluate(models: Sequence[Path], input: Path, settings: Settings, *, chunk: 
     found = [find_model(model) for model in models]
     recipes = [read_recipe(model) for model in found]
     known = [
-        Model(name, recipe.get("targets", {}).get("discount", 1.0)) for name, recipe in zip(names, recipes, strict=True)
+        JudgedModel(name, recipe.get("targets", {}).get("discount", 1.0))
+        for name, recipe in zip(names, recipes, strict=True)
     ]
     scored = score_models(found, Path(input), labels=settings.labels, group=settings.group, chunk=chunk)
     report = judge(scored, known, settings)
@@ -81,7 +82,7 @@ def evaluate(models: Sequence[Path], input: Path, settings: Settings, *, chunk: 
     return files.without_nan(report)
 
 
-def judge(scored: ScoredFile, models: Sequence[Model], settings: Settings) -> dict[str, Any]:
+def judge(scored: ScoredFile, models: Sequence[JudgedModel], settings: Settings) -> dict[str, Any]:
     """`evaluate` without the models: from promises to the report."""
     outcomes = [row for row in scored.rows if row.outcome is not None]
     labelled = [row for row in scored.rows if row.labels is not None]
@@ -118,7 +119,7 @@ def judge(scored: ScoredFile, models: Sequence[Model], settings: Settings) -> di
     return report
 
 
-def _counts(rows: Sequence[Row]) -> dict[str, int]:
+def _counts(rows: Sequence[ScoredTrajectory]) -> dict[str, int]:
     labelled = [row.labels.values for row in rows if row.labels is not None]
     return {
         "trajectories": len(rows),
@@ -132,7 +133,9 @@ def _counts(rows: Sequence[Row]) -> dict[str, int]:
     }
 
 
-def _outcomes(rows: Sequence[Row], models: Sequence[Model], resampling: Resampling, *, by_depth: bool) -> Any:
+def _outcomes(
+    rows: Sequence[ScoredTrajectory], models: Sequence[JudgedModel], resampling: Resampling, *, by_depth: bool
+) -> Any:
     if not rows:
         return None
     steps = steps_of(rows)
@@ -157,7 +160,7 @@ def _outcomes(rows: Sequence[Row], models: Sequence[Model], resampling: Resampli
 
 
 def _outcome_differences(
-    rows: Sequence[Row], models: Sequence[Model], a: int, b: int, resampling: Resampling
+    rows: Sequence[ScoredTrajectory], models: Sequence[JudgedModel], a: int, b: int, resampling: Resampling
 ) -> list[dict[str, Any]]:
     steps = steps_of(rows)
     both = [
@@ -176,7 +179,7 @@ def _outcome_differences(
 class _Labels:
     """Step labels: the split of the tasks, the thresholds it gave, and the numbers of any rows of the test part."""
 
-    def __init__(self, rows: Sequence[Row], models: Sequence[Model], settings: Settings):
+    def __init__(self, rows: Sequence[ScoredTrajectory], models: Sequence[JudgedModel], settings: Settings):
         self.models, self.settings = models, settings
         self.kind = kind_of([row.labels for row in rows], settings.labels, settings.label_kind)
         self.validation, self.test = self._split(rows)
@@ -199,7 +202,7 @@ class _Labels:
             found += [(place, name) for name in judge_metrics.MODEL_CRITERIA if name == "promise" or model.has_progress]
         return found
 
-    def _split(self, rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    def _split(self, rows: Sequence[ScoredTrajectory]) -> tuple[list[ScoredTrajectory], list[ScoredTrajectory]]:
         settings = self.settings
         if self.kind == "soft" or settings.threshold is not None:
             return [], list(rows)
@@ -223,7 +226,7 @@ class _Labels:
             "parts": {name: _counts(rows) for name, rows in parts.items()},
         }
 
-    def measured(self, rows: Sequence[Row]) -> tuple[dict[tuple[int, str], dict[str, Measure]], int]:
+    def measured(self, rows: Sequence[ScoredTrajectory]) -> tuple[dict[tuple[int, str], dict[str, Measure]], int]:
         """The measures of each model (by its place) and criterion, and the number of tasks."""
         some = judge_metrics.labelled_steps(rows, self.kind)
         if self.kind == "soft":
@@ -245,7 +248,7 @@ class _Labels:
             }
         return found, some.tasks
 
-    def judged(self, rows: Sequence[Row]) -> dict[str, Any] | None:
+    def judged(self, rows: Sequence[ScoredTrajectory]) -> dict[str, Any] | None:
         """{"baselines": {criterion: ...}, "models": {name: {criterion: ...}}} of some rows of the test part."""
         if not rows:
             return None

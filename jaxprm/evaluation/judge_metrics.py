@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from jaxprm.evaluation import labels as core
 from jaxprm.evaluation.labels import wrong_steps
-from jaxprm.evaluation.scored import Row, Steps, returns, steps_of
+from jaxprm.evaluation.scored import ScoredTrajectory, Steps, returns, steps_of
 from jaxprm.evaluation.statistics import (
     Array,
     Estimate,
@@ -80,7 +80,7 @@ class Labelled:
         return core.first_error_verdicts(values, self.wrong, self.task, self.row)
 
 
-def labelled_steps(rows: Sequence[Row], kind: str) -> Labelled:
+def labelled_steps(rows: Sequence[ScoredTrajectory], kind: str) -> Labelled:
     """The steps with a label, of rows that have one at least."""
     steps = steps_of(rows)
     labels = np.concatenate([row.labels.values for row in rows])
@@ -157,7 +157,7 @@ def soft_measures(some: Labelled, values: Array) -> dict[str, Measure]:
 BINS, BINS_OF_A_DEPTH = 10, 5
 
 
-def records_of(rows: Sequence[Row], steps: Steps, model: int, discount: float) -> StepRecords:
+def records_of(rows: Sequence[ScoredTrajectory], steps: Steps, model: int, discount: float) -> StepRecords:
     """The steps of rows that all have an outcome; they succeeded if it is above one half."""
     return StepRecords(
         values=np.concatenate([row.promises[model] for row in rows]),
@@ -231,7 +231,7 @@ def by_relative_depth(records: StepRecords, lengths: NDArray[np.int64], resampli
     return [{"quarter": row.pop("depth")} | row for row in rows]
 
 
-def baselines(rows: Sequence[Row], steps: Steps, records: StepRecords) -> dict[str, dict[str, Measure]]:
+def baselines(rows: Sequence[ScoredTrajectory], steps: Steps, records: StepRecords) -> dict[str, dict[str, Measure]]:
     """The same numbers for values that have read nothing.
 
     constant: the mean target. depth: the mean target of the steps of that number. Both are fitted on these very steps,
@@ -255,7 +255,7 @@ def baselines(rows: Sequence[Row], steps: Steps, records: StepRecords) -> dict[s
     return found
 
 
-def choices(rows: Sequence[Row], model: int) -> dict[int, dict[str, Array]]:
+def choices(rows: Sequence[ScoredTrajectory], model: int) -> dict[int, dict[str, Array]]:
     """Outcome of the best of n attempts at a task, exactly over all draws: by n, by how it is chosen, [tasks].
 
     n goes up in powers of two; at each n are the tasks with n attempts or more. "random" chooses blindly, "oracle" by

@@ -24,7 +24,7 @@ SHOWN_ERRORS = 20
 
 
 @dataclass(frozen=True)
-class Row:
+class ScoredTrajectory:
     """What is kept of a trajectory."""
 
     task: str
@@ -40,7 +40,7 @@ class Row:
 class ScoredFile:
     """The trajectories of a file that every model could score, and how many it could not."""
 
-    rows: list[Row]
+    rows: list[ScoredTrajectory]
     lines: int
     sha256: str
     errors: int
@@ -59,7 +59,7 @@ def score_models(
     if not input.is_file():
         raise UserError(f"input {input}: no such file; give trajectories as JSON Lines")
     digest, total = score_files.digest_and_count(input)
-    found: dict[int, Row] = {}
+    found: dict[int, ScoredTrajectory] = {}
     bad: dict[int, str] = {}
     for place, model in enumerate(models):
         scorer = loading.load_scorer(find_model(model))
@@ -87,20 +87,20 @@ def score_models(
     return ScoredFile(rows, total, digest, len(bad), examples)
 
 
-def _with_promises(row: Row, promises: np.ndarray) -> Row:
+def _with_promises(row: ScoredTrajectory, promises: np.ndarray) -> ScoredTrajectory:
     if not np.isfinite(promises).all():
         raise UserError("the model's scores are not finite; its weights are broken")
     return replace(row, promises=(*row.promises, promises.astype(float)))
 
 
-def _row(scored: score_files.ScoredLine, source: str, labels: str, group: str | None) -> Row:
+def _row(scored: score_files.ScoredLine, source: str, labels: str, group: str | None) -> ScoredTrajectory:
     """What is kept of a line, as yet without promises. Raises DataError for labels or a group that are none."""
     trajectory, where = scored.trajectory, f"{source}:{scored.number}"
     found = read_labels(trajectory, labels, where)
     failed = trajectory.ended == "error"
     if found is not None and np.isnan(found.values).all():
         found = None
-    return Row(
+    return ScoredTrajectory(
         task=trajectory.task_id,
         group=_group(trajectory, group, where) if group else None,
         outcome=None if failed else _outcome(trajectory),
@@ -139,7 +139,7 @@ class Steps:
     count: int  # tasks of these rows
 
 
-def steps_of(rows: Sequence[Row]) -> Steps:
+def steps_of(rows: Sequence[ScoredTrajectory]) -> Steps:
     lengths = np.array([len(row.promises[0]) for row in rows], int)
     row = np.repeat(np.arange(len(rows)), lengths)
     depth = np.arange(len(row)) - np.repeat(np.cumsum(lengths) - lengths, lengths) + 1
@@ -147,7 +147,7 @@ def steps_of(rows: Sequence[Row]) -> Steps:
     return Steps(row, depth, lengths[row], task[row], len(names))
 
 
-def returns(row: Row, discount: float) -> Array:
+def returns(row: ScoredTrajectory, discount: float) -> Array:
     """What the promise of each step estimates: the discounted sum of the rewards from there on [S]."""
     count = len(row.promises[0])
     rewards = list(row.rewards) if row.rewards else [0.0] * (count - 1) + [row.outcome]

@@ -17,7 +17,7 @@ from jaxprm.artifacts.directory import RECIPE, files_of, find_model, read_recipe
 from jaxprm.errors import UserError
 from jaxprm.export import verify as verification
 from jaxprm.export.model_card import model_card, run_results
-from jaxprm.export.verify import made_up
+from jaxprm.export.verify import sample_conversations
 from jaxprm.hf import reader, writer
 from jaxprm.hf.writer import DTYPES, MAX_SHARD, parse_size
 from jaxprm.scoring import loading
@@ -149,7 +149,7 @@ def _write(model: Path, beside: Path, form: str, dtype: str, limit: int, templat
         dtype=dtype,
         max_shard_bytes=limit,
     )
-    names += write_tokenizer(files_of(model), beside, encoder, made_up())
+    names += write_tokenizer(files_of(model), beside, encoder, sample_conversations())
     files.write_json(beside / RECIPE, _exported_recipe(recipe, model, beside))
     _write_card(beside, None)
     names = sorted([*names, RECIPE, "README.md"])
@@ -180,7 +180,7 @@ def _write_card(beside: Path, verified: dict[str, Any] | None) -> None:
 
 def _check_pooling(encoder: Encoder, model: Path) -> None:
     """Consumers read the last token that is not padding: a step must not end with padding."""
-    one = encoder.trajectory(made_up()[0], row="example")
+    one = encoder.trajectory(sample_conversations()[0], row="example")
     last = int(one.tokens[one.read_positions[-1]])
     if encoder.pad_id in (encoder.end_id, last):
         raise UserError(

@@ -73,7 +73,7 @@ def _check_rounded(trained: nnx.State, written: nnx.State, dtype: str) -> None:
 
 def _cases(encoder, path: Path | None) -> Cases:
     if path is None:
-        made = [as_messages(one, "made up") for one in made_up()]
+        made = [as_messages(one, "made up") for one in sample_conversations()]
         given = [(f"made-up conversation {index}", one, None) for index, one in enumerate(made)]
     else:
         # An episode that failed before its first action has no value to compare.
@@ -139,7 +139,7 @@ def _largest(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.abs(np.asarray(one, np.float64) - other).max())
 
 
-def made_up() -> list[list[dict[str, str]]]:
+def sample_conversations() -> list[list[dict[str, str]]]:
     """Conversations of different lengths, to verify on where the user gives none."""
     conversations = []
     for turns in (1, 2, 5, 9):

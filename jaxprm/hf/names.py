@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from jaxprm.model.config import TransformerConfig
 
 
-class Tensor(NamedTuple):
+class TensorSpec(NamedTuple):
     """A tensor of a checkpoint, and the parameter that holds it.
 
     name, shape: as stored by Hugging Face. path: of our parameter within a Transformer's or a RewardModel's state.
@@ -67,7 +67,7 @@ def _block(config: TransformerConfig) -> dict[str, _Part]:
     return parts
 
 
-def tensors(config: TransformerConfig, *, reward: bool) -> Iterator[Tensor]:
+def tensors(config: TransformerConfig, *, reward: bool) -> Iterator[TensorSpec]:
     """Every tensor of the checkpoint, in the order of the forward pass: a causal language model's or a reward model's.
 
     A reward model has the head that `config.head` describes and no unembedding. Lazy: a config may claim any number of
@@ -75,20 +75,20 @@ def tensors(config: TransformerConfig, *, reward: bool) -> Iterator[Tensor]:
     """
     prefix = ("transformer",) if reward else ()
     table = (config.vocab_size, config.hidden_size)
-    yield Tensor("model.embed_tokens.weight", table, (*prefix, "embedding"))
+    yield TensorSpec("model.embed_tokens.weight", table, (*prefix, "embedding"))
     block = _block(config)
     for layer in range(config.layers):
         for ours, part in block.items():
             shape = part.shape[::-1] if part.transposed else part.shape
             path = (*prefix, "blocks", ours)
-            yield Tensor(f"model.layers.{layer}.{part.theirs}", shape, path, layer, part.transposed)
-    yield Tensor("model.norm.weight", (config.hidden_size,), (*prefix, "norm"))
+            yield TensorSpec(f"model.layers.{layer}.{part.theirs}", shape, path, layer, part.transposed)
+    yield TensorSpec("model.norm.weight", (config.hidden_size,), (*prefix, "norm"))
     if reward:
-        yield Tensor("score.weight", (config.head.labels, config.hidden_size), ("head",), transposed=True)
+        yield TensorSpec("score.weight", (config.head.labels, config.hidden_size), ("head",), transposed=True)
         if config.head.bias:
-            yield Tensor("score.bias", (config.head.labels,), ("head_bias",))
+            yield TensorSpec("score.bias", (config.head.labels,), ("head_bias",))
     elif not config.tie_embeddings:
-        yield Tensor("lm_head.weight", table, ("unembedding",))
+        yield TensorSpec("lm_head.weight", table, ("unembedding",))
 
 
 def parameter_shapes(config: TransformerConfig, *, reward: bool) -> dict[tuple[str, ...], tuple[int, ...]]:

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxprm.errors import UserError, shown
 from jaxprm.hf.config import is_reward_model, read_config
-from jaxprm.hf.names import Tensor, parameter_shapes, tensors
+from jaxprm.hf.names import TensorSpec, parameter_shapes, tensors
 from jaxprm.hf.safetensors import DTYPES, StoredTensor, open_tensors
 from jaxprm.hf.writer import write_model as write_model
 from jaxprm.model.config import Head, TransformerConfig
@@ -116,7 +116,7 @@ def load(
     places = [None] * len(leaves) if shardings is None else treedef.flatten_up_to(shardings)
     paths = [_path(path) for path, _ in jax.tree_util.tree_flatten_with_path(state)[0]]
     slots = {path: (leaf, place) for path, leaf, place in zip(paths, leaves, places, strict=True)}
-    by_path: dict[tuple[str, ...], list[tuple[Tensor, StoredTensor]]] = {path: [] for path in paths}
+    by_path: dict[tuple[str, ...], list[tuple[TensorSpec, StoredTensor]]] = {path: [] for path in paths}
     for tensor, source in wanted:
         by_path[tensor.path].append((tensor, source))
     return treedef.unflatten([_fill(*slots[path], by_path[path]) for path in paths])
@@ -133,7 +133,7 @@ def _match(
     *,
     reward: bool,
     skipped: Collection[str],
-) -> list[tuple[Tensor, StoredTensor]]:
+) -> list[tuple[TensorSpec, StoredTensor]]:
     """Every tensor of the config with the stored one, all stored ones used. UserError, by name, where that fails."""
     rest = {name: one for name, one in stored.items() if name not in skipped and not _BUFFERS.fullmatch(name)}
     found = []
@@ -171,7 +171,7 @@ def _check_tied(directory: Path, embedding: StoredTensor, head: StoredTensor) ->
         )
 
 
-def _fill(leaf: jax.ShapeDtypeStruct, place: NamedSharding | None, sources: list[tuple[Tensor, StoredTensor]]):
+def _fill(leaf: jax.ShapeDtypeStruct, place: NamedSharding | None, sources: list[tuple[TensorSpec, StoredTensor]]):
     """One parameter: zeros where it will lie, then every tensor written into its place."""
     first = sources[0][0]
     stacked = first.layer is not None
@@ -204,7 +204,7 @@ def _chunk(sources: list[StoredTensor], place: NamedSharding | None) -> jax.Arra
     return jax.make_array_from_callback(shape, place, read)
 
 
-def _chunk_spec(tensor: Tensor, spec: PartitionSpec) -> PartitionSpec:
+def _chunk_spec(tensor: TensorSpec, spec: PartitionSpec) -> PartitionSpec:
     """How a tensor as it is stored is split, if the parameter made of it is split as `spec` says."""
     stacked = tensor.layer is not None
     axes = len(tensor.shape) + stacked

@@ -74,7 +74,7 @@ def in_format(config: TransformerConfig, state: Any, form: str) -> tuple[Transfo
     return dataclasses.replace(config, head=Head(head.labels, bias=form == "token")), state
 
 
-def tensors_of(config: TransformerConfig, state: Any) -> list[Tensor]:
+def tensors_of(config: TransformerConfig, state: Any) -> list[TensorToWrite]:
     """The parameters under their Hugging Face names and in their shapes, each to be made in its turn.
 
     A layer is cut from its stack on the device: the host holds one tensor of one layer at a time.
@@ -82,7 +82,7 @@ def tensors_of(config: TransformerConfig, state: Any) -> list[Tensor]:
     return [_tensor(one, state) for one in names.tensors(config, reward="transformer" in state)]
 
 
-def _tensor(one: names.Tensor, state: Any) -> Tensor:
+def _tensor(one: names.TensorSpec, state: Any) -> TensorToWrite:
     parameter = state
     for name in one.path:
         parameter = parameter[name]
@@ -93,7 +93,7 @@ def _tensor(one: names.Tensor, state: Any) -> Tensor:
         ours = np.asarray(ours)
         return (ours.T if one.transposed else ours).reshape(one.shape)
 
-    return Tensor(one.name, one.shape, make)
+    return TensorToWrite(one.name, one.shape, make)
 
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -103,7 +103,7 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _BLOCK = 1 << 24  # elements cast at a time
 
 
-class Tensor(NamedTuple):
+class TensorToWrite(NamedTuple):
     """A tensor to be written: `make()` gives its values, of this shape, when its turn comes."""
 
     name: str
@@ -124,7 +124,7 @@ def parse_size(text: str, field: str = "max_shard_size") -> int:
 
 
 def write_weights(
-    directory: Path, tensors: Sequence[Tensor], *, dtype: str = "float32", max_shard_bytes: int | None = None
+    directory: Path, tensors: Sequence[TensorToWrite], *, dtype: str = "float32", max_shard_bytes: int | None = None
 ) -> list[str]:
     """Writes the tensors, in their order, as `dtype` (rounded to nearest even); returns the names of the files.
 
@@ -152,10 +152,10 @@ def write_weights(
     return [*names, INDEX]
 
 
-def _plan(tensors: Sequence[Tensor], item: int, limit: int) -> list[list[Tensor]]:
+def _plan(tensors: Sequence[TensorToWrite], item: int, limit: int) -> list[list[TensorToWrite]]:
     """The tensors of each file: as many as fit, in order; one that fits nowhere does not end the file it is met in."""
-    shards: list[list[Tensor]] = []
-    current: list[Tensor] = []
+    shards: list[list[TensorToWrite]] = []
+    current: list[TensorToWrite] = []
     used = 0
     for tensor in tensors:
         size = _elements(tensor) * item
@@ -170,11 +170,11 @@ def _plan(tensors: Sequence[Tensor], item: int, limit: int) -> list[list[Tensor]
     return [*shards, current] if current or not shards else shards
 
 
-def _elements(tensor: Tensor) -> int:
+def _elements(tensor: TensorToWrite) -> int:
     return math.prod(tensor.shape)
 
 
-def _write_shard(path: Path, tensors: Sequence[Tensor], dtype: str) -> None:
+def _write_shard(path: Path, tensors: Sequence[TensorToWrite], dtype: str) -> None:
     code, numpy_dtype = DTYPES[dtype]
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -192,7 +192,7 @@ def _write_shard(path: Path, tensors: Sequence[Tensor], dtype: str) -> None:
     _check(path, header)
 
 
-def _blocks(tensor: Tensor, dtype: np.dtype) -> Iterator[memoryview]:
+def _blocks(tensor: TensorToWrite, dtype: np.dtype) -> Iterator[memoryview]:
     """The bytes of a tensor, cast a block at a time."""
     values = tensor.make()
     if values.shape != tensor.shape:

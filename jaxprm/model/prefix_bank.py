@@ -93,7 +93,7 @@ class Ring(NamedTuple):
         return tuple(map(take, self.keys)), tuple(map(take, self.values))
 
 
-class Kept(NamedTuple):
+class RingEntry(NamedTuple):
     """A scored continuation `tokens` of the first `base` tokens of a slot: in a row of the ring, from `offset` on."""
 
     base: int
@@ -108,7 +108,7 @@ class _Job(NamedTuple):
     source: int
     target: int
     start: int
-    kept: Kept | None
+    kept: RingEntry | None
     prefix: np.ndarray
 
     @property
@@ -225,7 +225,7 @@ class PrefixBank:
         self._ring_owner = np.full(ring, -1)
         self._table = np.full((slots, capacity), -1, np.int32)
         self._held = np.zeros(slots, np.int64)
-        self._kept: dict[int, list[Kept]] = {}
+        self._kept: dict[int, list[RingEntry]] = {}
         self._order: OrderedDict[int, None] = OrderedDict.fromkeys(range(slots))
         self._dropped: dict[int, set[int]] = {}
         self._dropped_order: deque[tuple[int, int]] = deque()
@@ -264,11 +264,11 @@ class PrefixBank:
                         np.zeros((rows, width), np.int32),
                         none,
                         capacity=capacity,
-                        kept_width=self._kept_width,
+                        ring_width=self._kept_width,
                         layout=self._layout,
                     )
 
-    def place(self, prefixes: Sequence[np.ndarray]) -> np.ndarray:
+    def allocate(self, prefixes: Sequence[np.ndarray]) -> np.ndarray:
         """A slot that begins with each prefix of tokens, int32 [T] each. Holds until the next call.
 
         Twice as many slots as prefixes are always enough.
@@ -319,13 +319,13 @@ class PrefixBank:
             self._ring_owner[row] = -1
         return rows.astype(np.int32)
 
-    def keep(self, slot: int, kept: Kept) -> None:
+    def keep(self, slot: int, kept: RingEntry) -> None:
         """Remembers a continuation that was written to the ring, for as long as slot and row hold what they hold."""
         if kept.row < self._ring_rows and len(kept.tokens) <= self.shapes.kept:
             self._kept.setdefault(slot, []).append(kept)
             self._ring_owner[kept.row] = slot
 
-    def _longest(self, prefix: np.ndarray) -> tuple[int, int, Kept | None]:
+    def _longest(self, prefix: np.ndarray) -> tuple[int, int, RingEntry | None]:
         """(slot, length, kept) of what is held of `prefix`: tokens of a slot, and perhaps a continuation of them."""
         same = self._table[:, : len(prefix)] == prefix
         common = np.where(same.all(axis=1), len(prefix), np.argmin(same, axis=1)) if len(prefix) else self._held * 0
@@ -415,7 +415,7 @@ class PrefixBank:
                 tokens,
                 counts,
                 capacity=self.bucket(int(starts.max())),
-                kept_width=self._kept_width,
+                ring_width=self._kept_width,
                 layout=self._layout,
             )
             self.tokens_encoded += int(counts.sum())

@@ -62,7 +62,7 @@ class Rules:
 RULES = Rules()
 
 
-def make_mesh(settings: config_lib.Mesh, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(settings: config_lib.MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over all devices; one device is a mesh too. With several slices `data` spans them, slice by slice.
 
     Raises UserError, naming the numbers, when the sizes do not multiply to the number of devices.
@@ -82,7 +82,7 @@ def make_mesh(settings: config_lib.Mesh, devices: Sequence[jax.Device] | None = 
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _sizes(settings: config_lib.Mesh, count: int, what: str) -> tuple[int, ...]:
+def _sizes(settings: config_lib.MeshConfig, count: int, what: str) -> tuple[int, ...]:
     sizes = {name: getattr(settings, name) for name in AXES}
     given = " x ".join(f"mesh.{name} = {size}" for name, size in sizes.items())
     if zero := next((name for name, size in sizes.items() if size == 0), None):
@@ -146,7 +146,7 @@ def batch_sharding(mesh: Mesh, rules: Rules = RULES) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(rules.batch))
 
 
-def place(mesh: Mesh, shapes: Any, rules: Rules = RULES) -> Any:
+def with_shardings(mesh: Mesh, shapes: Any, rules: Rules = RULES) -> Any:
     """A tree of shapes with their shardings, by the names of the parameters; an optimizer's moments lie where they do.
 
     Raises:
@@ -186,10 +186,10 @@ def constraints(mesh: Mesh, rules: Rules = RULES) -> Any:
     return functools.partial(constrain, mesh, rules)
 
 
-def held_rows(mesh: Mesh, rows: int, rules: Rules = RULES) -> np.ndarray:
+def local_rows(mesh: Mesh, rows: int, rules: Rules = RULES) -> np.ndarray:
     """The rows of a batch, ascending, that lie on this process's devices."""
     places = batch_sharding(mesh, rules).addressable_devices_indices_map((rows,)).values()
-    return np.unique(np.concatenate([np.arange(rows)[place] for place in places]))
+    return np.unique(np.concatenate([np.arange(rows)[with_shardings] for with_shardings in places]))
 
 
 def put_batch(

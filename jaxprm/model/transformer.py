@@ -126,7 +126,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class Compute:
+class ForwardOptions:
     """How a forward pass is computed: what it returns differs by rounding alone.
 
     dtype: of activations and of the products; norms, softmax and the value head are in float32 whatever it is.
@@ -234,7 +234,7 @@ class Transformer(nnx.Module):
         caches: Sequence[Cache] = (),
         *,
         dtype=jnp.float32,
-        compute: Compute | None = None,
+        compute: ForwardOptions | None = None,
         adapters: Mapping[str, Mapping[str, jax.Array]] = MappingProxyType({}),
     ) -> Output:
         """Hidden states of every token.
@@ -245,7 +245,7 @@ class Transformer(nnx.Module):
         are not changed: `Cache.append` keeps what the caller wants kept. `compute` is for passes without caches, and
         says the dtype too; so are `adapters`, as for a Block but stacked on a layer axis.
         """
-        compute = compute or Compute(dtype=dtype)
+        compute = compute or ForwardOptions(dtype=dtype)
         cos, sin = rotary_tables(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         # A row of the table is read whole: what splits its width is gathered first, or the result would have to be.
         x = compute.constrain(self.embedding[...].astype(compute.dtype), "vocabulary", "hidden")[tokens]

@@ -114,20 +114,20 @@ def run(options: Any, show: Callable[[str], None] = print) -> int:
 def search(where, settings, data, mesh, policy, *, rows: int | None, show: Callable[[str], None]) -> dict[str, Any]:
     """{"tried": plans, "frontier": plans}; a line for each as it is compiled. mesh: the only one to try, or None."""
     from jaxprm.model import sharding
-    from jaxprm.planning.plan import Candidate, Found, changed, frontier, make_plan, meshes, staircase
+    from jaxprm.planning.plan import Candidate, MeshSearchResult, changed, frontier, make_plan, meshes, staircase
     from jaxprm.planning.report import as_json, verdict
 
-    def evaluate(candidate: Candidate) -> Found:
+    def evaluate(candidate: Candidate) -> MeshSearchResult:
         plan = make_plan(where, *changed(settings, data, candidate), candidate.mesh, policy, scores=False)
         speed = plan.estimate.tokens_per_second_per_chip if plan.estimate and plan.fits else None
-        found = Found(candidate, plan.training.memory, speed, plan)
+        found = MeshSearchResult(candidate, plan.training.memory, speed, plan)
         show(_line(found, verdict(found.memory)))
         return found
 
     devices = len(where.devices)
     if mesh is not None:
         sizes = dict(sharding.make_mesh(mesh, where.devices).shape)
-        tried = [config_lib.Mesh(**sizes)]
+        tried = [config_lib.MeshConfig(**sizes)]
     else:
         tried = meshes(devices, policy)
     found = list(staircase(tried, evaluate, settings=settings, devices=devices, rows=rows))
@@ -154,7 +154,7 @@ def _line(found: Any, verdict: str) -> str:
     return f"--mesh {axes} --batch {candidate.rows} remat={candidate.remat}: {verdict}{said}"
 
 
-def _reward_model(experiment: config_lib.Experiment, label: str | None) -> config_lib.RewardModel:
+def _reward_model(experiment: config_lib.Experiment, label: str | None) -> config_lib.RewardModelConfig:
     """The one with this label, or the first."""
     if label is None:
         return experiment.reward_models[0]

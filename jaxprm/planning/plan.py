@@ -52,15 +52,15 @@ class Slice:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class SliceEstimate:
     """What was compiled and what came out. flops, tokens: of a step, over all devices.
 
     features: the pass that runs once over the data where the head alone is trained; scoring: finished trajectories on
     one chip. communication and estimate are None where the compiler refused the step.
     """
 
-    settings: config_lib.RewardModel
-    data: config_lib.Data
+    settings: config_lib.RewardModelConfig
+    data: config_lib.DataConfig
     model: TransformerConfig
     topology: str
     devices: int
@@ -72,7 +72,7 @@ class Plan:
     attention: str
     communication: Communication | None
     transfers: tuple[str, ...]
-    estimate: Estimate | None
+    estimate: StepTimeEstimate | None
 
     @property
     def tokens(self) -> int:
@@ -97,13 +97,13 @@ def open_slice(topology: str) -> Slice:
 
 def make_plan(
     where: Slice,
-    settings: config_lib.RewardModel,
-    data: config_lib.Data,
-    mesh: config_lib.Mesh,
+    settings: config_lib.RewardModelConfig,
+    data: config_lib.DataConfig,
+    mesh: config_lib.MeshConfig,
     policy: TransformerConfig,
     *,
     scores: bool = True,
-) -> Plan:
+) -> SliceEstimate:
     """Compiles the step of `train`, jitted as there, and, where `scores`, the program that `score` runs.
 
     Raises UserError for a mesh, a batch or a model that does not divide, as training would.
@@ -124,7 +124,7 @@ def make_plan(
     attention = attention_of(text) if text else chosen
     flops = train_step_flops(config, settings, data, attention)
     sends = communication(step.text, len(where.devices)) if step.text else None
-    return Plan(
+    return SliceEstimate(
         settings=settings,
         data=data,
         model=config,
@@ -159,14 +159,14 @@ def _scoring(where: Slice, config: TransformerConfig, length: int) -> Compilatio
 
 def _estimate(
     where: Slice,
-    settings: config_lib.RewardModel,
-    data: config_lib.Data,
+    settings: config_lib.RewardModelConfig,
+    data: config_lib.DataConfig,
     config: TransformerConfig,
     mesh: jax.sharding.Mesh,
     step: Compilation,
     flops: StepFlops,
     sends: Communication,
-) -> Estimate:
+) -> StepTimeEstimate:
     memory = step.memory
     weights = config.layers * sum(inputs * outputs for inputs, outputs in matrices(config).values())
     read = forward_passes(settings) * weights * jnp.dtype(settings.dtype).itemsize / mesh.shape["tensor"]
@@ -181,7 +181,7 @@ def _estimate(
     )
 
 
-def mesh_of(text: str, base: config_lib.Mesh) -> config_lib.Mesh:
+def mesh_of(text: str, base: config_lib.MeshConfig) -> config_lib.MeshConfig:
     """`data=-1,fsdp=16`: axes that are not named are 1, and `data` takes what is left where no axis does.
 
     Raises UserError naming the axis or the size that cannot be.
@@ -202,7 +202,7 @@ def mesh_of(text: str, base: config_lib.Mesh) -> config_lib.Mesh:
             raise UserError(f"--mesh {text}: {name} = {value!r} must be at least 1, or -1 for what is left")
     if "data" not in sizes:
         sizes["data"] = 1 if -1 in sizes.values() else -1
-    return config_lib.Mesh(**sizes)
+    return config_lib.MeshConfig(**sizes)
 
 
 def versions() -> dict[str, str | None]:
@@ -226,7 +226,7 @@ ASSUMPTIONS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Estimate:
+class StepTimeEstimate:
     """Seconds of a step and what follows; `binds` names the largest of the three that bound it.
 
     step_seconds, tokens_per_second_per_chip, mfu: as expected by the lowest published efficiency, never faster than
@@ -255,7 +255,7 @@ def estimate(
     memory_bytes: float,
     sent_bytes: float,
     tokens: int,
-) -> Estimate:
+) -> StepTimeEstimate:
     """Of a step. FLOPs over all devices; bytes through one device's memory and out of it by its links."""
     seconds = {
         "compute": computed_flops / devices / chip.flops,
@@ -268,7 +268,7 @@ def estimate(
     if chip.efficiency is not None:
         ideal = model_flops / devices / chip.flops
         step, best = (max(bound, ideal / share) for share in (chip.efficiency.low, chip.efficiency.high))
-    return Estimate(
+    return StepTimeEstimate(
         compute_seconds=seconds["compute"],
         memory_seconds=seconds["memory"],
         interconnect_seconds=seconds["interconnect"],
@@ -291,13 +291,13 @@ MAX_TENSOR, DOUBLINGS = 8, 4
 class Candidate:
     """What is tried: `rows` of the whole batch."""
 
-    mesh: config_lib.Mesh
+    mesh: config_lib.MeshConfig
     rows: int
     remat: str
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class MeshSearchResult:
     """A candidate that was compiled; tokens_per_second_per_chip is None where it does not fit."""
 
     candidate: Candidate
@@ -306,7 +306,7 @@ class Found:
     plan: Any = None
 
 
-def meshes(devices: int, config: TransformerConfig) -> list[config_lib.Mesh]:
+def meshes(devices: int, config: TransformerConfig) -> list[config_lib.MeshConfig]:
     """Whole copies, then the model split by rows, and by heads too in as many parts as divide them."""
     found = [{"data": devices, "fsdp": 1, "tensor": 1}]
     tensor = 1
@@ -316,17 +316,17 @@ def meshes(devices: int, config: TransformerConfig) -> list[config_lib.Mesh]:
         if devices % tensor == 0 and not any(size % tensor for size in sizes) and config.hidden_size % fsdp == 0:
             found.append({"data": 1, "fsdp": fsdp, "tensor": tensor})
         tensor *= 2
-    return [config_lib.Mesh(**one) for one in {tuple(one.items()): one for one in found}.values()]
+    return [config_lib.MeshConfig(**one) for one in {tuple(one.items()): one for one in found}.values()]
 
 
 def staircase(
-    meshes: Sequence[config_lib.Mesh],
-    evaluate: Callable[[Candidate], Found],
+    meshes: Sequence[config_lib.MeshConfig],
+    evaluate: Callable[[Candidate], MeshSearchResult],
     *,
-    settings: config_lib.RewardModel,
+    settings: config_lib.RewardModelConfig,
     devices: int,
     rows: int | None = None,
-) -> Iterator[Found]:
+) -> Iterator[MeshSearchResult]:
     """Compiles what is worth it, as it goes: rows double, and what does not fit is rematerialised more.
 
     Once a batch does not fit however it is rematerialised no larger one is tried, and a larger one with less is not
@@ -348,18 +348,20 @@ def staircase(
             count *= 2
 
 
-def frontier(found: Sequence[Found]) -> list[Found]:
+def frontier(found: Sequence[MeshSearchResult]) -> list[MeshSearchResult]:
     """Those that fit and that no other beats in memory and in speed at once; the fastest first."""
     fits = [one for one in found if one.memory.fits and one.tokens_per_second_per_chip is not None]
     fits.sort(key=lambda one: (-one.tokens_per_second_per_chip, one.memory.total))
-    kept: list[Found] = []
+    kept: list[MeshSearchResult] = []
     for one in fits:
         if not kept or one.memory.total < kept[-1].memory.total:
             kept.append(one)
     return kept
 
 
-def changed(settings: config_lib.RewardModel, data: config_lib.Data, candidate: Candidate) -> tuple[Any, Any]:
+def changed(
+    settings: config_lib.RewardModelConfig, data: config_lib.DataConfig, candidate: Candidate
+) -> tuple[Any, Any]:
     """(settings, data) of a candidate."""
     return (
         msgspec.structs.replace(settings, remat=candidate.remat),

@@ -8,15 +8,15 @@ from typing import Any
 
 from jaxprm.hf.names import parameter_shapes
 from jaxprm.planning.compiling import Compilation, Memory
-from jaxprm.planning.plan import ASSUMPTIONS, Estimate, Plan, versions
+from jaxprm.planning.plan import ASSUMPTIONS, SliceEstimate, StepTimeEstimate, versions
 from jaxprm.training.flops import chip_of
 
 GIB = 1 << 30
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
+def as_json(plan: SliceEstimate) -> dict[str, Any]:
     """JSON types alone. Where the compiler refused the step its estimate is null, and what it did not say too."""
-    sends, estimate = plan.communication, dict.fromkeys(field.name for field in dataclasses.fields(Estimate))
+    sends, estimate = plan.communication, dict.fromkeys(field.name for field in dataclasses.fields(StepTimeEstimate))
     if plan.estimate is not None:
         estimate = dataclasses.asdict(plan.estimate)
     return {
@@ -52,7 +52,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def as_text(plan: Plan) -> str:
+def as_text(plan: SliceEstimate) -> str:
     """What a person reads."""
     memory, settings = plan.training.memory, plan.settings
     mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items() if size > 1) or "one device"
@@ -92,7 +92,7 @@ def verdict(memory: Memory) -> str:
     return f"fits: {needed}, {_size(room)} free" if memory.fits else f"does not fit: {needed}, {_size(-room)} too much"
 
 
-def _estimates(plan: Plan) -> list[str]:
+def _estimates(plan: SliceEstimate) -> list[str]:
     guess, chip = plan.estimate, _chip(plan)
     if guess is None:
         return []
@@ -119,12 +119,12 @@ def _estimates(plan: Plan) -> list[str]:
     return lines + [f"assumed    {text}" for text in ASSUMPTIONS]
 
 
-def _chip(plan: Plan) -> dict[str, Any]:
+def _chip(plan: SliceEstimate) -> dict[str, Any]:
     peaks = dataclasses.asdict(chip_of(plan.topology))
     return {"efficiency": peaks.pop("efficiency"), "peaks": peaks}
 
 
-def _parameters(plan: Plan) -> int:
+def _parameters(plan: SliceEstimate) -> int:
     return sum(math.prod(shape) for shape in parameter_shapes(plan.model, reward=True).values())
 
 
@@ -150,7 +150,7 @@ def _memory(memory: Memory) -> str:
     return "a device: " + ", ".join(f"{name} {_size(size)}" for name, size in named if size is not None)
 
 
-def _host(plan: Plan) -> str:
+def _host(plan: SliceEstimate) -> str:
     count = len(plan.transfers)
     return f"{count} transfers to or from the host" if count else "no transfer to or from the host"
 

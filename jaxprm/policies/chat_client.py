@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import httpx2
 import tenacity
 
-from jaxprm.config import Endpoint
+from jaxprm.config import EndpointConfig
 from jaxprm.errors import UserError, redact
 from jaxprm.policies import completion
 from jaxprm.policies.completion import BadAnswer, Completion, Usage
@@ -33,7 +33,7 @@ _PASSING = frozenset((408, 409, 425, 429))
 _TOO_LONG = re.compile(r"(?i)context.{0,3}(length|size|window)|(too long|too many tokens)|maximum.{0,20}\blength")
 
 
-class Failed(NamedTuple):
+class RequestFailed(NamedTuple):
     """A request that was not answered, and why. `too_long`: the conversation leaves no room for an answer."""
 
     reason: str
@@ -53,7 +53,7 @@ class Pauses:
 
 
 @dataclass
-class Counts:
+class RequestCounts:
     """Of everything that was sent and came back. `requests` are attempts, `retries` those that repeat one."""
 
     requests: int = 0
@@ -69,7 +69,7 @@ class Counts:
         self.generated += usage.generated
 
 
-class _Passing(Exception):
+class TransientError(Exception):
     """An attempt that failed for a reason that may pass; `after`: the seconds to wait that the server asked for."""
 
     def __init__(self, reason: str, after: float = 0.0):
@@ -77,10 +77,10 @@ class _Passing(Exception):
         self.after = after
 
 
-class _Refused(Exception):
+class PermanentError(Exception):
     """A request that the server will not answer, however often it is sent."""
 
-    def __init__(self, failed: Failed):
+    def __init__(self, failed: RequestFailed):
         super().__init__(failed.reason)
         self.failed = failed
 
@@ -94,13 +94,13 @@ class ChatClient:
 
     def __init__(
         self,
-        endpoint: Endpoint,
+        endpoint: EndpointConfig,
         key: str | None,
         *,
         template_in: Callable[[str], str | None] = lambda text: None,
         pauses: Pauses = Pauses(),
     ):
-        self.counts = Counts()
+        self.counts = RequestCounts()
         self._template_in = template_in
         self.url = endpoint.base_url.rstrip("/") + "/chat/completions"
         self._endpoint, self._key, self._pauses = endpoint, key, pauses
@@ -110,7 +110,7 @@ class ChatClient:
         self._http: httpx2.AsyncClient | None = None
         self._slots: asyncio.Semaphore | None = None
 
-    def ask(self, bodies: Sequence[dict[str, Any]]) -> list[Completion | Failed]:
+    def ask(self, bodies: Sequence[dict[str, Any]]) -> list[Completion | RequestFailed]:
         """The answer to each request, in order.
 
         Raises UserError where going on is of no use: the server wants another key, address or model, has answered
@@ -144,7 +144,7 @@ class ChatClient:
             if http is not None:
                 await http.aclose()
 
-    async def _ask_all(self, bodies: Sequence[dict[str, Any]]) -> list[Completion | Failed]:
+    async def _ask_all(self, bodies: Sequence[dict[str, Any]]) -> list[Completion | RequestFailed]:
         if self._http is None:
             self._http, self._slots = self._connect(), asyncio.Semaphore(self._endpoint.requests_in_flight)
         try:
@@ -165,22 +165,22 @@ class ChatClient:
             limits=httpx2.Limits(max_connections=most, max_keepalive_connections=most),
         )
 
-    async def _ask(self, body: dict[str, Any]) -> Completion | Failed:
+    async def _ask(self, body: dict[str, Any]) -> Completion | RequestFailed:
         # A request that waits for its next attempt keeps its slot: a server that cannot keep up is asked less.
         async with self._slots:
             attempts = tenacity.AsyncRetrying(
                 stop=tenacity.stop_after_attempt(1 + self._endpoint.retries),
                 wait=self._wait,
-                retry=tenacity.retry_if_exception_type(_Passing),
+                retry=tenacity.retry_if_exception_type(TransientError),
                 before_sleep=self._count_retry,
                 reraise=True,
             )
             try:
-                found: Completion | Failed = await attempts(self._attempt, body)
+                found: Completion | RequestFailed = await attempts(self._attempt, body)
                 self._answered = True
-            except _Passing as error:
-                found = Failed(f"{error} ({1 + self._endpoint.retries} attempts)")
-            except _Refused as error:
+            except TransientError as error:
+                found = RequestFailed(f"{error} ({1 + self._endpoint.retries} attempts)")
+            except PermanentError as error:
                 found = error.failed
         if isinstance(found, Completion) or found.too_long:
             self._failures_in_a_row = 0
@@ -193,7 +193,7 @@ class ChatClient:
 
     async def _greet(self, body: dict[str, Any]) -> bool:
         """Whether a request like this one is answered if it says next to nothing."""
-        with contextlib.suppress(_Passing, _Refused):
+        with contextlib.suppress(TransientError, PermanentError):
             await self._attempt(body | {"messages": [{"role": "user", "content": "Hello"}]})
             self._answered = True
         return self._answered
@@ -215,10 +215,10 @@ class ChatClient:
             ):
                 content = await _bounded(response)
         except TimeoutError:
-            raise _Passing(f"no whole answer within {seconds:g} seconds") from None
+            raise TransientError(f"no whole answer within {seconds:g} seconds") from None
         except httpx2.HTTPError as error:
             said = redact(str(error), self._key)
-            raise _Passing(f"{type(error).__name__}{said and ': '}{said}") from None
+            raise TransientError(f"{type(error).__name__}{said and ': '}{said}") from None
         if response.status_code == HTTPStatus.OK:
             return self._read(content, response.headers.get("Content-Type", ""))
         raise self._failure(response, content)
@@ -232,7 +232,7 @@ class ChatClient:
             # It may have cost tokens all the same.
             self.counts.add(error.usage)
             reason = f"{error}: {completion.message(content, self._key)}"
-            raise _Passing(redact(reason, self._key)) from None
+            raise TransientError(redact(reason, self._key)) from None
         self.counts.add(found.usage)
         return found
 
@@ -241,7 +241,7 @@ class ChatClient:
         said = completion.message(content or response.headers.get("Location", "").encode(), self._key)
         reason = redact(f"status {status} {response.reason_phrase}".rstrip() + f": {said}", self._key)
         if status in _PASSING or status >= 500 or status < 300:
-            return _Passing(reason, _seconds(response.headers.get("Retry-After", "")))
+            return TransientError(reason, _seconds(response.headers.get("Retry-After", "")))
         if status in (401, 403):
             given = f"the key in {self._endpoint.api_key_env}" if self._key else "no key"
             fix = f"it was sent {given}; name the variable of a valid one in policy.endpoint.api_key_env"
@@ -250,7 +250,7 @@ class ChatClient:
         elif status < 400 or status in (402, 405, 407, 410):
             fix = "mend policy.endpoint.base_url, or what the server asks for"
         else:
-            return _Refused(Failed(reason, too_long=_TOO_LONG.search(said) is not None))
+            return PermanentError(RequestFailed(reason, too_long=_TOO_LONG.search(said) is not None))
         return self._error(reason, fix)
 
     def _error(self, what: str, fix: str = "") -> UserError:
@@ -287,7 +287,7 @@ async def _bounded(response: httpx2.Response) -> bytes:
     async for chunk in response.aiter_bytes():
         content += chunk
         if len(content) > MAX_BYTES:
-            raise _Passing(f"an answer of more than {MAX_BYTES} bytes")
+            raise TransientError(f"an answer of more than {MAX_BYTES} bytes")
     return bytes(content)
 
 

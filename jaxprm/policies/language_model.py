@@ -28,7 +28,7 @@ SHARED = 4
 # A call goes on with this much fewer rows once no more are open.
 FEW = 4
 # Actions that are remembered, the latest; a kilobyte each at most. What is forgotten is drawn again, and the same.
-REMEMBERED = 1 << 18
+MAX_CACHED = 1 << 18
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "end_id", "steps", "capacity"))
@@ -167,7 +167,7 @@ class LanguageModelPolicy:
                 jobs.append((key, tokens))
         self._sample_all(jobs, temperature)
         found = [[self._memory[key] for key in row] for row in keys]
-        while len(self._memory) > REMEMBERED:
+        while len(self._memory) > MAX_CACHED:
             del self._memory[next(iter(self._memory))]
         return found
 
@@ -194,7 +194,7 @@ class LanguageModelPolicy:
 
     def _sample(self, groups: list[list], size: int, temperature: float) -> None:
         # The last token is fed to the decoder: its output is the first distribution to draw from.
-        slots = self._bank.place([group[0][1][:-1] for group in groups])
+        slots = self._bank.allocate([group[0][1][:-1] for group in groups])
         each = self._rows // size
         lanes = [slice(start, start + each) for start in range(0, len(groups), each)]
         for _ in self._lanes.map(lambda lane: self._sample_lane(groups[lane], size, slots[lane], temperature), lanes):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from jaxprm import plugins
-from jaxprm.config import Experiment, Policy, is_plugin
+from jaxprm.config import Experiment, PolicyConfig, is_plugin
 from jaxprm.errors import UserError
 from jaxprm.hf import hub
 from jaxprm.policies import protocol
@@ -39,12 +39,12 @@ def load(experiment: Experiment) -> protocol.Policy:
     return policy
 
 
-def is_directory(settings: Policy) -> bool:
+def is_directory(settings: PolicyConfig) -> bool:
     """Whether the policy is a language model on disk, with weights and a tokenizer that others can start from."""
     return settings.endpoint is None and not is_plugin(settings.path)
 
 
-def policy_directory(settings: Policy) -> Path:
+def policy_directory(settings: PolicyConfig) -> Path:
     """The directory of a policy that is one. Raises UserError where it holds no model."""
     return _directory("policy", "policy.path", settings.path)
 

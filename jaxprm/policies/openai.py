@@ -9,9 +9,9 @@ from dataclasses import asdict
 from typing import Any
 
 from data_pipeline.encode import Encoder
-from jaxprm.config import Endpoint, Policy
+from jaxprm.config import EndpointConfig, PolicyConfig
 from jaxprm.errors import UserError
-from jaxprm.policies.chat_client import ChatClient, Failed
+from jaxprm.policies.chat_client import ChatClient, RequestFailed
 from jaxprm.policies.completion import Completion
 from jaxprm.policies.protocol import Action, DrawKey, State, candidate_seed, draw_keys
 
@@ -34,7 +34,7 @@ class OpenAIPolicy:
       client: asks the endpoint.
     """
 
-    def __init__(self, settings: Policy, *, seed: int, encoder: Encoder | None, client: ChatClient):
+    def __init__(self, settings: PolicyConfig, *, seed: int, encoder: Encoder | None, client: ChatClient):
         self._settings, self._endpoint, self._seed = settings, settings.endpoint, seed
         self._encoder, self._client = encoder, client
         self._memory: dict[DrawKey, Action] = {}
@@ -95,13 +95,13 @@ class OpenAIPolicy:
             body["logprobs"] = True
         return {name: value for name, value in (body | extra).items() if (name, value) != ("seed", None)}
 
-    def _action(self, result: Completion | Failed) -> Action:
-        if isinstance(result, Failed):
+    def _action(self, result: Completion | RequestFailed) -> Action:
+        if isinstance(result, RequestFailed):
             return Action("", 0, None, "length") if result.too_long else Action("", 0, None, "error", result.reason)
         return Action(result.text, result.usage.generated, result.log_probability, result.stop)
 
 
-def read_key(endpoint: Endpoint) -> str | None:
+def read_key(endpoint: EndpointConfig) -> str | None:
     """The key from the environment. Raises UserError where the variable is empty or holds what cannot be sent."""
     name = endpoint.api_key_env
     if name is None:
@@ -121,7 +121,7 @@ def template_reader(encoder: Encoder | None) -> Callable[[str], str | None]:
     return lambda text: found[0] if (found := re.search(r"<\|\w+\|>", text)) else None
 
 
-def load(settings: Policy, *, seed: int, encoder: Encoder | None) -> OpenAIPolicy:
+def load(settings: PolicyConfig, *, seed: int, encoder: Encoder | None) -> OpenAIPolicy:
     """The policy that an endpoint serves."""
     client = ChatClient(settings.endpoint, read_key(settings.endpoint), template_in=template_reader(encoder))
     return OpenAIPolicy(settings, seed=seed, encoder=encoder, client=client)

@@ -20,7 +20,7 @@ OF_POLICY = "policy: "
 
 
 @dataclass
-class Episode:
+class Rollout:
     """One trajectory in the making. `number` names it among its task's and picks its draws.
 
     `broken`: it was the environment that failed.
@@ -48,7 +48,7 @@ def rollouts(
     *,
     temperature: float,
     in_flight: int,
-) -> Iterator[Episode]:
+) -> Iterator[Rollout]:
     """Finished episodes for (task, number) jobs, in the order in which they end.
 
     An environment that raises ends its episode with `error` set and is not used again; one that goes on past its
@@ -59,7 +59,7 @@ def rollouts(
     with closing(protocol.Pool(make_environment)) as environments:
         while True:
             starting = list(itertools.islice(jobs, in_flight - len(active)))
-            active += environments.map(lambda job: _start(environments.take(), *job), starting)
+            active += environments.map(lambda job: _start(environments.acquire(), *job), starting)
             if not active:
                 return
             if waiting := [episode for episode in active if not episode.done]:
@@ -77,13 +77,13 @@ def rollouts(
                 if episode.broken:
                     environments.discard(episode.environment)
                 else:
-                    environments.give_back(episode.environment)
+                    environments.release(episode.environment)
                 yield episode
             active = [episode for episode in active if not episode.done]
 
 
 @contextmanager
-def _errors_end(episode: Episode) -> Iterator[None]:
+def _errors_end(episode: Rollout) -> Iterator[None]:
     try:
         yield
     except Exception as error:
@@ -91,9 +91,9 @@ def _errors_end(episode: Episode) -> Iterator[None]:
         episode.error, episode.broken, episode.done = f"{type(error).__name__}: {error}", True, True
 
 
-def _start(environment: Environment, task: str, number: int) -> Episode:
+def _start(environment: Environment, task: str, number: int) -> Rollout:
     # The format wants a message: an episode without a prompt has an empty one.
-    episode = Episode(task, number, environment, [{"role": "user", "content": ""}])
+    episode = Rollout(task, number, environment, [{"role": "user", "content": ""}])
     with _errors_end(episode):
         episode.messages = [{"role": "user", "content": protocol.reset(environment, task)}]
         if hasattr(environment, "describe"):
@@ -101,7 +101,7 @@ def _start(environment: Environment, task: str, number: int) -> Episode:
     return episode
 
 
-def _act(episode: Episode, text: str) -> None:
+def _act(episode: Rollout, text: str) -> None:
     episode.messages = [*episode.messages, {"role": "assistant", "content": text}]
     with _errors_end(episode):
         result = protocol.step(episode.environment, text)
@@ -115,7 +115,7 @@ def _act(episode: Episode, text: str) -> None:
             episode.messages = [*episode.messages, {"role": "user", "content": result.observation}]
 
 
-def trajectory(episode: Episode, *, split: str, environment: str, temperature: float, seed: int) -> dict:
+def trajectory(episode: Rollout, *, split: str, environment: str, temperature: float, seed: int) -> dict:
     """A finished episode as a line of the trajectory format."""
     meta = episode.about | {
         "final_observation": episode.observation,

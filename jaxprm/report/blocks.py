@@ -9,7 +9,7 @@ from html import escape
 from jaxprm.report import html, panels
 from jaxprm.report.figures import Panel, draw
 from jaxprm.report.labels import THIN_SPACE, name, number, plural
-from jaxprm.report.results import Estimate, Results
+from jaxprm.report.results import ReportedEstimate, RunResults
 from jaxprm.report.svg import inline_svg, themed_colour
 
 MAX_ROWS = 24
@@ -55,7 +55,7 @@ def figure(
     )
 
 
-def sample_words(results: Results, estimates: Sequence[Estimate]) -> str:
+def sample_words(results: RunResults, estimates: Sequence[ReportedEstimate]) -> str:
     """Over what means were taken, for a caption: " (120 tasks, 3 seeds)"; empty when neither is known."""
     counts = sorted({estimate.n for estimate in estimates if estimate.n is not None})
     words = []
@@ -68,12 +68,12 @@ def sample_words(results: Results, estimates: Sequence[Estimate]) -> str:
     return f" ({', '.join(words)})" if words else ""
 
 
-def panel_sample(results: Results, found: Sequence[Panel]) -> str:
+def panel_sample(results: RunResults, found: Sequence[Panel]) -> str:
     """`sample_words` of everything drawn in these panels."""
     return sample_words(results, [point for panel in found for series in panel.series for point in series.points])
 
 
-def level_words(results: Results) -> str:
+def level_words(results: RunResults) -> str:
     """A caption's sentence on the horizontal lines."""
     known = {level.label for level in panels.levels(results)}
     forms = {"policy": "the solid horizontal line is the plain policy", "greedy": "the dotted one the greedy policy"}

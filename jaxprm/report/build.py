@@ -19,7 +19,7 @@ from jaxprm.report import model_sections, panels, run_sections, search_sections
 from jaxprm.report.figures import canvas, draw_on, legend_on, shared_limits
 from jaxprm.report.headline import PREFERRED_BEAM, headline
 from jaxprm.report.labels import COLOURS, look, name
-from jaxprm.report.results import Results, Tree, load_results, load_trees, size_key
+from jaxprm.report.results import RunResults, SearchTree, load_results, load_trees, size_key
 from jaxprm.report.svg import light_colour, standalone_svg, themed_colour
 
 MAX_TREE_BYTES = 8_000_000
@@ -52,7 +52,7 @@ def build_report(workdir: Path) -> Path:
     return page
 
 
-def render(results: Results, trees: Sequence[Tree]) -> str:
+def render(results: RunResults, trees: Sequence[SearchTree]) -> str:
     """The whole page as one string of HTML that loads nothing."""
     asset = _asset("template.html")
     style = _theme() + _asset("style.css")
@@ -80,7 +80,7 @@ def render(results: Results, trees: Sequence[Tree]) -> str:
     )
 
 
-def _viewer(trees: Sequence[Tree]) -> tuple[list[Tree], str]:
+def _viewer(trees: Sequence[SearchTree]) -> tuple[list[SearchTree], str]:
     shown = _fitting(trees)
     if not shown:
         return [], ""
@@ -90,7 +90,7 @@ def _viewer(trees: Sequence[Tree]) -> tuple[list[Tree], str]:
     return shown, Template(_asset("viewer.html")).substitute(note=escape(note))
 
 
-def _fitting(trees: Sequence[Tree]) -> list[Tree]:
+def _fitting(trees: Sequence[SearchTree]) -> list[SearchTree]:
     """As many trees as keep the page loadable: MAX_TREE_BYTES of JSON, in the order given.
 
     The first seed goes before the others and the headline's beam before other sizes, whatever came out of a search.
@@ -109,7 +109,7 @@ def _fitting(trees: Sequence[Tree]) -> list[Tree]:
     return [tree for at, tree in enumerate(trees) if at in chosen]
 
 
-def _looks(results: Results, trees: Sequence[Tree]) -> dict[str, dict[str, str]]:
+def _looks(results: RunResults, trees: Sequence[SearchTree]) -> dict[str, dict[str, str]]:
     labels = dict.fromkeys([*results.methods, *(tree.method for tree in trees)])
     return {label: {"name": name(label), "role": look(label).role} for label in labels}
 
@@ -138,7 +138,7 @@ def _theme() -> str:
     return f":root{{{colours}}}\n"
 
 
-def _subject(results: Results) -> str:
+def _subject(results: RunResults) -> str:
     """What the run was about, as far as it says: its name, environment and date."""
     about = results.provenance if isinstance(results.provenance, dict) else {}
     config = about.get("config") if isinstance(about.get("config"), dict) else {}
@@ -153,7 +153,7 @@ def _asset(file: str) -> str:
     return resources.files("jaxprm.report").joinpath(file).read_text(encoding="utf-8")
 
 
-def _write_figure(results: Results, directory: Path) -> None:
+def _write_figure(results: RunResults, directory: Path) -> None:
     """Two panels, beam search and a scaling curve if they exist, as SVG (both themes) and PNG (light)."""
     scaling = sorted(panels.scaling_panels(results), key=lambda panel: FIGURE_ORDER.index(panel.title))
     found = panels.present([panels.beam_panel(results), *scaling])[:2]

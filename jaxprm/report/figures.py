@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from jaxprm.report.labels import compact, look, percent
-from jaxprm.report.results import Estimate
+from jaxprm.report.results import ReportedEstimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,7 +30,7 @@ class Series:
 
     label: str
     xs: Sequence[float]
-    points: Sequence[Estimate]
+    points: Sequence[ReportedEstimate]
     variant: Literal["", "solid", "hollow"] = ""
     note: str = ""
     faint: bool = False
@@ -41,7 +41,7 @@ class Level:
     """A horizontal line with its interval: what is compared against, the same at every x."""
 
     label: str
-    value: Estimate
+    value: ReportedEstimate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +197,7 @@ def _draw_dodged(axes: Axes, series: Series, gid: str, colour: Colour, offset: f
     _draw_markers(axes, series, xs, gid, colour)
 
 
-def _draw_bars(axes: Axes, xs: Sequence[float], points: Sequence[Estimate], tint: str) -> None:
+def _draw_bars(axes: Axes, xs: Sequence[float], points: Sequence[ReportedEstimate], tint: str) -> None:
     known = [(x, point) for x, point in zip(xs, points, strict=True) if point.has_interval]
     axes.vlines([x for x, _ in known], [p.low for _, p in known], [p.high for _, p in known], color=tint, linewidth=2)
 
@@ -272,7 +272,7 @@ def _log_ticks(axes: Axes) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: compact(value))
 
 
-def _tooltip(series: Series, x: float, point: Estimate, panel: Panel) -> str:
+def _tooltip(series: Series, x: float, point: ReportedEstimate, panel: Panel) -> str:
     tick = dict(panel.ticks).get(x) or (percent(x) if panel.diagonal else f"{x:g}")
     shown = percent if panel.fractions else "{:.3g}".format
     interval = f" [{shown(point.low)}, {shown(point.high)}]" if point.has_interval else ""

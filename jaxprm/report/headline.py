@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from jaxprm.report.blocks import sample_words
 from jaxprm.report.labels import ALIASES, THIN_SPACE, name, percent, plural, search_name, signed_points, split_search
-from jaxprm.report.results import Estimate, Results
+from jaxprm.report.results import ReportedEstimate, RunResults
 
 PREFERRED = ("agentprm", "pvm", "orm", "mc")
 PREFERRED_BEAM = "4x4"
@@ -24,7 +24,7 @@ class Headline(NamedTuple):
     size: str | None = None
 
 
-def headline(results: Results) -> Headline:
+def headline(results: RunResults) -> Headline:
     """Plain policy against beam search with AgentPRM at 4x4; where that was not run, the next method and size that was.
 
     The order of preference is fixed, so no result chooses its own headline.
@@ -44,7 +44,7 @@ def headline(results: Results) -> Headline:
     return Headline(_claim(verdict, label, plain, found), detail, verdict, label, size)
 
 
-def paired_with_policy(results: Results, label: str, size: str) -> Estimate | None:
+def paired_with_policy(results: RunResults, label: str, size: str) -> ReportedEstimate | None:
     """Mean of (`label` with this beam minus plain policy) over the same tasks, None when it was not computed."""
     for pair in results.paired:
         if pair.mean is None or split_search(pair.at) != ("beam", size):
@@ -57,7 +57,7 @@ def paired_with_policy(results: Results, label: str, size: str) -> Estimate | No
     return None
 
 
-def _guided(results: Results) -> tuple[str, str, Estimate] | None:
+def _guided(results: RunResults) -> tuple[str, str, ReportedEstimate] | None:
     measured = [label for label in results.with_search("beam") if label != "random"]
     for label in sorted(measured, key=lambda each: PREFERRED.index(each) if each in PREFERRED else len(PREFERRED)):
         curve = results.curve(label, "beam")
@@ -66,7 +66,7 @@ def _guided(results: Results) -> tuple[str, str, Estimate] | None:
     return None
 
 
-def _verdict(difference: Estimate | None) -> Literal["better", "unclear", "worse", "unknown"]:
+def _verdict(difference: ReportedEstimate | None) -> Literal["better", "unclear", "worse", "unknown"]:
     if difference is None or not difference.has_interval:
         return "unknown"
     if difference.low > 0:
@@ -74,7 +74,7 @@ def _verdict(difference: Estimate | None) -> Literal["better", "unclear", "worse
     return "worse" if difference.high < 0 else "unclear"
 
 
-def _claim(verdict: str, label: str, plain: Estimate, found: Estimate) -> str:
+def _claim(verdict: str, label: str, plain: ReportedEstimate, found: ReportedEstimate) -> str:
     alone, guided, model = percent(plain.mean), percent(found.mean), name(label)
     return {
         "better": f"Guided by {model}, the policy solves {guided} of unseen tasks. Alone it solves {alone}.",
@@ -84,7 +84,7 @@ def _claim(verdict: str, label: str, plain: Estimate, found: Estimate) -> str:
     }[verdict]
 
 
-def _detail(verdict: str, size: str, difference: Estimate | None, results: Results) -> str:
+def _detail(verdict: str, size: str, difference: ReportedEstimate | None, results: RunResults) -> str:
     if difference is None:
         return f"{_sentence(search_name(f'beam {size}'))}. The paired difference was not computed."
     interval = ""

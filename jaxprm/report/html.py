@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
 from jaxprm.report.labels import Look, decimal, look, number, percent, signed_points
-from jaxprm.report.results import Estimate
+from jaxprm.report.results import ReportedEstimate
 
 NOT_MEASURED = '<span class="absent" title="not measured">–</span>'
 SHAPES = {
@@ -28,17 +28,17 @@ def data(value: float, text: str) -> str:
     return f'<data value="{value!r}">{escape(text)}</data>'
 
 
-def share(estimate: Estimate | None) -> str:
+def share(estimate: ReportedEstimate | None) -> str:
     """A cell's content: mean and 95 % interval in per cent."""
     return _with_interval(estimate, percent, lambda value: f"{value * 100:.1f}")
 
 
-def plain(estimate: Estimate | None) -> str:
+def plain(estimate: ReportedEstimate | None) -> str:
     """A cell's content: mean and 95 % interval as plain numbers."""
     return _with_interval(estimate, decimal, decimal)
 
 
-def difference(estimate: Estimate | None) -> str:
+def difference(estimate: ReportedEstimate | None) -> str:
     """A cell's content: a difference in percentage points and its 95 % interval."""
     return _with_interval(estimate, signed_points, signed_points)
 
@@ -47,7 +47,9 @@ def count(value: float) -> str:
     return data(value, number(value))
 
 
-def _with_interval(estimate: Estimate | None, shown: Callable[[float], str], bound: Callable[[float], str]) -> str:
+def _with_interval(
+    estimate: ReportedEstimate | None, shown: Callable[[float], str], bound: Callable[[float], str]
+) -> str:
     if estimate is None or estimate.mean is None:
         return NOT_MEASURED
     text = data(estimate.mean, shown(estimate.mean))
@@ -138,7 +140,13 @@ def legend(labels: Iterable[str], *, variants: Sequence[tuple[str, bool]] = ()) 
 
 
 def track(
-    estimate: Estimate, style: Look, low: float, high: float, *, marks: Sequence[float], reference: float | None = None
+    estimate: ReportedEstimate,
+    style: Look,
+    low: float,
+    high: float,
+    *,
+    marks: Sequence[float],
+    reference: float | None = None,
 ) -> str:
     """Mean and interval on a horizontal axis from `low` to `high`, as wide as its cell.
 

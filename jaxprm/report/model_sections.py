@@ -11,12 +11,12 @@ import msgspec
 from jaxprm.report import html, panels
 from jaxprm.report.blocks import BAND, figure, panel_sample, section, side
 from jaxprm.report.labels import METRICS, number, percent
-from jaxprm.report.results import Estimate, Results, is_number
+from jaxprm.report.results import ReportedEstimate, RunResults, is_number
 
 VARIANTS = (("succeeded", False), ("failed", True))
 
 
-def judgement(results: Results) -> str:
+def judgement(results: RunResults) -> str:
     """Step values of successful against failed trajectories, AUROC by step, calibration."""
     validation = _validation_table(results)
     calibration = _calibration(results)
@@ -29,7 +29,7 @@ def judgement(results: Results) -> str:
     return section("judgement", "Does the model judge well?", intro, body) if body else ""
 
 
-def _values(results: Results) -> str:
+def _values(results: RunResults) -> str:
     found = panels.value_panels(results)
     if not found:
         return ""
@@ -40,7 +40,7 @@ def _values(results: Results) -> str:
     return "<h3>Step values</h3>" + figure(found, "values", words, labels=[], variants=VARIANTS)
 
 
-def _auroc(results: Results) -> str:
+def _auroc(results: RunResults) -> str:
     found = panels.auroc_panels(results)
     if not found:
         return ""
@@ -52,7 +52,7 @@ def _auroc(results: Results) -> str:
     return "<h3>Telling success from failure</h3>" + figure(found, "auroc", words)
 
 
-def _calibration(results: Results) -> str:
+def _calibration(results: RunResults) -> str:
     found = panels.present([panels.calibration_panel(results)])
     if not found:
         return ""
@@ -63,7 +63,7 @@ def _calibration(results: Results) -> str:
     return figure(found, "calibration", words, titled=False)
 
 
-def _validation_table(results: Results) -> str:
+def _validation_table(results: RunResults) -> str:
     found = {label: values for label, values in results.validation.items() if isinstance(values, Mapping)}
     metrics = [metric for metric in METRICS if any(_estimate(values.get(metric)) for values in found.values())]
     if not metrics:
@@ -77,7 +77,7 @@ def _validation_table(results: Results) -> str:
     return html.table(heads, rows, caption=caption)
 
 
-def training(results: Results) -> str:
+def training(results: RunResults) -> str:
     """Training curves and what they were trained on."""
     found = panels.training_panels(results)
     body = ""
@@ -105,9 +105,9 @@ def leaves(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
         yield path, escape(node)
 
 
-def _estimate(value: Any) -> Estimate | None:
+def _estimate(value: Any) -> ReportedEstimate | None:
     if is_number(value):
-        return Estimate(float(value))
+        return ReportedEstimate(float(value))
     if isinstance(value, Mapping) and is_number(value.get("mean")):
-        return msgspec.convert({key: part for key, part in value.items() if is_number(part)}, Estimate)
+        return msgspec.convert({key: part for key, part in value.items() if is_number(part)}, ReportedEstimate)
     return None

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from jaxprm.report.figures import Level, Panel, Series, shared_limits
 from jaxprm.report.labels import METRICS, name
-from jaxprm.report.results import Estimate, Results, is_number, size_key
+from jaxprm.report.results import ReportedEstimate, RunResults, is_number, size_key
 
 T = TypeVar("T")
 SCALING = (
@@ -27,13 +27,13 @@ def present(panels: Iterable[Panel]) -> list[Panel]:
     return [panel for panel in panels if not panel.empty]
 
 
-def levels(results: Results) -> list[Level]:
+def levels(results: RunResults) -> list[Level]:
     """The plain and the greedy policy, as far as they were measured."""
     found = {"policy": results.baseline("sampled"), "greedy": results.baseline("greedy")}
     return [Level(label=label, value=value) for label, value in found.items() if value]
 
 
-def beam_panel(results: Results) -> Panel:
+def beam_panel(results: RunResults) -> Panel:
     """Success by beam size, one dodged mark per method."""
     sizes = sorted({size for label in results.methods for size in results.curve(label, "beam")}, key=size_key)
     place = {size: float(index) for index, size in enumerate(sizes)}
@@ -54,14 +54,14 @@ def beam_panel(results: Results) -> Panel:
     )
 
 
-def scaling_panels(results: Results) -> list[Panel]:
+def scaling_panels(results: RunResults) -> list[Panel]:
     """Success against N, for every search that takes the best of N; the oracle stands with whole trajectories."""
     panels = present(_scaling_panel(results, *search) for search in SCALING)
     limits = shared_limits(panels)
     return [replace(panel, limits=limits) for panel in panels]
 
 
-def _scaling_panel(results: Results, search: str, title: str, x_label: str) -> Panel:
+def _scaling_panel(results: RunResults, search: str, title: str, x_label: str) -> Panel:
     curves = {label: results.curve(label, search) for label in results.with_search(search)}
     if search == "best_of_n" and results.oracle_curve():
         curves["oracle"] = results.oracle_curve()
@@ -79,7 +79,7 @@ def _scaling_panel(results: Results, search: str, title: str, x_label: str) -> P
     )
 
 
-def value_panels(results: Results) -> list[Panel]:
+def value_panels(results: RunResults) -> list[Panel]:
     """Mean step value of successful (filled) and failed (hollow) trajectories by step, one panel per method."""
     panels = []
     for label, rows in results.value_by_depth.items():
@@ -103,7 +103,7 @@ def value_panels(results: Results) -> list[Panel]:
     return [replace(panel, limits=limits) for panel in panels]
 
 
-def auroc_panels(results: Results) -> list[Panel]:
+def auroc_panels(results: RunResults) -> list[Panel]:
     """How well step values tell success from failure by step, over all steps and within a task."""
     kinds = (("auroc", "Over all tasks"), ("auroc_within_task", "Within a task"))
     panels = present(
@@ -125,7 +125,7 @@ def auroc_panels(results: Results) -> list[Panel]:
     return [replace(_with_depth_ticks(panel), limits=(min(limits[0], 0.4), max(limits[1], 0.6))) for panel in panels]
 
 
-def calibration_panel(results: Results) -> Panel:
+def calibration_panel(results: RunResults) -> Panel:
     """Observed against predicted success, in bins of the prediction."""
     curves = {label: {row.predicted: row.observed for row in rows} for label, rows in results.calibration.items()}
     series = [_series(label, curve) for label, curve in curves.items()]
@@ -147,7 +147,7 @@ def calibration_panel(results: Results) -> Panel:
     )
 
 
-def training_panels(results: Results) -> list[Panel]:
+def training_panels(results: RunResults) -> list[Panel]:
     """One panel per logged quantity, one line per method and seed, each thinned to MAX_POINTS."""
     return present(
         Panel(
@@ -173,12 +173,12 @@ def thin(items: Sequence[T], most: int) -> list[T]:
     return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]
 
 
-def _logged(rows: Sequence[Mapping[str, float | None]], metric: str) -> dict[float, Estimate]:
+def _logged(rows: Sequence[Mapping[str, float | None]], metric: str) -> dict[float, ReportedEstimate]:
     known = [(row["step"], row[metric]) for row in rows if row.get("step") is not None and row.get(metric) is not None]
-    return {step: Estimate(value) for step, value in thin(known, MAX_POINTS)}
+    return {step: ReportedEstimate(value) for step, value in thin(known, MAX_POINTS)}
 
 
-def compute_panel(results: Results) -> Panel:
+def compute_panel(results: RunResults) -> Panel:
     """Success of the plain policy and of beam search against the tokens read and written, where they were counted."""
     compute = results.compute if isinstance(results.compute, Mapping) else {}
     unit = compute.get("unit")
@@ -198,7 +198,9 @@ def compute_panel(results: Results) -> Panel:
     )
 
 
-def _spent(compute: Mapping[str, Any], label: str, curve: dict[str, Estimate]) -> Iterator[tuple[float, Estimate]]:
+def _spent(
+    compute: Mapping[str, Any], label: str, curve: dict[str, ReportedEstimate]
+) -> Iterator[tuple[float, ReportedEstimate]]:
     for size, point in curve.items():
         found: Any = compute
         for key in ("methods", label, size):
@@ -208,7 +210,7 @@ def _spent(compute: Mapping[str, Any], label: str, curve: dict[str, Estimate]) -
             yield float(sum(tokens)), point
 
 
-def _series(label: str, curve: Mapping[float, Estimate | None], **how: Any) -> Series:
+def _series(label: str, curve: Mapping[float, ReportedEstimate | None], **how: Any) -> Series:
     known = {x: curve[x] for x in sorted(curve) if curve[x] is not None and curve[x].mean is not None}
     return Series(label=label, xs=list(known), points=list(known.values()), **how)
 

@@ -17,7 +17,7 @@ TREE_SEARCHES = ("diverse", "lookahead", "mcts")
 SEARCHES = ("best_of_n", "prefix_best_of_n", "stepwise", "beam", *TREE_SEARCHES, *AGGREGATED)
 
 
-class Estimate(msgspec.Struct, frozen=True):
+class ReportedEstimate(msgspec.Struct, frozen=True):
     """A measured mean with its 95 % interval over n units; any part may be unknown."""
 
     mean: float | None = None
@@ -29,11 +29,11 @@ class Estimate(msgspec.Struct, frozen=True):
     def has_interval(self) -> bool:
         return self.low is not None and self.high is not None
 
-    def negated(self) -> Estimate:
-        return Estimate(*(None if v is None else -v for v in (self.mean, self.high, self.low)), self.n)
+    def negated(self) -> ReportedEstimate:
+        return ReportedEstimate(*(None if v is None else -v for v in (self.mean, self.high, self.low)), self.n)
 
 
-Curve = dict[str, Estimate | None]
+Curve = dict[str, ReportedEstimate | None]
 
 
 class Paired(msgspec.Struct, frozen=True):
@@ -48,8 +48,8 @@ class Paired(msgspec.Struct, frozen=True):
     n: float | None = None
 
     @property
-    def estimate(self) -> Estimate:
-        return Estimate(self.mean, self.low, self.high, self.n)
+    def estimate(self) -> ReportedEstimate:
+        return ReportedEstimate(self.mean, self.low, self.high, self.n)
 
 
 class EqualBudget(msgspec.Struct, frozen=True):
@@ -60,9 +60,9 @@ class EqualBudget(msgspec.Struct, frozen=True):
     unit: str
     n: float
     capped: bool = False
-    searched: Estimate | None = None
-    best_of_n: Estimate | None = None
-    difference: Estimate | None = None
+    searched: ReportedEstimate | None = None
+    best_of_n: ReportedEstimate | None = None
+    difference: ReportedEstimate | None = None
 
 
 class NeededBudget(msgspec.Struct, frozen=True):
@@ -84,18 +84,18 @@ class Budget(msgspec.Struct, frozen=True):
 
 class DepthRow(msgspec.Struct, frozen=True):
     depth: float
-    success: Estimate | None = None
-    failure: Estimate | None = None
-    auroc: Estimate | None = None
-    auroc_within_task: Estimate | None = None
+    success: ReportedEstimate | None = None
+    failure: ReportedEstimate | None = None
+    auroc: ReportedEstimate | None = None
+    auroc_within_task: ReportedEstimate | None = None
 
 
 class CalibrationRow(msgspec.Struct, frozen=True):
     predicted: float
-    observed: Estimate | None = None
+    observed: ReportedEstimate | None = None
 
 
-class Results(msgspec.Struct, frozen=True):
+class RunResults(msgspec.Struct, frozen=True):
     """What one run measured. Every part is optional: a page shows the parts that exist.
 
     `methods[label][search][size]`, `search` one of SEARCHES; other keys of a method are kept out.
@@ -116,26 +116,26 @@ class Results(msgspec.Struct, frozen=True):
     data: Any = None
     provenance: Any = None
 
-    def curve(self, label: str, search: str) -> dict[str, Estimate]:
+    def curve(self, label: str, search: str) -> dict[str, ReportedEstimate]:
         """Measured points of one method under one search, by size in ascending order; empty when it was not run."""
         return _measured(self.methods.get(label, {}).get(search) or {})
 
-    def at(self, label: str, search: str, size: str) -> Estimate | None:
+    def at(self, label: str, search: str, size: str) -> ReportedEstimate | None:
         return self.curve(label, search).get(size)
 
     def with_search(self, search: str) -> list[str]:
         """Labels of the methods that were measured under `search`, in the file's order."""
         return [label for label in self.methods if self.curve(label, search)]
 
-    def oracle_curve(self) -> dict[str, Estimate]:
+    def oracle_curve(self) -> dict[str, ReportedEstimate]:
         return _measured(self.oracle)
 
-    def baseline(self, name: str) -> Estimate | None:
+    def baseline(self, name: str) -> ReportedEstimate | None:
         """`sampled` or `greedy` policy, None when it was not measured."""
         return _measured(self.policy).get(name)
 
 
-class Node(msgspec.Struct, frozen=True):
+class TreeNode(msgspec.Struct, frozen=True):
     """One candidate action of a search tree; parent 0 is the prompt."""
 
     id: int
@@ -151,11 +151,11 @@ class Node(msgspec.Struct, frozen=True):
     outcome: float | None = None
 
 
-class Tree(msgspec.Struct, frozen=True):
+class SearchTree(msgspec.Struct, frozen=True):
     """One searched task: every candidate that was scored, and which of them was returned."""
 
     task: str
-    nodes: list[Node] = []
+    nodes: list[TreeNode] = []
     method: str = ""
     beam: str = ""
     seed: int | str | None = None
@@ -176,9 +176,9 @@ def size_key(size: str) -> tuple:
     return (not numbers, numbers, size)
 
 
-def load_results(path: Path) -> Results:
+def load_results(path: Path) -> RunResults:
     """Read results.json. Raises UserError when it is missing or does not have the documented form."""
-    results = _decode(path, Results)
+    results = _decode(path, RunResults)
     methods = {
         label: {search: _convert(path, label, search, found[search]) for search in SEARCHES if found.get(search)}
         for label, found in results.methods.items()
@@ -186,11 +186,11 @@ def load_results(path: Path) -> Results:
     return msgspec.structs.replace(results, methods=methods)
 
 
-def load_trees(path: Path) -> list[Tree]:
+def load_trees(path: Path) -> list[SearchTree]:
     """Read trees.json; no file means no trees. Raises UserError for another form or a node whose parent is unknown."""
     if not path.exists():
         return []
-    trees = _decode(path, list[Tree])
+    trees = _decode(path, list[SearchTree])
     for index, tree in enumerate(trees):
         for node in _orphans(tree):
             raise UserError(
@@ -216,12 +216,12 @@ def _convert(path: Path, label: str, search: str, curve: Any) -> Curve:
         raise UserError(f"{path}: methods.{label}.{search}: {error}; evaluate this method again") from None
 
 
-def _measured(curve: Curve) -> dict[str, Estimate]:
+def _measured(curve: Curve) -> dict[str, ReportedEstimate]:
     known = {size: found for size, found in curve.items() if found is not None and found.mean is not None}
     return dict(sorted(known.items(), key=lambda item: size_key(item[0])))
 
 
-def _orphans(tree: Tree) -> Iterator[Node]:
+def _orphans(tree: SearchTree) -> Iterator[TreeNode]:
     seen = {0}
     for node in tree.nodes:
         if node.parent not in seen or node.id in seen:

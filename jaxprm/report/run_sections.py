@@ -11,13 +11,13 @@ import msgspec
 from jaxprm.report import html, panels
 from jaxprm.report.blocks import BAND, figure, level_words, panel_sample, section, side
 from jaxprm.report.labels import duration, search_name
-from jaxprm.report.results import Budget, Results, is_number
+from jaxprm.report.results import Budget, RunResults, is_number
 
 FOLD_ROWS = 10
 SHORT_TEXT = 60
 
 
-def cost(results: Results) -> str:
+def cost(results: RunResults) -> str:
     """Tokens and environment steps spent, and the time of each stage."""
     spent = panels.present([panels.compute_panel(results)])
     drawn = ""
@@ -124,7 +124,7 @@ def _bars(seconds: Mapping[str, float], caption: str) -> str:
     return html.table(["Stage", "", "Time"], rows, caption=caption, numeric_from=2)
 
 
-def provenance(results: Results) -> str:
+def provenance(results: RunResults) -> str:
     """Short facts at once; config, versions and fingerprints folded away."""
     if not results.provenance:
         return ""

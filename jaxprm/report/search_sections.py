@@ -12,7 +12,7 @@ from jaxprm.report import html, panels
 from jaxprm.report.blocks import BAND, figure, level_words, panel_sample, sample_words, section, side
 from jaxprm.report.headline import headline
 from jaxprm.report.labels import ALIASES, look, name, plural, search_name, size_name, split_search
-from jaxprm.report.results import AGGREGATED, TREE_SEARCHES, Estimate, Paired, Results, size_key
+from jaxprm.report.results import AGGREGATED, TREE_SEARCHES, Paired, ReportedEstimate, RunResults, size_key
 
 AXIS_STEP = 0.2
 MIN_REACH = 0.05
@@ -20,7 +20,7 @@ ONE_TABLE = 12
 BASELINES = ("policy", "greedy", "random", "oracle")
 
 
-def result(results: Results) -> str:
+def result(results: RunResults) -> str:
     """The headline's evidence: one row per way of acting, on one axis, at the headline's beam size."""
     summary = headline(results)
     rows = list(_ways(results, summary.size))
@@ -48,7 +48,7 @@ def result(results: Results) -> str:
     )
 
 
-def _ways(results: Results, size: str | None) -> Iterator[tuple[str, str, Estimate]]:
+def _ways(results: RunResults, size: str | None) -> Iterator[tuple[str, str, ReportedEstimate]]:
     """(label, how it acts, success), from the least to the most help: the baselines, the beam searches, the oracle."""
     for label, key, how in (("policy", "sampled", "one sample"), ("greedy", "greedy", "temperature 0")):
         if value := results.baseline(key):
@@ -67,7 +67,7 @@ def _axis_marks(top: float) -> list[float]:
     return [limit * part / 4 for part in range(5)]
 
 
-def beam(results: Results) -> str:
+def beam(results: RunResults) -> str:
     """Beam search: figure, and a table of method by size with what to compare it with."""
     panel = panels.beam_panel(results)
     if panel.empty:
@@ -88,7 +88,7 @@ def beam(results: Results) -> str:
     return section("beam", "Beam search", intro, side(figure([panel], "beam", words, titled=False), numbers))
 
 
-def _references(results: Results) -> list[tuple[str, str]]:
+def _references(results: RunResults) -> list[tuple[str, str]]:
     known = {"policy": results.baseline("sampled"), "greedy": results.baseline("greedy")}
     rows = [(html.method(label), html.share(value)) for label, value in known.items() if value]
     for n, value in list(results.oracle_curve().items())[-1:]:
@@ -96,7 +96,7 @@ def _references(results: Results) -> list[tuple[str, str]]:
     return rows
 
 
-def scaling(results: Results) -> str:
+def scaling(results: RunResults) -> str:
     """Success against the number of samples a method chooses from."""
     found = panels.scaling_panels(results)
     if not found:
@@ -116,7 +116,7 @@ def scaling(results: Results) -> str:
     return section("scaling", "More samples to choose from", intro, body)
 
 
-def _size_table(results: Results, searches: Sequence[str], caption: str) -> str:
+def _size_table(results: RunResults, searches: Sequence[str], caption: str) -> str:
     """A row for each label and search that was measured, a column for each size."""
     curves = {(label, search): results.curve(label, search) for label in results.methods for search in searches}
     curves = {key: curve for key, curve in curves.items() if curve}
@@ -134,7 +134,7 @@ def _size_table(results: Results, searches: Sequence[str], caption: str) -> str:
     return html.table(["Method", *map(size_name, sizes)], rows, caption=caption)
 
 
-def pairs(results: Results) -> str:
+def pairs(results: RunResults) -> str:
     """Paired differences with their interval on one axis."""
     known = [pair for pair in results.paired if pair.mean is not None]
     if not known:
@@ -148,7 +148,7 @@ def pairs(results: Results) -> str:
     return section("pairs", "Differences, paired by task", intro, body)
 
 
-def _by_search(results: Results, known: list[Paired]) -> list[list[Paired]]:
+def _by_search(results: RunResults, known: list[Paired]) -> list[list[Paired]]:
     """Few differences in one table; many in one for each search, the headline's search first."""
     if len(known) <= ONE_TABLE:
         return [known]
@@ -159,7 +159,7 @@ def _by_search(results: Results, known: list[Paired]) -> list[list[Paired]]:
     return [groups[search] for search in sorted(groups, key=lambda search: search != headlined)]
 
 
-def _pair_table(results: Results, known: list[Paired]) -> str:
+def _pair_table(results: RunResults, known: list[Paired]) -> str:
     bounds = [bound for pair in known for bound in (pair.mean, pair.low, pair.high) if bound is not None]
     reach = max(MIN_REACH, *(abs(bound) for bound in bounds))
     heads = ["Difference", "Points [interval]", "Zero", "below zero | above", "Tasks"]
@@ -180,7 +180,7 @@ def _pair_row(pair: Paired, reach: float) -> list[str]:
     ]
 
 
-def _zero(estimate: Estimate) -> str:
+def _zero(estimate: ReportedEstimate) -> str:
     if not estimate.has_interval:
         return html.NOT_MEASURED
     if estimate.low > 0:

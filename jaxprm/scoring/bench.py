@@ -37,7 +37,7 @@ REPEATS = 3
 GROWTH_OF_LENGTHS = 1.25
 
 
-class Setting(NamedTuple):
+class TreeSizes(NamedTuple):
     """A search with fixed lengths, in tokens: `beams` states a round, `candidates` actions of each, `depth` rounds."""
 
     prompt_tokens: int = 1500
@@ -74,7 +74,7 @@ class Round(NamedTuple):
         return np.concatenate([states, self.candidates.reshape(len(states), -1)], axis=1)
 
 
-class Run(NamedTuple):
+class BenchRun(NamedTuple):
     """The values of every candidate, round by round, and what they took."""
 
     values: np.ndarray
@@ -82,7 +82,7 @@ class Run(NamedTuple):
     tokens_encoded: int
 
 
-def bench_search(setting: Setting, *, torch: bool = True, seed: int = 0) -> dict[str, Any]:
+def bench_search(setting: TreeSizes, *, torch: bool = True, seed: int = 0) -> dict[str, Any]:
     """{"setting", "runs": {name: {"seconds", ...}}}; see docs/search.md for the fields.
 
     Raises UserError for a setting that is no search, or too long to be scored uncached.
@@ -112,7 +112,7 @@ def bench_search(setting: Setting, *, torch: bool = True, seed: int = 0) -> dict
     return {"setting": setting._asdict(), "runs": runs}
 
 
-def bench_engine(setting: Setting, *, seed: int = 0) -> dict[str, Any]:
+def bench_engine(setting: TreeSizes, *, seed: int = 0) -> dict[str, Any]:
     """The engine's run alone: its fields as in `bench_search`, and "reencoded_tokens", what reading every candidate's
     history again would encode. Raises UserError as there.
     """
@@ -124,7 +124,7 @@ def bench_engine(setting: Setting, *, seed: int = 0) -> dict[str, Any]:
     return found | {"reencoded_tokens": sum(one.sequences.size for one in rounds)}
 
 
-def _check(setting: Setting) -> None:
+def _check(setting: TreeSizes) -> None:
     for name, value in setting._asdict().items():
         if name != "size" and value < 1:
             raise UserError(f"bench search: {name} = {value} must be at least 1")
@@ -145,7 +145,7 @@ def _parameters(config: TransformerConfig, seed: int) -> Any:
     return state
 
 
-def _tree(setting: Setting, vocabulary: int, rng: np.random.Generator) -> list[Round]:
+def _tree(setting: TreeSizes, vocabulary: int, rng: np.random.Generator) -> list[Round]:
     def tokens(*shape: int) -> np.ndarray:
         return rng.integers(3, vocabulary, size=shape).astype(np.int32)
 
@@ -159,7 +159,9 @@ def _tree(setting: Setting, vocabulary: int, rng: np.random.Generator) -> list[R
     return rounds
 
 
-def _engine(setting: Setting, config, parameters, rounds: list[Round], seed: int) -> tuple[dict[str, Any], np.ndarray]:
+def _engine(
+    setting: TreeSizes, config, parameters, rounds: list[Round], seed: int
+) -> tuple[dict[str, Any], np.ndarray]:
     row = setting.candidates * setting.action_tokens
     lengths = [setting.prompt_tokens]
     while lengths[-1] < setting.longest:
@@ -202,31 +204,31 @@ def _search(engine: Engine, rounds: list[Round]) -> tuple[np.ndarray, dict[str, 
     before, values = engine.usage, []
     for one in rounds:
         jobs = [(state, action) for state, some in zip(one.states, one.candidates, strict=True) for action in some]
-        values += [found[-1] for found in engine.after(jobs)]
+        values += [found[-1] for found in engine.score_continuations(jobs)]
     return np.asarray(values), {name: count - before[name] for name, count in engine.usage.items()}
 
 
-def _prefill(setting: Setting, config, parameters, seed: int) -> float:
+def _prefill(setting: TreeSizes, config, parameters, seed: int) -> float:
     """Seconds of one pass over as many tokens as the tree has, in rows as long as its paths."""
     rows = -(-setting.least_tokens // setting.longest)
     width = -(-setting.least_tokens // rows)
     tokens = np.random.default_rng(seed).integers(3, config.vocab_size, size=(rows, width)).astype(np.int32)
     engine = Engine(config, parameters, rows=1, max_tokens=setting.longest)
-    return timed(lambda: [engine.alone(one) for one in tokens])[0]
+    return timed(lambda: [engine.score_unbatched(one) for one in tokens])[0]
 
 
-def _uncached(config, parameters, rounds: list[Round]) -> Run:
+def _uncached(config, parameters, rounds: list[Round]) -> BenchRun:
     """Our own scorer without its cache: whole sequences in padded batches."""
     engine = Engine(config, parameters, rows=1, max_tokens=1)
     for one in rounds:  # compiles
-        engine.whole(list(one.sequences[:1]), ["tree"])
+        engine.score_full(list(one.sequences[:1]), ["tree"])
     before, values = engine.usage["encoded"], []
     started = time.perf_counter()
     for one in rounds:
         sequences = list(one.sequences)
-        values += [found[-1] for found in engine.whole(sequences, ["tree"] * len(sequences))]
+        values += [found[-1] for found in engine.score_full(sequences, ["tree"] * len(sequences))]
     seconds = time.perf_counter() - started
-    return Run(np.asarray(values), seconds, engine.usage["encoded"] - before)
+    return BenchRun(np.asarray(values), seconds, engine.usage["encoded"] - before)
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -277,7 +279,7 @@ def _values(model, hidden: torch.Tensor) -> list[float]:
 
 
 @torch.inference_mode()
-def reencode(model, rounds: list[Round]) -> Run:
+def reencode(model, rounds: list[Round]) -> BenchRun:
     """Every candidate with its whole history, in batches."""
     model.model(torch.from_numpy(rounds[0].sequences[:1]).long())
     started, values, tokens = time.perf_counter(), [], 0
@@ -286,14 +288,14 @@ def reencode(model, rounds: list[Round]) -> Run:
         for batch in sequences.split(max(1, TOKENS_A_CALL // sequences.shape[1])):
             values += _values(model, model.model(batch, use_cache=False).last_hidden_state)
             tokens += batch.numel()
-    return Run(np.asarray(values, np.float32), time.perf_counter() - started, tokens)
+    return BenchRun(np.asarray(values, np.float32), time.perf_counter() - started, tokens)
 
 
 @torch.inference_mode()
-def kept_cache(model, rounds: list[Round]) -> Run:
+def kept_cache(model, rounds: list[Round]) -> BenchRun:
     """`past_key_values` of every beam, copied for its candidates and kept of the chosen ones: every token once."""
     seconds, (values, tokens) = timed(lambda: _kept_cache(model, rounds))
-    return Run(np.asarray(values, np.float32), seconds, tokens)
+    return BenchRun(np.asarray(values, np.float32), seconds, tokens)
 
 
 def _kept_cache(model, rounds: list[Round]) -> tuple[list[float], int]:

@@ -28,7 +28,7 @@ STATES_AT_ONCE, OTHERS = 4, 3
 ROWS = 16
 
 
-class Way(NamedTuple):
+class Comparison(NamedTuple):
     """One way to compute scores: how many were compared, and the largest difference from each conversation alone."""
 
     name: str
@@ -39,9 +39,9 @@ class Way(NamedTuple):
 class Check(NamedTuple):
     """The ways that must agree within `bound`; bfloat16, which need not; what one wrong token does to a score."""
 
-    ways: list[Way]
+    ways: list[Comparison]
     bound: float
-    bfloat16: Way
+    bfloat16: Comparison
     control: float
 
     @property
@@ -80,26 +80,26 @@ def check_scorer(model: Path, trajectories: Path | None = None, *, most: int = 1
         small = Scorer(*same, **sizes, cache_bytes=2 * engine.bytes_of_a_slot)
         rounded = Scorer(*same, **sizes, dtype="bfloat16")
         tokens, names = [case.encoded.tokens for case in cases], [case.name for case in cases]
-        alone = [engine.alone(one) for one in tokens]
+        alone = [engine.score_unbatched(one) for one in tokens]
         reference = [values[case.encoded.read_positions] for case, values in zip(cases, alone, strict=True)]
         ways = [
-            _compare("in padded batches", engine.whole(tokens[::-1], names[::-1])[::-1], alone),
+            _compare("in padded batches", engine.score_full(tokens[::-1], names[::-1])[::-1], alone),
             _behind_prompts(engine, cases, alone),
             _searched("candidates after the cache", scorer, cases, reference),
             _searched("the same, with evictions", small, cases, reference),
         ]
-        half = _compare("in bfloat16", rounded.engine.whole(tokens, names), alone)
+        half = _compare("in bfloat16", rounded.engine.score_full(tokens, names), alone)
     rms = float(np.sqrt(np.mean(np.concatenate(reference) ** 2)))
     return Check(ways, BOUND * max(1.0, rms), half, _control(engine, cases, alone))
 
 
-def _compare(name: str, ours: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> Way:
+def _compare(name: str, ours: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> Comparison:
     pairs = zip(ours, reference, strict=True)
     differences = np.concatenate([np.zeros(0), *(np.abs(own - other) for own, other in pairs)])
-    return Way(name, len(differences), float(differences.max(initial=0.0)))
+    return Comparison(name, len(differences), float(differences.max(initial=0.0)))
 
 
-def _behind_prompts(engine: Engine, cases: Sequence[_Case], alone: Sequence[np.ndarray]) -> Way:
+def _behind_prompts(engine: Engine, cases: Sequence[_Case], alone: Sequence[np.ndarray]) -> Comparison:
     """What follows the prompt, packed behind it: conversations that share one read the same keys and values."""
     jobs, expected = [], []
     for case, values in zip(cases, alone, strict=True):
@@ -108,11 +108,11 @@ def _behind_prompts(engine: Engine, cases: Sequence[_Case], alone: Sequence[np.n
             jobs.append((prompt, rest))
             expected.append(values[len(prompt) :])
     width = bucket(max((len(rest) for _, rest in jobs), default=0), FINISHED_WIDTHS)
-    ours = engine.after(jobs[::-1], width=width)[::-1]
+    ours = engine.score_continuations(jobs[::-1], width=width)[::-1]
     return _compare("packed behind prompts", ours, expected)
 
 
-def _searched(name: str, scorer: Scorer, cases: Sequence[_Case], reference: Sequence[np.ndarray]) -> Way:
+def _searched(name: str, scorer: Scorer, cases: Sequence[_Case], reference: Sequence[np.ndarray]) -> Comparison:
     """Every action of every conversation, among actions of others, some states at a time."""
     questions = [
         (case, index, float(values[case.encoded.message_indices == index][-1]))
@@ -138,7 +138,7 @@ def _control(engine: Engine, cases: Sequence[_Case], alone: Sequence[np.ndarray]
         changed = case.encoded.tokens.copy()
         middle = case.encoded.state_positions[0] // 2
         changed[middle] = changed[middle - 1] if changed[middle - 1] != changed[middle] else changed[0]
-        moved.append(abs(float(engine.alone(changed)[-1] - values[-1])))
+        moved.append(abs(float(engine.score_unbatched(changed)[-1] - values[-1])))
     return max(moved)
 
 

@@ -17,9 +17,9 @@ from flax import nnx
 from jaxprm.errors import UserError
 from jaxprm.model.attention import packed_attention, tiled_attention
 from jaxprm.model.config import TransformerConfig
-from jaxprm.model.prefix_bank import Kept, PrefixBank, Shapes, alike, bucket, rows_for, rows_of
+from jaxprm.model.prefix_bank import PrefixBank, RingEntry, Shapes, alike, bucket, rows_for, rows_of
 from jaxprm.model.sharding import ONE_DEVICE, Layout
-from jaxprm.model.transformer import Compute, reward_model_graph, transformer_graph
+from jaxprm.model.transformer import ForwardOptions, reward_model_graph, transformer_graph
 
 LENGTH_BUCKETS = (256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
 TOKENS_A_CALL = 8192
@@ -33,7 +33,7 @@ def values_of_rows(graph, parameters, tokens, counts, dtype, layout=ONE_DEVICE):
     model, tokens = nnx.merge(graph, parameters), layout.of_rows(tokens)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     segments = (positions < counts[:, None]).astype(jnp.int32)
-    compute = Compute(dtype, attend=functools.partial(packed_attention, block=tiled_attention))
+    compute = ForwardOptions(dtype, attend=functools.partial(packed_attention, block=tiled_attention))
     return model.value(model.transformer(tokens, positions, segments, compute=compute).hidden)
 
 
@@ -151,7 +151,9 @@ class Engine:
         self._past, self._encoded, self._slots = self.usage, 0, 0
         self.__dict__.pop("_bank", None)
 
-    def whole(self, sequences: Sequence[np.ndarray], names: Sequence[str], *, few: bool = False) -> list[np.ndarray]:
+    def score_full(
+        self, sequences: Sequence[np.ndarray], names: Sequence[str], *, few: bool = False
+    ) -> list[np.ndarray]:
         """Values of every token of each sequence int32 [T]: float32 [T]. The cache is neither read nor changed.
 
         few: a call that has few rows to fill is a smaller one, another program to compile, for those who wait for it.
@@ -181,7 +183,7 @@ class Engine:
                     values[index] = result[row, : counts[row]]
         return values
 
-    def alone(self, tokens: np.ndarray) -> np.ndarray:
+    def score_unbatched(self, tokens: np.ndarray) -> np.ndarray:
         """Values of every token of one sequence in a row of its own length: what all else is measured by, and slow,
         as every length is compiled."""
         counts = np.asarray([len(tokens)], np.int32)
@@ -191,7 +193,9 @@ class Engine:
         """Whether `after` takes them."""
         return 0 < len(rest) <= self.shapes.packed[-1] and len(prefix) + len(rest) <= self.max_tokens
 
-    def after(self, jobs: Sequence[tuple[np.ndarray, np.ndarray]], *, width: int | None = None) -> list[np.ndarray]:
+    def score_continuations(
+        self, jobs: Sequence[tuple[np.ndarray, np.ndarray]], *, width: int | None = None
+    ) -> list[np.ndarray]:
         """Values of every token of continuations (prefix int32 [P], rest int32 [N]): float32 [N] each.
 
         Prefixes come from the cache as far as they are in it, and continuations stay there: whoever asks next after one
@@ -202,7 +206,7 @@ class Engine:
         rows, at_once = _packed(jobs, widths[-1]), self._bank.slots // 2
         for start in range(0, len(rows), at_once):
             some = rows[start : start + at_once]
-            placed = list(zip(some, self._bank.place([row.prefix for row in some]), strict=True))
+            placed = list(zip(some, self._bank.allocate([row.prefix for row in some]), strict=True))
             for one in widths:
                 most = max(1, min(self._rows, TOKENS_A_CALL // 2 // one)) if width else alike(one, widths, self._rows)
                 fitting = [pair for pair in placed if bucket(pair[0].used, widths) == one]
@@ -246,7 +250,7 @@ class Engine:
             rows = max(1, TOKENS_A_CALL // width)
             for count in {rows_for(1, rows, width), rows}:
                 each()
-                self.whole([np.zeros(width, np.int32)] * count, ["warm-up"] * count, few=True)
+                self.score_full([np.zeros(width, np.int32)] * count, ["warm-up"] * count, few=True)
 
     def _score(self, group: list[tuple[_Row, int]], rows: int, width: int, values: list[np.ndarray]) -> None:
         """Values of rows, each with the slot that begins with its prefix, in one call of that shape."""
@@ -284,7 +288,7 @@ class Engine:
             for (at, part), (place, _) in zip(one.parts, _places(one), strict=True):
                 values[at] = found[row, place]
                 if keeps:
-                    bank.keep(int(slot), Kept(len(one.prefix), part, int(ring_rows[row]), place.start))
+                    bank.keep(int(slot), RingEntry(len(one.prefix), part, int(ring_rows[row]), place.start))
 
 
 def _packed(jobs: Sequence[tuple[np.ndarray, np.ndarray]], width: int) -> list[_Row]:

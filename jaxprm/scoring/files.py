@@ -28,7 +28,7 @@ from jaxprm.scoring.scorer import Scorer
 FORMAT = 1
 
 
-class Counts(NamedTuple):
+class LineCounts(NamedTuple):
     """Lines written: with scores, and with an error in their place."""
 
     scored: int
@@ -60,8 +60,8 @@ def score_file(
     chunk: int = 256,
     dtype: str = "float32",
     template: str | None = None,
-    mesh: config_lib.Mesh | None = None,
-) -> Counts:
+    mesh: config_lib.MeshConfig | None = None,
+) -> LineCounts:
     """Scores every step of every trajectory of `input`; line k of `output` is about line k of `input`.
 
     A line is {"id", "steps": [{"message", "promise", "progress"}], "score"}, or {"id", "error"} where there is nothing
@@ -109,7 +109,7 @@ def score_file(
             "command again: it goes on from there"
         ) from None
     record.unlink(missing_ok=True)
-    return Counts(done - errors, errors)
+    return LineCounts(done - errors, errors)
 
 
 def _check_paths(input: Path, output: Path) -> None:

@@ -42,7 +42,7 @@ def load_reward_model(
 
         config = dataclasses.replace(reader.read_config(files_of(model))[0], tie_embeddings=True)
         sharding.check_model(mesh, config)
-        places = sharding.shardings(sharding.place(mesh, reader.abstract(config, reward=True)))
+        places = sharding.shardings(sharding.with_shardings(mesh, reader.abstract(config, reward=True)))
     if not is_checkpoint(model):
         half = half or {tensor.dtype for tensor in open_tensors(model).values()} == {"BF16"}
         dtype = jnp.bfloat16 if half else jnp.float32
@@ -75,7 +75,7 @@ def load_scorer(
     max_tokens: int = 2048,
     dtype: str = "float32",
     template: str | None = None,
-    mesh: config_lib.Mesh | None = None,
+    mesh: config_lib.MeshConfig | None = None,
     shapes: Shapes = Shapes(),
 ) -> Scorer:
     """The scorer of a model that `find_model` found, computing in `dtype`; template: as in `load_encoder`.
@@ -116,9 +116,9 @@ def read_turn_tokens(model: Path) -> dict[str, TurnTokens]:
         ) from None
 
 
-def all_devices() -> config_lib.Mesh | None:
+def all_devices() -> config_lib.MeshConfig | None:
     """The mesh of what computes much and was told no other: rows go to all devices of this process."""
-    return config_lib.Mesh() if jax.local_device_count() > 1 else None
+    return config_lib.MeshConfig() if jax.local_device_count() > 1 else None
 
 
 def defines_progress(recipe: dict[str, Any]) -> bool:

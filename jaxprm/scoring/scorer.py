@@ -20,13 +20,13 @@ from jaxprm.scoring.engine import CACHE_BYTES, LENGTH_BUCKETS, Engine
 # Rows of what follows a shared prompt; a conversation goes into the narrowest that holds it.
 FINISHED_WIDTHS = (128, 256, 512, 1024)
 # Scores of candidates, of which the ones used last are remembered; a few hundred bytes each.
-REMEMBERED = 1 << 16
+MAX_CACHED = 1 << 16
 
 # Names of a state and of a candidate.
 Key = tuple[str, str]
 
 
-class Prepared(NamedTuple):
+class PreparedConversation(NamedTuple):
     """Candidates of one state, by key in order: those `known`, those to score `after` their prefix, and `whole`."""
 
     keys: list[Key]
@@ -121,9 +121,9 @@ class Scorer:
             rests = [encoded[index].tokens[start:] for index, start in zip(indices, starts, strict=True)]
             if width:
                 jobs = [(prompts[index], rest) for index, rest in zip(indices, rests, strict=True)]
-                values = self.engine.after(jobs, width=width)
+                values = self.engine.score_continuations(jobs, width=width)
             else:
-                values = self.engine.whole(rests, [names[index] for index in indices])
+                values = self.engine.score_full(rests, [names[index] for index in indices])
             for index, start, found in zip(indices, starts, values, strict=True):
                 promises[index] = found[encoded[index].read_positions - start]
         return promises
@@ -144,14 +144,14 @@ class Scorer:
 
     def prepare(
         self, state: Sequence[dict], candidates: Sequence[str | dict], tools: list[dict] | None = None
-    ) -> Prepared:
+    ) -> PreparedConversation:
         """A state's candidates encoded, but for those whose scores are remembered: nothing is computed yet.
 
         Raises DataError for what cannot be encoded.
         """
         name = _state_name(state, tools)
         actions = [_as_message(candidate) for candidate in candidates]
-        made = Prepared([(name, prefix_hash([action])) for action in actions], {}, {}, {})
+        made = PreparedConversation([(name, prefix_hash([action])) for action in actions], {}, {}, {})
         prefix = None
         for key, action in zip(made.keys, actions, strict=True):
             if key in self._memory:
@@ -163,20 +163,20 @@ class Scorer:
                 self._sort_out(key, one, prefix, made)
         return made
 
-    def score_prepared(self, prepared: Sequence[Prepared]) -> list[np.ndarray]:
+    def score_prepared(self, prepared: Sequence[PreparedConversation]) -> list[np.ndarray]:
         """Promise of the candidates of each, a float32 [N], all computed at once; what several ask for, only once."""
         known = {key: value for one in prepared for key, value in one.known.items()}
         whole = {key: one for some in prepared for key, one in some.whole.items()}
         after = {key: job for some in prepared for key, job in some.after.items()}
         found = dict(zip(whole, self.score_encoded([*whole.values()], ["candidate"] * len(whole)), strict=True))
-        found |= zip(after, self.engine.after([*after.values()]), strict=True)
+        found |= zip(after, self.engine.score_continuations([*after.values()]), strict=True)
         new = {key: float(values[-1]) for key, values in found.items()}
         self._memory |= new
-        while len(self._memory) > REMEMBERED:
+        while len(self._memory) > MAX_CACHED:
             del self._memory[next(iter(self._memory))]
         return [np.asarray([(new if key in new else known)[key] for key in one.keys], np.float32) for one in prepared]
 
-    def _sort_out(self, key: Key, one: Encoded, prefix: np.ndarray, made: Prepared) -> None:
+    def _sort_out(self, key: Key, one: Encoded, prefix: np.ndarray, made: PreparedConversation) -> None:
         """A candidate that continues its prompt token by token goes after the cache; any other is scored whole."""
         rest = one.tokens[len(prefix) :]
         if np.array_equal(one.tokens[: len(prefix)], prefix) and self.engine.fits(prefix, rest):

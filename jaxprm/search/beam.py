@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from jaxprm.policies.protocol import Policy
-from jaxprm.search.branches import Forest
-from jaxprm.search.tree import ActionScorer, Limits, Node, Tree, execute, expand, plant, take
+from jaxprm.search.branches import BranchRunner
+from jaxprm.search.tree import ActionScorer, Node, SearchLimits, Tree, commit, execute, expand, new_trees
 
 
 def look_ahead(
     candidates: Sequence[tuple[Tree, Node]],
     steps: int,
-    forest: Forest,
+    forest: BranchRunner,
     policy: Policy,
     scorer: ActionScorer,
     progress_weight: float,
@@ -48,8 +48,8 @@ def look_ahead(
         going = reached
     for _, candidate in candidates:
         if candidate.branch.error is None:
-            candidate.looked = tips[id(candidate)].promise
-            candidate.score = candidate.looked + progress_weight * (candidate.progress or 0.0)
+            candidate.lookahead_value = tips[id(candidate)].promise
+            candidate.score = candidate.lookahead_value + progress_weight * (candidate.progress or 0.0)
 
 
 def keep_best(finished: Sequence[Node], candidates: Sequence[Node], width: int) -> list[Node]:
@@ -71,7 +71,7 @@ def keep_diverse(finished: Sequence[Node], candidates: Sequence[Node], width: in
 
 def beam_search(
     tasks: Sequence[str],
-    forest: Forest,
+    forest: BranchRunner,
     policy: Policy,
     scorer: ActionScorer,
     *,
@@ -82,7 +82,7 @@ def beam_search(
     progress_weight: float = 0.0,
     diverse: bool = False,
     ahead: int = 0,
-    limits: Limits = Limits(),
+    limits: SearchLimits = SearchLimits(),
     on_round: Callable[[Sequence[Tree]], None] | None = None,
 ) -> list[Tree]:
     """Searches the tasks in lockstep, so that one call to the policy and one to the scorer serve all of them.
@@ -92,7 +92,7 @@ def beam_search(
     nothing else is left. So does a path for which the policy had no candidate; where it had some, those that failed are
     left out and counted. Raises UserError for a score that is not a finite number.
     """
-    trees = plant(tasks, forest)
+    trees = new_trees(tasks, forest)
     for round_number in range(1, max_rounds + 1):
         open_trees = [tree for tree in trees if not tree.finished]
         if not open_trees:
@@ -121,7 +121,7 @@ def beam_search(
             tree.rounds = round_number
             kept = {id(node) for node in tree.frontier}
             taken += [node for node in new if id(node) in kept]
-        take(taken, forest)
+        commit(taken, forest)
         for tree in open_trees:
             tree.ended = limits.reached(tree, policy.count_tokens) if not tree.finished else None
         if on_round is not None:

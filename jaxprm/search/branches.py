@@ -33,14 +33,14 @@ class Branch:
 T, R = TypeVar("T"), TypeVar("R")
 
 
-class Forest:
+class BranchRunner:
     """Runs branches of many tasks on as few environments as their way of forking needs: one for each task, or as many
     as may work at the same time, each with its share of the tasks.
     """
 
     def __init__(self, make_environment: Callable[[], Environment]):
         self._pool = protocol.Pool(make_environment)
-        self._shared: dict[int, Environment] = {0: self._pool.take()}
+        self._shared: dict[int, Environment] = {0: self._pool.acquire()}
         self._places: dict[str, int] = {}
         self._own: dict[str, Environment] = {}
         self.fork = self.environment.fork
@@ -104,13 +104,13 @@ class Forest:
             # A user's environment may raise anything: that branch is over, with the reason, and the search goes on.
             return self._failed(branch, actions, error)
         if done and self.fork == "none":
-            self._pool.give_back(self._own.pop(branch.task))
+            self._pool.release(self._own.pop(branch.task))
         return after
 
     def abandon(self, branch: Branch, reason: str) -> Branch:
         """The branch, ended because nobody knows how to go on from it; its environment has done nothing wrong."""
         if self.fork == "none":
-            self._pool.give_back(self._own.pop(branch.task))
+            self._pool.release(self._own.pop(branch.task))
         return replace(branch, snapshot=None, done=True, outcome=0.0, error=reason)
 
     def cost(self, branch: Branch) -> int:
@@ -135,10 +135,10 @@ class Forest:
     def _environment(self, task: str) -> Environment:
         if self.fork != "none":
             if (place := self._place(task)) not in self._shared:
-                self._shared[place] = self._pool.take()
+                self._shared[place] = self._pool.acquire()
             return self._shared[place]
         if task not in self._own:
-            self._own[task] = self._pool.take()
+            self._own[task] = self._pool.acquire()
         return self._own[task]
 
     def _failed(self, branch: Branch, actions: tuple[str, ...], error: Exception) -> Branch:
@@ -149,7 +149,7 @@ class Forest:
             # Clones stay where they are: their snapshots may belong to them.
             place = self._place(branch.task)
             self._pool.discard(self._shared[place])
-            self._shared[place] = self._pool.take()
+            self._shared[place] = self._pool.acquire()
         reason = f"{type(error).__name__}: {error}"
         return Branch(branch.task, actions, branch.observations, None, True, 0.0, reason, branch.prompt)
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from jaxprm.policies.protocol import Action, Policy
-from jaxprm.search.branches import Forest
-from jaxprm.search.tree import ActionScorer, Limits, Node, Tree, expand, plant, take
+from jaxprm.search.branches import BranchRunner
+from jaxprm.search.tree import ActionScorer, Node, SearchLimits, Tree, commit, expand, new_trees
 
 
 @dataclass
-class Search:
+class PuctSearch:
     """A tree with what PUCT remembers of its nodes, by id: children, priors, visits and sums of backed-up values."""
 
     tree: Tree
@@ -67,10 +67,10 @@ class Search:
             self.visits[node.id] += 1
             self.totals[node.id] += value
 
-    def commit(self, forest: Forest) -> None:
+    def commit(self, forest: BranchRunner) -> None:
         """Takes the most visited action; among equals the one of highest value."""
         self.root = max(self.children[self.root.id], key=lambda node: (self.visits[node.id], self.value(node)))
-        take([self.root], forest)
+        commit([self.root], forest)
         self.tree.frontier = [self.root]
         self.tree.rounds += 1
 
@@ -87,7 +87,7 @@ def priors(actions: Sequence[Action], candidates: Sequence[Node]) -> list[float]
 
 def tree_search(
     tasks: Sequence[str],
-    forest: Forest,
+    forest: BranchRunner,
     policy: Policy,
     scorer: ActionScorer,
     *,
@@ -96,7 +96,7 @@ def tree_search(
     temperature: float,
     max_rounds: int,
     exploration: float = 1.0,
-    limits: Limits = Limits(),
+    limits: SearchLimits = SearchLimits(),
 ) -> list[Tree]:
     """Searches the tasks in lockstep, so that one call to the policy and one to the scorer serve a simulation of each.
 
@@ -106,12 +106,12 @@ def tree_search(
 
     Raises UserError for a score that is not a finite number.
     """
-    searches = [Search(tree, exploration, tree.root) for tree in plant(tasks, forest)]
+    searches = [PuctSearch(tree, exploration, tree.root) for tree in new_trees(tasks, forest)]
     for _ in range(max_rounds):
         searching = [search for search in searches if not search.tree.finished]
         for _ in range(simulations if searching else 0):
             paths = [search.select() for search in searching]
-            take([path[-1] for path in paths if path[-1] is not path[0]], forest)
+            commit([path[-1] for path in paths if path[-1] is not path[0]], forest)
             growing = [
                 (search, path[-1]) for search, path in zip(searching, paths, strict=True) if not path[-1].branch.done
             ]

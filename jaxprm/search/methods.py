@@ -16,12 +16,12 @@ from jaxprm.evaluation.statistics import bootstrap
 from jaxprm.policies.protocol import Policy, prefix_hash
 from jaxprm.progress import bar
 from jaxprm.search.beam import beam_search
-from jaxprm.search.branches import Forest, check_can_fork
+from jaxprm.search.branches import BranchRunner, check_can_fork
 from jaxprm.search.mcts import tree_search
-from jaxprm.search.tree import ActionScorer, Limits, Prices, Tree, tokens_read, tree_to_dict
+from jaxprm.search.tree import ActionScorer, Prices, SearchLimits, Tree, tokens_read, tree_to_dict
 
 
-class Plan(NamedTuple):
+class SearchSpec(NamedTuple):
     """kind: "beam", "diverse", "lookahead", "stepwise" or "mcts"; width: paths kept, or simulations before a step of
     mcts; actions: drawn in a state; ahead: steps that a candidate is followed."""
 
@@ -61,7 +61,7 @@ class Plan(NamedTuple):
         alone = self.width == 1 and self.kind == "beam"
         return f"{f'stepwise-{self.actions}' if alone else f'{self.kind}-{self.size}'}-{label}-{seed}"
 
-    def inputs(self, settings: config_lib.Search) -> dict[str, Any]:
+    def inputs(self, settings: config_lib.SearchConfig) -> dict[str, Any]:
         """What its result depends on, beside tasks, policy and scorer."""
         found = {
             "width": self.width,
@@ -82,14 +82,14 @@ class Plan(NamedTuple):
         return found
 
 
-def plans(settings: config_lib.Search) -> list[Plan]:
+def search_specs(settings: config_lib.SearchConfig) -> list[SearchSpec]:
     """All of a run's, beams first."""
     return [
-        *(Plan("beam", *size) for size in settings.beams),
-        *(Plan("stepwise", 1, actions) for actions in settings.stepwise),
-        *(Plan("diverse", *size) for size in settings.diverse),
-        *(Plan("lookahead", *size) for size in settings.lookahead),
-        *(Plan("mcts", *size) for size in settings.mcts),
+        *(SearchSpec("beam", *size) for size in settings.beams),
+        *(SearchSpec("stepwise", 1, actions) for actions in settings.stepwise),
+        *(SearchSpec("diverse", *size) for size in settings.diverse),
+        *(SearchSpec("lookahead", *size) for size in settings.lookahead),
+        *(SearchSpec("mcts", *size) for size in settings.mcts),
     ]
 
 
@@ -129,8 +129,8 @@ def guided_search(
     tasks: Sequence[str],
     output: Path,
     *,
-    settings: config_lib.Search,
-    plan: Plan,
+    settings: config_lib.SearchConfig,
+    plan: SearchSpec,
     label: str,
     about: dict,
     prices: Prices = Prices(),
@@ -149,7 +149,7 @@ def guided_search(
     done = {line["task"] for line in files.whole_lines(partial)}
     missing = [task for task in tasks if task not in done]
     with_tree = set(tasks[:: max(1, len(tasks) // settings.trees)][: settings.trees]) if settings.trees else set()
-    forest = Forest(make_environment)
+    forest = BranchRunner(make_environment)
     try:
         if plan.forks:
             check_can_fork(forest.environment, plan.at)
@@ -182,8 +182,10 @@ def _share_of(outcomes: Sequence[float]) -> str:
     return f"{found['mean']:.1%} [{found['low']:.1%}, {found['high']:.1%}]"
 
 
-def _searched(plan: Plan, tasks: Sequence[str], forest: Forest, policy, scorer, settings, prices) -> list[Tree]:
-    limits = Limits(settings.stop_at, settings.budget, prices)
+def _searched(
+    plan: SearchSpec, tasks: Sequence[str], forest: BranchRunner, policy, scorer, settings, prices
+) -> list[Tree]:
+    limits = SearchLimits(settings.stop_at, settings.budget, prices)
     common = {"temperature": settings.temperature, "max_rounds": forest.environment.max_rounds, "limits": limits}
     if plan.kind == "mcts":
         common |= {"simulations": plan.width, "exploration": settings.exploration}
@@ -192,7 +194,7 @@ def _searched(plan: Plan, tasks: Sequence[str], forest: Forest, policy, scorer, 
     return beam_search(tasks, forest, policy, scorer, width=plan.width, actions=plan.actions, **common)
 
 
-def _line(tree: Tree, policy: Policy, forest: Forest, about: dict | None) -> dict:
+def _line(tree: Tree, policy: Policy, forest: BranchRunner, about: dict | None) -> dict:
     best = tree.best
     line = {
         "task": tree.task,

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxprm.errors import UserError
 from jaxprm.policies.protocol import Action, Policy, State
-from jaxprm.search.branches import Branch, Forest
+from jaxprm.search.branches import Branch, BranchRunner
 
 Ended = Literal["score", "budget"]
 
@@ -29,7 +29,7 @@ class Prices(NamedTuple):
     read: float = 1.0
 
 
-class Limits(NamedTuple):
+class SearchLimits(NamedTuple):
     """Looked at after every round, so the last one is paid for in full.
 
     score: a finished path of at least this score ends the search; budget: so does having spent this much, at `prices`.
@@ -93,7 +93,7 @@ class Node:
     draw: int = 0
     subtree: int = 0
     executed: bool = False
-    looked: float | None = None
+    lookahead_value: float | None = None
     ahead: bool = False
     counted: tuple[int, int] | None = None
 
@@ -133,7 +133,7 @@ class Tree:
         return max(over if self.ended and over else self.frontier, key=lambda node: node.score)
 
 
-def plant(tasks: Sequence[str], forest: Forest) -> list[Tree]:
+def new_trees(tasks: Sequence[str], forest: BranchRunner) -> list[Tree]:
     """A tree for each task, with its prompt."""
     started = forest.map(forest.start, tasks, lambda task: task)
     roots = [Node(0, None, branch, [{"role": "user", "content": prompt}]) for prompt, branch in started]
@@ -151,7 +151,7 @@ def merge_duplicates(actions: Sequence[Action]) -> list[tuple[Action, int]]:
 def expand(
     parents: Sequence[tuple[Tree, Node]],
     draws: int,
-    forest: Forest,
+    forest: BranchRunner,
     policy: Policy,
     scorer: ActionScorer,
     temperature: float,
@@ -204,19 +204,19 @@ def _score(parents, candidates: Sequence[list[Node]], scorer: ActionScorer, prog
             node.score = node.promise + progress_weight * (node.progress or 0.0)
 
 
-def take(nodes: Sequence[Node], forest: Forest) -> None:
+def commit(nodes: Sequence[Node], forest: BranchRunner) -> None:
     """Keeps candidates, executed where they were not."""
     for node in nodes:
         node.kept = True
     execute([node for node in nodes if not node.executed], forest)
 
 
-def execute(nodes: Sequence[Node], forest: Forest) -> None:
+def execute(nodes: Sequence[Node], forest: BranchRunner) -> None:
     """Takes candidates' actions in their parents' environment branches; the observations join their messages."""
     forest.map(lambda node: _execute(node, forest), nodes, lambda node: node.branch.task)
 
 
-def _execute(node: Node, forest: Forest) -> None:
+def _execute(node: Node, forest: BranchRunner) -> None:
     node.executed = True
     node.branch = forest.step(node.branch, node.messages[-1]["content"])
     if node.branch.error is not None:
@@ -243,7 +243,7 @@ def _node_to_dict(node: Node) -> dict:
         depth, parent = depth + 1, parent.parent
     # A candidate that was not executed has its parent's branch, which is open and one observation shorter.
     observations = node.branch.observations
-    looked = {} if node.looked is None else {"looked": node.looked}
+    looked = {} if node.lookahead_value is None else {"looked": node.lookahead_value}
     return looked | {
         "id": node.id,
         "parent": node.parent.id if node.parent else 0,

@@ -24,13 +24,13 @@ from starlette.routing import Route
 
 from jaxprm.serving import requests
 from jaxprm.serving.batcher import Batcher
-from jaxprm.serving.requests import Intake, Limits, Refused, decoded
+from jaxprm.serving.requests import Intake, RequestLimits, RequestRefused, decoded
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _REQUESTS = (1, 2, 4, 8, 16, 32)
 
 
-class Metrics:
+class ServerMetrics:
     """Counts of one server; `jaxprm_tokens_total` has the kinds of Engine.usage."""
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ class Metrics:
         return generate_latest(self._registry)
 
 
-Endpoint = Callable[[Request], Awaitable[Response]]
+Handler = Callable[[Request], Awaitable[Response]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +87,8 @@ class Service:
     """What the endpoints need. name: the model's, as clients see it; token: who has it may ask, None for anybody."""
 
     batcher: Batcher
-    metrics: Metrics
-    limits: Limits
+    metrics: ServerMetrics
+    limits: RequestLimits
     name: str
     token: str | None = dataclasses.field(default=None, repr=False)
 
@@ -149,7 +149,7 @@ class _Endpoints:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         # Also keeps web pages out: a browser does not send this to another site unasked.
         if kind != "application/json":
-            raise Refused(415, "send JSON, with the header Content-Type: application/json")
+            raise RequestRefused(415, "send JSON, with the header Content-Type: application/json")
         with self._intake.holding() as body:
             await self._intake.read(request, body)
             asked = parse(decoded(body, self._service.limits.depth))
@@ -161,13 +161,13 @@ class _Endpoints:
         try:
             await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not working.done():
-                raise Refused(400, "the connection was closed before the answer was there")
+                raise RequestRefused(400, "the connection was closed before the answer was there")
             return working.result()
         finally:
             for task in (working, gone):
                 task.cancel()
 
-    def guarded(self, path: str, endpoint: Endpoint) -> Endpoint:
+    def guarded(self, path: str, endpoint: Handler) -> Handler:
         """For those with the token; counted; and no failure goes further than the request it belongs to."""
 
         async def answer(request: Request) -> Response:
@@ -175,11 +175,11 @@ class _Endpoints:
             try:
                 self._check_token(request)
                 response = await endpoint(request)
-            except Refused as refused:
+            except RequestRefused as refused:
                 response = error_response(refused)
             except Exception:
                 logging.getLogger(__name__).exception("a request to %s failed", path)
-                response = error_response(Refused(500, "internal error; the server's log has more"))
+                response = error_response(RequestRefused(500, "internal error; the server's log has more"))
             self._service.metrics.answered(path, response.status_code, time.perf_counter() - began)
             return response
 
@@ -193,7 +193,7 @@ class _Endpoints:
         same = hmac.compare_digest(_digest(given.strip()), _digest(self._service.token))
         if scheme.lower() != "bearer" or not same:
             message = "send the server's token, with the header Authorization: Bearer ..."
-            raise Refused(401, message, WWW_Authenticate="Bearer")
+            raise RequestRefused(401, message, WWW_Authenticate="Bearer")
 
 
 async def _disconnected(request: Request) -> None:
@@ -209,7 +209,7 @@ def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) 
     return Response(msgspec.json.encode(value) + b"\n", status, headers, media_type="application/json")
 
 
-def error_response(refused: Refused) -> Response:
+def error_response(refused: RequestRefused) -> Response:
     """{"error": {"message", "type", "code"}}, as OpenAI, vLLM and SGLang have it."""
     about = {"message": refused.message, "type": refused.status.phrase, "code": refused.status.value}
     return _json({"error": about}, refused.status, refused.headers)
@@ -218,4 +218,4 @@ def error_response(refused: Refused) -> Response:
 async def _no_such_endpoint(request: Request, error: HTTPException) -> Response:
     status = HTTPStatus(error.status_code)
     message = f"{request.method} {request.url.path}: {status.phrase}"
-    return error_response(Refused(status, message, **(error.headers or {})))
+    return error_response(RequestRefused(status, message, **(error.headers or {})))

@@ -20,13 +20,13 @@ from jaxprm.errors import UserError
 from jaxprm.model.prefix_bank import Shapes
 from jaxprm.scoring import loading
 from jaxprm.scoring.scorer import Scorer
-from jaxprm.serving.requests import Classify, Limits, Refused, ScoreActions, Values
+from jaxprm.serving.requests import Classify, RequestLimits, RequestRefused, ScoreActions, Values
 
 # Few, as every shape is compiled before the first answer: a third of those that a search has, for more padding.
 SHAPES = Shapes(growth=(256,), packed=(256, 1024), kept=256, lengths=(0, 512, 2048, 8192))
 
 Asked = ScoreActions | Classify
-Answer = list[ActionScore] | Values | Refused
+Answer = list[ActionScore] | Values | RequestRefused
 
 
 class _Encoded(NamedTuple):
@@ -39,7 +39,7 @@ class _Encoded(NamedTuple):
 class Answers:
     """A model that answers requests. To be used by one thread."""
 
-    def __init__(self, scorer: Scorer, model: Model, limits: Limits):
+    def __init__(self, scorer: Scorer, model: Model, limits: RequestLimits):
         self._scorer, self._model, self._limits = scorer, model, limits
 
     @property
@@ -66,17 +66,17 @@ class Answers:
             answers[index] = _finite(one)
         return answers
 
-    def _encoded(self, asked: Asked) -> _Encoded | Refused:
+    def _encoded(self, asked: Asked) -> _Encoded | RequestRefused:
         try:
             one = self._prepared(asked)
         except (UserError, DataError) as error:
-            return Refused(400, str(error))
+            return RequestRefused(400, str(error))
         except Exception:
             logging.getLogger(__name__).exception("a request could not be encoded")
-            return Refused(500, "internal error; the server's log has more")
+            return RequestRefused(500, "internal error; the server's log has more")
         lengths = [len(tokens) for tokens in one.sequences] + ([one.question.longest] if one.question else [])
         if max(lengths) > self._limits.tokens:
-            return Refused(
+            return RequestRefused(
                 400, f"a conversation of {max(lengths)} tokens, more than {self._limits.tokens} (--max-tokens)"
             )
         return one
@@ -97,7 +97,7 @@ class Answers:
 
     def _computed(self, requests: Sequence[_Encoded]) -> list[Answer]:
         sequences = [tokens for one in requests for tokens in one.sequences]
-        values = iter(self._scorer.engine.whole(sequences, ["input"] * len(sequences), few=True))
+        values = iter(self._scorer.engine.score_full(sequences, ["input"] * len(sequences), few=True))
         scores = iter(self._model.answer([one.question for one in requests if one.question]))
         return [
             next(scores)
@@ -112,16 +112,16 @@ class Answers:
             return self._computed([one])[0]
         except Exception:
             logging.getLogger(__name__).exception("a request failed")
-            return Refused(500, "internal error; the server's log has more")
+            return RequestRefused(500, "internal error; the server's log has more")
 
 
 def _finite(answer: Answer) -> Answer:
-    if isinstance(answer, Refused):
+    if isinstance(answer, RequestRefused):
         return answer
     numbers = answer.values if isinstance(answer, Values) else [one.promise for one in answer]
     if np.isfinite(numbers).all():
         return answer
-    return Refused(500, "the model's scores are not finite; its weights are broken")
+    return RequestRefused(500, "the model's scores are not finite; its weights are broken")
 
 
 # Weight of the last batch in the time that a request is expected to take.
@@ -143,7 +143,7 @@ class Batcher:
         self,
         answer: Callable[[Sequence[Any]], Sequence[Any]],
         warm_up: Callable[[Callable[[], None]], None],
-        limits: Limits,
+        limits: RequestLimits,
         *,
         done: Callable[[int, float], None] = lambda count, seconds: None,
     ):
@@ -182,14 +182,14 @@ class Batcher:
         with self._changed:
             if self._closed or self.state != "ready":
                 state = "shutting down" if self._closed else self.state
-                raise Refused(503, f"the model is {state}; try again", Retry_After="5")
+                raise RequestRefused(503, f"the model is {state}; try again", Retry_After="5")
             if self.unanswered >= self._limits.waiting:
                 message = f"{self.unanswered} requests are waiting; try again"
-                raise Refused(429, message, Retry_After=self._retry_after())
+                raise RequestRefused(429, message, Retry_After=self._retry_after())
             self._waiting.append((asked, future))
             self._changed.notify()
         answer = await future
-        if isinstance(answer, Refused):
+        if isinstance(answer, RequestRefused):
             raise answer
         return answer
 
@@ -243,7 +243,7 @@ class Batcher:
         except Exception:
             # The thread must outlive whatever happens in it: who waits now would wait for ever.
             logging.getLogger(__name__).exception("a batch failed")
-        return [Refused(500, "internal error; the server's log has more")] * len(asked)
+        return [RequestRefused(500, "internal error; the server's log has more")] * len(asked)
 
     def _deliver(self, batch: Sequence[tuple[Any, asyncio.Future]], answers: Sequence[Any]) -> None:
         def give() -> None:

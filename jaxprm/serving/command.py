@@ -28,7 +28,7 @@ def serve_verb(options: argparse.Namespace) -> int:
         dtype=options.dtype,
         template=options.chat_template,
         mesh=mesh_of(options.mesh) or all_devices(),
-        limits=requests.Limits(
+        limits=requests.RequestLimits(
             tokens=options.max_tokens,
             candidates=options.max_candidates,
             body_bytes=options.max_body,

@@ -20,7 +20,7 @@ LONGEST_MESSAGE = 500
 
 
 @dataclasses.dataclass(frozen=True)
-class Limits:
+class RequestLimits:
     """Bounds of a server; beyond them a request is refused with the bound in the message.
 
     body_bytes, depth: of a request's JSON; candidates: of a request, or inputs of a classification; tokens: of a
@@ -40,7 +40,7 @@ class Limits:
     idle_seconds: float = 60.0
 
 
-class Refused(Exception):
+class RequestRefused(Exception):
     """A request that is not answered: its status, one line that says why, and headers for the response."""
 
     def __init__(self, status: int, message: str, **headers: str):
@@ -54,7 +54,7 @@ class Refused(Exception):
 class Intake:
     """Reads bodies of requests, and knows how much is held of all of them."""
 
-    def __init__(self, limits: Limits):
+    def __init__(self, limits: RequestLimits):
         self._limits = limits
         self.bytes = 0
 
@@ -78,17 +78,23 @@ class Intake:
                     if len(body) + len(chunk) > self._limits.body_bytes:
                         raise self._too_large()
                     if self.bytes + len(chunk) > self._limits.held_bytes:
-                        raise Refused(429, "too many requests at once for their size; try again", Retry_After="1")
+                        raise RequestRefused(
+                            429, "too many requests at once for their size; try again", Retry_After="1"
+                        )
                     body += chunk
                     self.bytes += len(chunk)
         except TimeoutError:
             seconds = self._limits.body_seconds
-            raise Refused(408, f"the body did not arrive within {seconds:g} seconds", Connection="close") from None
+            raise RequestRefused(
+                408, f"the body did not arrive within {seconds:g} seconds", Connection="close"
+            ) from None
         except ClientDisconnect:
-            raise Refused(400, "the connection was closed before the body had arrived") from None
+            raise RequestRefused(400, "the connection was closed before the body had arrived") from None
 
-    def _too_large(self) -> Refused:
-        return Refused(413, f"the body has more than {self._limits.body_bytes} bytes; send fewer candidates at once")
+    def _too_large(self) -> RequestRefused:
+        return RequestRefused(
+            413, f"the body has more than {self._limits.body_bytes} bytes; send fewer candidates at once"
+        )
 
 
 def decoded(body: bytes | bytearray, depth: int) -> Any:
@@ -96,15 +102,15 @@ def decoded(body: bytes | bytearray, depth: int) -> Any:
     try:
         value = msgspec.json.decode(body)
     except (msgspec.MsgspecError, UnicodeError) as error:
-        raise Refused(400, f"the body is not JSON: {error}") from None
+        raise RequestRefused(400, f"the body is not JSON: {error}") from None
     except RecursionError:
-        raise Refused(400, f"the body is nested more than {depth} deep") from None
+        raise RequestRefused(400, f"the body is nested more than {depth} deep") from None
     layer = [value]
     for _ in range(depth):
         layer = [inner for one in layer for inner in _inside(one)]
         if not layer:
             return value
-    raise Refused(400, f"the body is nested more than {depth} deep")
+    raise RequestRefused(400, f"the body is nested more than {depth} deep")
 
 
 def _inside(value: Any) -> list:
@@ -157,14 +163,14 @@ class Values(NamedTuple):
     tokens: list[int]
 
 
-def score_actions(value: Any, limits: Limits) -> ScoreActions:
+def score_actions(value: Any, limits: RequestLimits) -> ScoreActions:
     """Raises Refused for what has another shape, or too many candidates."""
     asked = _converted(value, ScoreActions)
     _check_count("candidates", len(asked.candidates), limits)
     return asked
 
 
-def classify(value: Any, limits: Limits) -> Classify:
+def classify(value: Any, limits: RequestLimits) -> Classify:
     """vLLM's shape (`input` or `messages`) or SGLang's (`text` or `input_ids`).
 
     Raises Refused for another one, for too many inputs, and for options that would change the answer.
@@ -172,17 +178,17 @@ def classify(value: Any, limits: Limits) -> Classify:
     fields = _converted(value, dict[str, Any])
     given = [name for name in _INPUTS if fields.get(name) is not None]
     if len(given) != 1:
-        raise Refused(400, f"give one of {', '.join(_INPUTS)}, got {' and '.join(given) or 'none of them'}")
+        raise RequestRefused(400, f"give one of {', '.join(_INPUTS)}, got {' and '.join(given) or 'none of them'}")
     for name, only in _FIXED.items():
         if fields.get(name) not in (None, only):
-            raise Refused(400, f"{name} is not supported; leave it out")
+            raise RequestRefused(400, f"{name} is not supported; leave it out")
     (name,) = given
     if name == "messages":
         messages = _converted(fields[name], list[dict[str, Any]], name)
         tools = _converted(fields.get("tools"), list[dict[str, Any]] | None, "tools")
         last = messages[-1] if messages else {}
         if last.get("role") != "assistant" or last.get("step") is False:
-            raise Refused(400, "messages: the last one must be the assistant's, whose promise is the answer")
+            raise RequestRefused(400, "messages: the last one must be the assistant's, whose promise is the answer")
         return Classify("vllm", [], messages, tools, True)
     one = isinstance(fields[name], str) or (isinstance(fields[name], list) and not _of_lists(fields[name]))
     inputs = [fields[name]] if one else fields[name]
@@ -226,7 +232,7 @@ def _converted(value: Any, kind: Any, name: str = "") -> Any:
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
-        raise Refused(400, f"{name}: {error}" if name else str(error)) from None
+        raise RequestRefused(400, f"{name}: {error}" if name else str(error)) from None
 
 
 def _of_lists(items: list) -> bool:
@@ -234,18 +240,20 @@ def _of_lists(items: list) -> bool:
     return bool(items) and isinstance(items[0], (str, list))
 
 
-def _check_inputs(name: str, inputs: Any, limits: Limits) -> None:
+def _check_inputs(name: str, inputs: Any, limits: RequestLimits) -> None:
     if not isinstance(inputs, list):
-        raise Refused(400, f"{name}: must be a text, token ids, or a list of texts or of token ids")
+        raise RequestRefused(400, f"{name}: must be a text, token ids, or a list of texts or of token ids")
     _check_count(name, len(inputs), limits)
     for index, one in enumerate(inputs):
         ids = isinstance(one, list) and all(type(token) is int for token in one)
         if not (isinstance(one, str) or ids) or type(one) is not type(inputs[0]):
-            raise Refused(400, f"{name}: number {index} is neither a text nor a list of token ids as the first one")
+            raise RequestRefused(
+                400, f"{name}: number {index} is neither a text nor a list of token ids as the first one"
+            )
         if not one:
-            raise Refused(400, f"{name}: number {index} is empty")
+            raise RequestRefused(400, f"{name}: number {index} is empty")
 
 
-def _check_count(name: str, count: int, limits: Limits) -> None:
+def _check_count(name: str, count: int, limits: RequestLimits) -> None:
     if not 1 <= count <= limits.candidates:
-        raise Refused(400, f"{name}: {count} of them, must be 1 to {limits.candidates}; ask in several requests")
+        raise RequestRefused(400, f"{name}: {count} of them, must be 1 to {limits.candidates}; ask in several requests")

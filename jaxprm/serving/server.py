@@ -27,9 +27,9 @@ from jaxprm.api import Model
 from jaxprm.artifacts.directory import find_model, read_recipe
 from jaxprm.errors import UserError
 from jaxprm.scoring import loading
-from jaxprm.serving.app import Metrics, Service, error_response, make_app
+from jaxprm.serving.app import ServerMetrics, Service, error_response, make_app
 from jaxprm.serving.batcher import SHAPES, Answers, Batcher
-from jaxprm.serving.requests import Limits, Refused
+from jaxprm.serving.requests import RequestLimits, RequestRefused
 
 TOKEN = "JAXPRM_TOKEN"
 # Seconds between looks at the connections, and for which a client may keep a server that is shutting down.
@@ -44,8 +44,8 @@ def serve(
     rows: int = 8,
     dtype: str = "float32",
     template: str | None = None,
-    mesh: config_lib.Mesh | None = None,
-    limits: Limits = Limits(),
+    mesh: config_lib.MeshConfig | None = None,
+    limits: RequestLimits = RequestLimits(),
 ) -> None:
     """Serves a reward model until SIGTERM or SIGINT, then answers what was accepted and returns.
 
@@ -61,7 +61,7 @@ def serve(
         scorer = loading.load_scorer(
             found, rows=rows, max_tokens=limits.tokens, dtype=dtype, template=template, mesh=mesh, shapes=SHAPES
         )
-        answers, metrics = Answers(scorer, Model(scorer, read_recipe(found)), limits), Metrics()
+        answers, metrics = Answers(scorer, Model(scorer, read_recipe(found)), limits), ServerMetrics()
         batcher = Batcher(
             answers,
             lambda go_on: _warm_up(answers, go_on),
@@ -157,7 +157,7 @@ class _Protocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            refusal = error_response(Refused(400, msg, Connection="close"))
+            refusal = error_response(RequestRefused(400, msg, Connection="close"))
             head = h11.Response(status_code=400, headers=refusal.raw_headers, reason=b"Bad Request")
             self.transport.write(self.conn.send(head) + self.conn.send(h11.Data(data=refusal.body)))
         self.transport.close()

@@ -219,7 +219,7 @@ def is_primary() -> bool:
     return jax.process_index() == 0
 
 
-def agreed(answer: bool) -> bool:
+def broadcast_from_primary(answer: bool) -> bool:
     """Process 0's answer, in every process."""
     if jax.process_count() == 1:
         return answer
@@ -273,7 +273,7 @@ class Preemption:
     def _signal(self, number: int, frame: FrameType | None) -> None:
         self.signalled = True
 
-    def noticed(self, step: int) -> bool:
+    def should_stop(self, step: int) -> bool:
         """Whether to stop after this step; the same answer in every process. To be asked after every step."""
         if jax.process_count() > 1 and jax.config.jax_enable_preemption_service:
             return multihost_utils.reached_preemption_sync_point(step)
@@ -296,7 +296,7 @@ class Timer:
             return False
         if jax.process_count() == 1:
             return self._passed()
-        return step % CLOCK_EVERY == 0 and agreed(self._passed())
+        return step % CLOCK_EVERY == 0 and broadcast_from_primary(self._passed())
 
     def _passed(self) -> bool:
         return time.monotonic() - self._since >= self._seconds

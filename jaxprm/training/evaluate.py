@@ -15,7 +15,7 @@ from jaxprm import config as config_lib
 from jaxprm.evaluation.value_metrics import StepRecords, validation
 from jaxprm.hf import reader
 from jaxprm.model import sharding
-from jaxprm.model.transformer import Compute, reward_model_graph
+from jaxprm.model.transformer import ForwardOptions, reward_model_graph
 from jaxprm.training.step import FIELDS, make_evaluation_step
 
 if TYPE_CHECKING:
@@ -63,9 +63,9 @@ def evaluate_model(
     model: Path,
     shards: Path,
     split: str,
-    data: config_lib.Data,
+    data: config_lib.DataConfig,
     *,
-    mesh: config_lib.Mesh | None = None,
+    mesh: config_lib.MeshConfig | None = None,
     discount: float = 1.0,
 ) -> StepRecords:
     """`step_values` of a trained reward model (a directory in Hugging Face format) on a split of a dataset.
@@ -79,15 +79,17 @@ def evaluate_model(
     config, _ = reader.read_config(model)
     fingerprint = Encoder.load(model).fingerprint
     dataset = open_dataset(shards, encoder_fingerprint=fingerprint, skip_bad=data.skip_bad)
-    devices = sharding.make_mesh(mesh or config_lib.Mesh())
+    devices = sharding.make_mesh(mesh or config_lib.MeshConfig())
     sharding.check_rows(devices, data.rows, data.length)
     sharding.check_model(devices, config)
     batches = evaluation_batches(dataset, split, rows=data.rows, length=data.length, steps_per_row=data.steps_per_row)
     shapes = reader.abstract(dataclasses.replace(config, tie_embeddings=True), reward=True)
-    config, parameters = reader.load_reward_model(model, shardings=sharding.shardings(sharding.place(devices, shapes)))
+    config, parameters = reader.load_reward_model(
+        model, shardings=sharding.shardings(sharding.with_shardings(devices, shapes))
+    )
     graph = reward_model_graph(config)
-    settings = config_lib.RewardModel(label="evaluated", discount=discount)
-    compute = Compute(constrain=sharding.constraints(devices))
+    settings = config_lib.RewardModelConfig(label="evaluated", discount=discount)
+    compute = ForwardOptions(constrain=sharding.constraints(devices))
     step = make_evaluation_step(graph, settings, compute)
     evaluation_step = jax.jit(step, out_shardings=sharding.replicated(devices))
     return step_values(lambda batch: evaluation_step(parameters, sharding.put_batch(batch, devices, FIELDS)), batches)

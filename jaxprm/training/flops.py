@@ -162,7 +162,7 @@ def matrices(config: TransformerConfig) -> dict[str, tuple[int, int]]:
 
 
 def train_step_flops(
-    config: TransformerConfig, settings: config_lib.RewardModel, data: config_lib.Data, attention: Attention
+    config: TransformerConfig, settings: config_lib.RewardModelConfig, data: config_lib.DataConfig, attention: Attention
 ) -> StepFlops:
     """Of a batch of full rows. With the head alone trained no transformer is in the step."""
     reads = data.rows * data.steps_per_row * (1 + reads_states(settings))
@@ -199,7 +199,7 @@ def train_step_flops(
     return StepFlops(forward, backward, passes * forward, recomputed, masked)
 
 
-def forward_passes(settings: config_lib.RewardModel) -> float:
+def forward_passes(settings: config_lib.RewardModelConfig) -> float:
     """How often a step goes through the layers' weights: forward, backward, again, and for the target network."""
     if settings.trainable == "head":
         return 0.0

@@ -72,7 +72,7 @@ FINGERPRINT_STEPS = 16
 MEASURED_TASKS = 100
 
 
-def episode_rows(environment, encoder: Encoder, settings: config_lib.Imitation, seed: int, step: int) -> dict:
+def episode_rows(environment, encoder: Encoder, settings: config_lib.ImitationConfig, seed: int, step: int) -> dict:
     """The batch of one step: expert episodes packed into rows [B, T] until three in a row fit nowhere.
 
     tokens, positions, segments int32 and weights float32, all [B, T]; weights are 1 where the next token is the

@@ -91,7 +91,7 @@ class Metrics:
                     sink.histogram(f"validation/{name}", values, step, weights=records.weights)
         self.pause()
 
-    def waited(self, seconds: float) -> None:
+    def add_input_wait(self, seconds: float) -> None:
         """Time in which the next batch was not there yet."""
         self._waited += seconds
 
@@ -227,7 +227,7 @@ WANDB_BINS = 20
 FINISH_SECONDS = 20.0
 
 
-def check(settings: config_lib.Logging) -> None:
+def check(settings: config_lib.LoggingConfig) -> None:
     """Raises UserError where the package or the key is missing."""
     if settings.wandb == "off":
         return
@@ -249,7 +249,9 @@ class WandbSink:
     Raises UserError as `check` does, and where W&B refuses or cannot be reached.
     """
 
-    def __init__(self, settings: config_lib.Logging, output: Path, *, name: str, group: str, config: dict[str, Any]):
+    def __init__(
+        self, settings: config_lib.LoggingConfig, output: Path, *, name: str, group: str, config: dict[str, Any]
+    ):
         check(settings)
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # tracebacks hold what variables hold
         import wandb

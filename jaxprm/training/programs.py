@@ -17,7 +17,7 @@ from jaxprm.model import sharding
 from jaxprm.model.attention import packed_attention
 from jaxprm.model.config import TransformerConfig
 from jaxprm.model.sharding import RULES, Rules
-from jaxprm.model.transformer import Compute, reward_model_graph
+from jaxprm.model.transformer import ForwardOptions, reward_model_graph
 from jaxprm.training import features, reward_model, trainable
 from jaxprm.training.optimizer import make_optimizer
 from jaxprm.training.step import (
@@ -30,11 +30,11 @@ from jaxprm.training.step import (
 )
 
 
-def make_compute(
-    settings: config_lib.RewardModel, config: TransformerConfig, mesh: Mesh, length: int, rules: Rules = RULES
-) -> Compute:
+def make_forward_options(
+    settings: config_lib.RewardModelConfig, config: TransformerConfig, mesh: Mesh, length: int, rules: Rules = RULES
+) -> ForwardOptions:
     """dtype, rematerialisation, attention and layout for rows of `length` tokens."""
-    return Compute(
+    return ForwardOptions(
         dtype=jnp.dtype(settings.dtype),
         remat=settings.remat,
         attend=_attention(settings.attention, config, mesh, length, rules),
@@ -79,7 +79,7 @@ class Programs:
     """
 
     graph: nnx.GraphDef
-    compute: Compute
+    compute: ForwardOptions
     split: Callable
     init: Callable
     train_step: Callable
@@ -91,7 +91,7 @@ class Programs:
 
 
 def make_programs(
-    settings: config_lib.RewardModel, config: TransformerConfig, mesh: Mesh, *, length: int, steps: int, seed: int
+    settings: config_lib.RewardModelConfig, config: TransformerConfig, mesh: Mesh, *, length: int, steps: int, seed: int
 ) -> Programs:
     """Of a reward model on a mesh, of devices that are there or only described.
 
@@ -102,14 +102,14 @@ def make_programs(
     sharding.check_model(mesh, config)
     trainable.check_trainable(settings, config)
     graph = reward_model_graph(config)
-    compute = make_compute(settings, config, mesh, length)
+    compute = make_forward_options(settings, config, mesh, length)
     rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 
     def split(parameters: Any) -> tuple[Any, Any]:
         return trainable.split(settings, parameters, jax.random.key(seed))
 
-    parameters = sharding.place(mesh, reward_model.abstract(config))
-    trained, frozen = sharding.place(mesh, jax.eval_shape(split, parameters))
+    parameters = sharding.with_shardings(mesh, reward_model.abstract(config))
+    trained, frozen = sharding.with_shardings(mesh, jax.eval_shape(split, parameters))
     # Layers that are cut in two fit into no buffer of the whole.
     donated = () if settings.trainable == "last_k" else 0
     jitted_split = jax.jit(split, donate_argnums=donated, out_shardings=sharding.shardings((trained, frozen)))
@@ -134,7 +134,7 @@ def make_programs(
         found = hidden_states(model, batch, states=reads_states(settings), compute=compute)
         return jax.tree.map(lambda x: x.astype(jnp.float32), found)
 
-    state = sharding.place(mesh, jax.eval_shape(init, trained))
+    state = sharding.with_shardings(mesh, jax.eval_shape(init, trained))
     places, frozen_at = sharding.shardings(state), sharding.shardings(frozen)
     return Programs(
         graph=graph,
@@ -160,7 +160,7 @@ def make_programs(
     )
 
 
-def batch_fields(settings: config_lib.RewardModel) -> tuple[str, ...]:
+def batch_fields(settings: config_lib.RewardModelConfig) -> tuple[str, ...]:
     """What the step functions read of a batch: with a frozen transformer its hidden states instead of tokens."""
     if settings.trainable != "head":
         return FIELDS
@@ -169,7 +169,7 @@ def batch_fields(settings: config_lib.RewardModel) -> tuple[str, ...]:
 
 
 def batch_shapes(
-    fields: Sequence[str], data: config_lib.Data, config: TransformerConfig, mesh: Mesh
+    fields: Sequence[str], data: config_lib.DataConfig, config: TransformerConfig, mesh: Mesh
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """These fields of a batch of `data.rows` rows, as `sharding.put_batch` makes it."""
     place = sharding.batch_sharding(mesh)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from data_pipeline.batches import TrainingBatches
 from data_pipeline.encode import Encoder
 from data_pipeline.metadata import length_histogram, length_range
-from data_pipeline.shards import Dataset, Split
+from data_pipeline.shards import Dataset, ShardSplit
 from jaxprm import config as config_lib
 from jaxprm import files
 from jaxprm.errors import UserError
@@ -47,7 +47,7 @@ def training_facts(dataset: Dataset, batches: TrainingBatches) -> dict[str, Any]
     }
 
 
-def _turn_tokens(split: Split) -> dict[str, dict[str, int]]:
+def _turn_tokens(split: ShardSplit) -> dict[str, dict[str, int]]:
     within = np.ones(max(0, len(split.read_positions) - 1), bool)
     within[split.step_starts[1:-1] - 1] = False  # from one trajectory's last step to the first of the next
     turns = {
@@ -62,7 +62,7 @@ def _spread(tokens: np.ndarray) -> dict[str, int]:
     return {"median": int(median), "most": int(most)}
 
 
-def to_lines(name: str, facts: dict[str, Any], data: config_lib.Data, steps: int) -> Iterator[str]:
+def to_lines(name: str, facts: dict[str, Any], data: config_lib.DataConfig, steps: int) -> Iterator[str]:
     """The facts for a terminal."""
     trajectories, fill = facts["trained_on"]["trajectories"], facts["fill"]
     yield (
@@ -104,7 +104,7 @@ def from_policy(base: Path, seed: int, mesh: Mesh | None = None) -> tuple[Transf
     places = None
     if mesh is not None:
         sharding.check_model(mesh, config)
-        places = sharding.shardings(sharding.place(mesh, abstract(config)))
+        places = sharding.shardings(sharding.with_shardings(mesh, abstract(config)))
     trunk_places, head_place = (None, None) if places is None else (places["transformer"], places["head"])
     config, trunk = reader.load_transformer(base, unembedding=False, shardings=trunk_places)
     make_head = jax.jit(lambda: nnx.state(RewardModel(config, rngs=nnx.Rngs(seed)))["head"], out_shardings=head_place)
@@ -112,10 +112,16 @@ def from_policy(base: Path, seed: int, mesh: Mesh | None = None) -> tuple[Transf
 
 
 def identity(
-    settings: config_lib.RewardModel, data: config_lib.Data, seed: int, *, base: Path, dataset: str, tokenizer: str
+    settings: config_lib.RewardModelConfig,
+    data: config_lib.DataConfig,
+    seed: int,
+    *,
+    base: Path,
+    dataset: str,
+    tokenizer: str,
 ) -> dict[str, Any]:
     """What a training run's result is a function of, given the code; the mesh changes it by rounding only."""
-    section = {name: value for name, value in config_lib.recorded(settings).items() if name not in _CADENCE}
+    section = {name: value for name, value in config_lib.fingerprint_fields(settings).items() if name not in _CADENCE}
     batch = {"rows": data.rows, "length": data.length, "steps_per_row": data.steps_per_row}
     return {
         "config": config_lib.fingerprint({"reward_model": section, "batch": batch}),
@@ -128,7 +134,7 @@ def identity(
     }
 
 
-def features_identity(settings: config_lib.RewardModel, identity: dict[str, Any]) -> str:
+def features_identity(settings: config_lib.RewardModelConfig, identity: dict[str, Any]) -> str:
     """A short name for everything that a frozen transformer's features depend on."""
     inputs = {name: identity[name] for name in ("base model", "dataset", "tokenizer")}
     return config_lib.fingerprint(inputs | {"dtype": settings.dtype, "states": reads_states(settings)})[:16]
@@ -197,7 +203,7 @@ def _write_companions(directory: Path, base: Path, encoder: Encoder, recipe: dic
 
 
 def recipe(
-    settings: config_lib.RewardModel,
+    settings: config_lib.RewardModelConfig,
     seed: int,
     *,
     base: Path,

@@ -16,14 +16,14 @@ from flax import nnx
 
 from jaxprm import config as config_lib
 from jaxprm.losses import LossSums, agent_prm_sums
-from jaxprm.model.transformer import Compute, RewardModel, head_values
+from jaxprm.model.transformer import ForwardOptions, RewardModel, head_values
 from jaxprm.targets import objective_targets, returns_to_go
 from jaxprm.training.trainable import join
 
 Batch = dict[str, jax.Array]
-State = dict[str, Any]
+TrainState = dict[str, Any]
 
-PLAIN = Compute()
+PLAIN = ForwardOptions()
 NO_ADAPTERS: Any = MappingProxyType({})
 NOTHING = nnx.State({})
 
@@ -42,23 +42,23 @@ FIELDS = (
 )
 
 
-def reads_states(settings: config_lib.RewardModel) -> bool:
+def reads_states(settings: config_lib.RewardModelConfig) -> bool:
     """Whether V(s_t) is read, and therefore trained."""
     return settings.objective == "agentprm" and settings.bootstrap == "state"
 
 
-def has_target_network(settings: config_lib.RewardModel) -> bool:
+def has_target_network(settings: config_lib.RewardModelConfig) -> bool:
     """Whether the bootstrap comes from older parameters. Only AgentPRM bootstraps."""
     return settings.objective == "agentprm" and settings.target_update != "online"
 
 
-def progress_beta(settings: config_lib.RewardModel) -> float:
+def progress_beta(settings: config_lib.RewardModelConfig) -> float:
     """beta of eq. 10; the baselines have no progress loss."""
     return settings.beta if settings.objective == "agentprm" else 0.0
 
 
 def hidden_states(
-    model: RewardModel, batch: Batch, *, states: bool, compute: Compute = PLAIN, adapters: Any = NO_ADAPTERS
+    model: RewardModel, batch: Batch, *, states: bool, compute: ForwardOptions = PLAIN, adapters: Any = NO_ADAPTERS
 ) -> tuple[jax.Array, jax.Array | None]:
     """What the head reads: hidden states [B, S, D] where actions end and, if asked for, before they begin."""
     tokens, positions, segments = batch["tokens"], batch["positions"], batch["segments"]
@@ -71,7 +71,7 @@ def hidden_states(
 
 
 def readouts(
-    model: RewardModel, batch: Batch, *, states: bool, compute: Compute = PLAIN, adapters: Any = NO_ADAPTERS
+    model: RewardModel, batch: Batch, *, states: bool, compute: ForwardOptions = PLAIN, adapters: Any = NO_ADAPTERS
 ) -> tuple[jax.Array, jax.Array | None]:
     """Promises M_t and, if asked for, state values V(s_t), [B, S] in float32, from one forward pass."""
     actions, before = hidden_states(model, batch, states=states, compute=compute, adapters=adapters)
@@ -83,8 +83,8 @@ def trained_readouts(
     trained: Any,
     frozen: Any,
     batch: Batch,
-    settings: config_lib.RewardModel,
-    compute: Compute,
+    settings: config_lib.RewardModelConfig,
+    compute: ForwardOptions,
     *,
     states: bool,
 ) -> tuple[jax.Array, jax.Array | None]:
@@ -129,8 +129,8 @@ def reward_sums(
     parameters: Any,
     target: Any | None,
     batch: Batch,
-    settings: config_lib.RewardModel,
-    compute: Compute = PLAIN,
+    settings: config_lib.RewardModelConfig,
+    compute: ForwardOptions = PLAIN,
     frozen: Any = NOTHING,
 ) -> Sums:
     """The sums behind `reward_loss`, of the same arguments."""
@@ -177,8 +177,8 @@ def reward_loss(
     parameters: Any,
     target: Any | None,
     batch: Batch,
-    settings: config_lib.RewardModel,
-    compute: Compute = PLAIN,
+    settings: config_lib.RewardModelConfig,
+    compute: ForwardOptions = PLAIN,
     frozen: Any = NOTHING,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss of one batch, L = L_Q + beta L_A (eq. 10), + L_V where state values are read (METHOD.md, section 3).
@@ -203,8 +203,8 @@ def loss_and_gradients(
     parameters: Any,
     target: Any | None,
     batch: Batch,
-    settings: config_lib.RewardModel,
-    compute: Compute = PLAIN,
+    settings: config_lib.RewardModelConfig,
+    compute: ForwardOptions = PLAIN,
     frozen: Any = NOTHING,
 ) -> tuple[jax.Array, dict[str, jax.Array], Any]:
     """(loss, metrics, gradients) of a batch, in `settings.microbatches` passes.
@@ -237,7 +237,9 @@ def loss_and_gradients(
     return *sums.means(beta), jax.tree.map(lambda leaf: leaf / weight, gradients)
 
 
-def initial_state(parameters: Any, optimizer: optax.GradientTransformation, settings: config_lib.RewardModel) -> State:
+def initial_state(
+    parameters: Any, optimizer: optax.GradientTransformation, settings: config_lib.RewardModelConfig
+) -> TrainState:
     """The state before the first step; the target network starts as a copy."""
     state = {
         "step": jnp.zeros((), jnp.int32),
@@ -252,12 +254,12 @@ def initial_state(parameters: Any, optimizer: optax.GradientTransformation, sett
 def make_train_step(
     graph: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
-    settings: config_lib.RewardModel,
-    compute: Compute = PLAIN,
-) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
+    settings: config_lib.RewardModelConfig,
+    compute: ForwardOptions = PLAIN,
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """(state, batch, frozen) -> (state, metrics): the metrics are of the parameters before the update."""
 
-    def train_step(state: State, batch: Batch, frozen: Any = NOTHING) -> tuple[State, dict[str, jax.Array]]:
+    def train_step(state: TrainState, batch: Batch, frozen: Any = NOTHING) -> tuple[TrainState, dict[str, jax.Array]]:
         loss, metrics, gradients = loss_and_gradients(
             graph, state["parameters"], state.get("target"), batch, settings, compute, frozen
         )
@@ -276,7 +278,7 @@ def make_train_step(
 
 
 def make_evaluation_step(
-    graph: nnx.GraphDef, settings: config_lib.RewardModel, compute: Compute = PLAIN
+    graph: nnx.GraphDef, settings: config_lib.RewardModelConfig, compute: ForwardOptions = PLAIN
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """(parameters, batch, frozen) -> (promises, returns-to-go), both [B, S]."""
 
@@ -288,7 +290,7 @@ def make_evaluation_step(
     return evaluation_step
 
 
-def _follow(target: Any, parameters: Any, step: jax.Array, settings: config_lib.RewardModel) -> Any:
+def _follow(target: Any, parameters: Any, step: jax.Array, settings: config_lib.RewardModelConfig) -> Any:
     """The target network after an update: a moving average, or a copy every `target_every` steps."""
     if settings.target_update == "ema":
         decay = settings.target_decay

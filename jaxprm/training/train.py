@@ -15,7 +15,7 @@ from flax import nnx
 
 from data_pipeline.batches import EvaluationBatches, TrainingBatches, evaluation_batches, training_batches
 from data_pipeline.encode import Encoder
-from data_pipeline.shards import Split, open_dataset
+from data_pipeline.shards import ShardSplit, open_dataset
 from jaxprm import config as config_lib
 from jaxprm.artifacts.checkpoints import Checkpoints
 from jaxprm.artifacts.directory import DESCRIPTION
@@ -41,7 +41,7 @@ SHOWN_TRAJECTORIES = 8
 
 def train_reward_model(
     experiment: config_lib.Experiment,
-    settings: config_lib.RewardModel,
+    settings: config_lib.RewardModelConfig,
     seed: int,
     *,
     shards: Path,
@@ -85,7 +85,7 @@ def train_reward_model(
     identity = reward_model.identity(
         settings, data, seed, base=base, dataset=dataset.fingerprint, tokenizer=encoder.fingerprint
     )
-    if distributed.agreed(reward_model.is_written(output / "model", identity)):
+    if distributed.broadcast_from_primary(reward_model.is_written(output / "model", identity)):
         return output / "model"
 
     # Mesh
@@ -134,7 +134,7 @@ def train_reward_model(
         del parameters  # there is no room for both
         start, state, position = checkpoints.restore(programs.state)
         batches.restore_state(position)
-    held = sharding.held_rows(mesh, data.rows)
+    held = sharding.local_rows(mesh, data.rows)
     batches.hold(held)
 
     # Description: with it, a checkpoint of the whole model can be scored and exported before the training ends
@@ -193,12 +193,12 @@ def train_reward_model(
                 profiler.before(step)
                 began = time.monotonic()
                 batch = put(next(batches), "train", held=held, rows=data.rows)
-                metrics.waited(time.monotonic() - began)
+                metrics.add_input_wait(time.monotonic() - began)
                 with jax.transfer_guard("disallow"):  # nothing but the batch goes to the devices
                     state, found = programs.train_step(state, batch, frozen)
                 settle()
                 pending = (step, found)
-                stops = preemption.noticed(step)
+                stops = preemption.should_stop(step)
                 evaluates, saves = (
                     step == steps or step % every == 0 for every in (settings.evaluate_every, settings.checkpoint_every)
                 )
@@ -238,12 +238,12 @@ def train_reward_model(
     merged = distributed.fetch(trainable.merged(settings, state["parameters"], frozen))
     if distributed.is_primary():
         reward_model.write(output / "model", config, merged, base=base, encoder=encoder, recipe=final)
-    distributed.agreed(True)  # the others return when it is there
+    distributed.broadcast_from_primary(True)  # the others return when it is there
     return output / "model"
 
 
 def _wandb(
-    experiment: config_lib.Experiment, settings: config_lib.RewardModel, seed: int, output: Path, identity: dict
+    experiment: config_lib.Experiment, settings: config_lib.RewardModelConfig, seed: int, output: Path, identity: dict
 ) -> Callable[[], Sink] | None:
     """Opens the run in Weights & Biases, where the config wants one."""
     if experiment.logging.wandb == "off":
@@ -284,7 +284,7 @@ def _features(
     }
 
 
-def _check_rewards(split: Split, settings: config_lib.RewardModel) -> None:
+def _check_rewards(split: ShardSplit, settings: config_lib.RewardModelConfig) -> None:
     """Refuses a progress loss on trajectories that are rewarded before their end."""
     before_end = np.ones(len(split.rewards), bool)
     before_end[split.step_starts[1:] - 1] = False
@@ -297,7 +297,7 @@ def _check_rewards(split: Split, settings: config_lib.RewardModel) -> None:
     )
 
 
-def _value_range(split: Split) -> tuple[float, float]:
+def _value_range(split: ShardSplit) -> tuple[float, float]:
     """Outcomes lie in [0, 1]; rewards of the user's own may take returns further."""
     returns = np.add.reduceat(split.rewards, split.step_starts[:-1])
     return min(0.0, float(returns.min())), max(1.0, float(returns.max()))

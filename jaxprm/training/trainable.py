@@ -17,7 +17,7 @@ from jaxprm.errors import UserError
 from jaxprm.model.config import TransformerConfig
 
 
-def check_trainable(settings: config_lib.RewardModel, config: TransformerConfig) -> None:
+def check_trainable(settings: config_lib.RewardModelConfig, config: TransformerConfig) -> None:
     """Raises UserError where there is less to train than is asked for."""
     if settings.trainable == "last_k" and settings.last_k > config.layers:
         raise UserError(
@@ -26,7 +26,7 @@ def check_trainable(settings: config_lib.RewardModel, config: TransformerConfig)
         )
 
 
-def split(settings: config_lib.RewardModel, parameters: nnx.State, key: jax.Array) -> tuple[nnx.State, nnx.State]:
+def split(settings: config_lib.RewardModelConfig, parameters: nnx.State, key: jax.Array) -> tuple[nnx.State, nnx.State]:
     """(trained, frozen) of a reward model's parameters; the key draws what is new, an adapter's first factor.
 
     Of the last layers, the arrays of `blocks` are cut along their layer axis. An adapter of a matrix [L, I, O] is
@@ -56,7 +56,7 @@ def split(settings: config_lib.RewardModel, parameters: nnx.State, key: jax.Arra
     return nnx.State(head | {"adapters": {"blocks": adapters}}), nnx.State({"transformer": trunk})
 
 
-def join(settings: config_lib.RewardModel, trained: nnx.State, frozen: nnx.State) -> tuple[nnx.State, Any]:
+def join(settings: config_lib.RewardModelConfig, trained: nnx.State, frozen: nnx.State) -> tuple[nnx.State, Any]:
     """(parameters of a RewardModel, adapters by name or {}): what a forward pass takes."""
     if settings.trainable == "last_k":
         ours, theirs = trained["transformer"], frozen["transformer"]
@@ -76,7 +76,7 @@ def join(settings: config_lib.RewardModel, trained: nnx.State, frozen: nnx.State
     return nnx.State(whole), adapters
 
 
-def merged(settings: config_lib.RewardModel, trained: nnx.State, frozen: nnx.State) -> nnx.State:
+def merged(settings: config_lib.RewardModelConfig, trained: nnx.State, frozen: nnx.State) -> nnx.State:
     """The parameters of a plain RewardModel that computes what the trained one does: W + alpha / R * A B."""
     parameters, adapters = join(settings, trained, frozen)
     if not adapters:

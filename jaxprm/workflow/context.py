@@ -142,13 +142,13 @@ class Run:
             return {}
         return {"base_model": _model_identity(directory, template)}
 
-    def train_inputs(self, model: config_lib.RewardModel, seed: int) -> dict[str, Any]:
+    def train_inputs(self, model: config_lib.RewardModelConfig, seed: int) -> dict[str, Any]:
         data = config_lib.to_dict(self.experiment)["data"]
         del data["skip_bad"]  # what is skipped is part of a training's own identity
         return {
             "shards": identity(self.build_inputs),
             "data": data,
-            "reward_model": config_lib.recorded(model),
+            "reward_model": config_lib.fingerprint_fields(model),
             "seed": seed,
         }
 
@@ -166,7 +166,7 @@ class Run:
     def model_directory(self, label: str, seed: int) -> Path:
         return self.work / f"reward_models/{label}/seed-{seed}"
 
-    def trained(self) -> list[tuple[config_lib.RewardModel, int]]:
+    def trained(self) -> list[tuple[config_lib.RewardModelConfig, int]]:
         return [(model, seed) for model in self.experiment.reward_models for seed in self.experiment.reward_seeds]
 
 

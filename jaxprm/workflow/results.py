@@ -17,7 +17,7 @@ from jaxprm.evaluation import value_metrics
 from jaxprm.evaluation.best_of_n import AGGREGATIONS, VOTES, Cost, budget_ratio, equal_budget, vote_curve
 from jaxprm.evaluation.statistics import best_of_n_curve, bootstrap, oracle_curve, paired_difference
 from jaxprm.hf.safetensors import weight_files
-from jaxprm.search.methods import Plan, plans
+from jaxprm.search.methods import SearchSpec, search_specs
 from jaxprm.workflow.context import flops_of_tokens
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "transformers", "textcraft", "numpy")
@@ -34,7 +34,7 @@ class Results:
         self.experiment: config_lib.Experiment = state.experiment
         self.settings = self.experiment.search
         self.seeds = self.experiment.reward_seeds
-        self.plans = plans(self.settings)
+        self.plans = search_specs(self.settings)
         self.folder: Path = state.work / "search"
         self.pool = self._by_task(self.folder / "pool.jsonl")
         self.tasks = list(self.pool)
@@ -50,12 +50,12 @@ class Results:
     def estimate(self, values) -> dict:
         return bootstrap(values, samples=self.experiment.bootstrap_samples, seed=self.experiment.seed)
 
-    def guided(self, plan: Plan, label: str) -> list[list[dict]]:
+    def guided(self, plan: SearchSpec, label: str) -> list[list[dict]]:
         """Lines of a guided search, [seeds][tasks]."""
         names = [plan.file_name(label, seed) for seed in self.seeds]
         return [list(files.read_lines(self.folder / f"{name}.jsonl")) for name in names]
 
-    def outcome_table(self, plan: Plan, label: str) -> np.ndarray:
+    def outcome_table(self, plan: SearchSpec, label: str) -> np.ndarray:
         """Outcomes of a guided search, [seeds, tasks]."""
         return np.array([[line["outcome"] for line in lines] for lines in self.guided(plan, label)])
 

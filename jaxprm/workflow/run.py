@@ -36,7 +36,7 @@ def run(
     state = Run(experiment, WorkDirectory(workdir, redo=redo), profile)
     if not distributed.is_primary():
         if STAGES.index(until) >= STAGES.index("train"):
-            follow(state)
+            run_secondary_process(state)
         return None
     with state.work.lock():
         # Before any work is spent: what is there must have been made with this config, and the last stage be possible.
@@ -88,7 +88,7 @@ def collect(state: Run) -> None:
         if not needed:
             return
         if settings.files:
-            take_files(state, outputs)
+            import_user_files(state, outputs)
             return
         for split, output in outputs.items():
             sample(
@@ -106,10 +106,10 @@ def collect(state: Run) -> None:
             )
 
 
-def take_files(state: Run, outputs: dict[str, Path]) -> None:
+def import_user_files(state: Run, outputs: dict[str, Path]) -> None:
     """The user's own trajectories, in the place of sampled ones."""
     settings = state.experiment.collection
-    taken = user_files.take(
+    taken = user_files.import_files(
         settings.files,
         outputs,
         validation_share=settings.validation_share,
@@ -153,20 +153,20 @@ def train(state: Run) -> None:
     for model, seed in state.trained():
         output = state.model_directory(model.label, seed)
         with state.work.stage(f"train-{model.label}-{seed}", state.train_inputs(model, seed), [output]) as needed:
-            if distributed.agreed(needed):
+            if distributed.broadcast_from_primary(needed):
                 _train(state, model, seed, output)
 
 
-def follow(state: Run) -> None:
+def run_secondary_process(state: Run) -> None:
     """What a process that is not the first does: it waits for the shards and trains what the first one trains."""
     from jaxprm.training import distributed
 
     for model, seed in state.trained():
-        if distributed.agreed(False):
+        if distributed.broadcast_from_primary(False):
             _train(state, model, seed, state.model_directory(model.label, seed))
 
 
-def _train(state: Run, model: config_lib.RewardModel, seed: int, output: Path) -> None:
+def _train(state: Run, model: config_lib.RewardModelConfig, seed: int, output: Path) -> None:
     from jaxprm.training.train import train_reward_model
 
     paths = {"shards": state.work / "shards", "base": state.base_directory, "output": output}

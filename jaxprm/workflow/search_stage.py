@@ -15,7 +15,7 @@ from jaxprm.policies.rollouts import collect
 from jaxprm.progress import bar
 from jaxprm.scoring.loading import all_devices, load_scorer
 from jaxprm.search.branches import check_can_fork
-from jaxprm.search.methods import RandomScorer, guided_search, plans
+from jaxprm.search.methods import RandomScorer, guided_search, search_specs
 from jaxprm.search.tree import Prices
 from jaxprm.workflow.context import flops_of_tokens
 from jaxprm.workflow.workdir import identity
@@ -30,7 +30,7 @@ def stage_inputs(state) -> dict[str, dict[str, Any]]:
     found = {"pool": pool, "greedy": common}
 
     def guided(label: str, seed: int, judge: dict[str, Any]) -> None:
-        for plan in plans(settings):
+        for plan in search_specs(settings):
             found[plan.file_name(label, seed)] = common | plan.inputs(settings) | judge
 
     for seed in state.experiment.reward_seeds:
@@ -48,7 +48,7 @@ def check(state) -> None:
     settings = state.experiment.search
     environment = state.make_environment()
     try:
-        if any(plan.forks for plan in plans(settings)):
+        if any(plan.forks for plan in search_specs(settings)):
             check_can_fork(environment, "search.beams, diverse, lookahead and mcts")
         if (votes := sorted(VOTES.keys() & set(settings.aggregations))) and not hasattr(environment, "answer"):
             raise UserError(
@@ -133,7 +133,7 @@ class _Stages:
     def guided(self, tasks: list[str], label: str, seed: int, scorer) -> None:
         """Every search of the run."""
         state = self._state
-        for plan in plans(state.experiment.search):
+        for plan in search_specs(state.experiment.search):
             name = plan.file_name(label, seed)
             output, stage = self._stage(name)
             with stage as needed:

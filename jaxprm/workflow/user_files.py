@@ -18,16 +18,16 @@ from jaxprm.errors import UserError
 from jaxprm.progress import bar
 
 
-class Taken(msgspec.Struct, kw_only=True):
+class ImportedFiles(msgspec.Struct, kw_only=True):
     """What became of the rows: trajectories by split, of which only those in `outputs` are used, and bad rows."""
 
     splits: Counter[str] = msgspec.field(default_factory=Counter)
     bad: list[str] = msgspec.field(default_factory=list)
 
 
-def take(
+def import_files(
     arguments: Sequence[str], outputs: Mapping[str, Path], *, validation_share: float, seed: int, skip_bad: bool
-) -> Taken:
+) -> ImportedFiles:
     """Writes the rows of `[SPLIT=]FILE` to the output of their split, in their order.
 
     A row is in the split its file was given for, else in the one it names, else in training or validation by a hash of
@@ -37,7 +37,7 @@ def take(
     """
     inputs = parse_inputs(arguments)
     check_share(validation_share)
-    taken, tasks = Taken(), Splits()
+    taken, tasks = ImportedFiles(), Splits()
     for output in outputs.values():
         output.unlink(missing_ok=True)  # a run that was killed between the two
     total = sum(count_rows(path) for paths in inputs.values() for path in paths)
@@ -94,7 +94,7 @@ def _complete(trajectory: Trajectory, split: str) -> Trajectory:
     return msgspec.structs.replace(trajectory, split=split, task=trajectory.task_id, success=success)
 
 
-def _check_all_there(taken: Taken, outputs: Mapping[str, Path], share: float) -> None:
+def _check_all_there(taken: ImportedFiles, outputs: Mapping[str, Path], share: float) -> None:
     for split in outputs:
         if not taken.splits[split]:
             found = ", ".join(f"{count} in {name}" for name, count in sorted(taken.splits.items())) or "no row at all"

@@ -14,7 +14,7 @@ from typing import Any
 from jaxprm import files
 from jaxprm.config import fingerprint
 from jaxprm.errors import UserError
-from jaxprm.host_memory import give_back
+from jaxprm.host_memory import trim_malloc
 
 
 class WorkDirectory:
@@ -87,7 +87,7 @@ class WorkDirectory:
         try:
             yield True
         finally:
-            give_back()
+            trim_malloc()
             seconds = round(seconds + time.monotonic() - started, 2)
             files.write_json(record_path, {"inputs": inputs, "finished": False, "seconds": seconds})
         files.write_json(record_path, {"inputs": inputs, "finished": True, "seconds": seconds})

@@ -7,10 +7,10 @@ import pytest
 from flax import nnx
 
 from benchmarks import decisions, search_growth
-from jaxprm.config import Policy
+from jaxprm.config import PolicyConfig
 from jaxprm.hf import reader
 from jaxprm.policies.loading import policy_directory
-from jaxprm.scoring.bench import Setting, bench_engine
+from jaxprm.scoring.bench import TreeSizes, bench_engine
 from jaxprm.search.branches import Branch
 from jaxprm.search.tree import Node, Tree
 from jaxprm.training.reward_model import from_policy
@@ -19,7 +19,7 @@ from jaxprm.training.reward_model import from_policy
 @pytest.fixture(scope="module")
 def textcraft_model(tmp_path_factory):
     """A reward model that nobody trained, of the policy's size: its scores spread by a large head."""
-    directory, base = tmp_path_factory.mktemp("model"), policy_directory(Policy(path="default"))
+    directory, base = tmp_path_factory.mktemp("model"), policy_directory(PolicyConfig(path="default"))
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (directory / name).write_bytes((base / name).read_bytes())
     config, state = from_policy(base, 0)
@@ -72,7 +72,7 @@ def test_growth_is_measured_and_drawn(tmp_path, capsys):
 
 
 def test_what_reading_all_again_takes_is_counted():
-    setting = Setting(prompt_tokens=10, action_tokens=2, observation_tokens=3, beams=2, candidates=2, depth=2)
+    setting = TreeSizes(prompt_tokens=10, action_tokens=2, observation_tokens=3, beams=2, candidates=2, depth=2)
     found = bench_engine(setting)
     # Four candidates of 12 tokens, then two states of 15 with two candidates of 2 each.
     assert found["reencoded_tokens"] == 4 * 12 + 4 * 17

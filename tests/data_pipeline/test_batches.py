@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from data_pipeline.batches import evaluation_batches, training_batches
 from data_pipeline.errors import DataError
 from data_pipeline.metadata import Metadata, Shard
-from data_pipeline.shards import Dataset, Split, open_dataset
+from data_pipeline.shards import Dataset, ShardSplit, open_dataset
 from data_pipeline.trajectory import read
 
 PAD = 7
@@ -23,7 +23,7 @@ def make_dataset(steps_of: list[list[int]], seed: int = 0) -> Dataset:
     lengths = [2 + sum(steps) for steps in steps_of]
     reads = [(np.cumsum(steps) + 1).tolist() for steps in steps_of]
     count = sum(map(len, reads))
-    split = Split(
+    split = ShardSplit(
         ids=[f"row-{n}" for n in range(len(steps_of))],
         tasks=["task"] * len(steps_of),
         weights=random.integers(1, 9, len(steps_of)).astype(np.float32),

@@ -69,7 +69,7 @@ def test_the_fields_of_a_batch():
 
 
 def test_the_fields_of_a_reward_models_recipe():
-    settings = config.RewardModel(label="a")
+    settings = config.RewardModelConfig(label="a")
     facts = ["trained_on", "lengths", "turn_tokens", "fill", "skipped"]
     found = dict.fromkeys(["steps", *facts, "validation", "fingerprints"])
     recipe = reward_model.recipe(settings, 0, base=Path("b"), max_tokens=1, value_range=(0, 1), **found)

@@ -14,7 +14,7 @@ import pytest
 import jaxprm
 from benchmarks import serve_load
 from jaxprm import cli
-from jaxprm.serving.requests import Limits
+from jaxprm.serving.requests import RequestLimits
 from tests.docs import pages
 from tests.model import tiny
 
@@ -89,7 +89,7 @@ def test_the_limits_are_those_of_the_table():
     assert len(rows) == 4
     for name, default in rows.items():
         assert getattr(options, name.replace("-", "_")) == int(default)
-    limits = Limits()
+    limits = RequestLimits()
     assert f"up to {limits.batch} at a time" in TEXT and f"more than {limits.depth} deep" in TEXT
     assert f"more than {limits.body_seconds:g} seconds" in TEXT and f"more than {limits.held_bytes >> 20} MB" in TEXT
     assert limits.idle_seconds == 60 and "after a minute" in TEXT

@@ -122,13 +122,13 @@ def test_the_table_has_every_field_and_its_default():
     text = (pages.ROOT / "docs" / PAGE).read_text(encoding="utf-8")
     table = text.partition("| field of")[2].partition("\n\n")[0].splitlines()[2:]
     rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in table]
-    fields = {field.name: field.default for field in msgspec.structs.fields(config.Endpoint)}
+    fields = {field.name: field.default for field in msgspec.structs.fields(config.EndpointConfig)}
     assert [name for name, _ in rows] == [f"`{name}`" for name in fields]
     for (name, default), (_, shown) in zip(fields.items(), rows, strict=True):
         if name == "model":
             assert default is msgspec.NODEFAULT and shown == ""
         elif name == "extra_body":
-            assert config.Endpoint(model="a").extra_body == json.loads(shown)
+            assert config.EndpointConfig(model="a").extra_body == json.loads(shown)
         else:
             assert default == (shown.strip("`") if isinstance(default, str) else json.loads(shown))
 
@@ -136,7 +136,7 @@ def test_the_table_has_every_field_and_its_default():
 @pytest.mark.slow
 def test_the_whole_loop_runs_through_a_server(server):
     """The shipped policy behind the scripted server: searches through the API reach what sampling reaches."""
-    settings = config.Policy(max_action_tokens=64, max_tokens=896, in_flight=1)
+    settings = config.PolicyConfig(max_action_tokens=64, max_tokens=896, in_flight=1)
     embedded = language_model.load("default", seed=0, settings=settings)
 
     def answer(body):

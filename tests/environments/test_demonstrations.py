@@ -94,7 +94,7 @@ def test_demonstrations_show_goals_of_the_training_split_only():
 def test_environments_without_an_expert_cannot_be_imitated(tmp_path, monkeypatch):
     (tmp_path / "silent.py").write_text(SILENT)
     monkeypatch.syspath_prepend(tmp_path)
-    experiment = config.Experiment(name="x", environment=config.Environment(name="silent:Silent"))
+    experiment = config.Experiment(name="x", environment=config.EnvironmentConfig(name="silent:Silent"))
     with pytest.raises(UserError, match="demonstration"):
         imitate(experiment, tmp_path)
 

@@ -14,7 +14,7 @@ from jaxprm.environments.worker import Workers
 from jaxprm.errors import UserError
 from jaxprm.policies.rollouts import rollouts
 from jaxprm.search.beam import beam_search
-from jaxprm.search.branches import Forest
+from jaxprm.search.branches import BranchRunner
 from tests.environments.misbehaving import Misbehaving
 from tests.search.fakes import ScriptedPolicy, ScriptedScorer, SeededPolicy, path_of
 
@@ -180,7 +180,7 @@ def test_episodes_are_the_same_and_only_the_bad_ones_are_lost(made):
 def test_a_search_loses_the_branch_and_nothing_else(made, fork):
     draws = lambda task, path: ["crash", "x"] if not path else ["y", "z"]
     width = 1 if fork == "none" else 2
-    forest = Forest(workers(made, at_once=2, fork=fork))
+    forest = BranchRunner(workers(made, at_once=2, fork=fork))
     scores = ScriptedScorer(lambda path: float(path[-1] != "crash") if width == 1 else 0.5)
     trees = beam_search(
         ["test/0", "test/1", "test/2"],
@@ -203,7 +203,7 @@ def test_a_search_loses_the_branch_and_nothing_else(made, fork):
 
 def test_slow_ones_work_at_the_same_time(made):
     def seconds(at_once):
-        forest = Forest(workers(made, at_once=at_once, delay=0.3))
+        forest = BranchRunner(workers(made, at_once=at_once, delay=0.3))
         forest.map(forest.start, ["warm/0", "warm/1", "warm/2", "warm/3"], lambda task: task)
         begin = time.monotonic()
         forest.map(forest.start, ["warm/0", "warm/1", "warm/2", "warm/3"], lambda task: task)

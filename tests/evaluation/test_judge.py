@@ -10,19 +10,21 @@ from hypothesis import strategies as st
 
 from jaxprm import files
 from jaxprm.errors import UserError
-from jaxprm.evaluation.judge import Model, Settings, judge
+from jaxprm.evaluation.judge import JudgedModel, Settings, judge
 from jaxprm.evaluation.labels import Labels, validation_tasks
-from jaxprm.evaluation.scored import Row, ScoredFile
+from jaxprm.evaluation.scored import ScoredFile, ScoredTrajectory
 from jaxprm.evaluation.statistics import Resampling
 from jaxprm.evaluation.tables import judge_table
 
 QUICK = Resampling(samples=60)
-ONE = [Model("m", 1.0)]
+ONE = [JudgedModel("m", 1.0)]
 
 
 def make_row(task, promises, labels=None, outcome=None, group=None, *others):
     values = None if labels is None else Labels(np.array([math.nan if x is None else x for x in labels], float), False)
-    return Row(task, group, outcome, None, False, values, tuple(np.array(one, float) for one in (promises, *others)))
+    return ScoredTrajectory(
+        task, group, outcome, None, False, values, tuple(np.array(one, float) for one in (promises, *others))
+    )
 
 
 def report_of(rows, models=ONE, **settings):
@@ -173,7 +175,7 @@ def test_progress_is_judged_by_its_own_threshold_and_not_at_all_where_there_is_n
     judged = report_of(rows)["step_labels"]["models"]["m"]
     assert means(judged["progress"])["f1"] == 1.0 and -0.2 < judged["progress"]["thresholds"]["f1"] <= 0.1
     assert means(judged["promise"])["f1"] < 0.8
-    assert set(report_of(rows, [Model("m", 0.9)])["step_labels"]["models"]["m"]) == {"promise"}
+    assert set(report_of(rows, [JudgedModel("m", 0.9)])["step_labels"]["models"]["m"]) == {"promise"}
 
 
 def test_without_failures_nothing_is_nan():
@@ -206,7 +208,7 @@ def test_two_models_are_compared_on_the_same_tasks():
     for row in planted(40):
         noise = random.random(4)
         rows.append(make_row(row.task, row.promises[0], row.labels.values, row.outcome, None, noise, row.promises[0]))
-    report = report_of(rows, [Model("good", 1.0), Model("noise", 1.0), Model("same", 1.0)])
+    report = report_of(rows, [JudgedModel("good", 1.0), JudgedModel("noise", 1.0), JudgedModel("same", 1.0)])
     found = {(one["a"], one["b"], one["metric"]): one for one in report["paired"]}
     worse = found["good", "noise", "promise balanced_accuracy"]
     judged = report["step_labels"]["models"]

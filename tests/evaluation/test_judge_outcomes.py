@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from jaxprm.evaluation import judge_metrics as outcomes
-from jaxprm.evaluation.scored import Row, returns, steps_of
+from jaxprm.evaluation.scored import ScoredTrajectory, returns, steps_of
 from jaxprm.evaluation.statistics import Measure, Resampling, explained_variance
 
 QUICK = Resampling(samples=40)
 
 
 def row(task, outcome, *promises, rewards=None):
-    return Row(task, None, outcome, rewards, False, None, (np.array(promises, float),))
+    return ScoredTrajectory(task, None, outcome, rewards, False, None, (np.array(promises, float),))
 
 
 # Task "a": a success and a failure; task "b": a success and a failure, harder to tell.

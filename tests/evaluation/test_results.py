@@ -7,7 +7,7 @@ import pytest
 from jaxprm import config, files
 from jaxprm.workflow.results import Results
 
-SEARCH = config.Search(
+SEARCH = config.SearchConfig(
     pool=2,
     best_of_n=(1, 2),
     prefix_best_of_n=(1, 2),
@@ -21,7 +21,7 @@ SEARCH = config.Search(
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     """Two tasks, a pool of two; the first trajectory of each fails, the second succeeds."""
-    models = tuple(config.RewardModel(label=label) for label in ("good", "bad"))
+    models = tuple(config.RewardModelConfig(label=label) for label in ("good", "bad"))
     experiment = config.Experiment(name="small", search=SEARCH, reward_models=models, bootstrap_samples=50)
 
     def write(name, lines):

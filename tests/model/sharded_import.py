@@ -50,7 +50,7 @@ def main(directory: Path) -> None:
         config, whole = load(place, dtype=dtype)
         shapes = reader.abstract(config, reward=reward, dtype=dtype)
         for data, layout in [*((2, layout) for layout in LAYOUTS), *((1, layout) for layout in LAYOUTS[:4])]:
-            mesh = sharding.make_mesh(config_lib.Mesh(data=data, fsdp=8 // data))
+            mesh = sharding.make_mesh(config_lib.MeshConfig(data=data, fsdp=8 // data))
 
             def placed(leaf, mesh=mesh, layout=layout):
                 return NamedSharding(mesh, PartitionSpec(*(layout if fits(leaf.shape, layout, mesh) else ())))
@@ -64,8 +64,8 @@ def main(directory: Path) -> None:
                 np.testing.assert_array_equal(np.asarray(ours, np.float32), np.asarray(theirs, np.float32))
                 checked += wanted.spec != PartitionSpec()
         # As training places them, and in a computation with them.
-        mesh = sharding.make_mesh(config_lib.Mesh(data=2, fsdp=4))
-        places = jax.tree.map(lambda leaf: leaf.sharding, sharding.place(mesh, shapes))
+        mesh = sharding.make_mesh(config_lib.MeshConfig(data=2, fsdp=4))
+        places = jax.tree.map(lambda leaf: leaf.sharding, sharding.with_shardings(mesh, shapes))
         _, split = load(place, dtype=dtype, shardings=places)
         total = jax.jit(lambda state: sum(jnp.sum(leaf.astype(jnp.float32)) for leaf in jax.tree.leaves(state)))
         np.testing.assert_allclose(total(split), total(whole), rtol=1e-3)

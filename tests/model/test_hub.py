@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub.utils import filter_repo_objects
 
 from jaxprm import cli
-from jaxprm.config import Policy
+from jaxprm.config import PolicyConfig
 from jaxprm.errors import UserError
 from jaxprm.hf import hub
 from jaxprm.policies import language_model
@@ -66,7 +66,7 @@ def test_a_cached_model_is_found_scored_and_sampled_from_without_a_network(cache
     assert cli.main(["score", "--model", "org/prm", *options]) == 0
     assert "scored 1" in capsys.readouterr().out
     with pytest.raises(UserError, match="is a reward model"):
-        language_model.load("org/prm", seed=0, settings=Policy())
+        language_model.load("org/prm", seed=0, settings=PolicyConfig())
 
 
 def test_a_model_that_is_nowhere_is_one_line(cache, capsys, tmp_path):

@@ -28,7 +28,7 @@ def random_tokens(seed: int, length: int) -> np.ndarray:
 
 def values_after(bank: PrefixBank, prefixes, rests) -> np.ndarray:
     """Values [N, REST] of one rest of REST tokens after each prefix, with the bank, in rows of three."""
-    slots = bank.place(prefixes)
+    slots = bank.allocate(prefixes)
     padding = [(0, 3 - len(prefixes))]
     lengths = np.pad(np.array([len(prefix) for prefix in prefixes], np.int32), padding)
     tokens = np.pad(np.stack(rests), [*padding, (0, 0)])
@@ -88,12 +88,12 @@ def test_only_what_is_new_is_encoded_and_counted():
     bank = new_bank()
     prompt = random_tokens(1, 100)
     left, right = np.append(prompt, 5).astype(np.int32), np.append(prompt, 6).astype(np.int32)
-    bank.place([prompt])
+    bank.allocate([prompt])
     assert (bank.tokens_encoded, bank.tokens_reused) == (100, 0)
-    slots = bank.place([left, right, left])
+    slots = bank.allocate([left, right, left])
     assert (bank.tokens_encoded, bank.tokens_reused) == (102, 200)
     assert slots[0] == slots[2] != slots[1]
-    bank.place([prompt])
+    bank.allocate([prompt])
     assert (bank.tokens_encoded, bank.tokens_reused) == (102, 300)
 
 
@@ -101,23 +101,23 @@ def test_the_prefix_used_longest_ago_is_dropped_and_encoded_again():
     bank = new_bank()
     prefixes = [random_tokens(seed, 20) for seed in range(SLOTS + 1)]
     for prefix in prefixes[:SLOTS]:
-        bank.place([prefix])
-    bank.place([prefixes[0]])
-    bank.place([prefixes[SLOTS]])  # takes the place of prefixes[1]
+        bank.allocate([prefix])
+    bank.allocate([prefixes[0]])
+    bank.allocate([prefixes[SLOTS]])  # takes the place of prefixes[1]
     encoded = bank.tokens_encoded
     for kept in (0, *range(2, SLOTS + 1)):
-        bank.place([prefixes[kept]])
+        bank.allocate([prefixes[kept]])
     assert bank.tokens_encoded == encoded
-    bank.place([prefixes[1]])
+    bank.allocate([prefixes[1]])
     assert bank.tokens_encoded == encoded + 20
 
 
 def test_a_prefix_longer_than_the_bank_is_refused_and_leaves_it_whole():
     bank = new_bank()
     known = random_tokens(1, 50)
-    bank.place([known])
+    bank.allocate([known])
     with pytest.raises(UserError, match=f"{CAPACITY + 1} tokens is longer than the cache of {CAPACITY}"):
-        bank.place([random_tokens(2, 30), random_tokens(3, CAPACITY + 1)])
+        bank.allocate([random_tokens(2, 30), random_tokens(3, CAPACITY + 1)])
     rests = [random_tokens(9, REST)] * 2
     prefixes = [known, random_tokens(2, 30)]
     tiny.assert_close(values_after(bank, prefixes, rests), uncached(prefixes, rests))
@@ -126,10 +126,10 @@ def test_a_prefix_longer_than_the_bank_is_refused_and_leaves_it_whole():
 def test_twice_as_many_slots_as_prefixes_are_enough_and_fewer_are_refused_in_words():
     grown = [np.append(random_tokens(seed, 10), seed).astype(np.int32) for seed in range(3)]
     bank = new_bank(SLOTS)
-    bank.place([prefix[:-1] for prefix in grown])
-    bank.place(grown)
+    bank.allocate([prefix[:-1] for prefix in grown])
+    bank.allocate(grown)
     with pytest.raises(UserError, match="2 slots, too few for 3 prefixes"):
-        new_bank(2).place(grown)
+        new_bank(2).allocate(grown)
 
 
 def test_a_slot_of_another_prefix_moves_the_score():
@@ -137,18 +137,18 @@ def test_a_slot_of_another_prefix_moves_the_score():
     bank, rests = new_bank(), [random_tokens(9, REST)] * 2
     prefixes = [random_tokens(1, 40), random_tokens(2, 40)]
     right = values_after(bank, prefixes, rests)
-    bank.place = lambda prefixes: PrefixBank.place(bank, prefixes)[::-1]
+    bank.allocate = lambda prefixes: PrefixBank.allocate(bank, prefixes)[::-1]
     assert np.abs(values_after(bank, prefixes, rests) - right).min() > 1e-2
 
 
 def test_chunks_have_the_shape_that_they_fill_best():
     bank = PrefixBank(TRUNK, STATE["transformer"], tiny.CONFIG, slots=18, capacity=CAPACITY, rows=8)
     assert bank.shapes.growth == (8, 64, 256)
-    bank.place([random_tokens(1, 300)])  # one of 256, the rest of 44
+    bank.allocate([random_tokens(1, 300)])  # one of 256, the rest of 44
     assert bank.slots_computed == 256 + 64
     before = bank.slots_computed
     # One of them is too long for the middle chunk: its rest follows, and the others do not take the wide one for it.
-    bank.place([random_tokens(seed, 70 if seed == 2 else 50) for seed in range(2, 10)])
+    bank.allocate([random_tokens(seed, 70 if seed == 2 else 50) for seed in range(2, 10)])
     assert bank.slots_computed - before == 8 * 64 + 8
 
 

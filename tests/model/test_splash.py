@@ -27,7 +27,7 @@ def inputs():
 def test_the_kernel_is_the_reference_in_values_and_gradients():
     from jaxprm import config as config_lib
 
-    mesh = sharding.make_mesh(config_lib.Mesh(), jax.devices()[:1])
+    mesh = sharding.make_mesh(config_lib.MeshConfig(), jax.devices()[:1])
     rules = {name: getattr(sharding.RULES, name) for name in ("batch", "heads", "kv_heads", "length")}
     kernel = attention.splash_attention(mesh, **rules, interpret=True)
     *arrays, segments = inputs()

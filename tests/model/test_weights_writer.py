@@ -13,15 +13,15 @@ from safetensors.torch import load_file
 
 from jaxprm.errors import UserError
 from jaxprm.hf import writer as weights_writer
-from jaxprm.hf.writer import Tensor, parse_size, write_weights
+from jaxprm.hf.writer import TensorToWrite, parse_size, write_weights
 
 RNG = np.random.default_rng(0)
 SHAPES = {"b.weight": (7, 5), "a": (3,), "large": (30, 11), "matrix": (4, 2, 3), "one": (1, 9), "last": (13,)}
 VALUES = {name: RNG.normal(size=shape).astype(np.float32) for name, shape in SHAPES.items()}
 
 
-def tensors(values=VALUES) -> list[Tensor]:
-    return [Tensor(name, array.shape, lambda array=array: array) for name, array in values.items()]
+def tensors(values=VALUES) -> list[TensorToWrite]:
+    return [TensorToWrite(name, array.shape, lambda array=array: array) for name, array in values.items()]
 
 
 def test_one_file_holds_every_tensor_as_it_was(tmp_path):
@@ -50,7 +50,7 @@ def test_bfloat16_is_rounded_to_nearest_even_as_torch_does(tmp_path, monkeypatch
 
 def test_arrays_on_a_device_in_either_precision_are_written(tmp_path):
     half = jnp.asarray(VALUES["large"], jnp.bfloat16)
-    write_weights(tmp_path, [Tensor("x", half.shape, lambda: np.asarray(half))], dtype="float32")
+    write_weights(tmp_path, [TensorToWrite("x", half.shape, lambda: np.asarray(half))], dtype="float32")
     np.testing.assert_array_equal(load_file(tmp_path / "model.safetensors")["x"].numpy(), np.asarray(half, np.float32))
 
 
@@ -93,7 +93,7 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path):
         return lambda: np.full(size, seed, np.float32)
 
     tracemalloc.start()
-    write_weights(tmp_path, [Tensor(str(seed), (size,), make(seed)) for seed in range(20)], dtype="bfloat16")
+    write_weights(tmp_path, [TensorToWrite(str(seed), (size,), make(seed)) for seed in range(20)], dtype="bfloat16")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 12e6
@@ -103,11 +103,11 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path):
 
 def test_a_tensor_of_another_shape_than_planned_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"tensor x: made with shape \(2,\), planned as \(3,\)"):
-        write_weights(tmp_path, [Tensor("x", (3,), lambda: np.zeros(2, np.float32))])
+        write_weights(tmp_path, [TensorToWrite("x", (3,), lambda: np.zeros(2, np.float32))])
 
 
 def test_a_file_that_does_not_hold_what_was_written_is_noticed(tmp_path):
     header = {"x": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}}
-    write_weights(tmp_path, [Tensor("x", (1, 3), lambda: np.zeros((1, 3), np.float32))])
+    write_weights(tmp_path, [TensorToWrite("x", (1, 3), lambda: np.zeros((1, 3), np.float32))])
     with pytest.raises(OSError, match="reads back otherwise"):
         weights_writer._check(tmp_path / "model.safetensors", header)

@@ -76,7 +76,7 @@ def needs(config: dict, train: str) -> fits.Needs:
 def test_parameters_and_adapters_are_counted_as_they_are_made(config):
     _, parameters = abstract(config)
     assert fits.parameters(config) == count(parameters)
-    settings = config_lib.RewardModel(label="a", trainable="lora")
+    settings = config_lib.RewardModelConfig(label="a", trainable="lora")
     trained, _ = jax.eval_shape(lambda one: trainable.split(settings, one, jax.random.key(0)), parameters)
     assert needs(config, "lora").trained == count(trained)
 
@@ -85,7 +85,7 @@ def test_parameters_and_adapters_are_counted_as_they_are_made(config):
 def test_a_checkpoint_is_as_large_as_the_training_state(train):
     _, parameters = abstract(QWEN)
     chosen = dict(one.split("=") for one in fits.OVERRIDES[train])
-    settings = config_lib.RewardModel(label="a", **chosen)
+    settings = config_lib.RewardModelConfig(label="a", **chosen)
     if train == "lora":
         parameters, _ = jax.eval_shape(lambda one: trainable.split(settings, one, jax.random.key(0)), parameters)
     update = optimizer.make_optimizer(

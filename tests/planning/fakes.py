@@ -11,7 +11,7 @@ from jaxprm import config as config_lib
 from jaxprm.model.config import TransformerConfig
 from jaxprm.planning import plan as plan_lib
 from jaxprm.planning.compiling import Compilation, Memory
-from jaxprm.planning.plan import Plan, Slice, make_plan
+from jaxprm.planning.plan import Slice, SliceEstimate, make_plan
 
 TINY = TransformerConfig(vocab_size=96, hidden_size=16, layers=3, heads=4, kv_heads=2, head_dim=8, intermediate_size=40)
 # A loop of 3 whose body has a gather, begun and ended in fusions of one channel, and a reduce-scatter as a TPU has it.
@@ -85,7 +85,7 @@ def here() -> Slice:
     return Slice("v5e:1x1", tuple(jax.devices()[:1]), MEMORY.limit)
 
 
-def fake_plan(monkeypatch, compiler, model, **settings) -> Plan:
+def fake_plan(monkeypatch, compiler, model, **settings) -> SliceEstimate:
     monkeypatch.setattr(plan_lib, "compile_ahead", compiler)
-    data = config_lib.Data(rows=2, length=128, steps_per_row=4)
-    return make_plan(here(), config_lib.RewardModel(label="x", **settings), data, config_lib.Mesh(), model)
+    data = config_lib.DataConfig(rows=2, length=128, steps_per_row=4)
+    return make_plan(here(), config_lib.RewardModelConfig(label="x", **settings), data, config_lib.MeshConfig(), model)

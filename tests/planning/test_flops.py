@@ -20,8 +20,12 @@ SETTINGS = {
     "remat": {"remat": "full"},
     "states and target": {"bootstrap": "state", "target_update": "ema"},
     "microbatches": {"microbatches": 2},
-    "lora": {"trainable": "lora", "lora": config_lib.Lora(rank=4, targets=("query", "down"))},
-    "lora and remat": {"trainable": "lora", "lora": config_lib.Lora(rank=4, targets=("value", "up")), "remat": "full"},
+    "lora": {"trainable": "lora", "lora": config_lib.LoraConfig(rank=4, targets=("query", "down"))},
+    "lora and remat": {
+        "trainable": "lora",
+        "lora": config_lib.LoraConfig(rank=4, targets=("value", "up")),
+        "remat": "full",
+    },
     "last": {"trainable": "last_k", "last_k": 2, "remat": "minimal"},
     "head": {"trainable": "head"},
 }
@@ -45,9 +49,9 @@ def products(jaxpr) -> int:
 @pytest.mark.parametrize("length", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("changes", SETTINGS.values(), ids=SETTINGS)
 def test_the_formula_counts_every_product_that_is_traced(changes, length):
-    settings = config_lib.RewardModel(label="x", **changes)
-    data = config_lib.Data(rows=2, length=length, steps_per_row=5)
-    mesh = sharding.make_mesh(config_lib.Mesh(), jax.devices()[:1])
+    settings = config_lib.RewardModelConfig(label="x", **changes)
+    data = config_lib.DataConfig(rows=2, length=length, steps_per_row=5)
+    mesh = sharding.make_mesh(config_lib.MeshConfig(), jax.devices()[:1])
     programs = make_programs(settings, TINY, mesh, length=length, steps=10, seed=0)
     batch = batch_shapes(batch_fields(settings), data, TINY, mesh)
     traced = jax.make_jaxpr(programs.train_step)(programs.state, batch, programs.frozen)
@@ -72,8 +76,8 @@ def test_pairs_by_hand():
 def test_six_flops_a_weight_and_token():
     """The rule of thumb, without the embedding and with short rows: 6 N for each token."""
     model = MODELS["llama-3.1-8b"]
-    data = config_lib.Data(rows=1, length=128, steps_per_row=1)
-    found = train_step_flops(model, config_lib.RewardModel(label="x"), data, "splash")
+    data = config_lib.DataConfig(rows=1, length=128, steps_per_row=1)
+    found = train_step_flops(model, config_lib.RewardModelConfig(label="x"), data, "splash")
     weights = 32 * (4096 * 4096 * 2 + 4096 * 1024 * 2 + 3 * 4096 * 14_336)
     assert found.model / 128 == pytest.approx(6 * weights, rel=0.01)
     assert found.backward == 2 * found.forward

@@ -95,13 +95,13 @@ def test_the_head_alone_needs_the_pass_over_the_data_too(monkeypatch):
     ],
 )
 def test_meshes_are_read(text, sizes):
-    assert mesh_of(text, config_lib.Mesh()) == config_lib.Mesh(**sizes)
+    assert mesh_of(text, config_lib.MeshConfig()) == config_lib.MeshConfig(**sizes)
 
 
 @pytest.mark.parametrize("text", ["fsdp", "fsdp=x", "fsdp=0", "fsdp=-2", "rows=3", "fsdp=2,fsdp=2", ""])
 def test_a_bad_mesh_is_one_line(text):
     with pytest.raises(UserError, match="--mesh"):
-        mesh_of(text, config_lib.Mesh())
+        mesh_of(text, config_lib.MeshConfig())
 
 
 def test_shapes_of_public_models():

@@ -41,8 +41,8 @@ def test_the_published_run_is_what_its_efficiency_predicts():
 
     With an unembedding, which it trains and a reward model has not.
     """
-    data = config_lib.Data(rows=24, length=8192, steps_per_row=1)
-    flops = train_step_flops(MODELS["llama-3.1-8b"], config_lib.RewardModel(label="x"), data, "splash")
+    data = config_lib.DataConfig(rows=24, length=8192, steps_per_row=1)
+    flops = train_step_flops(MODELS["llama-3.1-8b"], config_lib.RewardModelConfig(label="x"), data, "splash")
     unembedding = 6 * 24 * 8192 * 4096 * 128_256
     found = estimate(
         CHIPS["v6e"],

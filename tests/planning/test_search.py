@@ -1,14 +1,14 @@
 from jaxprm import config as config_lib
 from jaxprm.planning.command import MODELS
 from jaxprm.planning.compiling import Memory
-from jaxprm.planning.plan import Candidate, Found, changed, frontier, meshes, staircase
+from jaxprm.planning.plan import Candidate, MeshSearchResult, changed, frontier, meshes, staircase
 
-SETTINGS = config_lib.RewardModel(label="x")
+SETTINGS = config_lib.RewardModelConfig(label="x")
 
 
-def found(rows: int, total: int, speed: float | None, *, limit: int = 100) -> Found:
+def found(rows: int, total: int, speed: float | None, *, limit: int = 100) -> MeshSearchResult:
     memory = Memory(0, 0, 0, total, 0, total, limit)
-    return Found(Candidate(config_lib.Mesh(), rows, "full"), memory, speed)
+    return MeshSearchResult(Candidate(config_lib.MeshConfig(), rows, "full"), memory, speed)
 
 
 def test_meshes_divide_the_model():
@@ -25,9 +25,9 @@ def test_larger_batches_are_rematerialised_more_until_none_fits():
 
     def evaluate(candidate):
         total = candidate.rows * cost[candidate.remat]
-        return Found(candidate, Memory(0, 0, 0, total, 0, total, 40), 1.0)
+        return MeshSearchResult(candidate, Memory(0, 0, 0, total, 0, total, 40), 1.0)
 
-    tried = list(staircase([config_lib.Mesh(data=4)], evaluate, settings=SETTINGS, devices=4))
+    tried = list(staircase([config_lib.MeshConfig(data=4)], evaluate, settings=SETTINGS, devices=4))
     assert [(one.candidate.rows, one.candidate.remat, one.memory.fits) for one in tried] == [
         (4, "none", True),
         (8, "none", False),
@@ -40,10 +40,10 @@ def test_larger_batches_are_rematerialised_more_until_none_fits():
 
 def test_the_first_batch_divides_over_the_mesh():
     def evaluate(candidate):
-        return Found(candidate, Memory(0, 0, 0, 9, 0, 9, 1), None)
+        return MeshSearchResult(candidate, Memory(0, 0, 0, 9, 0, 9, 1), None)
 
-    rows = config_lib.RewardModel(label="x", microbatches=2)
-    tried = list(staircase([config_lib.Mesh(fsdp=4, tensor=2)], evaluate, settings=rows, devices=8, rows=10))
+    rows = config_lib.RewardModelConfig(label="x", microbatches=2)
+    tried = list(staircase([config_lib.MeshConfig(fsdp=4, tensor=2)], evaluate, settings=rows, devices=8, rows=10))
     rows_and_remats = [(one.candidate.rows, one.candidate.remat) for one in tried]
     assert rows_and_remats == [(16, "none"), (16, "minimal"), (16, "full")]
 
@@ -56,5 +56,5 @@ def test_the_frontier_is_what_nothing_beats():
 
 
 def test_a_candidate_changes_what_it_names():
-    settings, data = changed(SETTINGS, config_lib.Data(), Candidate(config_lib.Mesh(), 24, "minimal"))
+    settings, data = changed(SETTINGS, config_lib.DataConfig(), Candidate(config_lib.MeshConfig(), 24, "minimal"))
     assert (settings.remat, data.rows, settings.label) == ("minimal", 24, "x")

@@ -50,7 +50,7 @@ STATES = [State(f"task/{seed}", tiny.conversation(seed, turns=turns)[:-1]) for s
 
 
 def new_policy(*, seed: int = 0, steps: int = STEPS, in_flight: int = 3) -> LanguageModelPolicy:
-    settings = config.Policy(max_action_tokens=steps, max_tokens=LONGEST, in_flight=in_flight)
+    settings = config.PolicyConfig(max_action_tokens=steps, max_tokens=LONGEST, in_flight=in_flight)
     return LanguageModelPolicy(tiny.UNTIED, PARAMETERS, ENCODER, seed=seed, settings=settings)
 
 
@@ -237,7 +237,7 @@ def directory(tmp_path):
 
 
 def test_a_policy_read_from_its_directory_draws_the_same(directory, sampled):
-    settings = config.Policy(max_action_tokens=STEPS, max_tokens=LONGEST, in_flight=3)
+    settings = config.PolicyConfig(max_action_tokens=STEPS, max_tokens=LONGEST, in_flight=3)
     policy = language_model.load(str(directory), seed=0, settings=settings)
     drawn = policy.propose(STATES[:1], 4, 1.0)
     assert without_log_probability(drawn) == without_log_probability(sampled[:1])
@@ -251,7 +251,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(directory):
         tensors[name] = tensors[name][:300]
     save_file(tensors, directory / "model.safetensors")
     with pytest.raises(UserError, match=r"tokenizer has 304 tokens.* 300"):
-        language_model.load(str(directory), seed=0, settings=config.Policy())
+        language_model.load(str(directory), seed=0, settings=config.PolicyConfig())
 
 
 def test_the_encoder_of_these_tests_fills_the_vocabulary():

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxprm.config import Endpoint, Experiment, Policy
+from jaxprm.config import EndpointConfig, Experiment, PolicyConfig
 from jaxprm.errors import UserError
 from jaxprm.policies import language_model, loading
 from jaxprm.policies.openai import OpenAIPolicy
@@ -51,10 +51,10 @@ def own(tmp_path, monkeypatch):
 
 
 def experiment(base=None, **policy):
-    return Experiment(name="a", seed=5, policy=Policy(**policy), base_model=base)
+    return Experiment(name="a", seed=5, policy=PolicyConfig(**policy), base_model=base)
 
 
-ENDPOINT = Endpoint(model="m", base_url="http://127.0.0.1:9/v1")
+ENDPOINT = EndpointConfig(model="m", base_url="http://127.0.0.1:9/v1")
 
 
 def test_a_users_own_class_gets_the_seed_and_its_arguments(own):
@@ -78,7 +78,7 @@ def test_what_is_no_policy_is_one_line(own, path, arguments, says):
 
 
 def test_an_endpoint_reads_its_key_from_the_environment_before_anything_is_asked(monkeypatch):
-    served = Endpoint(model="m", api_key_env="JAXPRM_TEST_KEY")
+    served = EndpointConfig(model="m", api_key_env="JAXPRM_TEST_KEY")
     with pytest.raises(UserError, match="JAXPRM_TEST_KEY is not set"):
         loading.load(experiment(endpoint=served))
     monkeypatch.setenv("JAXPRM_TEST_KEY", "something")
@@ -118,7 +118,7 @@ def inputs(tmp_path: Path, until="build", **changed):
 
 
 def test_where_a_server_stands_and_how_it_is_asked_does_not_change_a_stage_and_its_model_does(tmp_path):
-    moved = Endpoint(
+    moved = EndpointConfig(
         model="m",
         base_url="https://elsewhere/v1",
         api_key_env="KEY",
@@ -130,7 +130,7 @@ def test_where_a_server_stands_and_how_it_is_asked_does_not_change_a_stage_and_i
     )
     before = inputs(tmp_path, endpoint=ENDPOINT, base="default")
     assert inputs(tmp_path, endpoint=moved, base="default", in_flight=3) == before
-    for other in (Endpoint(model="n"), Endpoint(model="m", extra_body={"top_p": 0.5})):
+    for other in (EndpointConfig(model="n"), EndpointConfig(model="m", extra_body={"top_p": 0.5})):
         found = inputs(tmp_path, endpoint=other, base="default")
         assert found["collect"] != before["collect"] and found["build"] != before["build"]
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 from openai.types.chat import ChatCompletion
 
-from jaxprm.config import Endpoint, Policy
+from jaxprm.config import EndpointConfig, PolicyConfig
 from jaxprm.errors import UserError
 from jaxprm.policies import chat_client, openai
 from jaxprm.policies.chat_client import ChatClient, Pauses
@@ -44,7 +44,7 @@ def make(server):
 
     def make(*, seed=0, key=None, encoder=None, max_tokens=1024, pauses=Pauses(0.004, 0.01, 0.05), **endpoint):
         options = {"base_url": server.base_url, "model": MODEL, "timeout_seconds": 5.0, "retries": 2} | endpoint
-        settings = Policy(endpoint=Endpoint(**options), max_action_tokens=50, max_tokens=max_tokens)
+        settings = PolicyConfig(endpoint=EndpointConfig(**options), max_action_tokens=50, max_tokens=max_tokens)
         reader = openai.template_reader(encoder)
         client = ChatClient(settings.endpoint, key, template_in=reader, pauses=pauses)
         made.append(OpenAIPolicy(settings, seed=seed, encoder=encoder, client=client))
@@ -262,7 +262,7 @@ def test_what_the_server_asks_to_wait_is_waited(server, make):
 )
 def test_pauses_double_up_to_a_bound_and_heed_the_server_up_to_another(attempt, asked, least, most, make):
     client = make(pauses=Pauses(2.0, 8.0, 60.0))._client
-    error = chat_client._Passing("later", asked)
+    error = chat_client.TransientError("later", asked)
     state = SimpleNamespace(attempt_number=attempt, outcome=SimpleNamespace(exception=lambda: error))
     drawn = [client._wait(state) for _ in range(300)]
     assert least <= min(drawn) <= least + 0.3 and most - 0.3 <= max(drawn) <= most
@@ -389,13 +389,13 @@ def test_the_key_is_sent_and_shown_nowhere(server, make):
 
 def test_no_key_is_sent_unless_one_is_named(server, make, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    assert openai.read_key(Endpoint(model="a")) is None
+    assert openai.read_key(EndpointConfig(model="a")) is None
     make().propose(STATES[:1], 1, 1.0)
     assert "Authorization" not in server.headers[0]
 
 
 def test_the_key_comes_from_the_environment(monkeypatch):
-    endpoint = Endpoint(model="a", api_key_env="MY_KEY")
+    endpoint = EndpointConfig(model="a", api_key_env="MY_KEY")
     monkeypatch.setenv("MY_KEY", f" {KEY}\n")
     assert openai.read_key(endpoint) == KEY
     monkeypatch.setenv("MY_KEY", f"{KEY}\nHost: elsewhere")

@@ -17,7 +17,7 @@ import pytest
 from data_pipeline.encode import Encoder
 from data_pipeline.trajectory import parse_line
 from jaxprm import environments
-from jaxprm.config import Endpoint, Policy
+from jaxprm.config import EndpointConfig, PolicyConfig
 from jaxprm.errors import UserError
 from jaxprm.policies import language_model, openai
 from jaxprm.policies.protocol import State
@@ -94,7 +94,7 @@ def make(base_url):
 
     def make(directory: Path, *, encoder=True, **endpoint):
         options = {"base_url": base_url, "model": str(directory), "retries": 1} | endpoint
-        settings = Policy(endpoint=Endpoint(**options), max_action_tokens=TOKENS, max_tokens=896)
+        settings = PolicyConfig(endpoint=EndpointConfig(**options), max_action_tokens=TOKENS, max_tokens=896)
         tokenizer = Encoder.load(directory) if encoder else None
         made.append(openai.load(settings, seed=SEED, encoder=tokenizer))
         return made[-1]
@@ -106,7 +106,7 @@ def make(base_url):
 
 @pytest.fixture(scope="module")
 def embedded():
-    settings = Policy(max_action_tokens=TOKENS, max_tokens=896, in_flight=8)
+    settings = PolicyConfig(max_action_tokens=TOKENS, max_tokens=896, in_flight=8)
     return language_model.load("default", seed=SEED, settings=settings)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jaxprm.report import labels
 from jaxprm.report.figures import Level, Panel, Series, draw, shared_limits
 from jaxprm.report.panels import thin
-from jaxprm.report.results import Estimate, size_key
+from jaxprm.report.results import ReportedEstimate, size_key
 from jaxprm.report.svg import inline_svg, light_colour, standalone_svg, themed_colour
 
 PANEL = Panel(
@@ -20,10 +20,12 @@ PANEL = Panel(
     x_label="N",
     y_label="tasks solved",
     series=[
-        Series(label="agentprm", xs=[0, 1, 2], points=[Estimate(m, m - 0.1, m + 0.1, 50) for m in (0.4, 0.5, 0.6)]),
-        Series(label="pvm", xs=[0, 2], points=[Estimate(0.41), Estimate(0.44)]),
+        Series(
+            label="agentprm", xs=[0, 1, 2], points=[ReportedEstimate(m, m - 0.1, m + 0.1, 50) for m in (0.4, 0.5, 0.6)]
+        ),
+        Series(label="pvm", xs=[0, 2], points=[ReportedEstimate(0.41), ReportedEstimate(0.44)]),
     ],
-    levels=[Level(label="policy", value=Estimate(0.4, 0.35, 0.45, 50))],
+    levels=[Level(label="policy", value=ReportedEstimate(0.4, 0.35, 0.45, 50))],
     ticks=[(0, "1"), (1, "2"), (2, "4")],
 )
 
@@ -107,7 +109,10 @@ def test_methods_differ_by_more_than_colour() -> None:
 @given(st.lists(st.integers(0, 1000).map(lambda mean: mean / 1000), min_size=1, max_size=6))
 def test_shared_limits_hold_every_point(means: list[float]) -> None:
     panel = Panel(
-        title="", x_label="", y_label="", series=[Series(label="a", xs=means, points=[Estimate(m) for m in means])]
+        title="",
+        x_label="",
+        y_label="",
+        series=[Series(label="a", xs=means, points=[ReportedEstimate(m) for m in means])],
     )
     low, high = shared_limits([panel])
     assert 0 <= low <= min(means) and max(means) <= high <= 1 and low < high

@@ -9,16 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxprm.report.headline import headline
-from jaxprm.report.results import Estimate, Paired, Results
+from jaxprm.report.results import Paired, ReportedEstimate, RunResults
 
-PLAIN = Estimate(0.4125, 0.35, 0.47, 120)
-GUIDED = Estimate(0.583, 0.52, 0.64, 120)
+PLAIN = ReportedEstimate(0.4125, 0.35, 0.47, 120)
+GUIDED = ReportedEstimate(0.583, 0.52, 0.64, 120)
 
 
-def run(mean: float, low: float | None, high: float | None, n: int = 120, **pair: Any) -> Results:
+def run(mean: float, low: float | None, high: float | None, n: int = 120, **pair: Any) -> RunResults:
     paired = {"a": "agentprm", "b": "policy", "at": "beam/4x4", "mean": mean, "low": low, "high": high, "n": n} | pair
     beams = {"2x2": PLAIN, "4x4": GUIDED, "8x8": PLAIN}
-    return Results(
+    return RunResults(
         policy={"sampled": PLAIN},
         methods={"random": {"beam": beams}, "pvm": {"beam": beams}, "agentprm": {"beam": beams}},
         paired=[Paired(**paired)],
@@ -88,14 +88,14 @@ def test_a_difference_without_interval_may_be_chance() -> None:
 def test_the_method_and_size_are_chosen_by_rule_not_by_result() -> None:
     found = headline(run(0.1, 0.05, 0.15))
     assert (found.label, found.size) == ("agentprm", "4x4")
-    without = Results(methods={"random": {"beam": {"4x4": GUIDED}}, "orm": {"beam": {"8x8": GUIDED, "2x2": PLAIN}}})
+    without = RunResults(methods={"random": {"beam": {"4x4": GUIDED}}, "orm": {"beam": {"8x8": GUIDED, "2x2": PLAIN}}})
     found = headline(without)
     assert (found.label, found.size) == ("orm", "2x2")
     assert "The policy alone was not measured" in found.detail
 
 
 def test_random_scores_are_never_the_headline() -> None:
-    found = headline(Results(policy={"sampled": PLAIN}, methods={"random": {"beam": {"4x4": GUIDED}}}))
+    found = headline(RunResults(policy={"sampled": PLAIN}, methods={"random": {"beam": {"4x4": GUIDED}}}))
     assert found.label is None
     assert plain_text(found.claim) == (
         "The policy alone solves 41.2 % of unseen tasks. No guided search was measured in this run."

@@ -8,7 +8,7 @@ import pytest
 from jaxprm import cli
 from jaxprm.errors import UserError
 from jaxprm.model.prefix_bank import PrefixBank
-from jaxprm.scoring.check import Check, Way, check_scorer
+from jaxprm.scoring.check import Check, Comparison, check_scorer
 from tests.model import tiny
 
 
@@ -49,7 +49,9 @@ def test_a_cache_that_mixes_up_its_slots_fails(model, monkeypatch, capsys):
 
 
 def test_scores_that_are_no_numbers_fail():
-    assert not Check([Way("a", 1, 0.0), Way("b", 1, float("nan"))], 1e-5, Way("c", 1, 0.0), 1.0).passed
+    assert not Check(
+        [Comparison("a", 1, 0.0), Comparison("b", 1, float("nan"))], 1e-5, Comparison("c", 1, 0.0), 1.0
+    ).passed
 
 
 def test_a_file_without_a_step_is_refused(model, tmp_path):

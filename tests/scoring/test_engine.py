@@ -49,7 +49,7 @@ def search(engine: Engine, seed: int, rounds: int = 4) -> list[tuple]:
         some = [states[index] for index in rng.integers(max(0, len(states) - 5), len(states), size=4)]
         jobs = [(state, tokens_of(rng, rng.integers(1, REST + 1))) for state in some for _ in range(rng.integers(1, 5))]
         jobs = [jobs[index] for index in rng.permutation(len(jobs))]
-        found.append((jobs, engine.after(jobs)))
+        found.append((jobs, engine.score_continuations(jobs)))
         for prefix, rest in jobs[:4]:
             grown = np.concatenate([prefix, rest, tokens_of(rng, rng.integers(0, 25))])
             states.append(grown[: LONGEST - REST])
@@ -73,19 +73,19 @@ def test_every_token_of_a_tree_is_encoded_once():
     states, least = [tokens_of(rng, 20)], 20
     for _ in range(3):
         jobs = [(state, tokens_of(rng, 10)) for state in states for _ in range(4)]
-        engine.after(jobs)
+        engine.score_continuations(jobs)
         least += 10 * len(jobs)
         assert engine.usage["encoded"] == least
         states = [np.concatenate([*jobs[at], tokens_of(rng, 7)]) for at in (1, len(jobs) - 1)]
         least += 7 * len(states)
-    engine.after([(state, tokens_of(rng, 1)) for state in states])
+    engine.score_continuations([(state, tokens_of(rng, 1)) for state in states])
     assert engine.usage["encoded"] == least + 2
     assert engine.usage["again"] == 0
 
 
 def test_padding_is_counted():
     engine, rng = new_engine(), np.random.default_rng(2)
-    engine.after([(tokens_of(rng, 20), tokens_of(rng, 5))])
+    engine.score_continuations([(tokens_of(rng, 20), tokens_of(rng, 5))])
     # 20 tokens in two chunks of 16 and 5 in a row of 30, one row each.
     assert (engine.usage["encoded"], engine.usage["slots"]) == (25, 2 * 16 + 30)
 
@@ -94,7 +94,7 @@ def test_what_was_dropped_is_encoded_again_and_counted():
     engine, rng = new_engine(2), np.random.default_rng(3)
     states = [tokens_of(rng, 10 + number) for number in range(3)]
     for state in (*states, states[0]):
-        engine.after([(state, tokens_of(rng, 2))])
+        engine.score_continuations([(state, tokens_of(rng, 2))])
     assert engine.usage["encoded"] == 10 + 11 + 12 + 10 + 4 * 2
     assert engine.usage["again"] == 10
 
@@ -104,12 +104,12 @@ def test_what_is_known_of_dropped_prefixes_is_bounded(monkeypatch):
     engine, rng = new_engine(2), np.random.default_rng(3)
     states = [tokens_of(rng, 10 + number % 4) for number in range(9)]
     for state in states:
-        engine.after([(state, tokens_of(rng, 2))])
+        engine.score_continuations([(state, tokens_of(rng, 2))])
     bank = engine._bank
     assert len(bank._dropped_order) == sum(map(len, bank._dropped.values())) == 3
-    engine.after([(states[0], tokens_of(rng, 2))])  # dropped long ago
+    engine.score_continuations([(states[0], tokens_of(rng, 2))])  # dropped long ago
     assert engine.usage["again"] == 0
-    engine.after([(states[7], tokens_of(rng, 2))])
+    engine.score_continuations([(states[7], tokens_of(rng, 2))])
     assert engine.usage["again"] == len(states[7])
 
 
@@ -119,8 +119,8 @@ def test_a_continuation_of_nothing_is_read_by_what_follows_it():
     engine = Engine(tiny.CONFIG, STATE, rows=4, max_tokens=LONGEST, shapes=shapes)
     nothing, first = np.zeros(0, np.int32), tokens_of(rng, 6)
     jobs = [(np.concatenate([first, tokens_of(rng, 3)]), tokens_of(rng, 4))]
-    tiny.assert_close(engine.after([(nothing, first)])[0], uncached([(nothing, first)])[0])
-    tiny.assert_close(engine.after(jobs)[0], uncached(jobs)[0])
+    tiny.assert_close(engine.score_continuations([(nothing, first)])[0], uncached([(nothing, first)])[0])
+    tiny.assert_close(engine.score_continuations(jobs)[0], uncached(jobs)[0])
 
 
 @pytest.mark.parametrize("broken", ["offset", "row"])
@@ -138,8 +138,10 @@ def test_a_wrong_place_of_what_is_kept_moves_the_score(monkeypatch, broken):
     expected = uncached(later)
     monkeypatch.setattr(PrefixBank, "keep", wrong)
     engine = new_engine()
-    engine.after(jobs)
-    moved = [np.abs(ours - right).max() for ours, right in zip(engine.after(later), expected, strict=True)]
+    engine.score_continuations(jobs)
+    moved = [
+        np.abs(ours - right).max() for ours, right in zip(engine.score_continuations(later), expected, strict=True)
+    ]
     assert min(moved) > 1e-2
 
 
@@ -161,7 +163,7 @@ def test_in_bfloat16_the_cache_changes_scores_by_rounding_alone():
         exact += [v[-1] for v in uncached(jobs)]
     whole = new_engine(dtype="bfloat16")
     for jobs, _ in search(new_engine(), 6):
-        unrounded += [v[-1] for v in whole.whole([np.concatenate(job) for job in jobs], [""] * len(jobs))]
+        unrounded += [v[-1] for v in whole.score_full([np.concatenate(job) for job in jobs], [""] * len(jobs))]
     spread = np.std(exact)
     assert spread > 0.3
     assert np.abs(np.subtract(rounded, unrounded)).max() < 0.1 * spread
@@ -170,7 +172,7 @@ def test_in_bfloat16_the_cache_changes_scores_by_rounding_alone():
 
 def test_a_cache_too_small_for_two_conversations_is_refused():
     with pytest.raises(UserError, match=r"cache_bytes = 1000: two conversations of 120 tokens take \d+; raise it"):
-        Engine(tiny.CONFIG, STATE, rows=4, max_tokens=LONGEST, shapes=SHAPES, cache_bytes=1000).after(
+        Engine(tiny.CONFIG, STATE, rows=4, max_tokens=LONGEST, shapes=SHAPES, cache_bytes=1000).score_continuations(
             [(np.zeros(1, np.int32), np.ones(1, np.int32))]
         )
 

@@ -10,7 +10,7 @@ import pytest
 from jaxprm.errors import UserError
 from jaxprm.scoring import files as score_files
 from jaxprm.scoring import loading
-from jaxprm.scoring.files import Counts, score_file
+from jaxprm.scoring.files import LineCounts, score_file
 from jaxprm.scoring.scorer import Scorer
 from tests.model import tiny
 
@@ -63,7 +63,7 @@ def leftovers(output) -> list[str]:
 
 def test_every_step_has_its_message_promise_and_progress(model, paths):
     input, output = paths
-    assert score_file(model, input, output, chunk=CHUNK) == Counts(scored=10, errors=0)
+    assert score_file(model, input, output, chunk=CHUNK) == LineCounts(scored=10, errors=0)
     results = read(output)
     assert [result["id"] for result in results] == [f"row-{number}" for number in range(10)]
     for number, result in enumerate(results):
@@ -116,7 +116,7 @@ def test_a_bad_line_is_answered_in_its_place_and_counted(model, paths, kind):
     input, output = paths
     bad, id, reason = BAD[kind]
     write_lines(input, [line(0), bad, line(2)])
-    assert score_file(model, input, output) == Counts(scored=2, errors=1)
+    assert score_file(model, input, output) == LineCounts(scored=2, errors=1)
     first, second, third = read(output)
     assert (first["id"], third["id"]) == ("row-0", "row-2")
     assert second["id"] == id
@@ -129,14 +129,14 @@ def test_a_bad_line_is_answered_in_its_place_and_counted(model, paths, kind):
 def test_bytes_that_are_no_text_and_a_last_line_without_newline(model, paths):
     input, output = paths
     input.write_bytes(b'{"id": "\xff"}\n' + line(1).encode())
-    assert score_file(model, input, output) == Counts(scored=1, errors=1)
+    assert score_file(model, input, output) == LineCounts(scored=1, errors=1)
     assert [result["id"] for result in read(output)] == [None, "row-1"]
 
 
 def test_an_empty_input_gives_an_empty_output(model, paths):
     input, output = paths
     input.write_text("")
-    assert score_file(model, input, output) == Counts(0, 0)
+    assert score_file(model, input, output) == LineCounts(0, 0)
     assert output.read_text() == ""
 
 
@@ -173,7 +173,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(model, paths, m
     with partial.open("ab") as file:
         file.write(torn)
     rest = Interrupt(monkeypatch, np.inf)
-    assert score_file(model, input, output, chunk=CHUNK) == Counts(scored=10, errors=1)
+    assert score_file(model, input, output, chunk=CHUNK) == LineCounts(scored=10, errors=1)
     assert rest.seen == 1
     assert output.read_bytes() == uninterrupted
     assert leftovers(output) == []
@@ -241,7 +241,7 @@ def test_a_full_disk_is_one_line_and_what_was_written_is_kept(model, paths, monk
     assert "\n" not in str(caught.value)
     assert not output.exists()
     rest = Interrupt(monkeypatch, np.inf)
-    assert score_file(model, input, output, chunk=CHUNK) == Counts(10, 0)
+    assert score_file(model, input, output, chunk=CHUNK) == LineCounts(10, 0)
     assert rest.seen == 2
     assert output.read_bytes() == uninterrupted
 
@@ -299,7 +299,7 @@ def test_a_file_of_any_length_costs_the_memory_of_a_chunk(model, tmp_path, monke
     message = json.dumps([{"role": "user", "content": "go"}, {"role": "assistant", "content": "get 1 stick " * 8}])
     with (tmp_path / "in.jsonl").open("w") as file:
         file.writelines(f'{{"id": "{number}", "messages": {message}}}\n' for number in range(lines))
-    assert score_file(model, tmp_path / "in.jsonl", tmp_path / "out.jsonl") == Counts(lines, 0)
+    assert score_file(model, tmp_path / "in.jsonl", tmp_path / "out.jsonl") == LineCounts(lines, 0)
     assert 256 <= most <= 2 * 256
     with (tmp_path / "out.jsonl").open() as file:
         assert all(json.loads(one)["id"] == str(number) for number, one in enumerate(file))

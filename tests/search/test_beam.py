@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from jaxprm.errors import UserError
 from jaxprm.policies.protocol import Action
 from jaxprm.search.beam import beam_search, keep_best
-from jaxprm.search.branches import Branch, Forest
+from jaxprm.search.branches import Branch, BranchRunner
 from jaxprm.search.tree import Node, merge_duplicates, tree_to_dict
 from tests.search.fakes import Factory, ScriptedPolicy, ScriptedScorer, TreeGame, path_of
 
@@ -36,7 +36,7 @@ def search(
 ):
     """The trees, the environments and the policy of a search by script."""
     factory = Factory(lambda: TreeGame(games, fork))
-    forest = Forest(factory)
+    forest = BranchRunner(factory)
     policy = ScriptedPolicy(draws if callable(draws) else lambda task, path: draws[path], cut, fail)
     trees = beam_search(
         tasks or list(games),
@@ -398,7 +398,7 @@ def test_a_task_is_searched_the_same_whatever_is_searched_beside_it(games, seed,
 
 def test_one_call_to_policy_and_scorer_a_round_serves_all_tasks():
     games = {"short": {"a": 1.0}, "long": {"a": {"a": {"a": 1.0}}}}
-    forest = Forest(lambda: TreeGame(games))
+    forest = BranchRunner(lambda: TreeGame(games))
     policy, scorer = ScriptedPolicy(lambda task, path: ["a"]), ScriptedScorer(lambda path: 0.5)
     beam_search(list(games), forest, policy, scorer, width=2, actions=2, temperature=1.0, max_rounds=9)
     assert policy.calls == [(2, 4), (1, 2), (1, 2)]

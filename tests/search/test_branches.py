@@ -4,7 +4,7 @@ import pytest
 
 from jaxprm.environments import StepResult
 from jaxprm.errors import UserError
-from jaxprm.search.branches import Forest, check_can_fork
+from jaxprm.search.branches import BranchRunner, check_can_fork
 from tests.search.fakes import Factory, TreeGame, Walk
 
 GAME = {
@@ -17,7 +17,7 @@ GAME = {
 
 def forest_of(fork, **options):
     factory = Factory(lambda: TreeGame(GAME, fork, **options))
-    return Forest(factory), factory
+    return BranchRunner(factory), factory
 
 
 @pytest.mark.parametrize("fork", ["clone", "replay"])
@@ -51,7 +51,7 @@ def test_steps_are_counted_with_those_of_replays():
 
 
 def test_a_clone_has_its_own_state():
-    forest = Forest(lambda: Walk(tasks=1))
+    forest = BranchRunner(lambda: Walk(tasks=1))
     _, root = forest.start("walk/test/0")
     up = forest.step(root, "up")
     for _ in range(2):
@@ -133,7 +133,7 @@ def _no_resets():
 
 def test_a_replay_that_diverges_ends_the_branch_with_a_counted_error():
     factory = Factory(lambda: Fickle(diverge_on=4))
-    forest = Forest(factory)
+    forest = BranchRunner(factory)
     _, root = forest.start("t")  # reset 1
     one = forest.step(root, "go")  # reset 2
     two = forest.step(one, "on")  # reset 3
@@ -148,7 +148,7 @@ def test_a_replay_that_diverges_ends_the_branch_with_a_counted_error():
 
 
 def test_a_replay_whose_prompt_diverges_ends_the_branch():
-    forest = Forest(lambda: Fickle(prompt_changes=True))
+    forest = BranchRunner(lambda: Fickle(prompt_changes=True))
     _, root = forest.start("t")
     assert "replay diverged: 'prompt 2'" in forest.step(root, "go").error
 
@@ -176,7 +176,7 @@ class Fragile(TreeGame):
 @pytest.mark.parametrize("fork", ["replay", "none"])
 def test_a_broken_environment_is_closed_and_replaced(fork):
     factory = Factory(lambda: Fragile(GAME, fork))
-    forest = Forest(factory)
+    forest = BranchRunner(factory)
     _, root = forest.start("t")
     forest.step(root, "bad")
     _, again = forest.start("t")
@@ -189,7 +189,7 @@ def test_a_broken_environment_is_closed_and_replaced(fork):
 
 def test_one_that_cannot_be_closed_does_not_keep_the_others_open():
     factory = Factory(lambda: Fragile(GAME, "none"))
-    forest = Forest(factory)
+    forest = BranchRunner(factory)
     for task in ("t", "u"):
         forest.start(task)
     factory.made[1].broken = True
@@ -229,13 +229,13 @@ class Odd(TreeGame):
 )
 def test_what_an_environment_must_not_return_is_its_error(answer, grade, error):
     Odd.answer, Odd.grade = answer, grade
-    forest = Forest(lambda: Odd(GAME))
+    forest = BranchRunner(lambda: Odd(GAME))
     assert forest.step(forest.start("t")[1], "a").error == error
 
 
 def test_a_plain_tuple_will_do_for_a_result():
     Odd.answer, Odd.grade = ("fine", 0, 1), 1
-    forest = Forest(lambda: Odd(GAME))
+    forest = BranchRunner(lambda: Odd(GAME))
     branch = forest.step(forest.start("t")[1], "a")
     assert (branch.observations, branch.done, branch.outcome) == (("fine",), True, 1.0)
 
@@ -249,7 +249,7 @@ def test_beams_are_refused_where_the_environment_does_not_fork():
 
 def test_a_branch_that_is_abandoned_gives_its_environment_to_the_next_task():
     factory = Factory(lambda: TreeGame({"t": {"a": 1.0}, "u": {"a": 1.0}}, "none"))
-    forest = Forest(factory)
+    forest = BranchRunner(factory)
     _, branch = forest.start("t")
     ended = forest.abandon(branch, "nobody knows")
     assert (ended.done, ended.outcome, ended.error, ended.prompt) == (True, 0.0, "nobody knows", "play t")

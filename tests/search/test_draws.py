@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from jaxprm.policies.protocol import candidate_seed, prefix_hash
 from jaxprm.policies.rollouts import rollouts
 from jaxprm.search.beam import beam_search
-from jaxprm.search.branches import Forest
+from jaxprm.search.branches import BranchRunner
 from jaxprm.search.methods import RandomScorer
 from tests.search.fakes import SeededPolicy, Walk
 
@@ -51,7 +51,7 @@ def test_a_pool_and_a_beam_meet_in_their_first_actions():
     jobs = [("walk/test/0", number) for number in range(6)]
     episodes = rollouts(Walk, SeededPolicy(3, texts="abcdefghijkl"), jobs, temperature=1.0, in_flight=2)
     pool = {episode.number: episode.messages[1]["content"] for episode in episodes}
-    forest = Forest(Walk)
+    forest = BranchRunner(Walk)
     policy = SeededPolicy(3, texts="abcdefghijkl")
     (tree,) = beam_search(
         ["walk/test/0"], forest, policy, RandomScorer(0), width=3, actions=2, temperature=1.0, max_rounds=1

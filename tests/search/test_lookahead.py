@@ -3,7 +3,7 @@
 import pytest
 
 from jaxprm.search.beam import beam_search
-from jaxprm.search.branches import Forest
+from jaxprm.search.branches import BranchRunner
 from jaxprm.search.tree import tokens_read, tree_to_dict
 from tests.search.fakes import Factory, ScriptedPolicy, ScriptedScorer, TreeGame, path_of
 
@@ -34,7 +34,7 @@ class Tempered(ScriptedPolicy):
 
 
 def search(ahead, *, game=GAME, fork="clone", fail=(), scores=SCORES, width=1, **options):
-    forest = Forest(Factory(lambda: TreeGame(game, fork)))
+    forest = BranchRunner(Factory(lambda: TreeGame(game, fork)))
     policy = Tempered(lambda task, path: DRAWS[path], fail=fail)
     (tree,) = beam_search(
         ["t"],
@@ -53,7 +53,7 @@ def search(ahead, *, game=GAME, fork="clone", fail=(), scores=SCORES, width=1, *
 
 
 def looked(tree):
-    return {path_of(node.messages): node.looked for node in tree.nodes if node.looked is not None}
+    return {path_of(node.messages): node.lookahead_value for node in tree.nodes if node.lookahead_value is not None}
 
 
 @pytest.mark.parametrize("fork", ["clone", "replay"])

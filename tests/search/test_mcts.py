@@ -6,8 +6,8 @@ import pytest
 
 from jaxprm.policies.protocol import Action
 from jaxprm.search.beam import beam_search
-from jaxprm.search.branches import Forest
-from jaxprm.search.mcts import Search, tree_search
+from jaxprm.search.branches import BranchRunner
+from jaxprm.search.mcts import PuctSearch, tree_search
 from jaxprm.search.tree import tree_to_dict
 from tests.search.fakes import Factory, ScriptedPolicy, ScriptedScorer, TreeGame, path_of
 
@@ -32,20 +32,20 @@ def search(games=GAME, draws=DRAWS, scores=SCORES, *, policy=None, tasks=("t",),
     factory = Factory(lambda: TreeGame(games, fork=fork))
     policy = policy or ScriptedPolicy(lambda task, path: draws[path])
     found = {"simulations": 3, "actions": 2, "temperature": 1.0, "max_rounds": 9} | options
-    forest = Forest(factory)
+    forest = BranchRunner(factory)
     return tree_search(list(tasks), forest, policy, ScriptedScorer(scores), **found), factory, policy
 
 
 def test_the_golden_tree_is_searched_as_worked_out_by_hand(monkeypatch):
     seen = []
-    back_up = Search.back_up
+    back_up = PuctSearch.back_up
 
     def spy(search, path):
         back_up(search, path)
         leaf = path[-1]
         seen.append((path_of(leaf.messages), search.visits[leaf.id], search.value(leaf)))
 
-    monkeypatch.setattr(Search, "back_up", spy)
+    monkeypatch.setattr(PuctSearch, "back_up", spy)
     (tree,), factory, policy = search()
     # 1: the start is expanded, worth (.6 + .5) / 2. 2: a, as .6 + .5 > .5 + .5; worth (.2 + .4) / 2. 3: b, as
     # .5 + .5 sqrt 2 > .3 + .5 sqrt 2 / 2; it ends, worth its promise. Each was visited once, and .5 > .3: b is taken.
@@ -63,7 +63,7 @@ def test_the_golden_tree_is_searched_as_worked_out_by_hand(monkeypatch):
 def test_a_greedy_search_of_the_same_tree_is_led_astray():
     (tree,) = beam_search(
         ["t"],
-        Forest(lambda: TreeGame(GAME)),
+        BranchRunner(lambda: TreeGame(GAME)),
         ScriptedPolicy(lambda task, path: DRAWS[path]),
         ScriptedScorer(SCORES),
         width=1,

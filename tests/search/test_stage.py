@@ -42,10 +42,10 @@ def test_equal_conversations_are_scored_once_and_their_tokens_told(tmp_path):
 
 
 def test_every_plan_of_a_run_leaves_its_file(tmp_path):
-    search = config.Search(
+    search = config.SearchConfig(
         beams=((2, 2),), stepwise=(2,), diverse=((2, 2),), lookahead=((2, 2, 1),), mcts=((3, 2),), trees=0
     )
-    models = (config.RewardModel(label="mine"),)
+    models = (config.RewardModelConfig(label="mine"),)
     experiment = config.Experiment(name="small", search=search, reward_models=models)
     state = SimpleNamespace(
         experiment=experiment,
@@ -67,7 +67,11 @@ def test_every_plan_of_a_run_leaves_its_file(tmp_path):
 
 
 def checked(environment, tmp_path, policy=None, **search):
-    settings = {"search": config.Search(**search), "policy": policy or config.Policy(), "base_model": "default"}
+    settings = {
+        "search": config.SearchConfig(**search),
+        "policy": policy or config.PolicyConfig(),
+        "base_model": "default",
+    }
     experiment = config.Experiment(name="small", **settings)
     state = Run(experiment, WorkDirectory(tmp_path))
     state.__dict__["make_environment"] = environment
@@ -87,7 +91,7 @@ def test_what_the_environment_cannot_do_is_said_before_any_work(tmp_path, monkey
 
 def test_a_budget_in_flops_needs_a_policy_whose_size_is_known(tmp_path):
     checked(Walk, tmp_path, budget=1e9, budget_unit="flops")
-    own = config.Policy(path="tests.search.fakes:SeededPolicy")
+    own = config.PolicyConfig(path="tests.search.fakes:SeededPolicy")
     with pytest.raises(UserError, match="give the budget in tokens"):
         checked(Walk, tmp_path, own, budget=1e9, budget_unit="flops")
     checked(Walk, tmp_path, own, budget=1e9)

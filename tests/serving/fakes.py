@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import httpx2
 
 from jaxprm.api import ActionScore
-from jaxprm.serving.app import Metrics, Service, make_app
+from jaxprm.serving.app import ServerMetrics, Service, make_app
 from jaxprm.serving.batcher import Batcher
-from jaxprm.serving.requests import Classify, Limits, ScoreActions, Values
+from jaxprm.serving.requests import Classify, RequestLimits, ScoreActions, Values
 
 JSON = {"Content-Type": "application/json"}
 MESSAGES = [{"role": "user", "content": "Goal: torch"}]
@@ -41,7 +41,7 @@ class Model:
         return Values([float(len(each)) for each in inputs], [len(each) for each in inputs])
 
 
-def batcher(model, limits: Limits = Limits(), warm_up=lambda go_on: None) -> Batcher:
+def batcher(model, limits: RequestLimits = RequestLimits(), warm_up=lambda go_on: None) -> Batcher:
     return Batcher(model, warm_up, limits)
 
 
@@ -53,9 +53,14 @@ async def ready(batcher: Batcher) -> None:
             await asyncio.sleep(0.001)
 
 
-def client(batcher: Batcher, limits: Limits = Limits(), token: str | None = None, metrics: Metrics | None = None):
+def client(
+    batcher: Batcher,
+    limits: RequestLimits = RequestLimits(),
+    token: str | None = None,
+    metrics: ServerMetrics | None = None,
+):
     """An HTTP client of the application itself, without a socket."""
-    service = Service(batcher, metrics or Metrics(), limits, "some-model", token)
+    service = Service(batcher, metrics or ServerMetrics(), limits, "some-model", token)
     return httpx2.AsyncClient(transport=httpx2.ASGITransport(make_app(service)), base_url="http://test")
 
 

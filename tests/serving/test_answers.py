@@ -7,7 +7,7 @@ import numpy as np
 from jaxprm.api import ActionScore
 from jaxprm.errors import UserError
 from jaxprm.serving.batcher import Answers
-from jaxprm.serving.requests import Classify, Limits, ScoreActions, Values
+from jaxprm.serving.requests import Classify, RequestLimits, ScoreActions, Values
 
 
 class Stub:
@@ -46,7 +46,7 @@ def actions(*candidates: str, messages=({"role": "user", "content": "x"},)) -> S
 
 def answered(*asked):
     stub = Stub()
-    return Answers(stub, stub, Limits(tokens=3))(asked), stub
+    return Answers(stub, stub, RequestLimits(tokens=3))(asked), stub
 
 
 def test_all_is_computed_at_once_and_in_order():

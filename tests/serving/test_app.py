@@ -5,8 +5,8 @@ import logging
 
 import pytest
 
-from jaxprm.serving.app import Metrics
-from jaxprm.serving.requests import Limits
+from jaxprm.serving.app import ServerMetrics
+from jaxprm.serving.requests import RequestLimits
 from tests.serving import fakes
 from tests.serving.fakes import JSON, MESSAGES, error
 
@@ -14,7 +14,9 @@ ACTIONS = {"messages": MESSAGES, "candidates": ["abc", "a"]}
 SECRET = "a-long-secret"
 
 
-def served(test, *, limits: Limits = Limits(), token: str | None = None, metrics: Metrics | None = None):
+def served(
+    test, *, limits: RequestLimits = RequestLimits(), token: str | None = None, metrics: ServerMetrics | None = None
+):
     """Runs `test(client, model)` against the application."""
 
     async def run():
@@ -69,7 +71,7 @@ def test_every_refusal_is_a_line_of_json(method, path, body, headers, status):
         assert model.batches == []
         assert (await client.post("/classify", json={"input": "abc"})).status_code == 200
 
-    served(test, limits=Limits(body_bytes=200, candidates=2))
+    served(test, limits=RequestLimits(body_bytes=200, candidates=2))
 
 
 def test_a_full_queue_is_a_429_with_the_time_to_come_back():
@@ -83,7 +85,7 @@ def test_a_full_queue_is_a_429_with_the_time_to_come_back():
         model.going.set()
         assert [one.json()["data"][0]["probs"] for one in await asyncio.gather(*asked)] == [[1.0], [2.0]]
 
-    served(test, limits=Limits(waiting=2))
+    served(test, limits=RequestLimits(waiting=2))
 
 
 def test_only_who_has_the_token_is_answered(caplog):
@@ -136,7 +138,7 @@ def test_metrics_count_what_happened():
             assert line in lines
         assert any(line.startswith("process_resident_memory_bytes ") for line in lines)
 
-    metrics = Metrics()
+    metrics = ServerMetrics()
     served(test, metrics=metrics)
 
 

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from jaxprm.errors import UserError
-from jaxprm.serving.requests import Limits, Refused
+from jaxprm.serving.requests import RequestLimits, RequestRefused
 from tests.serving import fakes
 
 
@@ -34,7 +34,7 @@ def test_everybody_gets_his_own_answer_and_what_waits_is_computed_together():
     async def ask():
         model = Slow()
         model.going.clear()
-        batcher = fakes.batcher(model, Limits(batch=8))
+        batcher = fakes.batcher(model, RequestLimits(batch=8))
         await fakes.ready(batcher)
         first = asyncio.create_task(batcher("first"))
         await begun(model)
@@ -55,11 +55,11 @@ def test_one_too_many_is_told_when_to_come_back():
     async def ask():
         model = Slow()
         model.going.clear()
-        batcher = fakes.batcher(model, Limits(waiting=3))
+        batcher = fakes.batcher(model, RequestLimits(waiting=3))
         await fakes.ready(batcher)
         accepted = [asyncio.create_task(batcher(index)) for index in range(3)]
         await begun(model)
-        with pytest.raises(Refused) as caught:
+        with pytest.raises(RequestRefused) as caught:
             await batcher("one too many")
         assert caught.value.status == 429 and int(caught.value.headers["Retry-After"]) >= 1
         model.going.set()
@@ -74,7 +74,7 @@ def test_who_went_away_costs_nothing():
     async def ask():
         model = Slow()
         model.going.clear()
-        batcher = fakes.batcher(model, Limits(waiting=3))
+        batcher = fakes.batcher(model, RequestLimits(waiting=3))
         await fakes.ready(batcher)
         first = asyncio.create_task(batcher("first"))
         await begun(model)
@@ -94,13 +94,13 @@ def test_the_end_comes_after_the_last_answer():
     async def ask():
         model = Slow()
         model.going.clear()
-        batcher = fakes.batcher(model, Limits(batch=2))
+        batcher = fakes.batcher(model, RequestLimits(batch=2))
         await fakes.ready(batcher)
         asked = [asyncio.create_task(batcher(index)) for index in range(7)]
         await begun(model)
         closing = asyncio.create_task(asyncio.to_thread(batcher.close))
         await asyncio.sleep(0.05)
-        with pytest.raises(Refused, match="shutting down") as caught:
+        with pytest.raises(RequestRefused, match="shutting down") as caught:
             await batcher("too late")
         assert caught.value.status == 503 and not closing.done()
         model.going.set()
@@ -120,7 +120,7 @@ def test_a_failure_is_of_its_batch_alone():
         batcher = fakes.batcher(answer)
         await fakes.ready(batcher)
         for one in ("bad", "lost"):
-            with pytest.raises(Refused) as caught:
+            with pytest.raises(RequestRefused) as caught:
                 await batcher(one)
             assert caught.value.status == 500
         assert await batcher("good") == "answer to good"
@@ -133,7 +133,7 @@ def test_an_answer_may_be_a_refusal_to_one_of_them():
     async def ask():
         model = Slow()
         model.going.clear()
-        model.model._answer = lambda one: Refused(400, "no") if one == "bad" else one
+        model.model._answer = lambda one: RequestRefused(400, "no") if one == "bad" else one
         batcher = fakes.batcher(model)
         await fakes.ready(batcher)
         tasks = [asyncio.create_task(batcher(one)) for one in ("good", "bad", "better")]
@@ -158,7 +158,7 @@ def test_nobody_is_answered_before_the_warm_up_and_it_can_be_ended():
 
         batcher = fakes.batcher(echo, warm_up=warm_up)
         batcher.start()
-        with pytest.raises(Refused, match="warming up") as caught:
+        with pytest.raises(RequestRefused, match="warming up") as caught:
             await batcher("early")
         assert caught.value.status == 503 and "Retry-After" in caught.value.headers
         await asyncio.to_thread(batcher.close)

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.requests import Request
 
-from jaxprm.serving.requests import LONGEST_MESSAGE, Intake, Limits, Refused, decoded
+from jaxprm.serving.requests import LONGEST_MESSAGE, Intake, RequestLimits, RequestRefused, decoded
 
-SMALL = Limits(body_bytes=10, held_bytes=15, body_seconds=0.05)
+SMALL = RequestLimits(body_bytes=10, held_bytes=15, body_seconds=0.05)
 
 
 def request(*chunks: bytes, headers: tuple = (), ends: bool = True) -> Request:
@@ -26,12 +26,12 @@ def request(*chunks: bytes, headers: tuple = (), ends: bool = True) -> Request:
     return Request({"type": "http", "method": "POST", "path": "/", "headers": list(headers)}, receive)
 
 
-def refusal(intake: Intake, one: Request) -> Refused:
+def refusal(intake: Intake, one: Request) -> RequestRefused:
     async def read():
         with intake.holding() as body:
             await intake.read(one, body)
 
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(RequestRefused) as caught:
         asyncio.run(read())
     assert intake.bytes == 0
     return caught.value
@@ -69,7 +69,7 @@ def test_bodies_together_are_bounded():
             await intake.read(request(b"0123456789"), first)
             await intake.read(request(b"01234"), second)
             assert intake.bytes == 15
-            with intake.holding() as third, pytest.raises(Refused) as caught:
+            with intake.holding() as third, pytest.raises(RequestRefused) as caught:
                 await intake.read(request(b"0"), third)
             return caught.value
 
@@ -82,13 +82,13 @@ def test_bodies_together_are_bounded():
 def test_json_up_to_the_depth_is_taken(depth):
     body = b"[" * depth + b"]" * depth
     assert json.dumps(decoded(body, depth)).encode() == body
-    with pytest.raises(Refused, match=f"nested more than {depth} deep"):
+    with pytest.raises(RequestRefused, match=f"nested more than {depth} deep"):
         decoded(b"[" + body + b"]", depth)
 
 
 def test_depth_counts_objects_and_lists_on_the_longest_way():
     assert decoded(b'{"a": [{"b": 1}], "c": 2}', 3) == {"a": [{"b": 1}], "c": 2}
-    with pytest.raises(Refused, match="nested more than 2 deep"):
+    with pytest.raises(RequestRefused, match="nested more than 2 deep"):
         decoded(b'{"a": [{"b": 1}], "c": 2}', 2)
 
 
@@ -99,7 +99,7 @@ DEEP = b"[" * 9000
     "body", [b"", b"{", b"\xff", b"NaN", b'"\\ud800"', b"1" * 5000, b'{"a":1} x', DEEP, DEEP + b"]" * 9000]
 )
 def test_what_is_not_json_is_refused(body):
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(RequestRefused) as caught:
         decoded(body, 32)
     assert caught.value.status == 400
 
@@ -108,7 +108,7 @@ def test_what_is_not_json_is_refused(body):
 def test_any_bytes_are_json_or_refused(body):
     try:
         expected = decoded(body, 5)
-    except Refused as refused:
+    except RequestRefused as refused:
         assert refused.status == 400 and "\n" not in refused.message
     else:
         assert json.loads(body) == expected
@@ -116,5 +116,5 @@ def test_any_bytes_are_json_or_refused(body):
 
 @given(st.text(max_size=2000))
 def test_a_refusal_is_one_line_of_bounded_length(text):
-    message = Refused(400, text).message
+    message = RequestRefused(400, text).message
     assert len(message) <= LONGEST_MESSAGE and len(message.splitlines()) <= 1

@@ -4,9 +4,9 @@ import pytest
 
 from jaxprm.api import ActionScore
 from jaxprm.serving import requests
-from jaxprm.serving.requests import Limits, Refused, Values
+from jaxprm.serving.requests import RequestLimits, RequestRefused, Values
 
-LIMITS = Limits(candidates=3)
+LIMITS = RequestLimits(candidates=3)
 CHAT = [{"role": "user", "content": "Goal"}, {"role": "assistant", "content": "get"}]
 
 
@@ -34,7 +34,7 @@ def test_actions_are_scored_in_the_order_of_the_candidates():
     ],
 )
 def test_other_shapes_of_actions_are_refused(value, words):
-    with pytest.raises(Refused, match=words) as caught:
+    with pytest.raises(RequestRefused, match=words) as caught:
         requests.score_actions(value, LIMITS)
     assert caught.value.status == 400
 
@@ -88,7 +88,7 @@ def test_messages_are_vllms_chat_form():
     ],
 )
 def test_what_would_be_answered_otherwise_is_refused(value, words):
-    with pytest.raises(Refused, match=words) as caught:
+    with pytest.raises(RequestRefused, match=words) as caught:
         requests.classify(value, LIMITS)
     assert caught.value.status == 400
 

@@ -27,7 +27,7 @@ from jaxprm.artifacts.checkpoints import Checkpoints, inspect
 from jaxprm.model import sharding
 from jaxprm.model.attention import packed_attention, splash_attention
 from jaxprm.model.config import TransformerConfig
-from jaxprm.model.transformer import Compute, RewardModel, reward_model_graph
+from jaxprm.model.transformer import ForwardOptions, RewardModel, reward_model_graph
 from jaxprm.training.optimizer import make_optimizer
 from jaxprm.training.step import FIELDS, initial_state, loss_and_gradients, make_train_step
 
@@ -38,24 +38,24 @@ GRAPH = reward_model_graph(SIZES)
 MESHES = ((1, 1, 1, 1), (8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2))
 IN_PARTS = (2, 2, 2, 1)
 STEPS = 20
-SETTINGS = config_lib.RewardModel(label="mesh", bootstrap="state", target_update="ema")
+SETTINGS = config_lib.RewardModelConfig(label="mesh", bootstrap="state", target_update="ema")
 OPTIMIZER = make_optimizer(learning_rate=1e-3, steps=STEPS, warmup_steps=2, weight_decay=0.01, clip=1.0)
 
 
 def run(sizes: tuple[int, ...], parameters, batches) -> tuple[dict, dict, int]:
     """(gradients of the first batch, parameters after all batches) on the host, and how many parameters are split."""
     named = dict(zip(sharding.AXES, sizes, strict=True))
-    mesh = sharding.make_mesh(config_lib.Mesh(**named), jax.devices()[: math.prod(sizes)])
+    mesh = sharding.make_mesh(config_lib.MeshConfig(**named), jax.devices()[: math.prod(sizes)])
     parts = sizes == IN_PARTS
     settings = msgspec.structs.replace(SETTINGS, microbatches=2 if parts else 1)
     sharding.check_rows(mesh, 8, 128, settings.microbatches)
     sharding.check_model(mesh, SIZES)
-    compute = Compute(remat="full" if parts else "none", constrain=sharding.constraints(mesh))
+    compute = ForwardOptions(remat="full" if parts else "none", constrain=sharding.constraints(mesh))
 
     def init(parameters):
         return initial_state(parameters, OPTIMIZER, settings)
 
-    placed = jax.tree.map(lambda leaf: leaf.sharding, sharding.place(mesh, jax.eval_shape(init, parameters)))
+    placed = jax.tree.map(lambda leaf: leaf.sharding, sharding.with_shardings(mesh, jax.eval_shape(init, parameters)))
     state = jax.jit(init, out_shardings=placed)(jax.device_put(parameters, placed["parameters"]))
 
     def gradients_of(parameters, batch):
@@ -76,8 +76,10 @@ def restored(parameters) -> dict:
     folder = Path(tempfile.mkdtemp())
     found = []
     for sizes in ((2, 2, 2, 1), (1, 8, 1, 1)):
-        mesh = sharding.make_mesh(config_lib.Mesh(**dict(zip(sharding.AXES, sizes, strict=True))))
-        shapes = sharding.place(mesh, jax.eval_shape(lambda p: initial_state(p, OPTIMIZER, SETTINGS), parameters))
+        mesh = sharding.make_mesh(config_lib.MeshConfig(**dict(zip(sharding.AXES, sizes, strict=True))))
+        shapes = sharding.with_shardings(
+            mesh, jax.eval_shape(lambda p: initial_state(p, OPTIMIZER, SETTINGS), parameters)
+        )
         if not found:
             init = jax.jit(lambda p: initial_state(p, OPTIMIZER, SETTINGS), out_shardings=sharding.shardings(shapes))
             state = init(parameters)
@@ -98,7 +100,7 @@ def restored(parameters) -> dict:
 
 
 def splash_difference() -> float:
-    mesh = sharding.make_mesh(config_lib.Mesh(data=1, fsdp=2, tensor=2, sequence=2))
+    mesh = sharding.make_mesh(config_lib.MeshConfig(data=1, fsdp=2, tensor=2, sequence=2))
     rules = {name: getattr(sharding.RULES, name) for name in ("batch", "heads", "kv_heads", "length")}
     keys = jax.random.split(jax.random.key(0), 3)
     arrays = [jax.random.normal(key, (2, count, 256, 64)) for key, count in zip(keys, (4, 2, 2), strict=True)]

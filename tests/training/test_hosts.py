@@ -33,7 +33,7 @@ def free_port() -> int:
 def start(toy, tmp_path_factory):
     """start(output, processes, kill): [(exit status, stderr)] of every process; none of them may hang."""
     folder = tmp_path_factory.mktemp("hosts")
-    mesh = config_lib.Mesh(data=2, fsdp=4)
+    mesh = config_lib.MeshConfig(data=2, fsdp=4)
     experiment = msgspec.structs.replace(toy.experiment, mesh=mesh, reward_models=(toy.settings(**CHANGES),))
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),

@@ -69,7 +69,7 @@ def test_timing_is_of_steps_alone(tmp_path, monkeypatch):
     with Metrics(tmp_path, 0, writes=True) as metrics:
         for step in range(1, 21):
             now[0] += 0.5
-            metrics.waited(0.1)
+            metrics.add_input_wait(0.1)
             metrics.step({"step": step, "loss": 1.0, "tokens": 100})
             if step == 10:
                 now[0] += 1000  # a validation

@@ -55,7 +55,7 @@ def refused(match: str, call, *arguments, **options) -> None:
 
 
 def test_one_device_is_a_mesh_too():
-    mesh = sharding.make_mesh(config_lib.Mesh(), jax.devices()[:1])
+    mesh = sharding.make_mesh(config_lib.MeshConfig(), jax.devices()[:1])
     assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1}
     sharding.check_rows(mesh, 7, 5)
     sharding.check_model(mesh, SIZES)
@@ -72,7 +72,7 @@ def test_one_device_is_a_mesh_too():
     ],
 )
 def test_minus_one_takes_what_is_left(given, sizes):
-    assert sharding._sizes(config_lib.Mesh(**given), 8, "devices") == sizes
+    assert sharding._sizes(config_lib.MeshConfig(**given), 8, "devices") == sizes
 
 
 @pytest.mark.parametrize(
@@ -85,14 +85,14 @@ def test_minus_one_takes_what_is_left(given, sizes):
     ],
 )
 def test_sizes_that_do_not_fit_are_named(given, message):
-    refused(message, sharding.make_mesh, config_lib.Mesh(**given), jax.devices()[:1] * 8)
+    refused(message, sharding.make_mesh, config_lib.MeshConfig(**given), jax.devices()[:1] * 8)
 
 
 def test_data_spans_the_slices_and_nothing_else_does(monkeypatch):
     monkeypatch.setattr(sharding, "Mesh", lambda grid, axes, axis_types: grid)
     for dcn_data in (-1, 2):
         grid = sharding.make_mesh(
-            config_lib.Mesh(fsdp=2, tensor=2, dcn_data=dcn_data), devices_of([0, 0, 0, 0, 1, 1, 1, 1])
+            config_lib.MeshConfig(fsdp=2, tensor=2, dcn_data=dcn_data), devices_of([0, 0, 0, 0, 1, 1, 1, 1])
         )
         assert grid.shape == (2, 2, 2, 1)
         found = np.vectorize(lambda device: device.slice_index)(grid)
@@ -101,8 +101,10 @@ def test_data_spans_the_slices_and_nothing_else_does(monkeypatch):
 
 def test_another_number_of_slices_is_refused():
     two = devices_of([0, 0, 1, 1])
-    refused(r"mesh.dcn_data = 4, but the devices form 2 slices", sharding.make_mesh, config_lib.Mesh(dcn_data=4), two)
-    refused(r"is not the number of devices of a slice, 2", sharding.make_mesh, config_lib.Mesh(data=4), two)
+    refused(
+        r"mesh.dcn_data = 4, but the devices form 2 slices", sharding.make_mesh, config_lib.MeshConfig(dcn_data=4), two
+    )
+    refused(r"is not the number of devices of a slice, 2", sharding.make_mesh, config_lib.MeshConfig(data=4), two)
 
 
 def test_rows_and_lengths_that_do_not_divide_are_named():
@@ -133,13 +135,13 @@ def test_every_parameter_of_every_family_has_its_axes_declared_and_nothing_else_
     for family in FAMILIES:
         config = dataclasses.replace(SIZES, tie_embeddings=False, family=family, head=head)
         language = nnx.state(nnx.eval_shape(lambda config=config: Transformer(config, rngs=nnx.Rngs(0))))
-        declared |= set(specs(sharding.place(mesh, model_shapes(config))))
-        declared |= set(specs(sharding.place(mesh, language)))
+        declared |= set(specs(sharding.with_shardings(mesh, model_shapes(config))))
+        declared |= set(specs(sharding.with_shardings(mesh, language)))
     assert declared == set(PARAMETERS) - ({"head_bias"} if not head.bias else set())
 
 
 def test_parameters_are_split_by_what_their_axes_are():
-    found = specs(sharding.place(mesh_of(2, 2, 2, 1), model_shapes()))
+    found = specs(sharding.with_shardings(mesh_of(2, 2, 2, 1), model_shapes()))
     fsdp, tensor = ("fsdp",), ("tensor",)
     assert found["query"] == found["value"] == found["gate"] == PartitionSpec(None, fsdp, tensor)
     assert found["output"] == found["down"] == PartitionSpec(None, tensor, fsdp)
@@ -151,7 +153,7 @@ def test_parameters_are_split_by_what_their_axes_are():
 @pytest.mark.parametrize("optimizer", [optax.adamw(1e-3), optax.adafactor(1e-3, min_dim_size_to_factor=64)])
 def test_moments_lie_where_their_parameters_do(optimizer):
     shapes = model_shapes()
-    placed = sharding.place(mesh_of(1, 4, 2, 1), {"parameters": shapes, "optimizer": optimizer.init(shapes)})
+    placed = sharding.with_shardings(mesh_of(1, 4, 2, 1), {"parameters": shapes, "optimizer": optimizer.init(shapes)})
     by_shape = {leaf.shape: leaf.sharding for leaf in jax.tree.leaves(placed["parameters"])}
     moments = [leaf for leaf in jax.tree.leaves(placed["optimizer"]) if leaf.ndim == 3]
     assert moments
@@ -161,19 +163,19 @@ def test_moments_lie_where_their_parameters_do(optimizer):
 
 def test_an_array_that_was_not_declared_is_an_error():
     with pytest.raises(ValueError, match=r"transformer.novelty \(3, 4\): its axes are None"):
-        sharding.place(mesh_of(1, 1, 1, 1), {"transformer": {"novelty": np.zeros((3, 4))}})
+        sharding.with_shardings(mesh_of(1, 1, 1, 1), {"transformer": {"novelty": np.zeros((3, 4))}})
     with pytest.raises(ValueError, match=r"query \(3,\): its axes are"):
-        sharding.place(mesh_of(1, 1, 1, 1), {"query": np.zeros(3)})
+        sharding.with_shardings(mesh_of(1, 1, 1, 1), {"query": np.zeros(3)})
 
 
 def test_two_axes_on_one_mesh_axis_collide():
     rules = Rules(width=("tensor",))
     message = r"transformer.blocks.down: its axes ffn and width are both split over mesh axis tensor"
-    refused(message, sharding.place, mesh_of(1, 1, 2, 1), model_shapes(), rules)
+    refused(message, sharding.with_shardings, mesh_of(1, 1, 2, 1), model_shapes(), rules)
 
 
 def test_a_batch_on_the_mesh_holds_what_the_host_gave():
-    mesh = sharding.make_mesh(config_lib.Mesh(), jax.devices()[:1])
+    mesh = sharding.make_mesh(config_lib.MeshConfig(), jax.devices()[:1])
     batch = {name: np.arange(6).reshape(2, 3) + index for index, name in enumerate(FIELDS)}
     placed = sharding.put_batch(batch | {"example": np.zeros((2, 3))}, mesh, FIELDS)
     assert set(placed) == set(FIELDS)

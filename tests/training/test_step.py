@@ -13,7 +13,7 @@ from flax import nnx
 
 from jaxprm import config as config_lib
 from jaxprm.model.config import TransformerConfig
-from jaxprm.model.transformer import Compute, RewardModel, reward_model_graph
+from jaxprm.model.transformer import ForwardOptions, RewardModel, reward_model_graph
 from jaxprm.training.step import initial_state, loss_and_gradients, make_train_step, readouts, reward_loss
 
 CONFIG = TransformerConfig(
@@ -66,8 +66,8 @@ def parameters(seed: int):
     return nnx.State({"transformer": state["transformer"], "head": nnx.Param(jax.numpy.asarray(head, np.float32))})
 
 
-def settings(**changes) -> config_lib.RewardModel:
-    return config_lib.RewardModel(label="step", beta=BETA, gae_lambda=LAMBDA, **changes)
+def settings(**changes) -> config_lib.RewardModelConfig:
+    return config_lib.RewardModelConfig(label="step", beta=BETA, gae_lambda=LAMBDA, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +204,7 @@ def lowered(objective: str = "agentprm", microbatches: int = 1, **computing) -> 
     changes = STATES if objective == "agentprm" else {}
     chosen, batch = settings(objective=objective, microbatches=microbatches, **changes), uneven_batch()
     target = parameters(5) if changes else None
-    return jax.jit(lambda p: loss_and_gradients(GRAPH, p, target, batch, chosen, Compute(**computing))).lower(
+    return jax.jit(lambda p: loss_and_gradients(GRAPH, p, target, batch, chosen, ForwardOptions(**computing))).lower(
         parameters(0)
     )
 
@@ -249,7 +249,7 @@ def test_bfloat16_computes_close_to_float32_and_returns_float32():
 def test_the_head_and_the_loss_never_touch_the_vocabulary(remat, count):
     """No array of the whole step, in any of its inner programs, has an entry for every token and every word."""
     batch, chosen = uneven_batch(), settings(microbatches=count)
-    step = make_train_step(GRAPH, optax.adam(1e-3), chosen, Compute(remat=remat))
+    step = make_train_step(GRAPH, optax.adam(1e-3), chosen, ForwardOptions(remat=remat))
     state = initial_state(parameters(0), optax.adam(1e-3), chosen)
     rows = len(batch["tokens"]) // count
     shapes = {tuple(v.aval.shape) for v in variables(jax.make_jaxpr(step)(state, batch).jaxpr)}

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxprm import config as config_lib
 from jaxprm.errors import UserError
 from jaxprm.model.config import TransformerConfig
-from jaxprm.model.transformer import Compute, RewardModel, reward_model_graph
+from jaxprm.model.transformer import ForwardOptions, RewardModel, reward_model_graph
 from jaxprm.training import trainable
 from jaxprm.training.optimizer import make_optimizer
 from jaxprm.training.step import hidden_states, loss_and_gradients, trained_readouts
@@ -23,13 +23,13 @@ CONFIG = TransformerConfig(
     vocab_size=20, hidden_size=16, layers=3, heads=2, kv_heads=1, head_dim=8, intermediate_size=24
 )
 GRAPH = reward_model_graph(CONFIG)
-LORA = config_lib.Lora(rank=2, alpha=6.0, targets=("query", "down"))
+LORA = config_lib.LoraConfig(rank=2, alpha=6.0, targets=("query", "down"))
 STEPS = {"is_first": [1, 0, 0, 1], "is_last": [0, 0, 1, 1], "valid": [1, 1, 1, 1]}
 KINDS = ("full", "lora", "head", "last_k")
 
 
-def settings(kind: str, **changes) -> config_lib.RewardModel:
-    return config_lib.RewardModel(label="some", trainable=kind, last_k=2, lora=LORA, **changes)
+def settings(kind: str, **changes) -> config_lib.RewardModelConfig:
+    return config_lib.RewardModelConfig(label="some", trainable=kind, last_k=2, lora=LORA, **changes)
 
 
 @functools.cache
@@ -66,7 +66,7 @@ def names(state: nnx.State) -> set[str]:
 
 @functools.cache
 def forward(kind: str):
-    step = functools.partial(trained_readouts, settings=settings(kind), compute=Compute(), states=True)
+    step = functools.partial(trained_readouts, settings=settings(kind), compute=ForwardOptions(), states=True)
     return jax.jit(lambda trained, frozen, batch: jnp.stack(step(GRAPH, trained, frozen, batch)))
 
 
@@ -119,7 +119,7 @@ def test_another_seed_draws_other_adapters():
     assert np.abs(first - other).max() > 0.1
 
 
-def gradients(kind: str, compute: Compute, given: dict):
+def gradients(kind: str, compute: ForwardOptions, given: dict):
     trained, frozen = split(kind)
     chosen = settings(kind, bootstrap="state")
     return jax.jit(lambda t, f, b: loss_and_gradients(GRAPH, t, None, b, chosen, compute, f)[2])(trained, frozen, given)
@@ -127,11 +127,11 @@ def gradients(kind: str, compute: Compute, given: dict):
 
 @functools.cache
 def full_gradients():
-    return gradients("full", Compute(), batch())
+    return gradients("full", ForwardOptions(), batch())
 
 
 def test_the_last_layers_have_the_gradient_that_they_have_in_the_whole():
-    found = gradients("last_k", Compute(frozen_layers=1), batch())
+    found = gradients("last_k", ForwardOptions(frozen_layers=1), batch())
     for name, leaf in full_gradients()["transformer"]["blocks"].items():
         ours = found["transformer"]["blocks"][name][...]
         assert float(optax.tree.norm(ours - leaf[...][1:])) < 1e-5 * float(optax.tree.norm(leaf[...])), name
@@ -143,7 +143,7 @@ def test_nothing_of_frozen_layers_is_kept_for_the_backward_pass():
 
     def residuals(frozen_layers: int) -> int:
         trained, frozen = split("last_k")
-        chosen, compute = settings("last_k"), Compute(frozen_layers=frozen_layers)
+        chosen, compute = settings("last_k"), ForwardOptions(frozen_layers=frozen_layers)
 
         def values(trained):
             return trained_readouts(GRAPH, trained, frozen, batch(), chosen, compute, states=False)[0]
@@ -169,5 +169,5 @@ def test_the_head_alone_learns_from_features_what_it_learns_from_tokens():
 
 def test_more_layers_than_there_are_is_refused():
     with pytest.raises(UserError, match=r"last_k = 4, but the model has 3 layers; use at most 3"):
-        trainable.check_trainable(config_lib.RewardModel(label="x", trainable="last_k", last_k=4), CONFIG)
-    trainable.check_trainable(config_lib.RewardModel(label="x", last_k=4), CONFIG)
+        trainable.check_trainable(config_lib.RewardModelConfig(label="x", trainable="last_k", last_k=4), CONFIG)
+    trainable.check_trainable(config_lib.RewardModelConfig(label="x", last_k=4), CONFIG)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import training
-from data_pipeline.shards import Split
+from data_pipeline.shards import ShardSplit
 from jaxprm import files
 
 
@@ -35,9 +35,9 @@ def test_the_table_says_what_was_found():
     assert theirs.endswith("1,000 real tokens/s, padding 30.0%, jaxprm x 2.00 (1.00 to 4.00)")
 
 
-def split() -> Split:
+def split() -> ShardSplit:
     """Two trajectories of 5 and 3 tokens, the second of which fails, with steps that end at 2 and 4, and at 1."""
-    return Split(
+    return ShardSplit(
         ids=["a", "b"],
         tasks=["a", "b"],
         weights=np.ones(2, np.float32),

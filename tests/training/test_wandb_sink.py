@@ -68,7 +68,7 @@ def fake(monkeypatch) -> Fake:
 
 
 def opened(output: Path, mode: str = "online", **settings) -> WandbSink:
-    return WandbSink(config_lib.Logging(wandb=mode, **settings), output, name="a", group="b", config={"rows": 2})
+    return WandbSink(config_lib.LoggingConfig(wandb=mode, **settings), output, name="a", group="b", config={"rows": 2})
 
 
 def test_everything_is_keyed_by_the_step(tmp_path, fake):
@@ -110,20 +110,20 @@ def test_the_key_is_nowhere_but_in_the_environment(tmp_path, fake, capsys):
 
 def test_what_is_missing_is_said_before_any_work(tmp_path, fake, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY")
-    online = config_lib.Experiment(name="x", logging=config_lib.Logging(wandb="online"))
+    online = config_lib.Experiment(name="x", logging=config_lib.LoggingConfig(wandb="online"))
     with pytest.raises(UserError, match="logging.wandb = online: the environment has no WANDB_API_KEY; set it, or"):
         run.run(online, tmp_path / "run", until="train")
     assert not (tmp_path / "run/trajectories").exists()
-    metrics.check(config_lib.Logging(wandb="offline"))
+    metrics.check(config_lib.LoggingConfig(wandb="offline"))
     monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="logging.wandb = offline: the package wandb is not installed; pip install"):
         opened(tmp_path, "offline")
-    metrics.check(config_lib.Logging())
+    metrics.check(config_lib.LoggingConfig())
     assert not fake.inits
 
 
 def test_a_training_that_is_run_again_logs_every_step_to_one_run(toy, tmp_path, fake, monkeypatch):
-    experiment = msgspec.structs.replace(toy.experiment, logging=config_lib.Logging(wandb="online"))
+    experiment = msgspec.structs.replace(toy.experiment, logging=config_lib.LoggingConfig(wandb="online"))
     settings = toy.settings(epochs=1, evaluate_every=4, checkpoint_every=4)
     paths = {"shards": toy.shards, "base": toy.base, "output": tmp_path}
     log = fake.log

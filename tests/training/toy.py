@@ -35,7 +35,7 @@ class Run(NamedTuple):
     shards: Path
     base: Path
 
-    def settings(self, **changes) -> config_lib.RewardModel:
+    def settings(self, **changes) -> config_lib.RewardModelConfig:
         return msgspec.structs.replace(self.experiment.reward_models[0], **changes)
 
 
@@ -80,9 +80,9 @@ def make_toy(folder: Path) -> Run:
     build(inputs, Encoder.load(base), folder / "shards", max_length=128, shards=2)
     experiment = config_lib.Experiment(
         name="toy",
-        data=config_lib.Data(rows=8, length=128, steps_per_row=32),
+        data=config_lib.DataConfig(rows=8, length=128, steps_per_row=32),
         reward_models=(
-            config_lib.RewardModel(
+            config_lib.RewardModelConfig(
                 label="toy", epochs=4, learning_rate=3e-3, head_multiplier=3.0, evaluate_every=20, checkpoint_every=20
             ),
         ),

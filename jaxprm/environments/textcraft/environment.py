@@ -41,7 +41,7 @@ class Command(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Episode:
+class CraftingEpisode:
     """What stays the same from reset to reset: the goal's id and the recipes of the prompt, in its order."""
 
     book: RecipeBook
@@ -50,10 +50,10 @@ class Episode:
     prompt: str
 
 
-class State(NamedTuple):
+class CraftingState(NamedTuple):
     """A snapshot: no later step changes it."""
 
-    episode: Episode
+    episode: CraftingEpisode
     inventory: dict[str, int]
     rounds: int
     done: bool
@@ -92,8 +92,8 @@ class TextCraft:
         self.distractors = _bounds(distractors)
         self.book = recipes.minecraft() if book is None else book
         self._tasks = _split(self.book, tuple(split), split_seed)
-        self._episodes: dict[str, Episode] = {}
-        self._state: State | None = None
+        self._episodes: dict[str, CraftingEpisode] = {}
+        self._state: CraftingState | None = None
 
     def tasks(self, split: str) -> tuple[str, ...]:
         """The ids "textcraft/<index into book.goals>" of a split, ascending (so by depth)."""
@@ -146,25 +146,25 @@ class TextCraft:
         observation, obtained = self._carry_out(parse(action), state.inventory)
         success = obtained == state.episode.goal
         done = success or state.rounds + 1 >= self.max_rounds
-        self._state = State(state.episode, state.inventory, state.rounds + 1, done, success)
+        self._state = CraftingState(state.episode, state.inventory, state.rounds + 1, done, success)
         return StepResult(observation, float(success), done)
 
     def outcome(self) -> float:
         """1 when the goal item was obtained, else 0."""
         return float(self._running().success)
 
-    def snapshot(self) -> State:
+    def snapshot(self) -> CraftingState:
         state = self._running()
         return state._replace(inventory=dict(state.inventory))
 
-    def restore(self, state: State) -> None:
+    def restore(self, state: CraftingState) -> None:
         self._state = state._replace(inventory=dict(state.inventory))
 
     def close(self) -> None:
         self._state = None
 
     @property
-    def episode(self) -> Episode:
+    def episode(self) -> CraftingEpisode:
         """The goal and the recipes of the prompt."""
         return self._running().episode
 
@@ -177,13 +177,13 @@ class TextCraft:
     def rounds(self) -> int:
         return self._running().rounds
 
-    def _running(self) -> State:
+    def _running(self) -> CraftingState:
         if self._state is None:
             raise RuntimeError("textcraft: no episode; call reset first")
         return self._state
 
-    def _start(self, episode: Episode) -> str:
-        self._state = State(episode, {}, 0, False, False)
+    def _start(self, episode: CraftingEpisode) -> str:
+        self._state = CraftingState(episode, {}, 0, False, False)
         return episode.prompt
 
     def _goal(self, task: str) -> str:
@@ -192,7 +192,9 @@ class TextCraft:
             raise UserError(f"textcraft: no task {task!r}; ids are textcraft/0 to textcraft/{len(self.book.goals) - 1}")
         return self.book.goals[int(index)]
 
-    def _make(self, goal: str, rng: random.Random, bounds: tuple[int, int], book: RecipeBook | None = None) -> Episode:
+    def _make(
+        self, goal: str, rng: random.Random, bounds: tuple[int, int], book: RecipeBook | None = None
+    ) -> CraftingEpisode:
         book = self.book if book is None else book
         tree = {recipe.command: recipe for recipe in book.tree(goal)}
         others: dict[str, Recipe] = {}
@@ -208,7 +210,9 @@ class TextCraft:
         shown = [tree[command] for command in sorted(tree)] + chosen
         rng.shuffle(shown)
         commands = "\n".join(recipe.command for recipe in shown)
-        return Episode(book, goal, tuple(shown), f"Crafting commands:\n{commands}\n\nGoal: craft {spoken(goal)}.")
+        return CraftingEpisode(
+            book, goal, tuple(shown), f"Crafting commands:\n{commands}\n\nGoal: craft {spoken(goal)}."
+        )
 
     def _carry_out(self, command: Command, inventory: dict[str, int]) -> tuple[str, str | None]:
         """The reply, and the item obtained if any; changes the inventory."""

@@ -24,7 +24,7 @@ from jaxprm.environments.textcraft.recipes import Recipe, spoken
 Parts = tuple[tuple[str, int], ...]
 
 
-class Plan(NamedTuple):
+class ExpertPlan(NamedTuple):
     """The next message's two lines; `turns`: how many actions the plan takes from here, this one included."""
 
     thought: str
@@ -45,7 +45,7 @@ class Option(NamedTuple):
     left: dict[str, int]
 
 
-def plan(goal: str, inventory: Mapping[str, int], recipes: Sequence[Recipe]) -> Plan:
+def plan(goal: str, inventory: Mapping[str, int], recipes: Sequence[Recipe]) -> ExpertPlan:
     """Plans the next action.
 
     Args:
@@ -73,10 +73,10 @@ def plan(goal: str, inventory: Mapping[str, int], recipes: Sequence[Recipe]) -> 
         if lacking is None:
             recipe = option.recipe
             action = f"craft {recipe.count} {spoken(item)} using {_listed(option.parts)}"
-            return Plan(quoted(chain[:-1], ready=True), action, turns)
+            return ExpertPlan(quoted(chain[:-1], ready=True), action, turns)
         item, total = lacking
         option = search.best(item, total, held, path)
-    return Plan(quoted(chain), f"get {total - held.get(item, 0)} {spoken(item)}", turns)
+    return ExpertPlan(quoted(chain), f"get {total - held.get(item, 0)} {spoken(item)}", turns)
 
 
 class _Search:
