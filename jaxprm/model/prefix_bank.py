@@ -116,7 +116,7 @@ class _Job(NamedTuple):
         return self.start + (len(self.kept.tokens) if self.kept else 0)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "capacity", "kept_width", "layout"), donate_argnames=("bank",))
+@functools.partial(jax.jit, static_argnames=("graph", "capacity", "ring_width", "layout"), donate_argnames=("bank",))
 def _extend(
     graph,
     parameters,
@@ -130,21 +130,21 @@ def _extend(
     counts,
     *,
     capacity,
-    kept_width,
+    ring_width,
     layout=ONE_DEVICE,
 ) -> Cache:
     """Encodes `counts[r]` of tokens [R, W] after the first `starts[r]` of slot `source[r]` into slot `target[r]`.
 
-    kept: int32 [3, R], ring rows, offsets and counts of what comes in between; kept_width, static, is no less than any
+    kept: int32 [3, R], ring rows, offsets and counts of what comes in between; ring_width, static, is no less than any
     count, and 0 without a ring. `capacity`, static, is no less than any start: what lies beyond it is neither
     read nor copied. layout, static: of rows and bank.
     """
     trunk = nnx.merge(graph, parameters)
     width = tokens.shape[1]
-    rows = rows_of(bank, source, starts, capacity + kept_width + width)
+    rows = rows_of(bank, source, starts, capacity + ring_width + width)
     rows = layout.of_rows(rows)
-    if kept_width:
-        rows = rows.append(*ring.read(kept[0], kept[1], kept_width), kept[2])
+    if ring_width:
+        rows = rows.append(*ring.read(kept[0], kept[1], ring_width), kept[2])
     positions = rows.lengths[:, None] + jnp.arange(width)
     segments = (jnp.arange(width) < counts[:, None]).astype(jnp.int32)
     output = trunk(layout.of_rows(tokens), positions, segments, (rows,), dtype=bank.keys[0].dtype)
@@ -185,7 +185,7 @@ def bucket(length: int, buckets: Sequence[int]) -> int:
 
 
 class PrefixBank:
-    """The bank of one model. Not thread-safe; nothing outside sees slots but through `place`.
+    """The bank of one model. Not thread-safe; nothing outside sees slots but through `allocate`.
 
     slots: prefixes held at once; capacity: the longest prefix in tokens; rows: prefixes encoded at once; dtype: what
     they are computed and kept in; ring: rows of scored continuations that are kept; layout: of the cache on a mesh, on
@@ -211,9 +211,9 @@ class PrefixBank:
         self._graph, self._parameters, self._layout = graph, parameters, layout
         self.slots, self.capacity, self.shapes, self._rows = slots, capacity, shapes, rows
         # Every call has room for what is kept between a start and what is new: it costs little, another shape seconds.
-        self._kept_width = shapes.kept if ring else 0
+        self._ring_width = shapes.kept if ring else 0
         # A chunk is written whole, so a slot has room for one of each kind past its end.
-        room = capacity + shapes.growth[-1] + self._kept_width
+        room = capacity + shapes.growth[-1] + self._ring_width
         self.bank = Cache.empty(config, slots, room, dtype, layout.slots)
         shape = (ring, config.kv_heads, shapes.packed[-1], config.head_dim)
         keys, values = (
@@ -242,7 +242,7 @@ class PrefixBank:
         return sorted({self.bucket(length) for length in lengths})
 
     def warm_up(self, longest: int, each: Callable[[], None] = lambda: None) -> None:
-        """Compiles what `place` runs for prefixes of up to `longest` tokens; changes nothing that is held.
+        """Compiles what `allocate` runs for prefixes of up to `longest` tokens; changes nothing that is held.
 
         each: called before every program.
         """
@@ -264,7 +264,7 @@ class PrefixBank:
                         np.zeros((rows, width), np.int32),
                         none,
                         capacity=capacity,
-                        ring_width=self._kept_width,
+                        ring_width=self._ring_width,
                         layout=self._layout,
                     )
 
@@ -415,7 +415,7 @@ class PrefixBank:
                 tokens,
                 counts,
                 capacity=self.bucket(int(starts.max())),
-                ring_width=self._kept_width,
+                ring_width=self._ring_width,
                 layout=self._layout,
             )
             self.tokens_encoded += int(counts.sum())
