@@ -203,7 +203,7 @@ def test_a_mistake_in_the_file_has_its_line(recipe):
 
 def test_a_missing_file_is_named(tmp_path):
     for path in (tmp_path / "none.py", tmp_path):
-        assert message(config.load, path) == f"config {path}: no such file; configs/ holds the recipes that ship"
+        assert message(config.load, path).startswith(f"config {path}: no such file; the recipes are colab, forkme, ")
 
 
 def test_an_experiment_cannot_be_changed():
@@ -392,3 +392,40 @@ def test_adapters_of_one_matrix_twice_are_refused():
     plain["reward_models"][0]["lora"]["targets"] = ["query", "query"]
     with pytest.raises(UserError, match=r"reward_models\[0\].lora.targets must differ"):
         config.from_dict(plain, where="test")
+
+
+def test_a_recipe_is_found_by_its_name_and_a_path_means_a_file(tmp_path, monkeypatch):
+    assert config.load("textcraft_tiny") == config.load(ROOT / "configs/textcraft_tiny.py")
+    monkeypatch.chdir(tmp_path)
+    for path in ("textcraft_tiny.py", "./textcraft_tiny", "configs/textcraft_tiny"):
+        assert message(config.load, path).startswith(f"config {path}: no such file; the recipes are")
+    assert message(config.load, "textcraft_tinny").startswith("config textcraft_tinny: no such file or recipe; the")
+    (tmp_path / "textcraft_tiny").write_text(SOURCE)
+    assert config.load("textcraft_tiny").name == "mine"
+
+
+@pytest.mark.parametrize(
+    "text, sizes",
+    [
+        ("data=-1,fsdp=16", {"data": -1, "fsdp": 16}),
+        ("fsdp=4", {"data": -1, "fsdp": 4}),
+        ("fsdp=-1, tensor=2", {"data": 1, "fsdp": -1, "tensor": 2}),
+        ("fsdp=-1", {"data": 1, "fsdp": -1}),
+    ],
+)
+def test_every_verb_reads_a_mesh_in_the_same_way(text, sizes):
+    assert config.parse_mesh(text) == config.MeshConfig(**sizes)
+
+
+@pytest.mark.parametrize("text", ["fsdp", "fsdp=x", "fsdp=0", "fsdp=-2", "fsdp=1.5", "rows=3", "fsdp=2,fsdp=2", ""])
+def test_a_bad_mesh_is_one_line(text):
+    assert message(config.parse_mesh, text).startswith(f"--mesh {text}: ")
+
+
+def test_sections_keep_working_under_the_names_they_had_before(capsys):
+    assert config.RewardModel is config.RewardModelConfig and config.Model is config.DecoderConfig
+    notices = capsys.readouterr().err.splitlines()
+    assert notices[0] == "note: jaxprm.config.RewardModel is now called RewardModelConfig; the old name still works"
+    assert len(notices) == 2
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = config.Nothing

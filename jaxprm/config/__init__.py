@@ -4,7 +4,7 @@ import sys
 from typing import Any
 
 from jaxprm.config import schema
-from jaxprm.config.loading import fingerprint, from_dict, is_plugin, load, to_dict
+from jaxprm.config.loading import fingerprint, from_dict, is_plugin, load, mesh_of_sizes, parse_mesh, to_dict
 from jaxprm.config.schema import (
     CollectionConfig,
     DataConfig,
@@ -43,6 +43,8 @@ __all__ = [
     "from_dict",
     "is_plugin",
     "load",
+    "mesh_of_sizes",
+    "parse_mesh",
     "to_dict",
 ]
 

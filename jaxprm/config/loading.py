@@ -9,7 +9,7 @@ import re
 import runpy
 import traceback
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 from urllib.parse import urlsplit
@@ -17,8 +17,13 @@ from urllib.parse import urlsplit
 import msgspec
 
 from jaxprm import plugins
-from jaxprm.config.schema import EndpointConfig, Experiment, PolicyConfig, Section
+from jaxprm.config.schema import EndpointConfig, Experiment, MeshConfig, PolicyConfig, Section
 from jaxprm.errors import UserError, secret_field
+
+# A wheel contains configs/ as jaxprm/recipes; a clone has it next to the package. Never look next to an installed
+# package: site-packages/configs would be another project's.
+_PACKAGE = Path(__file__).resolve().parents[1]
+RECIPES = _PACKAGE / "recipes" if (_PACKAGE / "recipes").is_dir() else _PACKAGE.parent / "configs"
 
 # Set for every request, or for answers of another form than the one that is read.
 _OURS = frozenset(
@@ -28,31 +33,75 @@ _TOOLS = frozenset(("tools", "tool_choice", "functions", "function_call"))
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), *, quick: bool = False) -> Experiment:
-    """The experiment in a Python file, with `section.field=value` overrides (values in JSON, or plain text).
+    """The experiment that a Python file defines, with `section.field=value` overrides (JSON values, or plain text).
 
-    `quick` takes the file's `quick` instead of its `config`. Raises UserError, naming field, value and bound.
+    path: a file, or the name of a recipe that ships with the package, such as "textcraft_tiny". `quick` loads the
+    file's `quick` instead of its `config`. Raises UserError, naming field, value and bound.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"config {path}: no such file; configs/ holds the recipes that ship")
+    path = find_config(path)
     name = "quick" if quick else "config"
     try:
-        found = runpy.run_path(str(path))
+        namespace = runpy.run_path(str(path))
     except UserError:
         raise
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         where = f"{path}:{lines[-1]}" if lines else str(path)
         raise UserError(f"config {where}: {type(error).__name__}: {error}") from error
-    if not isinstance(found.get(name), Experiment):
+    if not isinstance(namespace.get(name), Experiment):
         raise UserError(f"config {path}: must define `{name}`, a jaxprm.config.Experiment")
     try:
-        plain = to_dict(found[name])
+        plain = to_dict(namespace[name])
     except TypeError as error:
-        raise UserError(f"config {path}: {error}; a config holds numbers, text, lists and dicts alone") from None
+        raise UserError(f"config {path}: {error}; a config holds only numbers, text, lists and dicts") from None
     for override in overrides:
         _apply(plain, override)
     return from_dict(plain, where=str(path))
+
+
+def find_config(name: str | Path) -> Path:
+    """The file `name`, or the shipped recipe of that name. Raises UserError, listing the recipes, if it is neither."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    # A path always means a file: a recipe must not hide a mistyped one.
+    is_path = path.suffix == ".py" or "/" in str(name)
+    recipe = RECIPES / f"{name}.py"
+    if not is_path and recipe.is_file():
+        return recipe
+    recipes = ", ".join(sorted(file.stem for file in RECIPES.glob("*.py")))
+    raise UserError(f"config {name}: no such file{'' if is_path else ' or recipe'}; the recipes are {recipes}")
+
+
+def parse_mesh(text: str) -> MeshConfig:
+    """The mesh of an option such as `--mesh data=-1,fsdp=16`; see `mesh_of_sizes`."""
+    sizes: dict[str, Any] = {}
+    for part in text.split(","):
+        axis, separator, size = (piece.strip() for piece in part.partition("="))
+        if not separator:
+            raise UserError(f"--mesh {text}: {part.strip()!r} is not AXIS=DEVICES; e.g. tensor=4,fsdp=2")
+        if axis in sizes:
+            raise UserError(f"--mesh {text}: {axis} is given twice")
+        try:
+            sizes[axis] = int(size)
+        except ValueError:
+            sizes[axis] = size
+    return mesh_of_sizes(sizes, where=f"--mesh {text}")
+
+
+def mesh_of_sizes(sizes: Mapping[str, Any], *, where: str) -> MeshConfig:
+    """The mesh of {axis: devices}. Other axes are 1, and `data` takes the remaining devices unless another axis does.
+
+    Raises UserError, naming the axis, for an unknown axis and for a size that is neither positive nor -1.
+    """
+    axes = MeshConfig.__struct_fields__
+    for axis, size in sizes.items():
+        if axis not in axes:
+            raise UserError(f"{where}: no axis {axis!r}; axes are {', '.join(axes)}")
+        if type(size) is not int or size < -1 or size == 0:
+            raise UserError(f"{where}: {axis} = {size!r} must be at least 1, or -1 for all remaining devices")
+    data = {} if "data" in sizes else {"data": 1 if -1 in sizes.values() else -1}
+    return MeshConfig(**data, **sizes)
 
 
 def to_dict(experiment: Experiment) -> dict:
