@@ -139,7 +139,7 @@ class LoraConfig(Section):
 
 
 class RewardModelConfig(Section):
-    """One reward model: its objective (METHOD.md, sections 3 and 4), its optimizer, and how it is computed.
+    """One reward model: its objective (docs/method.md, sections 3, 5 and 6), its optimizer, and how it is computed.
 
     `dtype` is that of activations and products; parameters, norms, head, targets and loss are float32. `remat` is what
     the backward pass computes again. A batch is computed in `microbatches` parts, with the gradient of the whole.

@@ -99,7 +99,7 @@ class Node:
 
     @property
     def progress(self) -> float | None:
-        """Gain in promise over the step before (METHOD.md, section 2); not defined at the first step."""
+        """Gain in promise over the step before (docs/method.md, section 2); not defined at the first step."""
         if self.promise is None or self.parent is None or self.parent.promise is None:
             return None
         return self.promise - self.parent.promise
