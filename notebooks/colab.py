@@ -90,7 +90,7 @@ class Session:
         """Installs what requirements.txt pins into this Python, but for a jax that will do. Raises Stop."""
         if sys.version_info[:2] not in PYTHONS:
             found = ".".join(map(str, sys.version_info[:2]))
-            raise Stop(f"Python {found}: the pinned packages are for 3.11, 3.12 and 3.13; choose a runtime version with one")
+            raise Stop(f"Python {found}: the pins are for 3.11, 3.12 and 3.13; choose a runtime with one of them")
         lines = (self.root / "requirements.txt").read_text(encoding="utf-8").splitlines()
         pins = [line for line in lines if line and not line.startswith("#") and _here(line)]
         chosen = packages(pins, self._allowed_jax(), _installed(), tpu=self.platform == "tpu")

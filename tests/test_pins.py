@@ -83,9 +83,7 @@ def test_what_the_package_needs_is_pinned_in_its_range(python, machine):
 def test_what_is_pinned_for_use_is_needed(python, machine):
     """But jaxlib: it comes with jax, in the same version."""
     where = place(python, machine)
-    needed = {
-        canonicalize_name(one.name) for one in map(Requirement, PROJECT["dependencies"]) if holds(one, where)
-    }
+    needed = {canonicalize_name(one.name) for one in map(Requirement, PROJECT["dependencies"]) if holds(one, where)}
     pins = pinned(where, "runtime")
     assert pins.keys() - needed == {"jaxlib"} and pins["jaxlib"] == pins["jax"]
 

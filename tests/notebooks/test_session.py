@@ -97,7 +97,7 @@ def test_what_pip_says_is_one_line(pip):
 
 def test_another_python_is_refused(monkeypatch):
     monkeypatch.setattr(sys, "version_info", (3, 14, 1))
-    with pytest.raises(colab.Stop, match=r"Python 3\.14: the pinned packages are for 3\.11, 3\.12 and 3\.13"):
+    with pytest.raises(colab.Stop, match=r"Python 3\.14: the pins are for 3\.11, 3\.12 and 3\.13"):
         colab.Session(ROOT, "cpu").install()
 
 
