@@ -76,8 +76,7 @@ def evaluate(models: Sequence[Path], input: Path, settings: Settings, *, chunk: 
     report = judge(scored, known, settings)
     report["input"]["file"] = str(input)
     report["models"] = [
-        {"name": name, "sha256": files.sha256(model / WEIGHTS)}
-        for name, model in zip(names, found, strict=True)
+        {"name": name, "sha256": files.sha256(model / WEIGHTS)} for name, model in zip(names, found, strict=True)
     ]
     return files.without_nan(report)
 
