@@ -14,6 +14,7 @@ import uuid
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,8 +30,8 @@ from apache_beam.pvalue import AsList, AsSingleton, TaggedOutput
 from data_pipeline import shards as shards_lib
 from data_pipeline.encode import Encoder
 from data_pipeline.errors import MOST_LISTED, DataError, SplitError
-from data_pipeline.metadata import FILE, Metadata, Shard, shard_of
-from data_pipeline.output import check_output, replace
+from data_pipeline.metadata import FILE, Metadata, Shard, check_output, shard_of
+from data_pipeline.output import staged_directory, write_errors
 from data_pipeline.records import (
     Preparation,
     RowCounts,
@@ -120,25 +121,28 @@ def build(
         check_output(Path(output))
     elif FileSystems.match([f"{output}/*"])[0].metadata_list:
         raise DataError(f"{output}: not empty; name another directory or empty this one")
-    folder, name = FileSystems.split(output)
-    beside = FileSystems.join(folder, f".{name}.building")
-    try:
-        _remove(beside)  # of a build that was killed
-        FileSystems.mkdirs(beside)
-        _run(files, encoder, beside, Preparing(max_length, too_long, shards), options)
-        summary = msgspec.msgpack.decode(_read(FileSystems.join(beside, _SUMMARY)), type=_Summary)
+    staged = staged_directory(output, overwrite=True) if local else _staged_remotely(output)
+    with write_errors(output, "the dataset cannot be written"), staged as staging:
+        folder = str(staging)
+        _run(files, encoder, folder, Preparing(max_length, too_long, shards), options)
+        summary = msgspec.msgpack.decode(_read(FileSystems.join(folder, _SUMMARY)), type=_Summary)
         _raise_or_pass(summary, skip_bad)
         settings = {"max_length": max_length, "too_long": too_long, "skipped": summary.bad}
-        metadata = _describe(beside, summary, inputs, encoder, settings)
-        if local:
-            replace(Path(beside), Path(output))
-        else:
-            _move(beside, output)
-    except OSError as error:
-        raise DataError(f"{output}: the dataset cannot be written: {error.strerror or error}") from error
+        return _describe(folder, summary, inputs, encoder, settings)
+
+
+@contextmanager
+def _staged_remotely(output: str) -> Iterator[str]:
+    """As `staged_directory`, on any of Beam's file systems: files are moved one by one, metadata.json last."""
+    parent, name = FileSystems.split(output)
+    staging = FileSystems.join(parent, f".{name}.building")
+    try:
+        _remove(staging)  # of a build that was killed
+        FileSystems.mkdirs(staging)
+        yield staging
+        _move(staging, output)
     finally:
-        _remove(beside)
-    return metadata
+        _remove(staging)
 
 
 class Preparing(NamedTuple):

@@ -10,7 +10,6 @@ Duplicates are stored once and carry their number as a weight: dropping them wou
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
@@ -19,8 +18,8 @@ from typing import Any
 
 from data_pipeline.encode import Encoder
 from data_pipeline.errors import DataError, SplitError, listed
-from data_pipeline.metadata import Metadata, shard_of, verify
-from data_pipeline.output import check_output, replace
+from data_pipeline.metadata import Metadata, check_output, shard_of, verify
+from data_pipeline.output import staged_directory, write_errors
 from data_pipeline.records import Rows, SplitRecords, TooLong, check_not_empty, sizes_of, split_metadata
 from data_pipeline.splits import Inputs, parse_inputs
 from data_pipeline.trajectory import count_rows, read_numbered
@@ -88,25 +87,17 @@ def build(
 def _write(splits: Mapping[str, SplitRecords], encoder: Encoder, output: Path, **settings: Any) -> Metadata:
     from data_pipeline import shards  # imports TensorFlow
 
-    temporary = output.with_name(f".{output.name}.building")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a build that was killed
-        temporary.mkdir(parents=True)
+    with write_errors(output, "the dataset cannot be written"), staged_directory(output, overwrite=True) as staging:
         records = {split: found.records for split, found in splits.items()}
-        shards.write(records, temporary, shards=settings.pop("shards"))
+        shards.write(records, staging, shards=settings.pop("shards"))
         metadata = Metadata(
             tokenizer=encoder.fingerprint,
             pad_id=encoder.pad_id,
             **settings,
             splits={split: split_metadata(one.counts, sizes_of(one.records)) for split, one in splits.items()},
-            shards={file.name: shard_of(file) for file in sorted(temporary.glob("*.tfrecord*"))},
+            shards={file.name: shard_of(file) for file in sorted(staging.glob("*.tfrecord*"))},
         )
-        metadata.save(temporary)
-        replace(temporary, output)
-    except OSError as error:
-        raise DataError(f"{output}: the dataset cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        metadata.save(staging)
     return metadata
 
 

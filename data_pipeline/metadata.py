@@ -82,6 +82,17 @@ class Metadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         (Path(directory) / FILE).write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n")
 
 
+def check_output(output: Path) -> None:
+    """Raises DataError unless a dataset may be written to `output`: it is absent, empty, or a dataset itself."""
+    if output.is_dir():
+        if (output / FILE).is_file():
+            Metadata.load(output)  # raises if another program wrote this metadata.json
+        elif any(output.iterdir()):
+            raise DataError(f"{output}: not empty and not a dataset; name another directory or empty this one")
+    elif output.exists():
+        raise DataError(f"{output}: a file; name a directory")
+
+
 def fingerprint(shards: Mapping[str, Shard]) -> str:
     """sha256 over shards: equal for equal data."""
     lines = [f"{name} {shards[name].sha256}" for name in sorted(shards)]

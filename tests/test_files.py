@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 
 import pytest
 from hypothesis import given, settings
@@ -41,7 +42,7 @@ def test_a_write_that_is_killed_leaves_what_was_there(tmp_path, monkeypatch):
         assert path.read_text() == "old\n"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files.os, "replace", killed)
+    monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         files.write_atomic(path, "new\n")
     assert path.read_text() == "old\n"
@@ -55,20 +56,20 @@ def test_lines_come_back_as_they_were(objects, tmp_path_factory):
         append(objects[:2])
         append(objects[2:])
     assert list(files.read_lines(path)) == objects
-    assert files.whole_lines(path) == objects
+    assert files.complete_lines(path) == objects
     assert path.read_bytes().count(b"\n") == len(objects)
 
 
 @given(objects=OBJECTS, data=st.data())
 @settings(max_examples=50, deadline=None)
-def test_of_a_torn_file_the_whole_lines_are_left(objects, data, tmp_path_factory):
+def test_of_a_torn_file_the_complete_lines_are_left(objects, data, tmp_path_factory):
     path = tmp_path_factory.mktemp("torn") / "lines.jsonl"
     lines = [files.line(one).encode() for one in objects]
     content = b"".join(lines)
     cut = data.draw(st.integers(0, len(content)))
     path.write_bytes(content[:cut])
     whole = sum(len(b"".join(lines[: index + 1])) <= cut for index in range(len(lines)))
-    assert files.whole_lines(path) == objects[:whole]
+    assert files.complete_lines(path) == objects[:whole]
     # The torn end is gone, so that the next line starts a line.
     with files.appending(path) as append:
         append(objects[whole:])
@@ -82,14 +83,14 @@ def test_what_is_appended_is_on_disk_before_the_next(tmp_path):
         assert path.read_text() == '{"a": 1}\n'
         append([])
         append([{"a": 2}, {"a": 3}])
-        assert files.whole_lines(path) == [{"a": 1}, {"a": 2}, {"a": 3}]
+        assert files.complete_lines(path) == [{"a": 1}, {"a": 2}, {"a": 3}]
 
 
 def test_a_file_that_was_never_begun_has_no_lines(tmp_path):
-    assert files.whole_lines(tmp_path / "none.jsonl") == []
+    assert files.complete_lines(tmp_path / "none.jsonl") == []
 
 
-@pytest.mark.parametrize("read", [files.whole_lines, lambda path: list(files.read_lines(path))])
+@pytest.mark.parametrize("read", [files.complete_lines, lambda path: list(files.read_lines(path))])
 @pytest.mark.parametrize("broken", [b'{"a": ', b"\xff", b""])
 def test_a_broken_line_is_named(read, broken, tmp_path):
     path = tmp_path / "lines.jsonl"

@@ -18,7 +18,7 @@ from data_pipeline import splits
 from data_pipeline.errors import DataError, SplitError
 from data_pipeline.importers import fields, openai, sharegpt, trl
 from data_pipeline.importers.source import SourceRow, read_rows
-from data_pipeline.output import new_file
+from data_pipeline.output import staged_file, write_errors
 from data_pipeline.trajectory import Trajectory, check_steps, parse_line, to_line
 
 FormatName = Literal["openai", "sharegpt", "agentgym", "trl-prm"]
@@ -96,7 +96,7 @@ def import_trajectories(
     converter = _Converter(options)
     sizes = [Path(path).stat().st_size if Path(path).is_file() else 0 for path in inputs]
     report, before = converter.report, 0
-    with new_file(output) as file:
+    with write_errors(output), staged_file(output) as file:
         for path, size in zip(inputs, sizes, strict=True):
             for row in read_rows(path):
                 report.rows += 1

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from data_pipeline.errors import DataError, SplitError
-from data_pipeline.output import new_file
+from data_pipeline.output import staged_file, write_errors
 from data_pipeline.splits import Splits, check_share, named_split, parse_inputs, split_of
 from data_pipeline.trajectory import Trajectory, check_steps, count_rows, read_numbered, to_line
 from jaxprm import files
@@ -38,11 +38,13 @@ def import_files(
     inputs = parse_inputs(arguments)
     check_share(validation_share)
     taken, tasks = ImportedFiles(), Splits()
-    for output in outputs.values():
-        output.unlink(missing_ok=True)  # a run that was killed between the two
     total = sum(count_rows(path) for paths in inputs.values() for path in paths)
     with ExitStack() as stack, bar("read trajectories", total, unit="trajectory") as progress:
-        streams = {split: stack.enter_context(new_file(output)) for split, output in outputs.items()}
+        streams = {}
+        for split, output in outputs.items():
+            stack.enter_context(write_errors(output))
+            # A run that was killed between the renames of two splits has written one of them before.
+            streams[split] = stack.enter_context(staged_file(output, overwrite=True))
 
         def bad(error: DataError) -> None:
             if isinstance(error, SplitError):
