@@ -18,13 +18,13 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from data_pipeline.errors import DataError
-from data_pipeline.remembered import Remembered
+from data_pipeline.caching import ByteLRU
 from data_pipeline.trajectory import Message, text_parts
 
 Messages = Sequence[Message | Mapping[str, Any]]
 Tools = list[dict[str, Any]] | None
 
-_RENDERINGS = 64 << 20  # bytes
+_MAX_RENDERING_BYTES = 64 << 20
 _TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Llama's templates print today's date unless given one; a rendering must not depend on the day it is made.
 DATE = "26 Jul 2024"
@@ -93,7 +93,7 @@ class ChatTemplate:
             self._compiled = _compile_jinja_template(self.text)
         except jinja2.TemplateError as error:
             raise DataError(f"the chat template of {source} is not valid Jinja: {one_line(error)}") from None
-        self._cached = Remembered(self._render, size=_rendering_bytes, most=_RENDERINGS)
+        self._cached = ByteLRU(self._render, size=_rendering_bytes, max_bytes=_MAX_RENDERING_BYTES)
 
     def render(self, messages: FrozenConversation, tools: Tools, generation: bool, row: str) -> str:
         """The conversation as text; with `generation`, up to where the next assistant message begins."""

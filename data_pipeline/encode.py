@@ -38,10 +38,10 @@ from data_pipeline.chat_template import (
 )
 from data_pipeline.errors import DataError
 from data_pipeline.packing import padding_id
-from data_pipeline.remembered import Remembered
+from data_pipeline.caching import ByteLRU
 from data_pipeline.trajectory import Message, check_steps, text_parts
 
-_PIECES = 64 << 20  # bytes
+_MAX_PIECE_BYTES = 64 << 20
 
 
 class Encoded(NamedTuple):
@@ -88,7 +88,7 @@ class Encoder:
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._piece = Remembered(self._encode_piece, size=_piece_bytes, most=_PIECES)
+        self._piece = ByteLRU(self._encode_piece, size=_piece_bytes, max_bytes=_MAX_PIECE_BYTES)
         self._prepare_specials()
         self._advice = advice(self._special_ids)
         self._template = ChatTemplate(
