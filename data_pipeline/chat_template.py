@@ -17,8 +17,8 @@ import msgspec
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from data_pipeline.errors import DataError
 from data_pipeline.caching import ByteLRU
+from data_pipeline.errors import DataError
 from data_pipeline.trajectory import Message, text_parts
 
 Messages = Sequence[Message | Mapping[str, Any]]

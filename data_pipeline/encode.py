@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from data_pipeline.caching import ByteLRU
 from data_pipeline.chat_template import (
     OWN,
     ChatTemplate,
@@ -38,7 +39,6 @@ from data_pipeline.chat_template import (
 )
 from data_pipeline.errors import DataError
 from data_pipeline.packing import padding_id
-from data_pipeline.caching import ByteLRU
 from data_pipeline.trajectory import Message, check_steps, text_parts
 
 _MAX_PIECE_BYTES = 64 << 20
