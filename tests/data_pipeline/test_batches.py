@@ -234,11 +234,11 @@ def test_hosts_that_hold_rows_make_up_the_whole_batch():
     assert len(whole) > 3 and not whole[-1]["valid"][-1].any()
     for rows in ([0, 2], [1], [0, 1, 2]):
         stream = training_batches(dataset, **options)
-        stream.hold(np.array(rows))
+        stream.set_local_rows(np.array(rows))
         held = list(islice(stream, 2))
         resumed = training_batches(dataset, **options)
         resumed.restore_state(stream.save_state())
-        resumed.hold(np.array(rows))
+        resumed.set_local_rows(np.array(rows))
         held += list(resumed)
         assert len(held) == len(whole)
         for part, batch in zip(held, whole, strict=True):

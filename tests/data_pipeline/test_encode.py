@@ -240,7 +240,7 @@ def test_token_that_reaches_from_content_into_the_template_is_refused(with_templ
     reaching = AddedToken("sign<|im_end|>", special=False, normalized=False)
     encoder = with_template(chatml_encoder.tokenizer.chat_template, (reaching,))
     assert encoder.trajectory(CHAT[:3], row="x")
-    with pytest.raises(DataError, match=r"^x: test/template encodes the conversation otherwise than its turns one by"):
+    with pytest.raises(DataError, match=r"^x: test/template encodes the full conversation differently from its turns"):
         encoder.trajectory(CHAT, row="x")
 
 
@@ -299,7 +299,7 @@ def test_code_beside_a_tokenizer_is_never_run(chatml_tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda path: (path / "tokenizer.json").unlink(), "there is no tokenizer.json in it"),
+        (lambda path: (path / "tokenizer.json").unlink(), "tokenizer.json is missing"),
         (lambda path: (path / "tokenizer.json").write_text("{"), "tokenizer.json: cannot be read"),
         (lambda path: (path / "tokenizer_config.json").write_text("{"), "tokenizer_config.json: "),
         (lambda path: (path / "tokenizer_config.json").unlink(), "needs a pad_token and an eos_token"),

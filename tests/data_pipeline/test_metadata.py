@@ -45,7 +45,7 @@ def test_shard_of_whole_records_in_another_order_is_found(copy):
     data = shard.read_bytes()
     first = 16 + int.from_bytes(data[:8], "little")  # the first record is moved to the end
     shard.write_bytes(data[first:] + data[:first])
-    with pytest.raises(DataError, match="every record is whole, but they are not those that were written"):
+    with pytest.raises(DataError, match="every record is intact, but they are not those that were written"):
         verify(copy)
 
 
@@ -105,10 +105,10 @@ def test_a_whole_dataset_is_the_same_whether_broken_shards_would_be_left_out(dat
     assert dataset.fingerprint == dataset.metadata.fingerprint == open_dataset(dataset_directory).fingerprint
 
 
-def test_a_split_without_a_whole_shard_is_an_error(copy):
+def test_a_split_without_an_intact_shard_is_an_error(copy):
     for index in reversed(range(4)):
         break_shard(copy, index)
-    with pytest.raises(DataError, match="no shard of split train is whole; build the dataset again"):
+    with pytest.raises(DataError, match="no shard of split train is intact; build the dataset again"):
         open_dataset(copy, skip_bad=True).split("train")
 
 

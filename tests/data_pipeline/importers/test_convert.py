@@ -126,7 +126,7 @@ def test_outcomes_are_put_on_their_scale(convert, value, scale, expected):
     ],
 )
 def test_an_outcome_out_of_range_is_refused_with_value_bound_and_fix(convert, value, reason):
-    with pytest.raises(DataError, match=rf"log\.jsonl:2: ({reason}).*; mend the row, or .* --skip-bad$"):
+    with pytest.raises(DataError, match=rf"log\.jsonl:2: ({reason}).*; fix the row, or .* --skip-bad$"):
         convert([row(r=1), row(r=value)], outcome="r")
 
 
@@ -165,7 +165,7 @@ def test_paths_find_what_they_name_and_a_field_of_that_name_first():
 def test_a_field_asked_for_by_name_that_no_row_has_is_a_mistake(convert, tmp_path):
     with pytest.raises(DataError, match="--outcome-field rewrd: no row has it, of 1 that could be read"):
         convert([row(reward=1)], outcome="rewrd")
-    with pytest.raises(DataError, match=r"log\.jsonl:1: there is no name, the field for its id"):
+    with pytest.raises(DataError, match=r"log\.jsonl:1: field name, which names its id, is missing"):
         convert([row()], id="name")
     assert not (tmp_path / "out.jsonl").exists()
 
@@ -217,7 +217,7 @@ def test_a_split_by_another_field_keeps_its_groups_together(convert):
     for one in found:
         groups[one.meta["info"]["repo"]].add(one.split)
     assert all(len(kinds) == 1 for kinds in groups.values()) and {"train"} in groups.values() != {"validation"}
-    with pytest.raises(DataError, match=r"log\.jsonl:2: there is no info\.repo to split by"):
+    with pytest.raises(DataError, match=r"log\.jsonl:2: field info\.repo, to split by, is missing"):
         convert([*rows[:1], row()], split_by="info.repo")
 
 
