@@ -150,7 +150,7 @@ def test_interrupted_by_the_user_it_keeps_what_was_finished_and_goes_on(calls, u
         sample(output, factory, SeededPolicy(3, stop_after=calls))
     assert factory.closes == [1] * 6
     assert not output.exists()
-    kept = files.whole_lines(tmp_path / "train.jsonl.partial")
+    kept = files.complete_lines(tmp_path / "train.jsonl.partial")
     again = SeededPolicy(3)
     assert sample(output, policy=again).read_bytes() == undisturbed
     assert again.started == len(WANTED) - len(kept)
@@ -252,7 +252,7 @@ def test_an_action_that_the_policy_cannot_give_ends_that_episode_and_breaks_no_e
 
 def test_a_policy_that_gives_nothing_is_named_as_the_cause(tmp_path):
     policy = ScriptedPolicy(lambda task, path: ["up"] if not path else ["fails"], fail={"fails"})
-    with pytest.raises(UserError, match=r"all 20 .* the first: policy: no fails today; mend the policy$"):
+    with pytest.raises(UserError, match=r"all 20 .* the first: policy: no fails today; fix the policy$"):
         sample(tmp_path / "x.jsonl", policy=policy)
 
 
@@ -273,7 +273,7 @@ def test_a_collection_of_nothing_but_errors_is_refused_and_can_be_repeated(tmp_p
         sample(output, factory, SeededPolicy(3, ("crash",)), label="collect train")
     assert str(error.value) == (
         "collect train: all 20 episodes ended in an error, the first: OSError: the path is broken; "
-        "mend the environment walk"
+        "fix the environment walk"
     )
     assert set(factory.closes) == {1}
     # Mended, the same command samples all of it.
@@ -356,7 +356,7 @@ def test_an_environment_that_cannot_be_closed_keeps_no_other_open(tmp_path):
         sample(tmp_path / "x.jsonl", factory)
     assert factory.closes == [1] * 6
     # All was sampled, and none of it is lost.
-    assert len(files.whole_lines(tmp_path / "x.jsonl.partial")) == len(WANTED)
+    assert len(files.complete_lines(tmp_path / "x.jsonl.partial")) == len(WANTED)
 
 
 def test_no_tasks_give_an_empty_file(tmp_path):

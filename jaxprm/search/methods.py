@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -143,37 +144,36 @@ def guided_search(
     call in proportion to their "reward_tokens", the least it could have read. `prices` are those of the settings'
     budget; "ended" says which of their limits ended a search.
     """
-    if output.exists():
+    resumable = files.ResumableLines(output)
+    if resumable.is_finished():
         return output
-    partial = output.with_name(output.name + ".partial")
-    done = {line["task"] for line in files.whole_lines(partial)}
-    missing = [task for task in tasks if task not in done]
-    with_tree = set(tasks[:: max(1, len(tasks) // settings.trees)][: settings.trees]) if settings.trees else set()
-    forest = BranchRunner(make_environment)
-    try:
+    with closing(BranchRunner(make_environment)) as forest:
         if plan.forks:
             check_can_fork(forest.environment, plan.at)
-        about_trees = {task: about | forest.describe(task) for task in missing if task in with_tree}
-        with bar(label, len(tasks), initial=len(done), unit="task") as progress, files.appending(partial) as append:
-            before = list(files.whole_lines(partial))
+        with resumable:
+            before = resumable.read()
+            done = {line["task"] for line in before}
+            missing = [task for task in tasks if task not in done]
+            with_tree = (
+                set(tasks[:: max(1, len(tasks) // settings.trees)][: settings.trees]) if settings.trees else set()
+            )
+            about_trees = {task: about | forest.describe(task) for task in missing if task in with_tree}
             successes = [line["outcome"] for line in before]
             tokens = sum(line["policy_tokens"] + line["reward_tokens"] for line in before)
             together = min(TASKS_AT_ONCE, max(1, PATHS_AT_ONCE // plan.paths))
-            for start in range(0, len(missing), together):
-                chunk = missing[start : start + together]
-                encoded = scorer.usage["encoded"]
-                trees = _searched(plan, chunk, forest, policy, scorer, settings, prices)
-                lines = [_line(tree, policy, forest, about_trees.get(tree.task)) for tree in trees]
-                append(_share(lines, scorer.usage["encoded"] - encoded))
-                successes += [tree.best.branch.outcome or 0.0 for tree in trees]
-                tokens += sum(line["policy_tokens"] + line["reward_tokens"] for line in lines)
-                progress.set_postfix(success=_share_of(successes), tokens=f"{tokens:,}", refresh=False)
-                progress.update(len(chunk))
-    finally:
-        forest.close()
-    ordered = {line["task"]: line for line in files.whole_lines(partial)}
-    files.write_atomic(output, "".join(files.line(ordered[task]) for task in tasks))
-    partial.unlink()
+            with bar(label, len(tasks), initial=len(done), unit="task") as progress:
+                for start in range(0, len(missing), together):
+                    chunk = missing[start : start + together]
+                    encoded = scorer.usage["encoded"]
+                    trees = _searched(plan, chunk, forest, policy, scorer, settings, prices)
+                    lines = [_line(tree, policy, forest, about_trees.get(tree.task)) for tree in trees]
+                    resumable.append(_share(lines, scorer.usage["encoded"] - encoded))
+                    successes += [tree.best.branch.outcome or 0.0 for tree in trees]
+                    tokens += sum(line["policy_tokens"] + line["reward_tokens"] for line in lines)
+                    progress.set_postfix(success=_share_of(successes), tokens=f"{tokens:,}", refresh=False)
+                    progress.update(len(chunk))
+            ordered = {line["task"]: line for line in resumable.read()}
+            resumable.finish(ordered[task] for task in tasks)
     return output
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from data_pipeline.output import staged_directory
+
 Batch = dict[str, np.ndarray]
 # (features where actions end, features where they begin or None), [B, S, D], of a batch.
 FeaturesOf = Callable[[Mapping[str, np.ndarray]], tuple[jax.Array, jax.Array | None]]
@@ -65,10 +67,6 @@ def features_of_split(
 
 
 def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """The folder is renamed into place, so that it is complete if it is there."""
-    beside = path.with_name(path.name + ".partial")
-    beside.mkdir(parents=True, exist_ok=True)
-    for name, array in arrays.items():
-        np.save(beside / f"{name}.npy", array)
-    if not path.exists():
-        beside.rename(path)
+    with staged_directory(path, overwrite=True, staging=path.with_name(path.name + ".partial")) as staging:
+        for name, array in arrays.items():
+            np.save(staging / f"{name}.npy", array)

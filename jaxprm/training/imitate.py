@@ -155,7 +155,7 @@ def imitate(experiment: config_lib.Experiment, workdir: Path) -> Path:
 
     # Loop: the next batch is made while the device works on this one
     metrics_path = workdir / "metrics.jsonl"
-    kept = [line for line in files.whole_lines(metrics_path) if line["step"] <= start]
+    kept = [line for line in files.complete_lines(metrics_path) if line["step"] <= start]
     files.write_atomic(metrics_path, "".join(map(files.line, kept)))
     with (
         ThreadPoolExecutor(1) as pool,

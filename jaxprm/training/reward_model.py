@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from jax.sharding import Mesh
 from data_pipeline.batches import TrainingBatches
 from data_pipeline.encode import Encoder
 from data_pipeline.metadata import length_histogram, length_range
+from data_pipeline.output import staged_directory
 from data_pipeline.shards import Dataset, ShardSplit
 from jaxprm import config as config_lib
 from jaxprm import files
@@ -164,9 +163,9 @@ def write(
     directory: Path, config: TransformerConfig, parameters: Any, *, base: Path, encoder: Encoder, recipe: dict
 ) -> None:
     """The model in Hugging Face format, the policy's tokenizer with `encoder`'s template, the recipe; or nothing."""
-    with _whole(directory) as beside:
-        reader.write_model(beside, config, parameters, **_described(base, encoder, recipe))
-        _write_companions(beside, base, encoder, recipe)
+    with staged_directory(directory, staging=_staging(directory)) as staging:
+        reader.write_model(staging, config, parameters, **_described(base, encoder, recipe))
+        _write_companions(staging, base, encoder, recipe)
 
 
 def describe(directory: Path, config: TransformerConfig, *, base: Path, encoder: Encoder, recipe: dict) -> None:
@@ -174,21 +173,16 @@ def describe(directory: Path, config: TransformerConfig, *, base: Path, encoder:
 
     Raises OSError for a full disk.
     """
-    shutil.rmtree(directory, ignore_errors=True)  # of the same run, before it was killed
-    with _whole(directory) as beside:
+    # A run that was killed and resumes has described itself before.
+    with staged_directory(directory, overwrite=True, staging=_staging(directory)) as staging:
         described = hf_config(config, reward=True, **_described(base, encoder, recipe))
-        files.write_json(beside / "config.json", described)
-        _write_companions(beside, base, encoder, recipe)
+        files.write_json(staging / "config.json", described)
+        _write_companions(staging, base, encoder, recipe)
 
 
-@contextmanager
-def _whole(directory: Path) -> Iterator[Path]:
-    """A new directory beside it, in its place once it is filled."""
-    beside = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed
-    beside.mkdir(parents=True)
-    yield beside
-    beside.rename(directory)
+def _staging(directory: Path) -> Path:
+    # Redoing a stage removes this name together with the directory.
+    return directory.with_name(directory.name + ".partial")
 
 
 def _described(base: Path, encoder: Encoder, recipe: dict) -> dict[str, Any]:

@@ -135,7 +135,7 @@ def train_reward_model(
         start, state, position = checkpoints.restore(programs.state)
         batches.restore_state(position)
     held = sharding.local_rows(mesh, data.rows)
-    batches.hold(held)
+    batches.set_local_rows(held)
 
     # Description: with it, a checkpoint of the whole model can be scored and exported before the training ends
     about = reward_model.recipe(

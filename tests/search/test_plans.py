@@ -33,7 +33,7 @@ def run(plan, output, policy=None, settings=SETTINGS):
 
 
 def lines_of(path):
-    return list(files.whole_lines(path))
+    return list(files.complete_lines(path))
 
 
 def test_files_of_searches_are_named_by_kind_and_size():
