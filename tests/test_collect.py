@@ -419,15 +419,15 @@ def test_a_users_own_environment_is_collected_and_searched(tmp_path, monkeypatch
         def score_actions(self, states, candidates):
             return [[-abs(int(text) - 2) for text in texts] for texts in candidates]
 
-    forest = BranchRunner(make)
+    runner = BranchRunner(make)
     for scorer in (Knows(), RandomScorer(0)):
         trees = beam_search(
-            tasks, forest, policy, scorer, width=2, actions=4, temperature=0.7, max_rounds=forest.environment.max_rounds
+            tasks, runner, policy, scorer, width=2, actions=4, temperature=0.7, max_rounds=runner.environment.max_rounds
         )
         assert all(tree.best.branch.done and tree.best.branch.error is None for tree in trees)
         assert [tree_to_dict(tree)["prompt"] for tree in trees] == ["Guess a number from 1 to 3."] * 3
         if isinstance(scorer, Knows):
             assert trees[1].best.branch.outcome == 1.0
             assert trees[1].best.branch.actions == ("2",)
-    assert forest.errors == 0
-    forest.close()
+    assert runner.errors == 0
+    runner.close()

@@ -57,7 +57,11 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, quick: bool = False
 
 def to_dict(experiment: Experiment) -> dict:
     """Plain JSON types: what comes back from a config.json."""
-    return json.loads(json.dumps(msgspec.to_builtins(experiment, str_keys=True)))
+    plain = json.loads(json.dumps(msgspec.to_builtins(experiment, str_keys=True)))
+    # Left out when empty, so that fingerprints of configs from before this field existed stay the same.
+    if not plain["search"]["custom"]:
+        del plain["search"]["custom"]
+    return plain
 
 
 def from_dict(plain: dict, *, where: str) -> Experiment:

@@ -34,7 +34,7 @@ class Results:
         self.experiment: config_lib.Experiment = state.experiment
         self.settings = self.experiment.search
         self.seeds = self.experiment.reward_seeds
-        self.plans = search_specs(self.settings)
+        self.specs = search_specs(self.settings)
         self.folder: Path = state.work / "search"
         self.pool = self._by_task(self.folder / "pool.jsonl")
         self.tasks = list(self.pool)
@@ -50,14 +50,14 @@ class Results:
     def estimate(self, values) -> dict:
         return bootstrap(values, samples=self.experiment.bootstrap_samples, seed=self.experiment.seed)
 
-    def guided(self, plan: SearchSpec, label: str) -> list[list[dict]]:
+    def guided(self, spec: SearchSpec, label: str) -> list[list[dict]]:
         """Lines of a guided search, [seeds][tasks]."""
-        names = [plan.file_name(label, seed) for seed in self.seeds]
+        names = [spec.file_name(label, seed) for seed in self.seeds]
         return [list(files.read_lines(self.folder / f"{name}.jsonl")) for name in names]
 
-    def outcome_table(self, plan: SearchSpec, label: str) -> np.ndarray:
+    def outcome_table(self, spec: SearchSpec, label: str) -> np.ndarray:
         """Outcomes of a guided search, [seeds, tasks]."""
-        return np.array([[line["outcome"] for line in lines] for lines in self.guided(plan, label)])
+        return np.array([[line["outcome"] for line in lines] for lines in self.guided(spec, label)])
 
     def pool_values(self, label: str, seed: int) -> list[list[list[float]]]:
         """Values of the pool, [tasks][pool][steps]; a trajectory that ended in an error has none."""
@@ -100,8 +100,8 @@ class Results:
                 "beam": {},
                 "stepwise": {},
             }
-            for plan in self.plans:
-                found[label].setdefault(plan.kind, {})[plan.size] = self.estimate(self.outcome_table(plan, label))
+            for spec in self.specs:
+                found[label].setdefault(spec.kind, {})[spec.size] = self.estimate(self.outcome_table(spec, label))
             for how in settings.aggregations if label != "random" else ():
                 found[label][f"best_of_n_{how}"] = self._sized(self.aggregated(label, how), settings.best_of_n)
         return found
@@ -125,8 +125,8 @@ class Results:
         """Differences by task: every method against the plain policy, random guidance and the other methods."""
         columns: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
         for label in [*self.labels, "random"]:
-            for plan in self.plans:
-                columns[plan.at][label] = self.outcome_table(plan, label)
+            for spec in self.specs:
+                columns[spec.at][label] = self.outcome_table(spec, label)
             curves = self.curves(label)
             columns[f"prefix_best_of_n {self.settings.prefix_best_of_n[-1]}"][label] = curves["prefix_best_of_n"][
                 ..., -1
@@ -202,13 +202,13 @@ class Results:
                 if not np.isfinite(policy):
                     continue
                 cost = Cost(reward * tokens["once"], policy * tokens["sampled"] + reward * tokens["each"])
-                for plan in self.plans:
-                    lines = [line for seed in self.guided(plan, label) for line in seed]
+                for spec in self.specs:
+                    lines = [line for seed in self.guided(spec, label) for line in seed]
                     spent = np.mean([policy * line["policy_tokens"] + reward * line["reward_tokens"] for line in lines])
                     found = equal_budget(
-                        self.outcome_table(plan, label), finals, self.outcomes, budget=spent, cost=cost, **options
+                        self.outcome_table(spec, label), finals, self.outcomes, budget=spent, cost=cost, **options
                     )
-                    equal.append({"label": label, "at": plan.at, "unit": unit, "budget": float(spent)} | found)
+                    equal.append({"label": label, "at": spec.at, "unit": unit, "budget": float(spent)} | found)
         return {"equal": equal, "needed": needed}
 
     def _pool_tokens(self, label: str) -> dict[str, float] | None:
@@ -233,8 +233,8 @@ class Results:
         table["methods"]["policy"] = {"1": _cost(mean, 0, steps, policy, per_token)}
         for label in [*self.labels, "random"]:
             sizes = {}
-            for plan in self.plans:
-                lines, key = [line for seed in self.guided(plan, label) for line in seed], plan.cost_key
+            for spec in self.specs:
+                lines, key = [line for seed in self.guided(spec, label) for line in seed], spec.cost_key
                 reward = 0.0 if label == "random" else np.mean([line["reward_tokens"] for line in lines])
                 generated = np.mean([line["policy_tokens"] for line in lines])
                 acted = np.mean([line["environment_steps"] for line in lines])

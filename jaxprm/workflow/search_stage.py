@@ -30,8 +30,8 @@ def stage_inputs(state) -> dict[str, dict[str, Any]]:
     found = {"pool": pool, "greedy": common}
 
     def guided(label: str, seed: int, judge: dict[str, Any]) -> None:
-        for plan in search_specs(settings):
-            found[plan.file_name(label, seed)] = common | plan.inputs(settings) | judge
+        for spec in search_specs(settings):
+            found[spec.file_name(label, seed)] = common | spec.inputs(settings) | judge
 
     for seed in state.experiment.reward_seeds:
         guided("random", seed, {"random_seed": seed})
@@ -48,7 +48,7 @@ def check(state) -> None:
     settings = state.experiment.search
     environment = state.make_environment()
     try:
-        if any(plan.forks for plan in search_specs(settings)):
+        if any(spec.forks for spec in search_specs(settings)):
             check_can_fork(environment, "search.beams, diverse, lookahead and mcts")
         if (votes := sorted(VOTES.keys() & set(settings.aggregations))) and not hasattr(environment, "answer"):
             raise UserError(
@@ -133,8 +133,8 @@ class _Stages:
     def guided(self, tasks: list[str], label: str, seed: int, scorer) -> None:
         """Every search of the run."""
         state = self._state
-        for plan in search_specs(state.experiment.search):
-            name = plan.file_name(label, seed)
+        for spec in search_specs(state.experiment.search):
+            name = spec.file_name(label, seed)
             output, stage = self._stage(name)
             with stage as needed:
                 if needed:
@@ -147,9 +147,9 @@ class _Stages:
                         tasks,
                         output,
                         settings=state.experiment.search,
-                        plan=plan,
+                        spec=spec,
                         label=f"{name.rsplit('-', 2)[0]} {label}/{seed}",
-                        about={"method": label, "beam": plan.cost_key, "seed": seed},
+                        about={"method": label, "beam": spec.cost_key, "seed": seed},
                         prices=prices(state, label),
                     )
 

@@ -82,7 +82,7 @@ def test_a_users_class_is_made_by_module_and_attribute(module):
         ("user_nowhere:Counter", {}, "no module 'user_nowhere'"),
         ("user_counter.inner:Counter", {}, "user_counter.inner"),
         ("user_counter:Missing", {}, "'Missing' does not exist in"),
-        ("user_counter:not_a_class", {}, "'not_a_class' is not callable in"),
+        ("user_counter:not_a_class", {}, "user_counter:not_a_class is not callable; name a class"),
         ("user_counter:Cloner", {}, r"Cloner has no method snapshot, restore \(fork is 'clone'\)"),
         ("user_counter:Forkless", {}, "Forkless.fork is 'sometimes'; set it to one of clone, replay, none"),
         ("user_counter:Boundless", {}, "Boundless.max_rounds is None"),

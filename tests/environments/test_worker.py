@@ -180,11 +180,11 @@ def test_episodes_are_the_same_and_only_the_bad_ones_are_lost(made):
 def test_a_search_loses_the_branch_and_nothing_else(made, fork):
     draws = lambda task, path: ["crash", "x"] if not path else ["y", "z"]
     width = 1 if fork == "none" else 2
-    forest = BranchRunner(workers(made, at_once=2, fork=fork))
+    runner = BranchRunner(workers(made, at_once=2, fork=fork))
     scores = ScriptedScorer(lambda path: float(path[-1] != "crash") if width == 1 else 0.5)
     trees = beam_search(
         ["test/0", "test/1", "test/2"],
-        forest,
+        runner,
         ScriptedPolicy(draws),
         scores,
         width=width,
@@ -192,7 +192,7 @@ def test_a_search_loses_the_branch_and_nothing_else(made, fork):
         temperature=1.0,
         max_rounds=6,
     )
-    forest.close()
+    runner.close()
     for tree in trees:
         assert path_of(tree.best.messages) == ("x", *["y"] * 5), path_of(tree.best.messages)
         assert tree.best.branch.outcome == 1.0
@@ -203,12 +203,12 @@ def test_a_search_loses_the_branch_and_nothing_else(made, fork):
 
 def test_slow_ones_work_at_the_same_time(made):
     def seconds(at_once):
-        forest = BranchRunner(workers(made, at_once=at_once, delay=0.3))
-        forest.map(forest.start, ["warm/0", "warm/1", "warm/2", "warm/3"], lambda task: task)
+        runner = BranchRunner(workers(made, at_once=at_once, delay=0.3))
+        runner.map(runner.start, ["warm/0", "warm/1", "warm/2", "warm/3"], lambda task: task)
         begin = time.monotonic()
-        forest.map(forest.start, ["warm/0", "warm/1", "warm/2", "warm/3"], lambda task: task)
+        runner.map(runner.start, ["warm/0", "warm/1", "warm/2", "warm/3"], lambda task: task)
         took = time.monotonic() - begin
-        forest.close()
+        runner.close()
         return took
 
     alone = seconds(1)

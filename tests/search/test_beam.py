@@ -36,11 +36,11 @@ def search(
 ):
     """The trees, the environments and the policy of a search by script."""
     factory = Factory(lambda: TreeGame(games, fork))
-    forest = BranchRunner(factory)
+    runner = BranchRunner(factory)
     policy = ScriptedPolicy(draws if callable(draws) else lambda task, path: draws[path], cut, fail)
     trees = beam_search(
         tasks or list(games),
-        forest,
+        runner,
         policy,
         ScriptedScorer(scores),
         width=width,
@@ -49,7 +49,7 @@ def search(
         max_rounds=max_rounds,
         **options,
     )
-    forest.close()
+    runner.close()
     assert set(factory.closes) == {1}
     return trees, factory, policy
 
@@ -398,9 +398,9 @@ def test_a_task_is_searched_the_same_whatever_is_searched_beside_it(games, seed,
 
 def test_one_call_to_policy_and_scorer_a_round_serves_all_tasks():
     games = {"short": {"a": 1.0}, "long": {"a": {"a": {"a": 1.0}}}}
-    forest = BranchRunner(lambda: TreeGame(games))
+    runner = BranchRunner(lambda: TreeGame(games))
     policy, scorer = ScriptedPolicy(lambda task, path: ["a"]), ScriptedScorer(lambda path: 0.5)
-    beam_search(list(games), forest, policy, scorer, width=2, actions=2, temperature=1.0, max_rounds=9)
+    beam_search(list(games), runner, policy, scorer, width=2, actions=2, temperature=1.0, max_rounds=9)
     assert policy.calls == [(2, 4), (1, 2), (1, 2)]
     assert scorer.calls == 3
 

@@ -51,10 +51,10 @@ def test_a_pool_and_a_beam_meet_in_their_first_actions():
     jobs = [("walk/test/0", number) for number in range(6)]
     episodes = rollouts(Walk, SeededPolicy(3, texts="abcdefghijkl"), jobs, temperature=1.0, in_flight=2)
     pool = {episode.number: episode.messages[1]["content"] for episode in episodes}
-    forest = BranchRunner(Walk)
+    runner = BranchRunner(Walk)
     policy = SeededPolicy(3, texts="abcdefghijkl")
     (tree,) = beam_search(
-        ["walk/test/0"], forest, policy, RandomScorer(0), width=3, actions=2, temperature=1.0, max_rounds=1
+        ["walk/test/0"], runner, policy, RandomScorer(0), width=3, actions=2, temperature=1.0, max_rounds=1
     )
     assert [node.messages[1]["content"] for node in tree.nodes] == list(dict.fromkeys(pool[n] for n in range(6)))
     assert len(tree.nodes) > 1

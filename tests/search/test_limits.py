@@ -14,12 +14,12 @@ SCORES = {("a",): 0.8, ("x",): 0.6, ("a", "b"): 0.9, ("a", "b", "c"): 0.95}
 
 
 def run(limits, how=beam_search, **options):
-    forest = BranchRunner(Factory(lambda: TreeGame(GAME)))
+    runner = BranchRunner(Factory(lambda: TreeGame(GAME)))
     policy = ScriptedPolicy(lambda task, path: DRAWS[path])
     options = {"width": 2} | options if how is beam_search else options
     options |= {"actions": 1, "temperature": 1.0, "max_rounds": 9, "limits": limits}
-    (tree,) = how(["t"], forest, policy, ScriptedScorer(SCORES), **options)
-    forest.close()
+    (tree,) = how(["t"], runner, policy, ScriptedScorer(SCORES), **options)
+    runner.close()
     return tree, policy
 
 

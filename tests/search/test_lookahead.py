@@ -34,11 +34,11 @@ class Tempered(ScriptedPolicy):
 
 
 def search(ahead, *, game=GAME, fork="clone", fail=(), scores=SCORES, width=1, **options):
-    forest = BranchRunner(Factory(lambda: TreeGame(game, fork)))
+    runner = BranchRunner(Factory(lambda: TreeGame(game, fork)))
     policy = Tempered(lambda task, path: DRAWS[path], fail=fail)
     (tree,) = beam_search(
         ["t"],
-        forest,
+        runner,
         policy,
         ScriptedScorer(scores),
         width=width,
@@ -48,8 +48,8 @@ def search(ahead, *, game=GAME, fork="clone", fail=(), scores=SCORES, width=1, *
         ahead=ahead,
         **options,
     )
-    forest.close()
-    return tree, policy, forest
+    runner.close()
+    return tree, policy, runner
 
 
 def looked(tree):
@@ -72,7 +72,7 @@ def test_without_it_the_search_is_led_astray_and_one_step_ahead_mends_it(fork):
 
 def test_promise_stays_the_actions_own():
     tree, _, _ = search(2)
-    assert {path_of(n.messages): n.promise for n in tree.nodes if not n.ahead} == {
+    assert {path_of(n.messages): n.promise for n in tree.nodes if not n.is_lookahead} == {
         path: SCORES[path] for path in [("a",), ("b",), ("c",), ("b", "q"), ("b", "q", "r")]
     }
     # Two steps ahead, or as far as there is a way.
@@ -80,13 +80,13 @@ def test_promise_stays_the_actions_own():
 
 
 def test_the_way_ahead_is_the_likeliest_and_is_paid_for():
-    tree, policy, forest = search(1)
+    tree, policy, runner = search(1)
     # Three rounds; in the third nothing is left to look at: every candidate of it is over.
     assert policy.temperatures == [1.0, 0.0, 1.0, 0.0, 1.0]
     assert tree.generated == 3 * (3 + 2 + 3 + 1 + 3)
     executed = sum(node.executed for node in tree.nodes)
     # a, b, c, p and q ahead; q, r ahead; r.
-    assert executed == forest.steps == 8
+    assert executed == runner.steps == 8
     everything = tokens_read(tree, policy.count_tokens)
     alone, _, _ = search(0, scores=SCORES | {("b",): 1.0})
     assert everything > tokens_read(alone, policy.count_tokens)
@@ -120,6 +120,6 @@ def test_a_candidate_that_raises_itself_ranks_last():
 
 def test_progress_is_the_candidates_own():
     tree, _, _ = search(1, progress_weight=2.0)
-    scores = {path_of(node.messages): node.score for node in tree.nodes if not node.ahead}
+    scores = {path_of(node.messages): node.score for node in tree.nodes if not node.is_lookahead}
     assert scores[("b",)] == pytest.approx(0.7)
     assert scores[("b", "q")] == pytest.approx(0.65 + 2 * (0.7 - 0.5))

@@ -32,8 +32,8 @@ def search(games=GAME, draws=DRAWS, scores=SCORES, *, policy=None, tasks=("t",),
     factory = Factory(lambda: TreeGame(games, fork=fork))
     policy = policy or ScriptedPolicy(lambda task, path: draws[path])
     found = {"simulations": 3, "actions": 2, "temperature": 1.0, "max_rounds": 9} | options
-    forest = BranchRunner(factory)
-    return tree_search(list(tasks), forest, policy, ScriptedScorer(scores), **found), factory, policy
+    runner = BranchRunner(factory)
+    return tree_search(list(tasks), runner, policy, ScriptedScorer(scores), **found), factory, policy
 
 
 def test_the_golden_tree_is_searched_as_worked_out_by_hand(monkeypatch):
