@@ -68,7 +68,7 @@ class Run:
                 print(f"policy: {counts}", file=sys.stderr)
         if ended := getattr(vars(self).get("make_environment"), "ended", None):
             counts = ", ".join(f"{count} {reason}" for reason, count in sorted(ended.items()))
-            print(f"environment: processes replaced: {counts}", file=sys.stderr)
+            print(f"environment: workers replaced: {counts}", file=sys.stderr)
 
     def tasks(self, split: str, limit: int | None) -> list[str]:
         """Tasks of a split: all of them, or `limit` spread evenly over it, since a split may be ordered by difficulty.
