@@ -15,17 +15,17 @@ def is_attribute(name: str) -> bool:
     return bool(colon) and attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))
 
 
-def make(kind: str, name: str, path: str, arguments: Mapping[str, Any], *, known: str) -> Any:
+def make(kind: str, name: str, path: str, arguments: Mapping[str, Any], *, choices: str) -> Any:
     """Calls the object at `path` ("module:attribute") with `arguments`, and returns the result.
 
     Args:
         kind: what is made, for error messages ("environment").
         name: the name in the config.
-        known: the other names that the config may use, for error messages.
+        choices: the other names that the config may use, for error messages.
 
     Raises UserError if the module or the attribute does not exist, or the call does not accept the arguments.
     """
-    factory = locate(kind, name, path, known=known)
+    factory = locate(kind, name, path, choices=choices)
     if not callable(factory):
         raise UserError(f"{kind} {name!r}: {path} is not callable; name a class or a function of that module")
     try:
@@ -37,14 +37,14 @@ def make(kind: str, name: str, path: str, arguments: Mapping[str, Any], *, known
         raise UserError(f"{kind} {name!r}: {error}; fix the config's {kind} arguments") from error
 
 
-def locate(kind: str, name: str, path: str, *, known: str) -> Any:
+def locate(kind: str, name: str, path: str, *, choices: str) -> Any:
     """The object at `path` ("module:attribute"); arguments as in `make`.
 
     Raises UserError if the module or the attribute does not exist.
     """
     module_name, colon, attribute = path.partition(":")
     if not (module_name and colon and attribute):
-        raise UserError(f"{kind} {name!r}: no such name; use {known}, or your own as 'module:attribute'")
+        raise UserError(f"{kind} {name!r}: no such name; use {choices}, or your own as 'module:attribute'")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

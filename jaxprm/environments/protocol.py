@@ -97,8 +97,8 @@ def create(name: str, arguments: Mapping[str, Any] | None = None) -> Environment
     Raises UserError if the name, its module or its attribute does not exist, if the call does not accept the arguments,
     or if the result lacks a part of the protocol.
     """
-    known = f"one of {', '.join(sorted(REGISTERED))}"
-    environment = plugins.make("environment", name, REGISTERED.get(name, name), arguments or {}, known=known)
+    choices = f"one of {', '.join(sorted(REGISTERED))}"
+    environment = plugins.make("environment", name, REGISTERED.get(name, name), arguments or {}, choices=choices)
     _check_protocol(name, environment)
     return environment
 

@@ -43,7 +43,7 @@ def find_method(name: str) -> SearchMethod:
     """
     if name in SEARCHES:
         return SEARCHES[name]
-    method = plugins.locate("search", name, name, known=f"one of {', '.join(SEARCHES)}")
+    method = plugins.locate("search", name, name, choices=f"one of {', '.join(SEARCHES)}")
     if not isinstance(method, SearchMethod):
         raise UserError(f"search {name!r}: is a {type(method).__name__}; name a jaxprm.search.methods.SearchMethod")
     _check_kind(method)

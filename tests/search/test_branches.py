@@ -1,4 +1,4 @@
-"""The three ways to fork, what goes wrong in them, and that nothing is left open."""
+"""The three ways to fork, their errors, and that every environment is closed once."""
 
 import pytest
 
@@ -34,7 +34,7 @@ def test_a_branch_can_be_continued_twice_and_in_any_order(fork):
     assert (ay.actions, ay.observations, ay.done) == (("a", "y"), ("at a", "at a/y"), False)
     # The first branches are what they were.
     assert runner.step(a, "x") == ax
-    assert len(factory.made) == 1
+    assert len(factory.environments) == 1
     assert runner.errors == 0
     runner.close()
     assert factory.closes == [1]
@@ -47,7 +47,7 @@ def test_steps_are_counted_with_those_of_replays():
         for action in ("a", "y", "z"):
             branch = runner.step(branch, action)
         assert branch.outcome == 0.5
-        assert runner.steps == len(factory.made[0].executed) == expected
+        assert runner.steps == len(factory.environments[0].executed) == expected
 
 
 def test_a_clone_has_its_own_state():
@@ -66,12 +66,12 @@ def test_without_forks_every_task_has_an_environment_while_it_lasts():
     u = runner.step(branches[1], "a")
     t = runner.step(t, "x")
     assert (t.outcome, u.outcome) == (1.0, 0.75)
-    assert sum(bool(environment.executed) for environment in factory.made) == 2
-    made = len(factory.made)
-    # The next tasks take over the environments of those that are done.
+    assert sum(bool(environment.executed) for environment in factory.environments) == 2
+    count = len(factory.environments)
+    # The next tasks use the environments of those that are done.
     for task in ("v", "w", "x"):
         assert runner.step(runner.start(task)[1], "a").outcome == 0.5
-    assert len(factory.made) == made
+    assert len(factory.environments) == count
     runner.close()
     assert set(factory.closes) == {1}
 
@@ -103,7 +103,7 @@ def test_a_task_that_cannot_start_is_a_branch_that_is_over(fork):
 
 
 class Fickle:
-    """Replays, but says something else every time the counter passes `at`; broken for good once `dies` is reached."""
+    """Replays, but observations change from reset number `diverge_on`, and the prompt with every reset if asked to."""
 
     fork, max_rounds = "replay", 5
     resets = 0
@@ -135,10 +135,10 @@ def test_a_replay_that_diverges_ends_the_branch_with_a_counted_error():
     factory = Factory(lambda: Fickle(diverge_on=4))
     runner = BranchRunner(factory)
     _, root = runner.start("t")  # reset 1
-    one = runner.step(root, "go")  # reset 2
-    two = runner.step(one, "on")  # reset 3
-    assert two.observations == ("did go", "did on")
-    lost = runner.step(two, "end")  # reset 4 sees "did go!"
+    first = runner.step(root, "go")  # reset 2
+    second = runner.step(first, "on")  # reset 3
+    assert second.observations == ("did go", "did on")
+    lost = runner.step(second, "end")  # reset 4 sees "did go!"
     assert lost.done
     assert lost.outcome == 0.0
     assert lost.error == "RuntimeError: replay diverged: 'did go!' where 'did go' was seen before"
@@ -154,7 +154,7 @@ def test_a_replay_whose_prompt_diverges_ends_the_branch():
 
 
 class Fragile(TreeGame):
-    """Of no use after it raised, and cannot even be closed without an error."""
+    """Raises on every call after its first error, on close() too."""
 
     broken = False
 
@@ -181,18 +181,18 @@ def test_a_broken_environment_is_closed_and_replaced(fork):
     runner.step(root, "bad")
     _, again = runner.start("t")
     assert runner.step(again, "a").error is None
-    assert sum(environment.broken for environment in factory.made) == 1
-    assert [environment.closes for environment in factory.made if environment.broken] == [1]
+    assert sum(environment.broken for environment in factory.environments) == 1
+    assert [environment.closes for environment in factory.environments if environment.broken] == [1]
     runner.close()
     assert set(factory.closes) == {1}
 
 
-def test_one_that_cannot_be_closed_does_not_keep_the_others_open():
+def test_all_environments_are_closed_even_if_one_cannot_be():
     factory = Factory(lambda: Fragile(GAME, "none"))
     runner = BranchRunner(factory)
     for task in ("t", "u"):
         runner.start(task)
-    factory.made[1].broken = True
+    factory.environments[1].broken = True
     with pytest.raises(RuntimeError, match="cannot close"):
         runner.close()
     assert factory.closes == [1, 1, 1]
@@ -207,7 +207,7 @@ def test_a_branch_is_cut_at_the_round_limit_and_graded(fork):
 
 
 class Odd(TreeGame):
-    """Returns what it must not."""
+    """Returns values that the protocol forbids."""
 
     answer = StepResult("fine", 0.0, True)
     grade = 1.0
@@ -227,13 +227,13 @@ class Odd(TreeGame):
         (("fine", 0.0, True), float("nan"), "ValueError: outcome() returned nan; it must be in [0, 1]"),
     ],
 )
-def test_what_an_environment_must_not_return_is_its_error(answer, grade, error):
+def test_a_forbidden_return_value_is_the_environments_error(answer, grade, error):
     Odd.answer, Odd.grade = answer, grade
     runner = BranchRunner(lambda: Odd(GAME))
     assert runner.step(runner.start("t")[1], "a").error == error
 
 
-def test_a_plain_tuple_will_do_for_a_result():
+def test_a_plain_tuple_is_accepted_as_a_result():
     Odd.answer, Odd.grade = ("fine", 0, 1), 1
     runner = BranchRunner(lambda: Odd(GAME))
     branch = runner.step(runner.start("t")[1], "a")
@@ -247,13 +247,13 @@ def test_beams_are_refused_where_the_environment_does_not_fork():
         check_can_fork(TreeGame(GAME, "none"), "beam @2x2")
 
 
-def test_a_branch_that_is_abandoned_gives_its_environment_to_the_next_task():
+def test_an_abandoned_branch_releases_its_environment_to_the_next_task():
     factory = Factory(lambda: TreeGame({"t": {"a": 1.0}, "u": {"a": 1.0}}, "none"))
     runner = BranchRunner(factory)
     _, branch = runner.start("t")
-    ended = runner.abandon(branch, "nobody knows")
-    assert (ended.done, ended.outcome, ended.error, ended.prompt) == (True, 0.0, "nobody knows", "play t")
+    ended = runner.abandon(branch, "no action")
+    assert (ended.done, ended.outcome, ended.error, ended.prompt) == (True, 0.0, "no action", "play t")
     runner.start("u")
     assert runner.errors == 0
     runner.close()
-    assert factory.closes == [1, 1]  # the forest's own, and one for both tasks
+    assert factory.closes == [1, 1]  # the runner's own, and one for both tasks

@@ -20,7 +20,7 @@ MIXED_WORD_SHARE = 0.08
 
 
 def invent(rng: random.Random, words: Sequence[str], distractors: tuple[int, int]) -> tuple[str, RecipeBook]:
-    """Invents recipes; returns (goal, book) with a plan of at most LONGEST_PLAN turns.
+    """Invents recipes; returns (goal, book) with a plan of at most LONGEST_PLAN turns in the book's order.
 
     Some words of item names are mixed from two words, because names of unseen goals also split into unknown tokens.
 

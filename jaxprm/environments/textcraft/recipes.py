@@ -100,7 +100,7 @@ class RecipeBook:
 
     @cached_property
     def goals(self) -> tuple[str, ...]:
-        """The craftable items by ascending depth, then in reading order. AgentGym's `data_idx` is an index into them."""
+        """The craftable items by ascending depth, then in reading order: AgentGym's `data_idx` is an index here."""
         return tuple(sorted(self.craftable, key=self.depth))
 
     @cached_property
