@@ -107,6 +107,9 @@ def mesh_of_sizes(sizes: Mapping[str, Any], *, where: str) -> MeshConfig:
 def to_dict(experiment: Experiment) -> dict[str, Any]:
     """The experiment in plain JSON types, as in config.json."""
     plain: dict[str, Any] = json.loads(json.dumps(msgspec.to_builtins(experiment, str_keys=True)))
+    # Left out when empty, so that fingerprints of configs from before this field existed stay the same.
+    if not plain["search"]["custom"]:
+        del plain["search"]["custom"]
     return plain
 
 

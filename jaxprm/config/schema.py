@@ -221,9 +221,10 @@ class SearchConfig(Section, frozen=True):
     """What is searched on the held-out tasks. `tasks` null means all of the split.
 
     beams, diverse: (paths kept, actions of each); lookahead: (paths, actions, steps ahead); mcts: (simulations before a
-    step, actions), with `exploration`; stepwise: actions; aggregations: scores and votes for best-of-N beside the final
-    step's. stop_at: a finished path of at least this score ends the search of its task; budget: so does having spent so
-    many tokens or FLOPs. docs/search.md says more.
+    step, actions), with `exploration`; stepwise: actions; custom: sizes of other searches, by their registered kind or
+    as "module:attribute" of a jaxprm.search.methods.SearchMethod; aggregations: scores and votes for best-of-N beside
+    the final step's. stop_at: a finished path of at least this score ends the search of its task; budget: so does
+    having spent so many tokens or FLOPs. docs/search.md says more.
     """
 
     split: Literal["validation", "test"] = "test"
@@ -238,6 +239,7 @@ class SearchConfig(Section, frozen=True):
     diverse: tuple[tuple[PositiveInt, PositiveInt], ...] = ()
     lookahead: tuple[tuple[PositiveInt, PositiveInt, PositiveInt], ...] = ()
     mcts: tuple[tuple[PositiveInt, PositiveInt], ...] = ()
+    custom: dict[str, tuple[tuple[PositiveInt, ...], ...]] = {}
     exploration: NonNegativeFloat = 1.0
     aggregations: tuple[Literal["mean", "min", "max", "product", "sum", "vote", "weighted_vote"], ...] = ()
     progress_weight: NonNegativeFloat = 0.0
