@@ -25,12 +25,12 @@ def load(experiment: Experiment) -> protocol.Policy:
         return language_model.load(str(policy_directory(settings)), seed=experiment.seed, settings=settings)
     if settings.endpoint is not None:
         from data_pipeline.encode import Encoder
-        from jaxprm.policies import openai
+        from jaxprm.policies import endpoint
 
         encoder = None
         if experiment.base_model is not None:
             encoder = Encoder.load(base_directory(experiment), settings.chat_template)
-        return openai.load(settings, seed=experiment.seed, encoder=encoder)
+        return endpoint.load(settings, seed=experiment.seed, encoder=encoder)
     arguments = {"seed": experiment.seed} | settings.arguments
     policy = plugins.make("policy", settings.path, settings.path, arguments, known="a model directory, default")
     if missing := plugins.missing_methods(policy, _METHODS):

@@ -7,7 +7,7 @@ import pytest
 from jaxprm.config import EndpointConfig, Experiment, PolicyConfig
 from jaxprm.errors import UserError
 from jaxprm.policies import language_model, loading
-from jaxprm.policies.openai import OpenAIPolicy
+from jaxprm.policies.endpoint import EndpointPolicy
 from jaxprm.policies.protocol import State
 from jaxprm.workflow import workdir
 from jaxprm.workflow.context import Run
@@ -82,7 +82,7 @@ def test_an_endpoint_reads_its_key_from_the_environment_before_anything_is_asked
     with pytest.raises(UserError, match="JAXPRM_TEST_KEY is not set"):
         loading.load(experiment(endpoint=served))
     monkeypatch.setenv("JAXPRM_TEST_KEY", "something")
-    assert isinstance(loading.load(experiment(endpoint=served)), OpenAIPolicy)
+    assert isinstance(loading.load(experiment(endpoint=served)), EndpointPolicy)
 
 
 def test_an_endpoint_counts_with_the_base_models_tokenizer_where_there_is_one():

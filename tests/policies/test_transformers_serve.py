@@ -19,7 +19,8 @@ from data_pipeline.trajectory import parse_line
 from jaxprm import environments
 from jaxprm.config import EndpointConfig, PolicyConfig
 from jaxprm.errors import UserError
-from jaxprm.policies import language_model, openai
+from jaxprm.policies import endpoint as endpoint_module
+from jaxprm.policies import language_model
 from jaxprm.policies.protocol import State
 from jaxprm.policies.rollouts import collect
 
@@ -96,7 +97,7 @@ def make(base_url):
         options = {"base_url": base_url, "model": str(directory), "retries": 1} | endpoint
         settings = PolicyConfig(endpoint=EndpointConfig(**options), max_action_tokens=TOKENS, max_tokens=896)
         tokenizer = Encoder.load(directory) if encoder else None
-        made.append(openai.load(settings, seed=SEED, encoder=tokenizer))
+        made.append(endpoint_module.load(settings, seed=SEED, encoder=tokenizer))
         return made[-1]
 
     yield make

@@ -23,7 +23,7 @@ from jaxprm.search.methods import RandomScorer
 from jaxprm.search.tree import tree_to_dict
 from tests.search.fakes import Factory, ScriptedPolicy, SeededPolicy, TreeGame, Walk
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TASKS = Walk().tasks("train")
 COUNT = 5
 WANTED = [f"{task}#{number}" for task in TASKS for number in range(COUNT)]
@@ -160,7 +160,7 @@ KILLED = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from tests.test_collect import SeededPolicy, sample
+from tests.policies.test_rollouts import SeededPolicy, sample
 sample(Path(sys.argv[1]), policy=SeededPolicy(3, delay=0.03), in_flight=3)
 """
 

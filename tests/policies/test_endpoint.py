@@ -16,9 +16,8 @@ from openai.types.chat import ChatCompletion
 
 from jaxprm.config import EndpointConfig, PolicyConfig
 from jaxprm.errors import UserError
-from jaxprm.policies import chat_client, openai
-from jaxprm.policies.chat_client import ChatClient, Pauses
-from jaxprm.policies.openai import OpenAIPolicy
+from jaxprm.policies import endpoint as endpoint_module
+from jaxprm.policies.endpoint import ChatClient, EndpointPolicy, Pauses
 from jaxprm.policies.protocol import Action, State, candidate_seed, prefix_hash
 from tests.model import tiny
 from tests.policies import fake_server
@@ -45,9 +44,9 @@ def make(server):
     def make(*, seed=0, key=None, encoder=None, max_tokens=1024, pauses=Pauses(0.004, 0.01, 0.05), **endpoint):
         options = {"base_url": server.base_url, "model": MODEL, "timeout_seconds": 5.0, "retries": 2} | endpoint
         settings = PolicyConfig(endpoint=EndpointConfig(**options), max_action_tokens=50, max_tokens=max_tokens)
-        reader = openai.template_reader(encoder)
-        client = ChatClient(settings.endpoint, key, template_in=reader, pauses=pauses)
-        made.append(OpenAIPolicy(settings, seed=seed, encoder=encoder, client=client))
+        finder = endpoint_module.special_token_finder(encoder)
+        client = ChatClient(settings.endpoint, key, find_special=finder, pauses=pauses)
+        made.append(EndpointPolicy(settings, seed=seed, encoder=encoder, client=client))
         return made[-1]
 
     yield make
@@ -262,9 +261,9 @@ def test_what_the_server_asks_to_wait_is_waited(server, make):
 )
 def test_pauses_double_up_to_a_bound_and_heed_the_server_up_to_another(attempt, asked, least, most, make):
     client = make(pauses=Pauses(2.0, 8.0, 60.0))._client
-    error = chat_client.TransientError("later", asked)
+    error = endpoint_module.TransientError("later", asked)
     state = SimpleNamespace(attempt_number=attempt, outcome=SimpleNamespace(exception=lambda: error))
-    drawn = [client._wait(state) for _ in range(300)]
+    drawn = [client._pause(state) for _ in range(300)]
     assert least <= min(drawn) <= least + 0.3 and most - 0.3 <= max(drawn) <= most
     assert least == most or len(set(drawn)) > 100
 
@@ -274,11 +273,13 @@ def test_pauses_double_up_to_a_bound_and_heed_the_server_up_to_another(attempt, 
     [("2", 2), ("-5", 0), ("nan", 0), ("", 0), ("Wed, 21 Oct 2015 07:28:00 GMT", 0), ("Wed, 99 Oct", 0)],
 )
 def test_retry_after_is_seconds_or_a_date(header, seconds):
-    assert chat_client._seconds(header) == seconds
+    assert endpoint_module._retry_after(header) == seconds
 
 
 def test_a_date_to_come_is_waited_for():
-    assert 60 < chat_client._seconds(format_datetime(datetime.now(UTC) + timedelta(seconds=90), usegmt=True)) <= 90
+    assert (
+        60 < endpoint_module._retry_after(format_datetime(datetime.now(UTC) + timedelta(seconds=90), usegmt=True)) <= 90
+    )
 
 
 @pytest.mark.parametrize(
@@ -292,9 +293,9 @@ def test_a_date_to_come_is_waited_for():
         (Reply(404, {"detail": "Not Found"}), "status 404 Not Found: Not Found; see that policy.endpoint.base_url is"),
         (
             Reply(307, b"", Location="https://elsewhere/v1"),
-            "status 307 Temporary Redirect: https://elsewhere/v1; mend policy.endpoint.base_url",
+            "status 307 Temporary Redirect: https://elsewhere/v1; fix policy.endpoint.base_url",
         ),
-        (Reply(402, {"error": {"message": "no credit"}}), "status 402 Payment Required: no credit; mend"),
+        (Reply(402, {"error": {"message": "no credit"}}), "status 402 Payment Required: no credit; fix"),
     ],
 )
 def test_what_trying_again_cannot_mend_is_one_line_at_once(reply, says, server, make):
@@ -364,7 +365,7 @@ def test_a_dead_server_is_one_line(make):
         found = message(make(base_url=url), STATES)
     assert found.startswith(f"policy at {url}/chat/completions, model {MODEL}: not one of 5 requests was answered, the")
     assert "ConnectError" in found and "(3 attempts)" in found
-    assert found.endswith("run the same command again: it goes on where it stopped")
+    assert found.endswith("run the same command again: it resumes where it stopped")
 
 
 def test_a_server_that_dies_ends_the_run_after_so_many_failures_in_a_row(server, make):
@@ -389,7 +390,7 @@ def test_the_key_is_sent_and_shown_nowhere(server, make):
 
 def test_no_key_is_sent_unless_one_is_named(server, make, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    assert openai.read_key(EndpointConfig(model="a")) is None
+    assert endpoint_module.read_key(EndpointConfig(model="a")) is None
     make().propose(STATES[:1], 1, 1.0)
     assert "Authorization" not in server.headers[0]
 
@@ -397,14 +398,14 @@ def test_no_key_is_sent_unless_one_is_named(server, make, monkeypatch):
 def test_the_key_comes_from_the_environment(monkeypatch):
     endpoint = EndpointConfig(model="a", api_key_env="MY_KEY")
     monkeypatch.setenv("MY_KEY", f" {KEY}\n")
-    assert openai.read_key(endpoint) == KEY
+    assert endpoint_module.read_key(endpoint) == KEY
     monkeypatch.setenv("MY_KEY", f"{KEY}\nHost: elsewhere")
     with pytest.raises(UserError, match="MY_KEY: holds characters that no key has") as error:
-        openai.read_key(endpoint)
+        endpoint_module.read_key(endpoint)
     assert KEY not in str(error.value)
     monkeypatch.delenv("MY_KEY")
     with pytest.raises(UserError, match="MY_KEY is not set; export it"):
-        openai.read_key(endpoint)
+        endpoint_module.read_key(endpoint)
 
 
 def test_what_was_given_up_is_let_go(server, make):
