@@ -83,7 +83,7 @@ class EndpointPolicy:
         self._cache |= {key: action for key, action in drawn.items() if action.stop != "error"}
         return [[drawn[key] if key in drawn else self._cache[key] for key in row] for row in keys]
 
-    def count_tokens(self, messages: Sequence[dict]) -> int:
+    def count_tokens(self, messages: Sequence[dict[str, Any]]) -> int:
         """Length of a conversation in the base model's tokens, with the opening of the next turn; or an estimate."""
         if self._encoder is not None:
             return len(self._encoder.prompt(messages))
@@ -102,7 +102,7 @@ class EndpointPolicy:
 
     def _request_body(self, key: DrawKey, state: State) -> dict[str, Any]:
         extra = self._endpoint.extra_body
-        seed, _ = candidate_seed(self._seed, key.task, key.prefix, key.index)
+        seed, _ = candidate_seed(self._seed, key.task, key.prefix, key.number)
         body: dict[str, Any] = {
             "model": self._endpoint.model,
             "messages": [

@@ -1,4 +1,4 @@
-"""Scores of a file of trajectories: one line out for each line in, resumable, in bounded memory."""
+"""Scores a file of trajectories: one line of output for each line of input, resumable, in bounded memory."""
 
 from __future__ import annotations
 
@@ -29,24 +29,30 @@ FORMAT = 1
 
 
 class LineCounts(NamedTuple):
-    """Lines written: with scores, and with an error in their place."""
+    """Numbers of lines written: with scores, and with an error in place of them."""
 
     scored: int
     errors: int
 
 
 class ScoredLine(NamedTuple):
-    """A line of a file of trajectories with the promise of its steps, or with what is wrong with it."""
+    """A line of a file of trajectories: scored, or with an error.
 
-    number: int  # counts from 1
+    Args:
+      number: of the line in its file, from 1.
+      messages: index of the message of each step, [S].
+      promises: of the steps, float32 [S].
+    """
+
+    number: int
     trajectory: Trajectory | None = None
-    messages: Sequence[int] = ()  # [S], the message of each step
-    promises: np.ndarray | None = None  # float32 [S]
+    messages: Sequence[int] = ()
+    promises: np.ndarray | None = None
     error: str | None = None
 
 
 class _Written(msgspec.Struct):
-    """What is read back of a line of our own."""
+    """The fields of an output line that resuming needs."""
 
     id: str | None
     error: str | None = None

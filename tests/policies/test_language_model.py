@@ -199,10 +199,10 @@ def test_asked_again_it_answers_from_memory():
 
 
 def test_what_is_forgotten_is_drawn_again_and_the_same(monkeypatch):
-    monkeypatch.setattr(language_model, "REMEMBERED", 2)
+    monkeypatch.setattr(language_model, "MAX_CACHED", 2)
     policy = new_policy()
     first = policy.propose(STATES, 2, 1.0)
-    assert len(policy._memory) == 2
+    assert len(policy._cache) == 2
     cost = policy.generated
     assert without_log_probability(policy.propose(STATES, 2, 1.0)) == without_log_probability(first)
     assert policy.generated > cost

@@ -64,7 +64,7 @@ def test_cached_equals_uncached_for_any_tree_order_fork_eviction_and_packing(see
         for ours, reference in zip(values, uncached(jobs), strict=True):
             tiny.assert_close(ours, reference)
     if slots == 2:
-        assert engine.usage["again"] > 0
+        assert engine.usage.recomputed_tokens > 0
 
 
 def test_every_token_of_a_tree_is_encoded_once():
@@ -75,19 +75,19 @@ def test_every_token_of_a_tree_is_encoded_once():
         jobs = [(state, tokens_of(rng, 10)) for state in states for _ in range(4)]
         engine.score_continuations(jobs)
         least += 10 * len(jobs)
-        assert engine.usage["encoded"] == least
+        assert engine.usage.encoded_tokens == least
         states = [np.concatenate([*jobs[at], tokens_of(rng, 7)]) for at in (1, len(jobs) - 1)]
         least += 7 * len(states)
     engine.score_continuations([(state, tokens_of(rng, 1)) for state in states])
-    assert engine.usage["encoded"] == least + 2
-    assert engine.usage["again"] == 0
+    assert engine.usage.encoded_tokens == least + 2
+    assert engine.usage.recomputed_tokens == 0
 
 
 def test_padding_is_counted():
     engine, rng = new_engine(), np.random.default_rng(2)
     engine.score_continuations([(tokens_of(rng, 20), tokens_of(rng, 5))])
     # 20 tokens in two chunks of 16 and 5 in a row of 30, one row each.
-    assert (engine.usage["encoded"], engine.usage["slots"]) == (25, 2 * 16 + 30)
+    assert (engine.usage.encoded_tokens, engine.usage.padded_tokens) == (25, 2 * 16 + 30)
 
 
 def test_what_was_dropped_is_encoded_again_and_counted():
@@ -95,8 +95,8 @@ def test_what_was_dropped_is_encoded_again_and_counted():
     states = [tokens_of(rng, 10 + number) for number in range(3)]
     for state in (*states, states[0]):
         engine.score_continuations([(state, tokens_of(rng, 2))])
-    assert engine.usage["encoded"] == 10 + 11 + 12 + 10 + 4 * 2
-    assert engine.usage["again"] == 10
+    assert engine.usage.encoded_tokens == 10 + 11 + 12 + 10 + 4 * 2
+    assert engine.usage.recomputed_tokens == 10
 
 
 def test_what_is_known_of_dropped_prefixes_is_bounded(monkeypatch):
@@ -108,9 +108,9 @@ def test_what_is_known_of_dropped_prefixes_is_bounded(monkeypatch):
     bank = engine._bank
     assert len(bank._dropped_order) == sum(map(len, bank._dropped.values())) == 3
     engine.score_continuations([(states[0], tokens_of(rng, 2))])  # dropped long ago
-    assert engine.usage["again"] == 0
+    assert engine.usage.recomputed_tokens == 0
     engine.score_continuations([(states[7], tokens_of(rng, 2))])
-    assert engine.usage["again"] == len(states[7])
+    assert engine.usage.recomputed_tokens == len(states[7])
 
 
 def test_a_continuation_of_nothing_is_read_by_what_follows_it():
@@ -152,7 +152,7 @@ def test_after_the_warm_up_nothing_compiles():
     with tiny.compilations() as seen:
         search(engine, 5)
     assert seen == []
-    assert usage["encoded"] == 0
+    assert usage.encoded_tokens == 0
 
 
 @pytest.mark.slow
@@ -187,6 +187,6 @@ def test_what_was_forgotten_is_computed_again_to_the_same_bits_and_counted_on():
     with tiny.compilations() as compiled:
         second = search(engine, seed=3)
     assert not compiled
-    assert engine.usage == {name: 2 * count for name, count in once.items()} and once["encoded"] > 100
+    assert engine.usage == once.plus(once) and once.encoded_tokens > 100
     for (_, one), (_, other) in zip(first, second, strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))

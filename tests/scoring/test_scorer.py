@@ -120,11 +120,11 @@ def test_what_was_scored_is_remembered_and_only_new_tokens_are_encoded():
 
 
 def test_what_is_remembered_is_bounded_and_what_was_used_last_stays(monkeypatch):
-    monkeypatch.setattr("jaxprm.scoring.scorer.REMEMBERED", 3)
+    monkeypatch.setattr("jaxprm.scoring.scorer.MAX_CACHED", 3)
     scorer, state = new_scorer(), CONVERSATIONS[0][:1]
     texts = [f"Action: get {number} stick" for number in range(5)]
     (first,) = scorer.score_actions([state], [texts])
-    assert len(scorer._memory) == 3
+    assert len(scorer._cache) == 3
     before = scorer.usage["encoded"]
     assert scorer.score_actions([state], [texts[2:]])[0].tolist() == first[2:].tolist()
     assert scorer.usage["encoded"] == before

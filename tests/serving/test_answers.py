@@ -18,7 +18,7 @@ class Stub:
     def __init__(self):
         self.engine, self.calls, self.forgotten = self, [], 0
 
-    def whole(self, sequences, names, few):
+    def score_full(self, sequences, names, small_batches):
         self.calls.append(len(sequences))
         if any(13 in tokens for tokens in sequences):
             raise RuntimeError("broken")

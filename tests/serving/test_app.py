@@ -124,7 +124,7 @@ def test_metrics_count_what_happened():
     async def test(client, model):
         for body in ({"input": "abc"}, {"input": "ab"}, {"input": 1}):
             await client.post("/classify", json=body)
-        metrics.computed(2, 0.5, {"encoded": 7, "reused": 3})
+        metrics.count_batch(2, 0.5, {"encoded": 7, "reused": 3})
         lines = (await client.get("/metrics")).text.splitlines()
         for line in (
             'jaxprm_requests_total{endpoint="/classify",status="200"} 2.0',

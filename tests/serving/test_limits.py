@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.requests import Request
 
-from jaxprm.serving.requests import LONGEST_MESSAGE, Intake, RequestLimits, RequestRefused, decoded
+from jaxprm.serving.requests import MAX_MESSAGE, Intake, RequestLimits, RequestRefused, parse_json
 
 SMALL = RequestLimits(body_bytes=10, held_bytes=15, body_seconds=0.05)
 
@@ -81,15 +81,15 @@ def test_bodies_together_are_bounded():
 @pytest.mark.parametrize("depth", [1, 2, 31, 32])
 def test_json_up_to_the_depth_is_taken(depth):
     body = b"[" * depth + b"]" * depth
-    assert json.dumps(decoded(body, depth)).encode() == body
+    assert json.dumps(parse_json(body, depth)).encode() == body
     with pytest.raises(RequestRefused, match=f"nested more than {depth} deep"):
-        decoded(b"[" + body + b"]", depth)
+        parse_json(b"[" + body + b"]", depth)
 
 
 def test_depth_counts_objects_and_lists_on_the_longest_way():
-    assert decoded(b'{"a": [{"b": 1}], "c": 2}', 3) == {"a": [{"b": 1}], "c": 2}
+    assert parse_json(b'{"a": [{"b": 1}], "c": 2}', 3) == {"a": [{"b": 1}], "c": 2}
     with pytest.raises(RequestRefused, match="nested more than 2 deep"):
-        decoded(b'{"a": [{"b": 1}], "c": 2}', 2)
+        parse_json(b'{"a": [{"b": 1}], "c": 2}', 2)
 
 
 DEEP = b"[" * 9000
@@ -100,14 +100,14 @@ DEEP = b"[" * 9000
 )
 def test_what_is_not_json_is_refused(body):
     with pytest.raises(RequestRefused) as caught:
-        decoded(body, 32)
+        parse_json(body, 32)
     assert caught.value.status == 400
 
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_json_or_refused(body):
     try:
-        expected = decoded(body, 5)
+        expected = parse_json(body, 5)
     except RequestRefused as refused:
         assert refused.status == 400 and "\n" not in refused.message
     else:
@@ -117,4 +117,4 @@ def test_any_bytes_are_json_or_refused(body):
 @given(st.text(max_size=2000))
 def test_a_refusal_is_one_line_of_bounded_length(text):
     message = RequestRefused(400, text).message
-    assert len(message) <= LONGEST_MESSAGE and len(message.splitlines()) <= 1
+    assert len(message) <= MAX_MESSAGE and len(message.splitlines()) <= 1

@@ -11,9 +11,9 @@ CHAT = [{"role": "user", "content": "Goal"}, {"role": "assistant", "content": "g
 
 
 def test_actions_are_scored_in_the_order_of_the_candidates():
-    asked = requests.score_actions({"messages": CHAT[:1], "candidates": ["a", CHAT[1]], "tools": [{}]}, LIMITS)
+    asked = requests.parse_score_actions({"messages": CHAT[:1], "candidates": ["a", CHAT[1]], "tools": [{}]}, LIMITS)
     assert (asked.messages, asked.candidates, asked.tools) == (CHAT[:1], ["a", CHAT[1]], [{}])
-    found = requests.scores([ActionScore(0.5, None), ActionScore(0.25, -0.125)], "m")
+    found = requests.score_actions_response([ActionScore(0.5, None), ActionScore(0.25, -0.125)], "m")
     assert found == {
         "model": "m",
         "scores": [{"promise": 0.5, "progress": None}, {"promise": 0.25, "progress": -0.125}],
@@ -35,7 +35,7 @@ def test_actions_are_scored_in_the_order_of_the_candidates():
 )
 def test_other_shapes_of_actions_are_refused(value, words):
     with pytest.raises(RequestRefused, match=words) as caught:
-        requests.score_actions(value, LIMITS)
+        requests.parse_score_actions(value, LIMITS)
     assert caught.value.status == 400
 
 
@@ -50,12 +50,14 @@ def test_other_shapes_of_actions_are_refused(value, words):
     ],
 )
 def test_texts_and_token_ids_are_taken_alone_and_in_lists(name, form, given, inputs, one):
-    asked = requests.classify({"model": "m", name: given, "user": "me", "rid": "1", "use_activation": True}, LIMITS)
-    assert (asked.form, asked.inputs, asked.messages, asked.one) == (form, inputs, None, one)
+    asked = requests.parse_classify(
+        {"model": "m", name: given, "user": "me", "rid": "1", "use_activation": True}, LIMITS
+    )
+    assert (asked.form, asked.inputs, asked.messages, asked.is_single) == (form, inputs, None, one)
 
 
 def test_messages_are_vllms_chat_form():
-    asked = requests.classify({"messages": CHAT, "add_generation_prompt": False, "text": None}, LIMITS)
+    asked = requests.parse_classify({"messages": CHAT, "add_generation_prompt": False, "text": None}, LIMITS)
     assert (asked.form, asked.messages, asked.inputs) == ("vllm", CHAT, [])
 
 
@@ -89,13 +91,13 @@ def test_messages_are_vllms_chat_form():
 )
 def test_what_would_be_answered_otherwise_is_refused(value, words):
     with pytest.raises(RequestRefused, match=words) as caught:
-        requests.classify(value, LIMITS)
+        requests.parse_classify(value, LIMITS)
     assert caught.value.status == 400
 
 
 def test_vllms_answer():
-    asked = requests.classify({"input": ["ab", "c"]}, LIMITS)
-    found = requests.classes(asked, Values([0.5, 0.25], [2, 1]), "m", 0.1)
+    asked = requests.parse_classify({"input": ["ab", "c"]}, LIMITS)
+    found = requests.classify_response(asked, Values([0.5, 0.25], [2, 1]), "m", 0.1)
     assert found.pop("id").startswith("classify-") and found.pop("created") > 1.7e9
     assert found == {
         "object": "list",
@@ -110,7 +112,9 @@ def test_vllms_answer():
 
 def test_sglangs_answer_is_an_object_or_a_list_as_asked():
     for given, several in (("ab", False), (["ab"], True)):
-        found = requests.classes(requests.classify({"text": given}, LIMITS), Values([0.5], [2]), "m", 0.1)
+        found = requests.classify_response(
+            requests.parse_classify({"text": given}, LIMITS), Values([0.5], [2]), "m", 0.1
+        )
         (one,) = found if several else [found]
         assert one["embedding"] == [0.5]
         assert {"id", "prompt_tokens", "e2e_latency"} <= one["meta_info"].keys()
