@@ -3,8 +3,8 @@
     python -m benchmarks.serve_load --model DIR [--requests 36000] [--clients 16] [--json FILE]
 
 Starts `python -m jaxprm serve` and sends the requests from one thread a client. Half of the answers are compared with
-those of the same model in Python. Most other requests differ from every earlier request, so that a leak of memory shows. A
-tenth is garbage. Prints how many were answered, refused, wrong and lost, the largest difference, times, and the memory
+those of the same model in Python. Most of the others are unlike all before, so that a leak of memory shows. A tenth is
+garbage. Prints how many were answered, refused, wrong and lost, the largest difference, times, and the memory
 of the server. Exits with status 1 if any answer was wrong or lost.
 """
 

@@ -193,7 +193,8 @@ def load(
       directory: a model directory, the output or a checkpoint of a training run, a directory with exactly one reward
         model below it, or a Hub id ("org/name" or "org/name@revision").
       rows: states whose candidates are scored at once.
-      max_tokens: tokens of the longest conversation that `score_actions` caches; longer ones are encoded in full each time.
+      max_tokens: tokens of the longest conversation that `score_actions` caches; longer ones are encoded in full, each
+        time.
         The memory of the cache grows with `rows` and `max_tokens`, up to 2 GiB.
       dtype: of the arithmetic and of the cache, "float32" or "bfloat16".
       chat_template: used in place of the model's own: "chatml", "llama3", or a file. For models trained elsewhere whose

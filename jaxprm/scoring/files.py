@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 
 from data_pipeline.chat_template import read_template
+from data_pipeline.encode import Encoded
 from data_pipeline.errors import DataError
 from data_pipeline.trajectory import Trajectory, parse_line
 from jaxprm import config as config_lib
@@ -129,7 +130,7 @@ def _check_paths(input: Path, output: Path) -> None:
 
 
 def digest_and_count(path: Path) -> tuple[str, int]:
-    """sha256 and number of lines of a file, in one reading."""
+    """(sha256, number of lines) of a file, read once."""
     digest, count, last = hashlib.sha256(), 0, b"\n"
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -182,34 +183,35 @@ def _check_record(partial: Path, record: Path, identity: dict[str, Any]) -> None
 
 
 def score_lines(scorer: Scorer, lines: Sequence[tuple[int, bytes]], source: str) -> list[ScoredLine]:
-    """What each (number, line) of a file named `source` comes to, in order; a bad one holds its error."""
+    """Scores of (number, line) pairs of a file named `source`, in order. A line that cannot be scored has an error."""
     results: list[ScoredLine] = []
-    encoded, places = [], []
+    encoded, indices = [], []
     for number, line in lines:
         where = f"{source}:{number}"
         try:
             trajectory = parse_line(line, where=where)
             encoded.append(_encode(scorer, trajectory, where))
-            places.append(len(results))
+            indices.append(len(results))
             results.append(ScoredLine(number, trajectory=trajectory, messages=encoded[-1].message_indices))
         except (DataError, UserError) as error:
             results.append(ScoredLine(number, error=" ".join(str(error).split())))
-    for place, promises in zip(places, scorer.score_encoded(encoded, [""] * len(encoded)), strict=True):
-        results[place] = results[place]._replace(promises=promises)
+    for index, promises in zip(indices, scorer.score_encoded(encoded, [""] * len(encoded)), strict=True):
+        results[index] = results[index]._replace(promises=promises)
     return results
 
 
 def _result(scored: ScoredLine, line: bytes, progress: bool) -> dict[str, Any]:
-    """The line that `score` writes."""
+    """A line of the output file."""
     if scored.error is not None:
         return _failed(line, scored.number, scored.error)
     return {"id": scored.trajectory.id} | loading.step_table(scored.messages, scored.promises, progress=progress)
 
 
-def _encode(scorer: Scorer, trajectory: Trajectory, where: str):
-    one = scorer.encoder.trajectory(trajectory.messages, row=where, tools=trajectory.tools)
-    bucket_of(len(one.tokens), where)  # refuses one that is too long here, where it costs only its own line
-    return one
+def _encode(scorer: Scorer, trajectory: Trajectory, where: str) -> Encoded:
+    encoded = scorer.encoder.trajectory(trajectory.messages, row=where, tools=trajectory.tools)
+    # Raises for a conversation that is too long. Here it costs one line; while scoring it would cost the chunk.
+    bucket_of(len(encoded.tokens), where)
+    return encoded
 
 
 def _failed(line: bytes, number: int, error: str) -> dict[str, Any]:
@@ -217,12 +219,12 @@ def _failed(line: bytes, number: int, error: str) -> dict[str, Any]:
         id = msgspec.json.decode(line, type=dict[str, Any]).get("id")
     except (msgspec.MsgspecError, UnicodeDecodeError):
         id = None
-    known = {"id": id} if isinstance(id, str) else {"id": None, "line": number}
-    return known | {"error": error}
+    identity = {"id": id} if isinstance(id, str) else {"id": None, "line": number}
+    return identity | {"error": error}
 
 
 def _write(target: BinaryIO, data: bytes) -> None:
-    """All of it: on a disk that is nearly full, an unbuffered write may take a part only, without an error."""
-    rest = memoryview(data)
-    while rest:
-        rest = rest[target.write(rest) :]
+    # On a disk that is nearly full an unbuffered write may write a part only, without an error.
+    remaining = memoryview(data)
+    while remaining:
+        remaining = remaining[target.write(remaining) :]
