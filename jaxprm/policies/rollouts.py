@@ -159,9 +159,10 @@ def collect(
 ) -> Path:
     """`count` trajectories for every task, as JSON Lines sorted by task and number.
 
-    Killed and called again it goes on: what was finished is in OUTPUT.partial, what was in flight is sampled again,
-    the same, because a draw depends on nothing but seed, task, conversation and number. Raises UserError when a task
-    is given twice, or when not one episode ended without an error.
+    An interrupted call resumes: finished episodes are in OUTPUT.partial, and those in flight are sampled again, the
+    same, because a draw depends on seed, task, conversation and number alone.
+
+    Raises UserError if a task occurs twice, and if all episodes ended in an error.
     """
     partial = output.with_name(output.name + ".partial")
     if output.exists():
@@ -193,11 +194,11 @@ def collect(
             progress.update()
     ordered = [done[f"{task}#{number}"] for task, number in wanted]
     if ordered and all(line["ended"] == "error" for line in ordered):
-        # Not kept: once the cause is mended, the same command has to sample them anew.
+        # Removed, so that the same command samples them again once the cause is fixed.
         partial.unlink()
         first = ordered[0]["meta"]["error"]
         cause = "policy" if first.startswith(POLICY_ERROR) else f"environment {environment}"
-        raise UserError(f"{label}: all {len(ordered)} episodes ended in an error, the first: {first}; mend the {cause}")
-    files.write_atomic(output, "".join(files.line(one) for one in ordered))
+        raise UserError(f"{label}: all {len(ordered)} episodes ended in an error, the first: {first}; fix the {cause}")
+    files.write_atomic(output, "".join(files.line(line) for line in ordered))
     partial.unlink(missing_ok=True)
     return output
