@@ -295,9 +295,9 @@ def served(tmp_path):
         ("policy.endpoint.base_url=http://a/v1/chat/completions", "leave out /chat/completions, which is added"),
         ('policy.endpoint.extra_body={"stream": true}', "policy.endpoint.extra_body.stream is set for every request"),
         ('policy.endpoint.extra_body={"tools": []}', "policy.endpoint.extra_body.tools: environments take text"),
-        ('policy.endpoint.extra_body={"seed": 3}', "extra_body.seed = 3: every draw has a seed of its own"),
-        ("policy.path=runs/policy", "policy.endpoint is given beside policy.path"),
-        ('policy.arguments={"a": 1}', "policy.endpoint is given beside policy.path or policy.arguments"),
+        ('policy.endpoint.extra_body={"seed": 3}', "extra_body.seed = 3: every sample needs its own seed"),
+        ("policy.path=runs/policy", "policy.endpoint replaces policy.path"),
+        ('policy.arguments={"a": 1}', "policy.endpoint replaces policy.path and policy.arguments"),
     ],
 )
 def test_an_endpoint_that_cannot_be_is_one_line(served, override, says):
@@ -348,7 +348,7 @@ def test_a_secret_is_refused_and_not_repeated(served, override, field):
 
 def test_arguments_without_a_class_of_the_users_are_refused(recipe):
     found = message(config.load, recipe, ['policy.arguments={"a": 1}'])
-    assert 'policy.arguments are for a policy of your own, not for policy.path = "default"; drop them' in found
+    assert 'policy.arguments need a policy `module:attribute`, not policy.path = "default"; drop them' in found
     assert config.load(recipe, ["policy.path=mine:Policy", 'policy.arguments={"a": 1}']).policy.arguments == {"a": 1}
 
 

@@ -48,7 +48,7 @@ __all__ = [
     "to_dict",
 ]
 
-# Sections were named without the suffix Config before 0.2. Users' config files keep working.
+# Earlier names of the sections, which users' config files may have.
 _OLD_NAMES = {
     "Collection": "CollectionConfig",
     "Data": "DataConfig",
@@ -66,7 +66,7 @@ _OLD_NAMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """A section by the name it had before 0.2, with a one-line notice on stderr."""
+    """A section by its earlier name, with a one-line notice on stderr."""
     if name not in _OLD_NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     print(f"note: jaxprm.config.{name} is now called {_OLD_NAMES[name]}; the old name still works", file=sys.stderr)

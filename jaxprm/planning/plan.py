@@ -180,7 +180,6 @@ def _estimate(
     )
 
 
-
 def versions() -> dict[str, str | None]:
     """Of what decides the numbers of a plan; None for a build that is not installed as a package."""
     found: dict[str, str | None] = {}

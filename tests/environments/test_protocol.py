@@ -105,7 +105,7 @@ def test_faults_within_a_users_code_keep_their_own_error(module):
 
 def test_environments_load_no_array_library():
     code = (
-        "import sys; from jaxprm.environments import planner, protocol\n"
+        "import sys; from jaxprm.environments import protocol; from jaxprm.environments.textcraft import planner\n"
         "protocol.create('textcraft').reset('textcraft/1')\n"
         "print(sorted({'jax', 'tensorflow', 'torch', 'numpy'} & set(sys.modules)))"
     )
