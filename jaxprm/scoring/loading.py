@@ -22,7 +22,7 @@ from jaxprm.hf.safetensors import open_tensors
 from jaxprm.hf.writer import DTYPES
 from jaxprm.model.config import TransformerConfig
 from jaxprm.model.prefix_bank import Shapes, TurnTokens
-from jaxprm.model.sharding import ONE_DEVICE, Layout
+from jaxprm.model.sharding import ONE_DEVICE, Layout, make_mesh
 from jaxprm.scoring.scorer import Scorer
 
 _Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -59,6 +59,7 @@ def load_encoder(model: Path, template: str | None = None) -> Encoder:
     Raises UserError if it differs from the encoder that the model was trained with.
     """
     encoder = Encoder.load(files_of(model), template)
+    # Models from elsewhere have no recipe, and nothing to compare with.
     trained_with = read_recipe(model).get("fingerprints", {}).get("tokenizer", encoder.fingerprint)
     if trained_with != encoder.fingerprint:
         raise UserError(
@@ -93,11 +94,10 @@ def load_scorer(
     encoder = load_encoder(model, template)
     layout = ONE_DEVICE
     if mesh is not None:
-        from jaxprm.model.sharding import make_mesh
-
         layout = Layout(make_mesh(mesh, jax.local_devices()))
     config, parameters = load_reward_model(model, mesh=layout.mesh)
     reader.check_vocabulary(model, config, encoder.vocabulary_size)
+    # Turns longer than the shapes would be encoded again with their whole conversation.
     if turns := read_turn_tokens(model):
         shapes = shapes.for_turns(**turns)
     return Scorer(
