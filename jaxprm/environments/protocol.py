@@ -10,7 +10,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast, get_args
 
 from jaxprm import plugins
 from jaxprm.errors import UserError
@@ -23,7 +23,8 @@ REGISTERED = {"textcraft": "jaxprm.environments.textcraft:TextCraft"}
 _METHODS = ("tasks", "reset", "step", "outcome", "close")
 _CLONE_METHODS = ("snapshot", "restore")
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class StepResult(NamedTuple):
@@ -98,7 +99,7 @@ def create(name: str, arguments: Mapping[str, Any] | None = None) -> Environment
     or if the result lacks a part of the protocol.
     """
     choices = f"one of {', '.join(sorted(REGISTERED))}"
-    environment = plugins.make("environment", name, REGISTERED.get(name, name), arguments or {}, choices=choices)
+    environment: Environment = plugins.make("environment", name, REGISTERED.get(name, name), arguments or {}, choices=choices)
     _check_protocol(name, environment)
     return environment
 
@@ -139,7 +140,7 @@ def outcome(environment: Environment) -> float:
 
 def answer(environment: Environment) -> str | None:
     """The answer of the episode, or None. Raises TypeError if it is neither text nor None."""
-    value = environment.answer()
+    value = cast(Any, environment).answer()  # an optional method, and so not part of the protocol
     return None if value is None else _text(value, "answer", "answer")
 
 
