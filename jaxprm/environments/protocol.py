@@ -99,7 +99,8 @@ def create(name: str, arguments: Mapping[str, Any] | None = None) -> Environment
     or if the result lacks a part of the protocol.
     """
     choices = f"one of {', '.join(sorted(REGISTERED))}"
-    environment: Environment = plugins.make("environment", name, REGISTERED.get(name, name), arguments or {}, choices=choices)
+    path = REGISTERED.get(name, name)
+    environment: Environment = plugins.make("environment", name, path, arguments or {}, choices=choices)
     _check_protocol(name, environment)
     return environment
 
