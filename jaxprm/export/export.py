@@ -18,10 +18,10 @@ from jaxprm.artifacts.directory import RECIPE, files_of, find_model, read_recipe
 from jaxprm.errors import UserError
 from jaxprm.export import verify as verification
 from jaxprm.export.model_card import model_card, run_results
-from jaxprm.export.verify import sample_conversations
 from jaxprm.hf import reader, writer
 from jaxprm.hf.writer import DTYPES, MAX_SHARD, parse_size
 from jaxprm.scoring import loading
+from jaxprm.scoring.check import sample_conversations
 from jaxprm.scoring.engine import LENGTH_BUCKETS
 
 MARKER = ".jaxprm-export"

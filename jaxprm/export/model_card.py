@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxprm import files
+from jaxprm.search.methods import SEARCHES
 
 _OBJECTIVES = {
     "agentprm": "AgentPRM (arXiv 2511.08325): TD(lambda) estimates of the outcome, and a loss on the progress of steps",
@@ -14,7 +15,8 @@ _OBJECTIVES = {
     "orm": "an outcome reward model: the outcome, at the last step of a trajectory only",
     "mc": "Monte Carlo: how often sampled continuations of the step reach the outcome (Math-Shepherd)",
 }
-_METHODS = {"beam": "beam {}", "stepwise": "best of {} at every step", "best_of_n": "best of {}"}
+# The words for each search; those of searches from outside the package come with a run's results.
+_METHODS = {kind: method.card for kind, method in SEARCHES.items() if method.card} | {"best_of_n": "best of {}"}
 
 
 def model_card(
@@ -55,7 +57,8 @@ def run_results(model: Path, label: str | None) -> dict[str, Any] | None:
     methods = {name: results["methods"][name] for name in (label, "random") if name in results["methods"]}
     if label not in methods:
         return None
-    return {
+    custom = {"searches": results["searches"]} if "searches" in results else {}
+    return custom | {
         "label": label,
         "name": results.get("name"),
         "policy": results["policy"],
@@ -73,9 +76,10 @@ def _results_table(results: Mapping[str, Any]) -> Iterator[str]:
     names = {"sampled": "the policy alone, one sample", "greedy": "the policy alone, greedy"}
     for key, estimate in results["policy"].items():
         yield _result_row(names.get(key, key), estimate)
+    custom = {kind: search["card"] for kind, search in results.get("searches", {}).items() if search.get("card")}
     for label, found in results["methods"].items():
         by = "random scores" if label == "random" else f"guided by {label}"
-        for kind, title in _METHODS.items():
+        for kind, title in (_METHODS | custom).items():
             for size, estimate in (found.get(kind) or {}).items():
                 yield _result_row(f"{title.format(size)}, {by}", estimate)
 

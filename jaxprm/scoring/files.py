@@ -1,4 +1,4 @@
-"""Scores of a file of trajectories: one line out for each line in, resumable, in bounded memory."""
+"""Scores a file of trajectories: one line of output for each line of input, resumable, in bounded memory."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 
 from data_pipeline.chat_template import read_template
+from data_pipeline.encode import Encoded
 from data_pipeline.errors import DataError
 from data_pipeline.trajectory import Trajectory, parse_line
 from jaxprm import config as config_lib
@@ -28,24 +29,30 @@ FORMAT = 1
 
 
 class LineCounts(NamedTuple):
-    """Lines written: with scores, and with an error in their place."""
+    """Numbers of lines written: with scores, and with an error in place of them."""
 
     scored: int
     errors: int
 
 
 class ScoredLine(NamedTuple):
-    """A line of a file of trajectories with the promise of its steps, or with what is wrong with it."""
+    """A line of a file of trajectories: scored, or with an error.
 
-    number: int  # counts from 1
+    Args:
+      number: of the line in its file, from 1.
+      messages: index of the message of each step, [S].
+      promises: of the steps, float32 [S].
+    """
+
+    number: int
     trajectory: Trajectory | None = None
-    messages: Sequence[int] = ()  # [S], the message of each step
-    promises: np.ndarray | None = None  # float32 [S]
+    messages: Sequence[int] = ()
+    promises: np.ndarray | None = None
     error: str | None = None
 
 
 class _Written(msgspec.Struct):
-    """What is read back of a line of our own."""
+    """The fields of an output line that resuming needs."""
 
     id: str | None
     error: str | None = None
@@ -117,7 +124,7 @@ def _check_paths(input: Path, output: Path) -> None:
 
 
 def digest_and_count(path: Path) -> tuple[str, int]:
-    """sha256 and number of lines of a file, in one reading."""
+    """(sha256, number of lines) of a file, read once."""
     digest, count, last = hashlib.sha256(), 0, b"\n"
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -170,34 +177,35 @@ def _check_record(partial: Path, record: Path, identity: dict[str, Any]) -> None
 
 
 def score_lines(scorer: Scorer, lines: Sequence[tuple[int, bytes]], source: str) -> list[ScoredLine]:
-    """What each (number, line) of a file named `source` comes to, in order; a bad one holds its error."""
+    """Scores of (number, line) pairs of a file named `source`, in order. A line that cannot be scored has an error."""
     results: list[ScoredLine] = []
-    encoded, places = [], []
+    encoded, indices = [], []
     for number, line in lines:
         where = f"{source}:{number}"
         try:
             trajectory = parse_line(line, where=where)
             encoded.append(_encode(scorer, trajectory, where))
-            places.append(len(results))
+            indices.append(len(results))
             results.append(ScoredLine(number, trajectory=trajectory, messages=encoded[-1].message_indices))
         except (DataError, UserError) as error:
             results.append(ScoredLine(number, error=" ".join(str(error).split())))
-    for place, promises in zip(places, scorer.score_encoded(encoded, [""] * len(encoded)), strict=True):
-        results[place] = results[place]._replace(promises=promises)
+    for index, promises in zip(indices, scorer.score_encoded(encoded, [""] * len(encoded)), strict=True):
+        results[index] = results[index]._replace(promises=promises)
     return results
 
 
 def _result(scored: ScoredLine, line: bytes, progress: bool) -> dict[str, Any]:
-    """The line that `score` writes."""
+    """A line of the output file."""
     if scored.error is not None:
         return _failed(line, scored.number, scored.error)
     return {"id": scored.trajectory.id} | loading.step_table(scored.messages, scored.promises, progress=progress)
 
 
-def _encode(scorer: Scorer, trajectory: Trajectory, where: str):
-    one = scorer.encoder.trajectory(trajectory.messages, row=where, tools=trajectory.tools)
-    bucket_of(len(one.tokens), where)  # refuses one that is too long here, where it costs only its own line
-    return one
+def _encode(scorer: Scorer, trajectory: Trajectory, where: str) -> Encoded:
+    encoded = scorer.encoder.trajectory(trajectory.messages, row=where, tools=trajectory.tools)
+    # Raises for a conversation that is too long. Here it costs one line; while scoring it would cost the chunk.
+    bucket_of(len(encoded.tokens), where)
+    return encoded
 
 
 def _failed(line: bytes, number: int, error: str) -> dict[str, Any]:
@@ -205,5 +213,5 @@ def _failed(line: bytes, number: int, error: str) -> dict[str, Any]:
         id = msgspec.json.decode(line, type=dict[str, Any]).get("id")
     except (msgspec.MsgspecError, UnicodeDecodeError):
         id = None
-    known = {"id": id} if isinstance(id, str) else {"id": None, "line": number}
-    return known | {"error": error}
+    identity = {"id": id} if isinstance(id, str) else {"id": None, "line": number}
+    return identity | {"error": error}

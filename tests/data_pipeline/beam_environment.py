@@ -17,7 +17,7 @@ from uv import find_uv_bin
 
 ROOT = Path(__file__).parents[2]
 # Pinned packages of which Beam needs an older version.
-OLDER = {"pyarrow"}
+OLDER = {"numpy", "pyarrow"}
 
 
 @cache

@@ -38,10 +38,10 @@ def test_scores_do_not_depend_on_the_mesh(tmp_path):
     assert alone["cache"] == []
     for report in others:
         if "tensor" in report["mesh"]:
-            # Slots are whole everywhere, kv heads are split; of a matrix [L, D, H * E] the heads are, and D over fsdp.
+            # Slots are replicated, kv heads split. Of a matrix [L, D, H * E] the heads are split, and D over fsdp.
             assert report["cache"] == report["ring"] == [None, "tensor"], report
             assert report["query"] == [None, "fsdp", "tensor"], report
-    # The command too: over all devices by rows where it is told nothing, and as it is told.
+    # The command too: rows over all devices by default, or as --mesh says.
     lines = [{"id": str(seed), "messages": tiny.conversation(seed)} for seed in range(5)]
     (tmp_path / "in.jsonl").write_text("".join(map(files.line, lines)))
     scores = {}
@@ -57,7 +57,7 @@ def test_scores_do_not_depend_on_the_mesh(tmp_path):
 
 def test_a_mesh_that_cannot_be_is_one_line(tmp_path, capsys):
     directory = tiny.write_reward_model(tmp_path / "model")
-    with pytest.raises(UserError, match=r"mesh = \{'heads': 2\}.*its axes are data, fsdp, tensor and sequence"):
+    with pytest.raises(UserError, match=r"mesh: no axis 'heads'; axes are data, fsdp, tensor, sequence, dcn_data"):
         jaxprm.load(directory, mesh={"heads": 2})
     with pytest.raises(UserError, match=r"mesh\.tensor = 3.*number of devices"):
         jaxprm.load(directory, mesh={"tensor": 3, "data": 1})

@@ -1,4 +1,4 @@
-"""Collection: the same file however it was sampled, interrupted or batched; nothing lost, doubled or left open."""
+"""Collected trajectories are the same however they were batched or interrupted, and every environment is closed."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from jaxprm.search.methods import RandomScorer
 from jaxprm.search.tree import tree_to_dict
 from tests.search.fakes import Factory, ScriptedPolicy, SeededPolicy, TreeGame, Walk
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TASKS = Walk().tasks("train")
 COUNT = 5
 WANTED = [f"{task}#{number}" for task in TASKS for number in range(COUNT)]
@@ -37,13 +37,13 @@ def sample(output, make=Walk, policy=None, **changed):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """The bytes of a collection that nothing happened to."""
+    """The bytes of a file collected without interruption."""
     return sample(tmp_path_factory.mktemp("undisturbed") / "train.jsonl").read_bytes()
 
 
 @pytest.fixture(scope="module")
 def in_the_order_they_end():
-    """The lines a partial file gets, in its order."""
+    """The lines of the partial file, in the order in which episodes end."""
     jobs = [(task, number) for task in TASKS for number in range(COUNT)]
     episodes = rollouts(Walk, SeededPolicy(3), jobs, temperature=1.0, in_flight=6)
     lines = [files.line(trajectory(episode, **ABOUT)) for episode in episodes]
@@ -113,18 +113,18 @@ def test_no_more_episodes_than_asked_for_are_in_flight(tmp_path):
     sample(tmp_path / "x.jsonl", factory, policy, in_flight=4)
     assert max(states for states, _ in policy.calls) == 4
     assert {n for _, n in policy.calls} == {1}
-    assert len(factory.made) == 4
+    assert len(factory.environments) == 4
     assert factory.closes == [1] * 4
 
 
 def test_a_finished_file_is_not_sampled_again(undisturbed, tmp_path):
     output = tmp_path / "train.jsonl"
     output.write_bytes(undisturbed)
-    # Killed just after the file was finished, before this one was removed.
+    # A run that was killed between writing the file and removing this one.
     (tmp_path / "train.jsonl.partial").write_bytes(undisturbed)
     factory = Factory(Walk)
     assert sample(output, factory) == output
-    assert factory.made == []
+    assert factory.environments == []
     assert [path.name for path in tmp_path.iterdir()] == ["train.jsonl"]
     assert output.read_bytes() == undisturbed
 
@@ -138,13 +138,13 @@ def test_killed_at_any_byte_it_ends_with_the_same_file(data, undisturbed, in_the
     output.with_name("train.jsonl.partial").write_bytes(torn)
     policy = SeededPolicy(3)
     assert sample(output, policy=policy, in_flight=data.draw(st.integers(1, 9))).read_bytes() == undisturbed
-    # What was whole is not sampled again: every missing episode starts once.
+    # Complete lines are not sampled again: every missing episode starts once.
     assert policy.started == len(WANTED) - torn.count(b"\n")
     assert not output.with_name("train.jsonl.partial").exists()
 
 
 @pytest.mark.parametrize("calls", [0, 1, 5, 9, 14])
-def test_interrupted_by_the_user_it_keeps_what_was_finished_and_goes_on(calls, undisturbed, tmp_path):
+def test_interrupted_by_the_user_it_keeps_finished_episodes_and_resumes(calls, undisturbed, tmp_path):
     output, factory = tmp_path / "train.jsonl", Factory(Walk)
     with pytest.raises(KeyboardInterrupt):
         sample(output, factory, SeededPolicy(3, stop_after=calls))
@@ -160,7 +160,7 @@ KILLED = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from tests.test_collect import SeededPolicy, sample
+from tests.policies.test_rollouts import SeededPolicy, sample
 sample(Path(sys.argv[1]), policy=SeededPolicy(3, delay=0.03), in_flight=3)
 """
 
@@ -184,7 +184,7 @@ def test_killed_by_the_system_it_ends_with_the_same_file(undisturbed, tmp_path):
 
 
 class Faulty(Walk):
-    """Fails at the places its class says, a method of a task, and is of no use from then on."""
+    """Raises in the method and task of `fail`, and is broken from then on."""
 
     fail, broken = ("", ""), False
 
@@ -232,7 +232,7 @@ def test_what_the_environment_raises_ends_that_episode_with_an_error(method, und
     assert {len(line.messages) for line in parsed if line.task == bad and method != "outcome"} <= {1, 6}
     # One that has failed is closed, and never used again.
     assert set(factory.closes) == {1}
-    assert sum(environment.broken for environment in factory.made) == COUNT
+    assert sum(environment.broken for environment in factory.environments) == COUNT
 
 
 def test_an_action_that_the_policy_cannot_give_ends_that_episode_and_breaks_no_environment(tmp_path):
@@ -244,9 +244,9 @@ def test_an_action_that_the_policy_cannot_give_ends_that_episode_and_breaks_no_e
     assert [line.ended for line in lines] == ["done"] * 3 + ["done", "done", "error"] + ["error"] * 3 + ["done"] * 3
     for line in lines[5:9]:
         assert (line.outcome, line.success, line.meta["error"]) == (None, None, "policy: no fails today")
-        assert [message.role for message in line.messages] == ["user"]  # what was not said is not in it
+        assert [message.role for message in line.messages] == ["user"]  # without the action that failed
         assert line.meta["tokens"] == 0
-    # The environments are as good as new: two served all twelve episodes.
+    # The environments did not fail: two served all twelve episodes.
     assert factory.closes == [1, 1]
 
 
@@ -276,12 +276,12 @@ def test_a_collection_of_nothing_but_errors_is_refused_and_can_be_repeated(tmp_p
         "fix the environment walk"
     )
     assert set(factory.closes) == {1}
-    # Mended, the same command samples all of it.
+    # The same command samples everything once the cause is fixed.
     assert sample(output).read_bytes() == undisturbed
 
 
 class Odd(Walk):
-    """Returns what it must not."""
+    """Returns values that the protocol forbids."""
 
     observation, grade, about = "fine", 1.0, {}
 
@@ -355,7 +355,7 @@ def test_an_environment_that_cannot_be_closed_keeps_no_other_open(tmp_path):
     with pytest.raises(RuntimeError, match="cannot close"):
         sample(tmp_path / "x.jsonl", factory)
     assert factory.closes == [1] * 6
-    # All was sampled, and none of it is lost.
+    # All episodes were sampled, and none is lost.
     assert len(files.complete_lines(tmp_path / "x.jsonl.partial")) == len(WANTED)
 
 
@@ -419,15 +419,15 @@ def test_a_users_own_environment_is_collected_and_searched(tmp_path, monkeypatch
         def score_actions(self, states, candidates):
             return [[-abs(int(text) - 2) for text in texts] for texts in candidates]
 
-    forest = BranchRunner(make)
+    runner = BranchRunner(make)
     for scorer in (Knows(), RandomScorer(0)):
         trees = beam_search(
-            tasks, forest, policy, scorer, width=2, actions=4, temperature=0.7, max_rounds=forest.environment.max_rounds
+            tasks, runner, policy, scorer, width=2, actions=4, temperature=0.7, max_rounds=runner.environment.max_rounds
         )
         assert all(tree.best.branch.done and tree.best.branch.error is None for tree in trees)
         assert [tree_to_dict(tree)["prompt"] for tree in trees] == ["Guess a number from 1 to 3."] * 3
         if isinstance(scorer, Knows):
             assert trees[1].best.branch.outcome == 1.0
             assert trees[1].best.branch.actions == ("2",)
-    assert forest.errors == 0
-    forest.close()
+    assert runner.errors == 0
+    runner.close()
