@@ -10,10 +10,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from benchmarks.crash_runs import KILLED, Trainer
+from benchmarks.killed_training import NAMED
 from jaxprm.artifacts.checkpoints import inspect
 from jaxprm.errors import RESUMABLE
-from tests.training.crashes import KILLED, Trainer
-from tests.training.killed_training import NAMED
 
 pytestmark = pytest.mark.slow
 
