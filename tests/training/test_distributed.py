@@ -50,7 +50,7 @@ def test_what_another_run_left_in_the_environment_is_cleared(slices, environment
     "chips, found, message",
     [
         (4, ("cpu", 1, 1), r"has 4 TPU chips, but JAX computes on cpu: install jax\[tpu\]"),
-        (4, ("tpu", 1, 1), r"4 TPU chips, but JAX sees 1: another process holds the rest"),
+        (4, ("tpu", 1, 1), r"4 TPU chips, but JAX sees 1: another process uses the others"),
         (0, ("cpu", 4, 7), r"sees 4 devices of 7 in 1 processes"),
     ],
 )
@@ -89,9 +89,9 @@ def test_sigterm_is_a_notice_within_and_what_it_was_after():
 
     before = signal.getsignal(signal.SIGTERM)
     with Preemption() as preemption:
-        assert not preemption.noticed(1)
+        assert not preemption.should_stop(1)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert preemption.noticed(2)
+        assert preemption.should_stop(2)
     assert signal.getsignal(signal.SIGTERM) is before
     assert jax.process_count() == 1
 
