@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Mapping
 from typing import Any
 
 from jaxprm.errors import UserError
@@ -24,7 +25,11 @@ def make(kind: str, name: str, path: str, arguments: Mapping[str, Any], *, known
 
     Raises UserError where the module or attribute does not exist, or the arguments are refused.
     """
-    factory = _locate(kind, name, path, known)
+    factory = load_attribute(kind, name, path, known=known)
+    if not callable(factory):
+        module, _, attribute = path.partition(":")
+        file = sys.modules[module].__file__
+        raise UserError(f"{kind} {name!r}: {attribute!r} is not callable in {file}; name a class of that module")
     try:
         return factory(**arguments)
     except TypeError as error:
@@ -39,7 +44,11 @@ def missing_methods(made: Any, methods: tuple[str, ...]) -> list[str]:
     return [method for method in methods if not callable(getattr(made, method, None))]
 
 
-def _locate(kind: str, name: str, path: str, known: str) -> Callable[..., Any]:
+def load_attribute(kind: str, name: str, path: str, *, known: str) -> Any:
+    """The object that `path` ("module:attribute") names; arguments as in `make`.
+
+    Raises UserError where the module or attribute does not exist.
+    """
     module_name, colon, attribute = path.partition(":")
     if not (module_name and colon and attribute):
         raise UserError(f"{kind} {name!r}: no such name; use {known}, or your own as 'module:attribute'")
@@ -51,7 +60,8 @@ def _locate(kind: str, name: str, path: str, known: str) -> Callable[..., Any]:
         raise UserError(
             f"{kind} {name!r}: no module {error.name!r}; install it or put its folder on PYTHONPATH"
         ) from error
-    if not callable(factory := getattr(module, attribute, None)):
-        state = "is not callable" if hasattr(module, attribute) else "does not exist"
-        raise UserError(f"{kind} {name!r}: {attribute!r} {state} in {module.__file__}; name a class of that module")
-    return factory
+    if not hasattr(module, attribute):
+        raise UserError(
+            f"{kind} {name!r}: {attribute!r} does not exist in {module.__file__}; name a class of that module"
+        )
+    return getattr(module, attribute)

@@ -139,7 +139,9 @@ class LoraConfig(Section):
 
 
 class RewardModelConfig(Section):
-    """One reward model: its objective (METHOD.md, sections 3 and 4), its optimizer, and how it is computed.
+    """One reward model: its objective (docs/concepts.md), its optimizer, and how it is computed.
+
+    `objective` is a registered name or a user's `module:attribute`, see jaxprm/objectives.py.
 
     `dtype` is that of activations and products; parameters, norms, head, targets and loss are float32. `remat` is what
     the backward pass computes again. A batch is computed in `microbatches` parts, with the gradient of the whole.
@@ -151,7 +153,7 @@ class RewardModelConfig(Section):
     """
 
     label: Annotated[str, msgspec.Meta(pattern="^[a-z0-9_]+$")]
-    objective: Literal["agentprm", "pvm", "orm"] = "agentprm"
+    objective: str = "agentprm"
     beta: NonNegativeFloat = 1.0
     gae_lambda: Fraction = 0.95
     discount: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0

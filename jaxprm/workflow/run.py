@@ -42,7 +42,7 @@ def run(
         # Before any work is spent: what is there must have been made with this config, and the last stage be possible.
         state.work.check(stage_inputs(state, until))
         if STAGES.index(until) >= STAGES.index("train"):
-            metrics.check(experiment.logging)
+            metrics.check_wandb(experiment.logging)
         if STAGES.index(until) >= STAGES.index("search"):
             from jaxprm.workflow import search_stage
 

@@ -11,7 +11,7 @@ import tensorflow as tf
 from jaxprm import files
 from jaxprm.evaluation.value_metrics import StepRecords
 from jaxprm.training import metrics as metrics_lib
-from jaxprm.training.metrics import Metrics, not_finite, numbers, seconds_at_peak
+from jaxprm.training.metrics import Metrics, first_not_finite, numbers, seconds_at_peak
 
 
 def events(directory) -> list:
@@ -123,7 +123,7 @@ def test_one_more_sink_gets_what_tensorboard_gets(tmp_path):
         def close(self, *, failed):
             said.append(failed)
 
-    with Metrics(tmp_path / "whole", 0, writes=True, also=Other) as metrics:
+    with Metrics(tmp_path / "whole", 0, writes=True, extra_sink=Other) as metrics:
         metrics.step({"step": 1, "loss": 0.5})
         metrics.validation(1, {"auroc": None}, records())
     assert said == [
@@ -133,10 +133,12 @@ def test_one_more_sink_gets_what_tensorboard_gets(tmp_path):
         (1, "validation/returns", 4.0, 5.0),
         False,
     ]
-    with pytest.raises(RuntimeError), Metrics(tmp_path / "failed", 0, writes=True, also=Other):
+    with pytest.raises(RuntimeError), Metrics(tmp_path / "failed", 0, writes=True, extra_sink=Other):
         raise RuntimeError
     assert said[-1] is True
-    with Metrics(tmp_path / "other", 0, writes=False, also=lambda: pytest.fail("opened where nothing is written")):
+    with Metrics(
+        tmp_path / "other", 0, writes=False, extra_sink=lambda: pytest.fail("opened where nothing is written")
+    ):
         pass
 
 
@@ -149,8 +151,8 @@ def test_a_process_that_does_not_write_leaves_nothing(tmp_path):
 
 def test_numbers_keep_float32_and_the_first_that_is_not_finite_is_named():
     found = numbers({"loss": np.float32(1 / 3), "norm": np.float32(np.nan)})
-    assert found["loss"] == 0.3333333 and not_finite(found) == "norm"
-    assert not_finite({"loss": 1.0}) is None and not_finite({"a": 1.0, "b": float("inf")}) == "b"
+    assert found["loss"] == 0.3333333 and first_not_finite(found) == "norm"
+    assert first_not_finite({"loss": 1.0}) is None and first_not_finite({"a": 1.0, "b": float("inf")}) == "b"
 
 
 @pytest.mark.parametrize("last, stops", [(2, [3]), (9, [])])

@@ -12,6 +12,8 @@ import pytest
 from flax import nnx
 
 from jaxprm import config as config_lib
+from jaxprm import objectives
+from jaxprm.losses import LossSums
 from jaxprm.model.config import TransformerConfig
 from jaxprm.model.transformer import ForwardOptions, RewardModel, reward_model_graph
 from jaxprm.training.step import initial_state, loss_and_gradients, make_train_step, readouts, reward_loss
@@ -186,6 +188,27 @@ def test_every_objective_is_its_naive_loss(objective):
         assert float(metrics["target_mean"]) == pytest.approx(np.average(outcomes, weights=steps), rel=1e-5)
     beta = BETA if objective == "agentprm" else 0.0  # the baselines have no progress loss
     assert float(loss) == pytest.approx(expected["value_loss"] + beta * expected["progress_loss"], rel=1e-5)
+
+
+def test_an_objective_with_its_own_loss_is_trained_by_it(monkeypatch):
+    """Absolute errors of the outcome at last steps, by hand: no squared error and no progress loss."""
+
+    def targets(values, rewards, is_last, valid, settings, state_values):
+        return rewards, valid & is_last
+
+    def absolute_errors(values, targets, is_first, mask, weights, settings):
+        errors = jnp.where(mask, weights * jnp.abs(values - targets), 0)
+        return LossSums(errors.sum(), jnp.zeros(()), jnp.where(mask, weights, 0).sum())
+
+    own = objectives.Objective(name="own", targets=targets, card_text="own", loss=absolute_errors)
+    monkeypatch.setattr(objectives, "OBJECTIVES", objectives.OBJECTIVES | {"own": own})
+    batch, state = pack(ROWS_OF_TWO), parameters(0)
+    values = np.asarray(jax.jit(lambda p: readouts(nnx.merge(GRAPH, p), batch, states=False)[0])(state))
+    loss, metrics = reward_loss(GRAPH, state, None, batch, settings(objective="own"))
+    ends = batch["is_last"]
+    errors = np.abs(values[ends] - batch["rewards"][ends])
+    assert float(loss) == pytest.approx(np.average(errors, weights=batch["weights"][ends]), rel=1e-5)
+    assert float(metrics["progress_loss"]) == 0 and float(metrics["weight"]) == batch["weights"][ends].sum()
 
 
 def uneven_batch() -> dict[str, np.ndarray]:

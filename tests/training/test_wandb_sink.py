@@ -102,7 +102,7 @@ def test_the_key_is_nowhere_but_in_the_environment(tmp_path, fake, capsys):
     sink.close(failed=False)
     assert SECRET not in repr((fake.inits, fake.logged)) + "".join(capsys.readouterr())
     fake.refuses = f"key {SECRET}\n is not known"
-    with pytest.raises(UserError, match="logging.wandb = online: key .key. is not known; mend it") as raised:
+    with pytest.raises(UserError, match="logging.wandb = online: key .key. is not known; fix it") as raised:
         opened(tmp_path)
     assert SECRET not in str(raised.value) and "\n" not in str(raised.value)
     assert all(SECRET not in path.read_text() for path in tmp_path.rglob("*") if path.is_file())
@@ -114,11 +114,11 @@ def test_what_is_missing_is_said_before_any_work(tmp_path, fake, monkeypatch):
     with pytest.raises(UserError, match="logging.wandb = online: the environment has no WANDB_API_KEY; set it, or"):
         run.run(online, tmp_path / "run", until="train")
     assert not (tmp_path / "run/trajectories").exists()
-    metrics.check(config_lib.LoggingConfig(wandb="offline"))
+    metrics.check_wandb(config_lib.LoggingConfig(wandb="offline"))
     monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="logging.wandb = offline: the package wandb is not installed; pip install"):
         opened(tmp_path, "offline")
-    metrics.check(config_lib.LoggingConfig())
+    metrics.check_wandb(config_lib.LoggingConfig())
     assert not fake.inits
 
 
