@@ -155,9 +155,9 @@ def test_the_model_directory_is_complete_and_records_its_training(trained, toy):
             turns["action"].append(split.read_positions[step] - split.state_positions[step])
             if step + 1 < end:
                 turns["observation"].append(split.state_positions[step + 1] - split.read_positions[step])
-    for name, found in turns.items():
-        assert sorted(found)[len(found) // 2] == recipe["turn_tokens"][name]["median"], name
-        assert np.mean(np.asarray(found) <= recipe["turn_tokens"][name]["most"]) >= 0.99, name
+    for name, tokens in turns.items():
+        assert sorted(tokens)[len(tokens) // 2] == recipe["turn_tokens"][name]["median"], name
+        assert np.mean(np.asarray(tokens) <= recipe["turn_tokens"][name]["most"]) >= 0.99, name
     config = json.loads((trained.model / "config.json").read_text())
     assert config["architectures"] == ["Qwen2ForSequenceClassification"] and config["max_position_embeddings"] == 256
     assert not list(trained.output.glob("*.partial"))
@@ -166,9 +166,9 @@ def test_the_model_directory_is_complete_and_records_its_training(trained, toy):
 def test_a_written_model_scores_as_it_did_in_training(trained, toy):
     records = validation_records(trained.model, toy)
     last = trained.validations[-1]
-    found = summary(records)
-    assert found.pop("loss") == pytest.approx(last["validation_loss"], rel=1e-5)
-    assert found == pytest.approx({name: last[name] for name in found}, rel=1e-5)
+    numbers = summary(records)
+    assert numbers.pop("loss") == pytest.approx(last["validation_loss"], rel=1e-5)
+    assert numbers == pytest.approx({name: last[name] for name in numbers}, rel=1e-5)
     # Half of the trajectories are duplicates: records count them by weight.
     assert records.weights.sum() > len(records.weights)
     assert set(records.tasks) == {f"validation/{task}" for task in range(12)}
@@ -291,8 +291,8 @@ def test_a_broken_shard_is_an_error_or_is_left_out_by_choice(toy, tmp_path, caps
     settings = toy.settings(epochs=1)
     arguments = {"shards": shards, "base": toy.base, "output": tmp_path / "run"}
     model = train_reward_model(skipping, settings, 0, **arguments)
-    recipe, whole = json.loads((model / "reward_model.json").read_text()), open_dataset(toy.shards)
-    lost = len(whole.split("train").ids) - recipe["trained_on"]["trajectories"]
+    recipe, complete = json.loads((model / "reward_model.json").read_text()), open_dataset(toy.shards)
+    lost = len(complete.split("train").ids) - recipe["trained_on"]["trajectories"]
     assert recipe["skipped"]["train"] == {"shards": 1, "trajectories": lost} and lost > 10
     assert recipe["skipped"]["validation"] == {"shards": 0, "trajectories": 0}
     assert sum(recipe["lengths"].values()) == recipe["trained_on"]["trajectories"]
@@ -318,17 +318,17 @@ def test_the_baselines_train_on_the_same_shards(train_toy, objective):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trainable", ["lora", "head", "last_k"])
-def test_a_part_is_trained_and_a_whole_model_is_written(train_toy, toy, trainable):
+def test_a_part_is_trained_and_a_full_model_is_written(train_toy, toy, trainable):
     dtype = "bfloat16" if trainable == "lora" else "float32"
-    found = train_toy(trainable=trainable, last_k=1, epochs=2, dtype=dtype)
-    assert np.mean(found.losses[-5:]) < np.mean(found.losses[:5])
-    last = found.validations[-1]
-    again = summary(validation_records(found.model, toy))
+    part = train_toy(trainable=trainable, last_k=1, epochs=2, dtype=dtype)
+    assert np.mean(part.losses[-5:]) < np.mean(part.losses[:5])
+    last = part.validations[-1]
+    again = summary(validation_records(part.model, toy))
     # A run in bfloat16 is evaluated in bfloat16.
     assert again["loss"] == pytest.approx(last["validation_loss"], rel=2e-2 if trainable == "lora" else 1e-4)
     # Frozen parameters are unchanged.
     _, first = from_policy(toy.base, 0)
-    _, trained = reader.load_reward_model(found.model)
+    _, trained = reader.load_reward_model(part.model)
     same = {
         name: np.array_equal(leaf[...], first["transformer"]["blocks"][name][...])
         for name, leaf in trained["transformer"]["blocks"].items()
