@@ -76,18 +76,18 @@ def compare(model: Path, *, tasks: int, width: int, actions: int, seed: int = 0)
     # The first of each compiles, and draws what all will draw: only the second is timed.
     for name in ("engine", "plain") * 2:
         scorer = load_scorer(model, rows=32, max_tokens=960)
-        judge, forest = Timed(scorer if name == "engine" else Plain(scorer)), BranchRunner(make)
+        judge, runner = Timed(scorer if name == "engine" else Plain(scorer)), BranchRunner(make)
         trees[name] = beam_search(
             names,
-            forest,
+            runner,
             policy,
             judge,
             width=width,
             actions=actions,
             temperature=0.7,
-            max_rounds=forest.environment.max_rounds,
+            max_rounds=runner.environment.max_rounds,
         )
-        forest.close()
+        runner.close()
         usage = scorer.usage
         found[name] = {"seconds": judge.seconds, "tokens_encoded": usage["encoded"], "slots_computed": usage["slots"]}
     parts = [_parting(*pair) for pair in zip(trees["engine"], trees["plain"], strict=True)]

@@ -66,8 +66,8 @@ def agent_prm_loss(
     Raises:
         ValueError: `progress_gradient` is unknown.
     """
-    options = {"weights": weights, "progress_gradient": progress_gradient}
-    return agent_prm_sums(values, targets, is_first, valid, **options).means(beta)
+    sums = agent_prm_sums(values, targets, is_first, valid, weights=weights, progress_gradient=progress_gradient)
+    return sums.means(beta)
 
 
 def agent_prm_sums(

@@ -14,26 +14,40 @@ An objective says what the promise of a step is trained towards, which steps are
 
 from __future__ import annotations
 
+import importlib
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
-# Configs name objectives and are loaded without JAX, so this module imports none of it: `jaxprm.targets` and
-# `jaxprm.losses` are attributes that the package imports when a target is first computed.
-import jaxprm
 from jaxprm import plugins
 from jaxprm.errors import UserError
 
 if TYPE_CHECKING:
     import jax
 
-    from jaxprm.config import RewardModelConfig
-    from jaxprm.losses import LossSums
-
 Bootstrap = Literal["action", "next", "state"]
 ProgressGradient = Literal["both", "previous"]
 BOOTSTRAPS: tuple[str, ...] = get_args(Bootstrap)
 PROGRESS_GRADIENTS: tuple[str, ...] = get_args(ProgressGradient)
+
+
+class Settings(Protocol):
+    """The fields of `jaxprm.config.RewardModelConfig` that objectives read; docs/method.md says what they mean."""
+
+    @property
+    def objective(self) -> str: ...
+    @property
+    def beta(self) -> float: ...
+    @property
+    def gae_lambda(self) -> float: ...
+    @property
+    def discount(self) -> float: ...
+    @property
+    def bootstrap(self) -> str: ...
+    @property
+    def progress_gradient(self) -> str: ...
+    @property
+    def target_update(self) -> str: ...
 
 
 class TargetFunction(Protocol):
@@ -49,13 +63,13 @@ class TargetFunction(Protocol):
         rewards: jax.Array,
         is_last: jax.Array,
         valid: jax.Array,
-        settings: RewardModelConfig,
+        settings: Settings,
         state_values: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]: ...
 
 
 class LossFunction(Protocol):
-    """Computes the sums of a loss over the steps in `mask`, each with its weight w_t. All arrays are [..., S]."""
+    """Computes the `losses.LossSums` of the steps in `mask`, each with its weight w_t. All arrays are [..., S]."""
 
     def __call__(
         self,
@@ -64,8 +78,8 @@ class LossFunction(Protocol):
         is_first: jax.Array,
         mask: jax.Array,
         weights: jax.Array,
-        settings: RewardModelConfig,
-    ) -> LossSums: ...
+        settings: Settings,
+    ) -> Any: ...
 
 
 def squared_errors(
@@ -74,10 +88,10 @@ def squared_errors(
     is_first: jax.Array,
     mask: jax.Array,
     weights: jax.Array,
-    settings: RewardModelConfig,
-) -> LossSums:
+    settings: Settings,
+) -> Any:
     """AgentPRM's squared errors of promise and progress (eq. 4 and 9): `losses.agent_prm_sums`."""
-    return jaxprm.losses.agent_prm_sums(
+    return _import("losses").agent_prm_sums(
         values, targets, is_first, mask, weights=weights, progress_gradient=settings.progress_gradient
     )
 
@@ -104,9 +118,16 @@ class Objective:
     loss: LossFunction = squared_errors
 
 
-def agentprm_targets(values, rewards, is_last, valid, settings, state_values):
+def agentprm_targets(
+    values: jax.Array,
+    rewards: jax.Array,
+    is_last: jax.Array,
+    valid: jax.Array,
+    settings: Settings,
+    state_values: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
     """`targets.td_lambda_targets` at every step (AgentPRM, eq. 12-14)."""
-    targets = jaxprm.targets.td_lambda_targets(
+    targets = _import("targets").td_lambda_targets(
         values,
         rewards,
         is_last,
@@ -119,14 +140,34 @@ def agentprm_targets(values, rewards, is_last, valid, settings, state_values):
     return targets, valid
 
 
-def pvm_targets(values, rewards, is_last, valid, settings, state_values):
+def pvm_targets(
+    values: jax.Array,
+    rewards: jax.Array,
+    is_last: jax.Array,
+    valid: jax.Array,
+    settings: Settings,
+    state_values: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
     """The return-to-go at every step."""
-    return jaxprm.targets.returns_to_go(rewards, is_last, valid, discount=settings.discount), valid
+    return _import("targets").returns_to_go(rewards, is_last, valid, discount=settings.discount), valid
 
 
-def orm_targets(values, rewards, is_last, valid, settings, state_values):
+def orm_targets(
+    values: jax.Array,
+    rewards: jax.Array,
+    is_last: jax.Array,
+    valid: jax.Array,
+    settings: Settings,
+    state_values: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
     """The outcome of the whole trajectory, at its last step only."""
-    return jaxprm.targets.outcomes(rewards, is_last, valid), valid & is_last
+    return _import("targets").outcomes(rewards, is_last, valid), valid & is_last
+
+
+def _import(module: str) -> Any:
+    # Configs name objectives and are loaded without JAX. So the modules of targets and losses, which need it, are
+    # imported when a target or a loss is first computed.
+    return importlib.import_module(f"jaxprm.{module}")
 
 
 _BUILT_IN = (
@@ -153,8 +194,8 @@ _BUILT_IN = (
 OBJECTIVES: dict[str, Objective] = {objective.name: objective for objective in _BUILT_IN}
 
 
-def register(objective: Objective) -> None:
-    """Adds an objective to the registry, so that configs of this process can name it.
+def register(objective: Objective) -> Objective:
+    """Adds an objective to the registry, so that configs of this process can name it. Returns it.
 
     A later process must register it again before it names it: do so in the config file, which every command reads. A
     registered objective may be replaced, because a config file may be read twice; a built-in one may not.
@@ -166,6 +207,7 @@ def register(objective: Objective) -> None:
     if is_built_in(objective.name):
         raise UserError(f"objective name {objective.name!r}: is a built-in objective; choose another name")
     OBJECTIVES[objective.name] = objective
+    return objective
 
 
 def find_objective(name: str) -> Objective:
@@ -177,7 +219,7 @@ def find_objective(name: str) -> Objective:
         return OBJECTIVES[name]
     if not plugins.is_attribute(name):
         raise UserError(f"objective is {name!r}: use one of {', '.join(OBJECTIVES)}, or your own as 'module:attribute'")
-    objective = plugins.load_attribute("objective", name, name, known=", ".join(OBJECTIVES))
+    objective = plugins.locate("objective", name, name, choices=f"one of {', '.join(OBJECTIVES)}")
     if not isinstance(objective, Objective):
         raise UserError(f"objective is {name!r}: is a {type(objective).__name__}; name a jaxprm.objectives.Objective")
     return objective
@@ -188,22 +230,22 @@ def is_built_in(name: str) -> bool:
     return any(objective.name == name for objective in _BUILT_IN)
 
 
-def reads_states(settings: RewardModelConfig) -> bool:
+def reads_states(settings: Settings) -> bool:
     """Whether state values V(s_t) are computed and trained."""
     return settings.bootstrap == "state" and find_objective(settings.objective).bootstraps
 
 
-def has_target_network(settings: RewardModelConfig) -> bool:
+def has_target_network(settings: Settings) -> bool:
     """Whether targets are computed from older parameters than those that are trained."""
     return settings.target_update != "online" and find_objective(settings.objective).bootstraps
 
 
-def progress_beta(settings: RewardModelConfig) -> float:
+def progress_beta(settings: Settings) -> float:
     """beta of eq. 10; 0 for an objective without a progress loss."""
     return settings.beta if find_objective(settings.objective).uses_progress else 0.0
 
 
-def check_settings(settings: RewardModelConfig, *, dense_rewards: bool = False) -> None:
+def check_settings(settings: Settings, *, dense_rewards: bool = False) -> None:
     """`check_objective` of a reward model's settings."""
     check_objective(
         settings.objective,

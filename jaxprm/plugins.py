@@ -1,9 +1,8 @@
-"""Objects that a config names as "module:attribute": a user's own classes and functions."""
+"""Objects that a config names as "module:attribute": a user's own classes, functions and search methods."""
 
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,57 +10,54 @@ from jaxprm.errors import UserError
 
 
 def is_attribute(name: str) -> bool:
-    """Whether a name has the form "module:attribute"; whether there is such a thing is `make`'s to say."""
+    """Whether a name has the form "module:attribute". The module is not imported."""
     module, colon, attribute = name.partition(":")
     return bool(colon) and attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))
 
 
-def make(kind: str, name: str, path: str, arguments: Mapping[str, Any], *, known: str) -> Any:
-    """Calls what `path` ("module:attribute") names with the arguments.
+def make(kind: str, name: str, path: str, arguments: Mapping[str, Any], *, choices: str) -> Any:
+    """Calls the object at `path` ("module:attribute") with `arguments`, and returns the result.
 
     Args:
-      kind: what it is to be, for the messages ("environment").
-      name: what the config calls it; `known` says which other names there are.
+        kind: what is made, for error messages ("environment").
+        name: the name in the config.
+        choices: the other names that the config may use, for error messages.
 
-    Raises UserError where the module or attribute does not exist, or the arguments are refused.
+    Raises UserError if the module or the attribute does not exist, or the call does not accept the arguments.
     """
-    factory = load_attribute(kind, name, path, known=known)
+    factory = locate(kind, name, path, choices=choices)
     if not callable(factory):
-        module, _, attribute = path.partition(":")
-        file = sys.modules[module].__file__
-        raise UserError(f"{kind} {name!r}: {attribute!r} is not callable in {file}; name a class of that module")
+        raise UserError(f"{kind} {name!r}: {path} is not callable; name a class or a function of that module")
     try:
         return factory(**arguments)
     except TypeError as error:
-        # Only the call itself is the config's fault: a TypeError from within the class keeps its traceback.
+        # A traceback that ends here is the call's own: wrong arguments. One from within the user's code is a bug there.
         if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
             raise
-        raise UserError(f"{kind} {name!r}: {error}; mend the config's {kind} arguments") from error
+        raise UserError(f"{kind} {name!r}: {error}; fix the config's {kind} arguments") from error
 
 
-def missing_methods(made: Any, methods: tuple[str, ...]) -> list[str]:
-    """Those of the methods that an object does not have."""
-    return [method for method in methods if not callable(getattr(made, method, None))]
+def locate(kind: str, name: str, path: str, *, choices: str) -> Any:
+    """The object at `path` ("module:attribute"); arguments as in `make`.
 
-
-def load_attribute(kind: str, name: str, path: str, *, known: str) -> Any:
-    """The object that `path` ("module:attribute") names; arguments as in `make`.
-
-    Raises UserError where the module or attribute does not exist.
+    Raises UserError if the module or the attribute does not exist.
     """
     module_name, colon, attribute = path.partition(":")
     if not (module_name and colon and attribute):
-        raise UserError(f"{kind} {name!r}: no such name; use {known}, or your own as 'module:attribute'")
+        raise UserError(f"{kind} {name!r}: no such name; use {choices}, or your own as 'module:attribute'")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
-            raise  # the module was found, and misses something of its own
+            raise  # The module exists, and one of its own imports is missing.
         raise UserError(
             f"{kind} {name!r}: no module {error.name!r}; install it or put its folder on PYTHONPATH"
         ) from error
     if not hasattr(module, attribute):
-        raise UserError(
-            f"{kind} {name!r}: {attribute!r} does not exist in {module.__file__}; name a class of that module"
-        )
+        raise UserError(f"{kind} {name!r}: {attribute!r} does not exist in {module.__file__}; fix the name")
     return getattr(module, attribute)
+
+
+def missing_methods(plugin: Any, methods: tuple[str, ...]) -> list[str]:
+    """Those of the methods that an object does not have."""
+    return [method for method in methods if not callable(getattr(plugin, method, None))]

@@ -10,10 +10,11 @@ jaxprm/objectives.py says which targets an objective uses, docs/method.md (secti
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
-from jaxprm.config import RewardModelConfig
 from jaxprm.objectives import BOOTSTRAPS, Bootstrap, find_objective
 
 
@@ -42,7 +43,7 @@ def lambda_returns(
     _check_shapes(rewards, discounts=discounts, next_values=next_values)
     mixes = jnp.broadcast_to(jnp.asarray(lambda_, rewards.dtype), rewards.shape)
 
-    def backward(following, step):
+    def backward(following: jax.Array, step: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         reward, discount, next_value, mix = step
         current = reward + discount * ((1 - mix) * next_value + mix * following)
         return current, current
@@ -158,26 +159,38 @@ def objective_targets(
         UserError: there is no such objective.
         ValueError: shapes differ, or an option of the targets is unknown or missing.
     """
-    settings = RewardModelConfig(
-        label="targets", objective=name, gae_lambda=gae_lambda, discount=discount, bootstrap=bootstrap
-    )
+    settings = _TargetSettings(name, gae_lambda=gae_lambda, discount=discount, bootstrap=bootstrap)
     return find_objective(name).targets(values, rewards, is_last, valid, settings, state_values)
 
 
-def _separated(rewards, is_last, valid, discount) -> tuple[jax.Array, jax.Array]:
+class _TargetSettings(NamedTuple):
+    """The arguments of `objective_targets` as the settings of an objective; the other fields are their defaults."""
+
+    objective: str
+    gae_lambda: float
+    discount: float
+    bootstrap: str
+    beta: float = 1.0
+    progress_gradient: str = "both"
+    target_update: str = "online"
+
+
+def _separated(
+    rewards: jax.Array, is_last: jax.Array, valid: jax.Array, discount: float
+) -> tuple[jax.Array, jax.Array]:
     """(rewards, discounts) of a packed row; a discount of 0 at last steps and empty slots separates trajectories."""
     rewards = _masked(rewards, valid)
     _check_shapes(rewards, is_last=is_last, valid=valid)
     return rewards, discount * (valid & ~is_last).astype(rewards.dtype)
 
 
-def _masked(x, valid) -> jax.Array:
+def _masked(x: jax.Array, valid: jax.Array) -> jax.Array:
     (x,) = _floats(x)
     _check_shapes(x, valid=valid)
     return jnp.where(valid, x, 0)
 
 
-def _floats(*arrays) -> list[jax.Array]:
+def _floats(*arrays: jax.Array) -> list[jax.Array]:
     dtype = jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
     return [jnp.asarray(x, dtype) for x in arrays]
 
@@ -186,7 +199,7 @@ def _shift_left(x: jax.Array) -> jax.Array:
     return jnp.concatenate([x[..., 1:], jnp.zeros_like(x[..., :1])], axis=-1)
 
 
-def _check_shapes(reference: jax.Array, **arrays) -> None:
+def _check_shapes(reference: jax.Array, **arrays: jax.Array) -> None:
     for name, array in arrays.items():
         if jnp.shape(array) != reference.shape:
             raise ValueError(f"{name} has shape {jnp.shape(array)}, expected {reference.shape}: give all as [..., S]")

@@ -113,7 +113,7 @@ def test_no_more_episodes_than_asked_for_are_in_flight(tmp_path):
     sample(tmp_path / "x.jsonl", factory, policy, in_flight=4)
     assert max(states for states, _ in policy.calls) == 4
     assert {n for _, n in policy.calls} == {1}
-    assert len(factory.made) == 4
+    assert len(factory.environments) == 4
     assert factory.closes == [1] * 4
 
 
@@ -124,7 +124,7 @@ def test_a_finished_file_is_not_sampled_again(undisturbed, tmp_path):
     (tmp_path / "train.jsonl.partial").write_bytes(undisturbed)
     factory = Factory(Walk)
     assert sample(output, factory) == output
-    assert factory.made == []
+    assert factory.environments == []
     assert [path.name for path in tmp_path.iterdir()] == ["train.jsonl"]
     assert output.read_bytes() == undisturbed
 
@@ -150,7 +150,7 @@ def test_interrupted_by_the_user_it_keeps_what_was_finished_and_goes_on(calls, u
         sample(output, factory, SeededPolicy(3, stop_after=calls))
     assert factory.closes == [1] * 6
     assert not output.exists()
-    kept = files.whole_lines(tmp_path / "train.jsonl.partial")
+    kept = files.complete_lines(tmp_path / "train.jsonl.partial")
     again = SeededPolicy(3)
     assert sample(output, policy=again).read_bytes() == undisturbed
     assert again.started == len(WANTED) - len(kept)
@@ -232,7 +232,7 @@ def test_what_the_environment_raises_ends_that_episode_with_an_error(method, und
     assert {len(line.messages) for line in parsed if line.task == bad and method != "outcome"} <= {1, 6}
     # One that has failed is closed, and never used again.
     assert set(factory.closes) == {1}
-    assert sum(environment.broken for environment in factory.made) == COUNT
+    assert sum(environment.broken for environment in factory.environments) == COUNT
 
 
 def test_an_action_that_the_policy_cannot_give_ends_that_episode_and_breaks_no_environment(tmp_path):
@@ -252,7 +252,7 @@ def test_an_action_that_the_policy_cannot_give_ends_that_episode_and_breaks_no_e
 
 def test_a_policy_that_gives_nothing_is_named_as_the_cause(tmp_path):
     policy = ScriptedPolicy(lambda task, path: ["up"] if not path else ["fails"], fail={"fails"})
-    with pytest.raises(UserError, match=r"all 20 .* the first: policy: no fails today; mend the policy$"):
+    with pytest.raises(UserError, match=r"all 20 .* the first: policy: no fails today; fix the policy$"):
         sample(tmp_path / "x.jsonl", policy=policy)
 
 
@@ -273,7 +273,7 @@ def test_a_collection_of_nothing_but_errors_is_refused_and_can_be_repeated(tmp_p
         sample(output, factory, SeededPolicy(3, ("crash",)), label="collect train")
     assert str(error.value) == (
         "collect train: all 20 episodes ended in an error, the first: OSError: the path is broken; "
-        "mend the environment walk"
+        "fix the environment walk"
     )
     assert set(factory.closes) == {1}
     # Mended, the same command samples all of it.
@@ -356,7 +356,7 @@ def test_an_environment_that_cannot_be_closed_keeps_no_other_open(tmp_path):
         sample(tmp_path / "x.jsonl", factory)
     assert factory.closes == [1] * 6
     # All was sampled, and none of it is lost.
-    assert len(files.whole_lines(tmp_path / "x.jsonl.partial")) == len(WANTED)
+    assert len(files.complete_lines(tmp_path / "x.jsonl.partial")) == len(WANTED)
 
 
 def test_no_tasks_give_an_empty_file(tmp_path):
@@ -419,15 +419,15 @@ def test_a_users_own_environment_is_collected_and_searched(tmp_path, monkeypatch
         def score_actions(self, states, candidates):
             return [[-abs(int(text) - 2) for text in texts] for texts in candidates]
 
-    forest = BranchRunner(make)
+    runner = BranchRunner(make)
     for scorer in (Knows(), RandomScorer(0)):
         trees = beam_search(
-            tasks, forest, policy, scorer, width=2, actions=4, temperature=0.7, max_rounds=forest.environment.max_rounds
+            tasks, runner, policy, scorer, width=2, actions=4, temperature=0.7, max_rounds=runner.environment.max_rounds
         )
         assert all(tree.best.branch.done and tree.best.branch.error is None for tree in trees)
         assert [tree_to_dict(tree)["prompt"] for tree in trees] == ["Guess a number from 1 to 3."] * 3
         if isinstance(scorer, Knows):
             assert trees[1].best.branch.outcome == 1.0
             assert trees[1].best.branch.actions == ("2",)
-    assert forest.errors == 0
-    forest.close()
+    assert runner.errors == 0
+    runner.close()

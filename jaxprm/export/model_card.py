@@ -8,8 +8,10 @@ from typing import Any
 
 from jaxprm import files
 from jaxprm.objectives import OBJECTIVES
+from jaxprm.search.methods import SEARCHES
 
-_METHODS = {"beam": "beam {}", "stepwise": "best of {} at every step", "best_of_n": "best of {}"}
+# The words for each search; those of searches from outside the package come with a run's results.
+_METHODS = {kind: method.card for kind, method in SEARCHES.items() if method.card} | {"best_of_n": "best of {}"}
 
 
 def model_card(
@@ -50,7 +52,8 @@ def run_results(model: Path, label: str | None) -> dict[str, Any] | None:
     methods = {name: results["methods"][name] for name in (label, "random") if name in results["methods"]}
     if label not in methods:
         return None
-    return {
+    custom = {"searches": results["searches"]} if "searches" in results else {}
+    return custom | {
         "label": label,
         "name": results.get("name"),
         "policy": results["policy"],
@@ -68,9 +71,10 @@ def _results_table(results: Mapping[str, Any]) -> Iterator[str]:
     names = {"sampled": "the policy alone, one sample", "greedy": "the policy alone, greedy"}
     for key, estimate in results["policy"].items():
         yield _result_row(names.get(key, key), estimate)
+    custom = {kind: search["card"] for kind, search in results.get("searches", {}).items() if search.get("card")}
     for label, found in results["methods"].items():
         by = "random scores" if label == "random" else f"guided by {label}"
-        for kind, title in _METHODS.items():
+        for kind, title in (_METHODS | custom).items():
             for size, estimate in (found.get(kind) or {}).items():
                 yield _result_row(f"{title.format(size)}, {by}", estimate)
 
@@ -104,7 +108,7 @@ def _range(recipe: Mapping[str, Any], config: Mapping[str, Any]) -> Sequence[flo
 
 def _target(recipe: Mapping[str, Any]) -> str:
     """What the model was trained towards. A user's own objective is described in the recipe."""
-    name = recipe.get("objective")
+    name = recipe.get("objective", "")
     objective = OBJECTIVES.get(name)
     return objective.card_text if objective else recipe.get("objective_text") or name or "unknown"
 

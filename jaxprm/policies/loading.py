@@ -32,7 +32,7 @@ def load(experiment: Experiment) -> protocol.Policy:
             encoder = Encoder.load(base_directory(experiment), settings.chat_template)
         return openai.load(settings, seed=experiment.seed, encoder=encoder)
     arguments = {"seed": experiment.seed} | settings.arguments
-    policy = plugins.make("policy", settings.path, settings.path, arguments, known="a model directory, default")
+    policy = plugins.make("policy", settings.path, settings.path, arguments, choices="a model directory, default")
     if missing := plugins.missing_methods(policy, _METHODS):
         kind = type(policy).__name__
         raise UserError(f"policy {settings.path!r}: {kind} has no method {', '.join(missing)}; define it")

@@ -153,45 +153,45 @@ def collect(
 ) -> Path:
     """`count` trajectories for every task, as JSON Lines sorted by task and number.
 
-    Killed and called again it goes on: what was finished is in OUTPUT.partial, what was in flight is sampled again,
-    the same, because a draw depends on nothing but seed, task, conversation and number. Raises UserError when a task
-    is given twice, or when not one episode ended without an error.
+    Killed and called again it resumes: finished episodes are in OUTPUT.partial. Those in flight are sampled again, with
+    the same result, because a draw depends only on seed, task, conversation and number. Raises UserError when a task
+    is given twice, when every episode ended in an error, or when another process is writing the same output.
     """
-    partial = output.with_name(output.name + ".partial")
-    if output.exists():
-        partial.unlink(missing_ok=True)
+    resumable = files.ResumableLines(output)
+    if resumable.is_finished():
         return output
     tasks = list(tasks)
     if len(set(tasks)) < len(tasks):
         twice = next(task for task, times in Counter(tasks).items() if times > 1)
         raise UserError(f"{label}: task {twice} is given twice; the tasks of a split must differ")
-    done = {line["id"]: line for line in files.whole_lines(partial)}
     wanted = [(task, number) for task in tasks for number in range(count)]
-    missing = [job for job in wanted if f"{job[0]}#{job[1]}" not in done]
-    episodes = rollouts(make_environment, policy, missing, temperature=temperature, in_flight=in_flight)
-    with (
-        bar(label, len(wanted), initial=len(wanted) - len(missing), unit="episode") as progress,
-        files.appending(partial) as append,
-        closing(episodes),
-    ):
-        succeeded = sum(line.get("success", False) for line in done.values())
-        errors = sum(line["ended"] == "error" for line in done.values())
-        for episode in episodes:
-            line = trajectory(episode, split=split, environment=environment, temperature=temperature, seed=seed)
-            append([line])
-            done[line["id"]] = line
-            succeeded += line.get("success", False)
-            errors += line["ended"] == "error"
-            shown = {"success": f"{succeeded / len(done):.1%}"} | ({"errors": errors} if errors else {})
-            progress.set_postfix(shown, refresh=False)
-            progress.update()
-    ordered = [done[f"{task}#{number}"] for task, number in wanted]
-    if ordered and all(line["ended"] == "error" for line in ordered):
-        # Not kept: once the cause is mended, the same command has to sample them anew.
-        partial.unlink()
-        first = ordered[0]["meta"]["error"]
-        cause = "policy" if first.startswith(OF_POLICY) else f"environment {environment}"
-        raise UserError(f"{label}: all {len(ordered)} episodes ended in an error, the first: {first}; mend the {cause}")
-    files.write_atomic(output, "".join(files.line(one) for one in ordered))
-    partial.unlink(missing_ok=True)
+    with resumable:
+        done = {line["id"]: line for line in resumable.read()}
+        missing = [job for job in wanted if f"{job[0]}#{job[1]}" not in done]
+        episodes = rollouts(make_environment, policy, missing, temperature=temperature, in_flight=in_flight)
+        with (
+            bar(label, len(wanted), initial=len(wanted) - len(missing), unit="episode") as progress,
+            closing(episodes),
+        ):
+            succeeded = sum(line.get("success", False) for line in done.values())
+            errors = sum(line["ended"] == "error" for line in done.values())
+            for episode in episodes:
+                line = trajectory(episode, split=split, environment=environment, temperature=temperature, seed=seed)
+                resumable.append([line])
+                done[line["id"]] = line
+                succeeded += line.get("success", False)
+                errors += line["ended"] == "error"
+                shown = {"success": f"{succeeded / len(done):.1%}"} | ({"errors": errors} if errors else {})
+                progress.set_postfix(shown, refresh=False)
+                progress.update()
+        ordered = [done[f"{task}#{number}"] for task, number in wanted]
+        if ordered and all(line["ended"] == "error" for line in ordered):
+            # Not kept: once the cause is fixed, the same command has to sample them again.
+            resumable.discard()
+            first = ordered[0]["meta"]["error"]
+            cause = "policy" if first.startswith(OF_POLICY) else f"environment {environment}"
+            raise UserError(
+                f"{label}: all {len(ordered)} episodes ended in an error, the first: {first}; fix the {cause}"
+            )
+        resumable.finish(ordered)
     return output

@@ -7,7 +7,11 @@ pattern say the same again. Each role has a light and a dark value and reaches t
 from __future__ import annotations
 
 import zlib
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
+
+from jaxprm.search.methods import SEARCHES
 
 THIN_SPACE = "\u202f"
 MINUS = "\u2212"
@@ -81,25 +85,20 @@ def name(label: str) -> str:
     return look(label).name
 
 
-_SEARCHES = ("beam", "best_of_n", "prefix_best_of_n", "stepwise", "diverse", "lookahead", "mcts")
+# Ways to choose among whole trajectories; searches of actions bring their own words (jaxprm/search/methods.py).
+_BEST_OF_N = {"best_of_n": "best of {}", "prefix_best_of_n": "best of {} prefixes"}
 
 
-def search_name(at: str) -> str:
-    """A search in words: "beam/4x4" -> "beam 4×4", "best_of_n 16" -> "best of 16", anything else unchanged."""
-    kind, size = split_search(at)
+def search_name(at: str, custom: Mapping[str, str] = MappingProxyType({})) -> str:
+    """A search in words: "beam/4x4" -> "beam 4×4", "best_of_n 16" -> "best of 16", anything else unchanged.
+
+    custom: words for searches from outside the package, by kind, with "{}" for the size.
+    """
+    kind, size = split_search(at, custom)
     if kind == "beam" and size.startswith("1x"):
         kind, size = "stepwise", size[2:]
-    readable = size_name(size)
-    forms = {
-        "beam": f"beam {readable}",
-        "best_of_n": f"best of {readable}",
-        "prefix_best_of_n": f"best of {readable} prefixes",
-        "stepwise": f"step-wise best of {readable}",
-        "diverse": f"diverse beam {readable}",
-        "lookahead": f"lookahead {readable}",
-        "mcts": f"tree search {readable}",
-    }
-    return forms.get(kind, at)
+    words = {**_BEST_OF_N, **{kind: method.label for kind, method in SEARCHES.items()}, **custom}
+    return words[kind].format(size_name(size)) if kind else at
 
 
 def size_name(size: str) -> str:
@@ -107,12 +106,12 @@ def size_name(size: str) -> str:
     return size.replace("x", "×")
 
 
-def split_search(at: str) -> tuple[str, str]:
+def split_search(at: str, custom: Collection[str] = ()) -> tuple[str, str]:
     """The search and its size in `paired[].at`: "beam/4x4" -> ("beam", "4x4"); ("", at) if written otherwise."""
     words = at.replace("/", " ").replace(":", " ").replace("@", " ").split()
     if len(words) == 1 and "x" in words[0] and words[0].replace("x", "").isdigit():
         return "beam", words[0]
-    if len(words) == 2 and words[0] in _SEARCHES:
+    if len(words) == 2 and (words[0] in _BEST_OF_N or words[0] in SEARCHES or words[0] in custom):
         return words[0], words[1]
     return "", at
 

@@ -10,11 +10,13 @@ from typing import Any, TypeVar
 import msgspec
 
 from jaxprm.errors import UserError
+from jaxprm.search.methods import SEARCHES
 
 T = TypeVar("T")
 AGGREGATED = tuple(f"best_of_n_{how}" for how in ("mean", "min", "max", "product", "sum", "vote", "weighted_vote"))
-TREE_SEARCHES = ("diverse", "lookahead", "mcts")
-SEARCHES = ("best_of_n", "prefix_best_of_n", "stepwise", "beam", *TREE_SEARCHES, *AGGREGATED)
+# Searches with figures of their own; all others share a table.
+_SHOWN_ALONE = ("best_of_n", "prefix_best_of_n", "stepwise", "beam")
+TREE_SEARCHES = tuple(kind for kind in SEARCHES if kind not in _SHOWN_ALONE)
 
 
 class ReportedEstimate(msgspec.Struct, frozen=True):
@@ -95,10 +97,18 @@ class CalibrationRow(msgspec.Struct, frozen=True):
     observed: ReportedEstimate | None = None
 
 
+class CustomSearch(msgspec.Struct, frozen=True):
+    """A search from outside the package, in words for the report and for model cards, with "{}" for its size."""
+
+    label: str
+    card: str | None = None
+
+
 class RunResults(msgspec.Struct, frozen=True):
     """What one run measured. Every part is optional: a page shows the parts that exist.
 
-    `methods[label][search][size]`, `search` one of SEARCHES; other keys of a method are kept out.
+    `methods[label][search][size]`, with a known search or one of `searches`; other keys of a method are left out.
+    `searches` are those from outside the package, by kind.
     """
 
     name: str | None = None
@@ -115,6 +125,12 @@ class RunResults(msgspec.Struct, frozen=True):
     seconds: dict[str, Any] = {}
     data: Any = None
     provenance: Any = None
+    searches: dict[str, CustomSearch] = {}
+
+    @property
+    def custom_labels(self) -> dict[str, str]:
+        """Words for searches from outside the package, by kind, with "{}" for the size."""
+        return {kind: search.label for kind, search in self.searches.items()}
 
     def curve(self, label: str, search: str) -> dict[str, ReportedEstimate]:
         """Measured points of one method under one search, by size in ascending order; empty when it was not run."""
@@ -179,9 +195,10 @@ def size_key(size: str) -> tuple:
 def load_results(path: Path) -> RunResults:
     """Read results.json. Raises UserError when it is missing or does not have the documented form."""
     results = _decode(path, RunResults)
+    kinds = (*_SHOWN_ALONE, *TREE_SEARCHES, *results.searches, *AGGREGATED)
     methods = {
-        label: {search: _convert(path, label, search, found[search]) for search in SEARCHES if found.get(search)}
-        for label, found in results.methods.items()
+        label: {kind: _convert(path, label, kind, by_kind[kind]) for kind in kinds if by_kind.get(kind)}
+        for label, by_kind in results.methods.items()
     }
     return msgspec.structs.replace(results, methods=methods)
 

@@ -27,16 +27,16 @@ def cost(results: RunResults) -> str:
             f"Bands and bars: {BAND}{panel_sample(results, spent)}.{level_words(results)}"
         )
         drawn = figure(spent, "cost", words, titled=False)
-    body = side(drawn, _seconds_table(results.seconds)) + _compute_table(results.compute)
-    body += _equal_table(results.budget) + _needed_table(results.budget)
+    body = side(drawn, _seconds_table(results.seconds)) + _compute_table(results.compute, results.custom_labels)
+    body += _equal_table(results.budget, results.custom_labels) + _needed_table(results.budget)
     return section("cost", "What it cost", "Counted, not estimated.", body) if body else ""
 
 
-def _equal_table(budget: Budget) -> str:
+def _equal_table(budget: Budget, custom: Mapping[str, str]) -> str:
     """Each search beside the best-of-N that costs as much, in tokens, and in FLOPs where they differ from those."""
     rows = [
         [
-            f'{html.method(row.label)} <span class="how">{escape(search_name(row.at))}</span>',
+            f'{html.method(row.label)} <span class="how">{escape(search_name(row.at, custom))}</span>',
             row.unit,
             html.data(row.n, f"{'more than ' if row.capped else ''}{row.n:.1f}"),
             html.share(row.searched),
@@ -65,7 +65,7 @@ def _needed_table(budget: Budget) -> str:
     return html.table(["Best of N by", "reaches", "at a budget smaller by"], rows, caption=caption) if rows else ""
 
 
-def _compute_table(compute: Any) -> str:
+def _compute_table(compute: Any, custom: Mapping[str, str]) -> str:
     """Counts by method and size, `compute["methods"]` in results.json; what else is a number there as facts."""
     if not isinstance(compute, Mapping):
         return ""
@@ -78,7 +78,7 @@ def _compute_table(compute: Any) -> str:
     rows = []
     for (label, *search), values in counted:
         cells = [html.count(values[column]) if column in values else html.NOT_MEASURED for column in columns]
-        how = "one sample" if label == "policy" else search_name(" ".join(search))
+        how = "one sample" if label == "policy" else search_name(" ".join(search), custom)
         rows.append([f'{html.method(label)} <span class="how">{escape(how)}</span>', *cells])
     unit = compute.get("unit")
     caption = f"Counts {unit}" if isinstance(unit, str) else "Counts"

@@ -5,7 +5,7 @@ Each function returns its HTML, or an empty string where nothing was measured.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 
 from jaxprm.report import html, panels
@@ -112,7 +112,7 @@ def scaling(results: RunResults) -> str:
     body = figure(found, "scaling", words)
     body += _size_table(results, AGGREGATED, "Best of N by other scores of a trajectory than its final step's")
     caption = "Diverse beams, beams that look ahead (paths x actions x steps), and tree search by simulations x actions"
-    body += _size_table(results, TREE_SEARCHES, caption)
+    body += _size_table(results, (*TREE_SEARCHES, *results.searches), caption)
     return section("scaling", "More samples to choose from", intro, body)
 
 
@@ -143,7 +143,7 @@ def pairs(results: RunResults) -> str:
     first, *others = _by_search(results, known)
     body = _pair_table(results, first)
     for group in others:
-        title = f"{search_name(group[0].at)}: {plural(len(group), 'difference')}"
+        title = f"{search_name(group[0].at, results.custom_labels)}: {plural(len(group), 'difference')}"
         body += html.fold(title, _pair_table(results, group))
     return section("pairs", "Differences, paired by task", intro, body)
 
@@ -154,7 +154,7 @@ def _by_search(results: RunResults, known: list[Paired]) -> list[list[Paired]]:
         return [known]
     groups: dict[tuple[str, str], list[Paired]] = {}
     for pair in known:
-        groups.setdefault(split_search(pair.at), []).append(pair)
+        groups.setdefault(split_search(pair.at, results.searches), []).append(pair)
     headlined = ("beam", headline(results).size)
     return [groups[search] for search in sorted(groups, key=lambda search: search != headlined)]
 
@@ -164,15 +164,15 @@ def _pair_table(results: RunResults, known: list[Paired]) -> str:
     reach = max(MIN_REACH, *(abs(bound) for bound in bounds))
     heads = ["Difference", "Points [interval]", "Zero", "below zero | above", "Tasks"]
     caption = f"Mean difference in percentage points{sample_words(results, [])}, with the {BAND}."
-    return html.table(heads, [_pair_row(pair, reach) for pair in known], caption=caption)
+    return html.table(heads, [_pair_row(pair, reach, results.custom_labels) for pair in known], caption=caption)
 
 
-def _pair_row(pair: Paired, reach: float) -> list[str]:
+def _pair_row(pair: Paired, reach: float, custom: Mapping[str, str]) -> list[str]:
     a, b = (ALIASES.get(side, side) for side in (pair.a, pair.b))
     against = name(b) if b not in BASELINES else name(b).lower()
     return [
         f'{html.method(a)} <span class="versus">against {escape(against)}</span>'
-        f'<span class="how">{escape(search_name(pair.at))}</span>',
+        f'<span class="how">{escape(search_name(pair.at, custom))}</span>',
         html.difference(pair.estimate),
         _zero(pair.estimate),
         html.track(pair.estimate, look(a), -reach, reach, marks=[0.0]),

@@ -5,10 +5,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import itertools
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -81,32 +80,27 @@ def score_file(
     run_identity["chat_template"] = read_template(template)
     scorer = loading.load_scorer(model, dtype=dtype, template=template, mesh=mesh)
     progress = loading.defines_progress(read_recipe(model))
-    partial = output.with_name(output.name + ".partial")
-    record = output.with_name(output.name + ".partial.json")
+    target, record = files.ResumableLines(output), output.with_name(output.name + ".partial.json")
     done = errors = 0
     try:
-        done, errors = _resume(partial, record, run_identity, chunk)
-        with (
-            input.open("rb") as lines,
-            partial.open("ab", buffering=0) as target,
-            bar("score", total, initial=done, unit="trajectory") as shown,
-        ):
-            rest = enumerate(itertools.islice(lines, done, None), start=done + 1)
-            while numbered := list(itertools.islice(rest, chunk)):
-                scored = score_lines(scorer, numbered, input.name)
-                results = [_result(one, line, progress) for one, (_, line) in zip(scored, numbered, strict=True)]
-                _write(target, b"".join(msgspec.json.encode(result) + b"\n" for result in results))
-                done, errors = done + len(results), errors + sum("error" in result for result in results)
-                shown.set_postfix(errors=errors, refresh=False)
-                shown.update(len(results))
-            os.fsync(target.fileno())
-        os.replace(partial, output)
+        with target, input.open("rb") as lines:
+            done, errors = _resume(target, record, run_identity, chunk)
+            remaining = enumerate(itertools.islice(lines, done, None), start=done + 1)
+            with bar("score", total, initial=done, unit="trajectory") as shown:
+                while numbered := list(itertools.islice(remaining, chunk)):
+                    scored = score_lines(scorer, numbered, input.name)
+                    results = [_result(item, line, progress) for item, (_, line) in zip(scored, numbered, strict=True)]
+                    target.append_bytes(b"".join(msgspec.json.encode(result) + b"\n" for result in results))
+                    done, errors = done + len(results), errors + sum("error" in result for result in results)
+                    shown.set_postfix(errors=errors, refresh=False)
+                    shown.update(len(results))
+            target.finish()
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(
-            f"{partial}: no space left on the device after {done} of {total} lines; free some and run the same "
-            "command again: it goes on from there"
+            f"{target.partial}: no space left on the device after {done} of {total} lines; free some and run the same "
+            "command again: it resumes there"
         ) from None
     record.unlink(missing_ok=True)
     return LineCounts(done - errors, errors)
@@ -133,30 +127,30 @@ def digest_and_count(path: Path) -> tuple[str, int]:
     return digest.hexdigest(), count + (last != b"\n")
 
 
-def _resume(partial: Path, record: Path, identity: dict[str, Any], chunk: int) -> tuple[int, int]:
-    """(lines, errors among them) that an earlier run of the same identity left; what is torn is cut off.
+def _resume(target: files.ResumableLines, record: Path, identity: dict[str, Any], chunk: int) -> tuple[int, int]:
+    """(lines, errors among them) that an earlier run of the same identity wrote.
 
-    Whole chunks are kept: so every trajectory is scored in the company it would have had, and gets the same bits.
+    Complete chunks are kept and the others cut off. So every trajectory is in the same batch as in an uninterrupted
+    run, and its score is bit-identical.
 
-    Raises UserError where what is left is of another model, input, chunk or dtype.
+    Raises UserError if the lines are from a run with another model, input, chunk or dtype.
     """
-    if not partial.exists():
+    if target.is_empty():
         files.write_atomic(record, msgspec.json.encode(identity).decode())
         return 0, 0
-    _check_record(partial, record, identity)
-    kept = kept_errors = end = lines = errors = place = 0
-    with partial.open("r+b") as file:
-        for line in file:
-            try:
-                written = msgspec.json.decode(line, type=_Written)
-            except msgspec.MsgspecError:
-                break
-            if not line.endswith(b"\n"):
-                break
-            lines, errors, place = lines + 1, errors + (written.error is not None), place + len(line)
-            if lines % chunk == 0:
-                kept, kept_errors, end = lines, errors, place
-        file.truncate(end)
+    _check_record(target.partial, record, identity)
+    kept = kept_errors = end = lines = errors = size = 0
+    for line in target.raw_lines():
+        try:
+            written = msgspec.json.decode(line, type=_Written)
+        except msgspec.MsgspecError:
+            break
+        if not line.endswith(b"\n"):
+            break
+        lines, errors, size = lines + 1, errors + (written.error is not None), size + len(line)
+        if lines % chunk == 0:
+            kept, kept_errors, end = lines, errors, size
+    target.truncate(end)
     return kept, kept_errors
 
 
@@ -213,10 +207,3 @@ def _failed(line: bytes, number: int, error: str) -> dict[str, Any]:
         id = None
     known = {"id": id} if isinstance(id, str) else {"id": None, "line": number}
     return known | {"error": error}
-
-
-def _write(target: BinaryIO, data: bytes) -> None:
-    """All of it: on a disk that is nearly full, an unbuffered write may take a part only, without an error."""
-    rest = memoryview(data)
-    while rest:
-        rest = rest[target.write(rest) :]

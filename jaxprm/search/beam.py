@@ -1,77 +1,22 @@
-"""Beam search over actions (AgentPRM, Algorithm 2), plain, diverse or with lookahead, many tasks at once."""
+"""Beam search over actions (AgentPRM, arXiv 2511.08325, Algorithm 2): plain, step-wise, diverse and with lookahead.
+
+Letters: N paths kept, M actions drawn after each of them, Q promise, A progress.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from jaxprm import config as config_lib
 from jaxprm.policies.protocol import Policy
 from jaxprm.search.branches import BranchRunner
+from jaxprm.search.spec import SearchMethod, SearchSpec
 from jaxprm.search.tree import ActionScorer, Node, SearchLimits, Tree, commit, execute, expand, new_trees
-
-
-def look_ahead(
-    candidates: Sequence[tuple[Tree, Node]],
-    steps: int,
-    forest: BranchRunner,
-    policy: Policy,
-    scorer: ActionScorer,
-    progress_weight: float,
-) -> None:
-    """Executes every candidate, follows the policy's likeliest actions for up to `steps` more, and scores it anew.
-
-    Its score is then the promise of the last action reached, plus progress_weight times its own progress. Where the way
-    on is lost (an environment that raises, a policy that gives nothing), what was reached before counts; a candidate
-    that raises itself ranks last. What is drawn on the way belongs to the tree, marked as `ahead`, and is paid for.
-    """
-    tips = {id(candidate): candidate for _, candidate in candidates}
-    execute([candidate for _, candidate in candidates], forest)
-    going = list(candidates)
-    for _ in range(steps):
-        going = [(tree, candidate) for tree, candidate in going if not tips[id(candidate)].branch.done]
-        if not going:
-            break
-        parents = [(tree, tips[id(candidate)]) for tree, candidate in going]
-        before = [(tip.branch, tip.score) for _, tip in parents]
-        _, found = expand(parents, 1, forest, policy, scorer, temperature=0.0)
-        further = [node for nodes in found for node in nodes]
-        for node in further:
-            node.ahead = True
-        execute(further, forest)
-        reached = []
-        for (tree, candidate), (_, tip), (branch, score), nodes in zip(going, parents, before, found, strict=True):
-            if not nodes:
-                # Not this path's end: it is not on the way that it will be asked to go on.
-                tip.branch, tip.score = branch, score
-            elif nodes[0].branch.error is None:
-                tips[id(candidate)] = nodes[0]
-                reached.append((tree, candidate))
-        going = reached
-    for _, candidate in candidates:
-        if candidate.branch.error is None:
-            candidate.lookahead_value = tips[id(candidate)].promise
-            candidate.score = candidate.lookahead_value + progress_weight * (candidate.progress or 0.0)
-
-
-def keep_best(finished: Sequence[Node], candidates: Sequence[Node], width: int) -> list[Node]:
-    """The `width` best of all; among equals finished paths come first, then candidates in the order they were drawn."""
-    return sorted([*finished, *candidates], key=lambda node: -node.score)[:width]
-
-
-def keep_diverse(finished: Sequence[Node], candidates: Sequence[Node], width: int) -> list[Node]:
-    """The best of each subtree, ties as in `keep_best`; where some have none, the best of the rest fill up to `width`.
-
-    All of a start's draws may be equal; then there are fewer paths than `width`.
-    """
-    ranked = keep_best(finished, candidates, len(finished) + len(candidates))
-    first = {node.subtree: node for node in reversed(ranked)}
-    kept = [node for node in ranked if first[node.subtree] is node]
-    rest = [node for node in ranked if first[node.subtree] is not node]
-    return keep_best([], [*kept, *rest[: max(0, width - len(kept))]], width)
 
 
 def beam_search(
     tasks: Sequence[str],
-    forest: BranchRunner,
+    runner: BranchRunner,
     policy: Policy,
     scorer: ActionScorer,
     *,
@@ -85,45 +30,189 @@ def beam_search(
     limits: SearchLimits = SearchLimits(),
     on_round: Callable[[Sequence[Tree]], None] | None = None,
 ) -> list[Tree]:
-    """Searches the tasks in lockstep, so that one call to the policy and one to the scorer serve all of them.
+    """Searches all tasks in lockstep: a round is one call to the policy and one to the scorer for all of them.
 
-    score = promise + progress_weight * progress, progress taken as 0 at the first step; the promise is that of an
-    action up to `ahead` steps further on. A branch whose environment raised ranks behind all others: it is chosen where
-    nothing else is left. So does a path for which the policy had no candidate; where it had some, those that failed are
-    left out and counted. Raises UserError for a score that is not a finite number.
+    Candidates are ranked by
+
+        score_t = Q(s_{t+k}, a_{t+k}) + progress_weight * A(s_t, a_t),   A(s_1, a_1) = 0,   0 <= k <= ahead,
+
+    with the action a_{t+k} that looking ahead reached, k = 0 without lookahead. The paper gives no details; ours are:
+
+    - The first round draws N * M actions from the prompt, each later round M after every open path.
+    - Equal actions of one state are one candidate.
+    - A finished path keeps its score and competes with open ones; among equals it comes first.
+    - A path scores -inf if its environment raised or the policy proposed no action after it. It is kept only if no
+      other path is left.
+
+    Args:
+        width: N.
+        actions: M.
+        diverse: N paths that compete only with candidates from their own draws.
+        on_round: called with the trees after every round.
+
+    Raises UserError for a score that is not a finite number.
     """
-    trees = new_trees(tasks, forest)
+    trees = new_trees(tasks, runner)
     for round_number in range(1, max_rounds + 1):
         open_trees = [tree for tree in trees if not tree.finished]
         if not open_trees:
             break
         draws = width * actions if round_number == 1 else actions
         parents = [(tree, node) for tree in open_trees for node in tree.frontier if not node.branch.done]
-        _, candidates = expand(parents, draws, forest, policy, scorer, temperature, progress_weight)
-        grown = list(zip(parents, candidates, strict=True))
+        _, candidates = expand(parents, draws, runner, policy, scorer, temperature, progress_weight)
+        drawn = [(tree, node) for (tree, _), nodes in zip(parents, candidates, strict=True) for node in nodes]
         if ahead:
-            found = [(tree, node) for (tree, _), nodes in grown for node in nodes]
-            look_ahead(found, ahead, forest, policy, scorer, progress_weight)
-        taken: list[Node] = []
+            look_ahead(drawn, ahead, runner, policy, scorer, progress_weight)
+        chosen: list[Node] = []
         for tree in open_trees:
-            new = [node for (owner, _), nodes in grown if owner is tree for node in nodes]
-            done = [node for node in tree.frontier if node.branch.done]
-            if diverse:
-                for node in new:
-                    node.subtree = node.draw // actions if round_number == 1 else node.parent.subtree
-                # From the start, N groups of draws; from then on every path is a search of its own.
-                tree.frontier = keep_diverse(done, new, width if round_number == 1 else len(tree.frontier))
-                if round_number == 1:
-                    for number, node in enumerate(tree.frontier):
-                        node.subtree = number
+            new = [node for owner, node in drawn if owner is tree]
+            finished = [node for node in tree.frontier if node.branch.done]
+            if not diverse:
+                tree.frontier = keep_best(finished, new, width)
+            elif round_number == 1:
+                tree.frontier = _first_diverse(finished, new, width, actions)
             else:
-                tree.frontier = keep_best(done, new, width)
+                tree.frontier = _next_diverse(finished, new, len(tree.frontier))
             tree.rounds = round_number
             kept = {id(node) for node in tree.frontier}
-            taken += [node for node in new if id(node) in kept]
-        commit(taken, forest)
+            chosen += [node for node in new if id(node) in kept]
+        commit(chosen, runner)
+        # Limits look at outcomes, so the chosen candidates must have been executed.
         for tree in open_trees:
             tree.ended = limits.reached(tree, policy.count_tokens) if not tree.finished else None
         if on_round is not None:
             on_round(trees)
     return trees
+
+
+def keep_best(finished: Sequence[Node], candidates: Sequence[Node], width: int) -> list[Node]:
+    """The `width` nodes with the highest scores; among equals finished paths first, then candidates as drawn."""
+    return sorted([*finished, *candidates], key=lambda node: -node.score)[:width]
+
+
+def keep_diverse(finished: Sequence[Node], candidates: Sequence[Node], width: int) -> list[Node]:
+    """The best node of each subtree, ties as in `keep_best`, by descending score.
+
+    Subtrees without a candidate are replaced by the best remaining nodes of the others. If all draws are equal there
+    are fewer paths than `width`.
+    """
+    ranked = keep_best(finished, candidates, len(finished) + len(candidates))
+    best = {node.subtree: node for node in reversed(ranked)}
+    firsts = [node for node in ranked if best[node.subtree] is node]
+    others = [node for node in ranked if best[node.subtree] is not node]
+    return keep_best([], [*firsts, *others[: max(0, width - len(firsts))]], width)
+
+
+def _first_diverse(finished: Sequence[Node], candidates: Sequence[Node], width: int, actions: int) -> list[Node]:
+    """Divides the N * M first draws into N groups of M, keeps the best of each, and numbers the paths."""
+    for node in candidates:
+        node.subtree = node.draw // actions
+    frontier = keep_diverse(finished, candidates, width)
+    # Two paths may come from one group; from here on each of them is a search of its own.
+    for number, node in enumerate(frontier):
+        node.subtree = number
+    return frontier
+
+
+def _next_diverse(finished: Sequence[Node], candidates: Sequence[Node], paths: int) -> list[Node]:
+    for node in candidates:
+        node.subtree = node.parent.subtree
+    return keep_diverse(finished, candidates, paths)
+
+
+def look_ahead(
+    candidates: Sequence[tuple[Tree, Node]],
+    steps: int,
+    runner: BranchRunner,
+    policy: Policy,
+    scorer: ActionScorer,
+    progress_weight: float,
+) -> None:
+    """Executes candidates, follows each for up to `steps` greedy actions of the policy, and scores it by the last one.
+
+    A candidate a_t from which the action a_{t+k} was reached, 0 <= k <= steps, gets
+
+        lookahead_value = Q(s_{t+k}, a_{t+k}),   score = lookahead_value + progress_weight * A(s_t, a_t).
+
+    k < steps if the episode ends, the environment raises, or the policy proposes nothing. A candidate whose own action
+    raises keeps the score -inf. Nodes drawn on the way have `is_lookahead`, and their tokens and steps count.
+    """
+    reached = {id(candidate): candidate for _, candidate in candidates}
+    execute([candidate for _, candidate in candidates], runner)
+    following = list(candidates)
+    for _ in range(steps):
+        following = [(tree, candidate) for tree, candidate in following if not reached[id(candidate)].branch.done]
+        if not following:
+            break
+        parents = [(tree, reached[id(candidate)]) for tree, candidate in following]
+        before = [(parent.branch, parent.score) for _, parent in parents]
+        _, drawn = expand(parents, 1, runner, policy, scorer, temperature=0.0)
+        new = [node for nodes in drawn for node in nodes]
+        for node in new:
+            node.is_lookahead = True
+        execute(new, runner)
+        still_following = []
+        for (tree, candidate), (_, parent), (branch, score), nodes in zip(
+            following, parents, before, drawn, strict=True
+        ):
+            if not nodes:
+                # `expand` has ended the parent. Undo that: the search may never ask for an action after it.
+                parent.branch, parent.score = branch, score
+            elif nodes[0].branch.error is None:
+                reached[id(candidate)] = nodes[0]
+                still_following.append((tree, candidate))
+        following = still_following
+    for _, candidate in candidates:
+        if candidate.branch.error is None:
+            candidate.lookahead_value = reached[id(candidate)].promise
+            candidate.score = candidate.lookahead_value + progress_weight * (candidate.progress or 0.0)
+
+
+def _run(
+    tasks: Sequence[str],
+    runner: BranchRunner,
+    policy: Policy,
+    scorer: ActionScorer,
+    *,
+    spec: SearchSpec,
+    settings: config_lib.SearchConfig,
+    limits: SearchLimits,
+) -> list[Tree]:
+    return beam_search(
+        tasks,
+        runner,
+        policy,
+        scorer,
+        width=spec.width,
+        actions=spec.actions,
+        temperature=settings.temperature,
+        max_rounds=runner.environment.max_rounds,
+        progress_weight=settings.progress_weight,
+        diverse=spec.kind == "diverse",
+        ahead=spec.ahead,
+        limits=limits,
+    )
+
+
+BEAM = SearchMethod(
+    "beam",
+    _run,
+    label="beam {}",
+    card="beam {}",
+    config_field="beams",
+    # A beam that keeps one path is step-wise search, and shares its file.
+    file_stem=lambda spec: f"stepwise-{spec.actions}" if spec.width == 1 else f"beam-{spec.size}",
+    omit_kind=True,
+)
+STEPWISE = SearchMethod(
+    "stepwise",
+    _run,
+    label="step-wise best of {}",
+    card="best of {} at every step",
+    config_field="stepwise",
+    parse_sizes=lambda actions: (1, actions),
+    size=lambda spec: str(spec.actions),
+    omit_kind=True,
+)
+DIVERSE = SearchMethod("diverse", _run, label="diverse beam {}", config_field="diverse")
+LOOKAHEAD = SearchMethod("lookahead", _run, label="lookahead {}", config_field="lookahead")

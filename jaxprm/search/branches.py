@@ -1,7 +1,9 @@
-"""Environments that fork: the branches of one search tree, executed once each.
+"""Branches of a search tree, executed in environments that can fork.
 
-`clone` restores a snapshot; `replay` resets and repeats the actions, and a different observation ends that branch with
-an error; `none` allows a single path a task.
+How a branch is continued depends on the environment's `fork`:
+- "clone": restore the branch's snapshot.
+- "replay": reset and repeat the branch's actions; a different observation ends the branch with an error.
+- "none": not at all; every task is a single path in an environment of its own.
 """
 
 from __future__ import annotations
@@ -15,10 +17,19 @@ from typing import Any, TypeVar
 from jaxprm.environments import Environment, protocol
 from jaxprm.errors import UserError
 
+T, R = TypeVar("T"), TypeVar("R")
+
 
 @dataclass(frozen=True)
 class Branch:
-    """A state of one task reached by `actions`. `error` says why it cannot go on."""
+    """The state of one task after `actions`.
+
+    Attributes:
+        observations: one for each action.
+        snapshot: the environment's, for fork "clone" and an open branch.
+        outcome: in [0, 1] once the branch is done, else None.
+        error: why the branch cannot continue, or None.
+    """
 
     task: str
     actions: tuple[str, ...] = ()
@@ -30,19 +41,22 @@ class Branch:
     prompt: str = ""
 
 
-T, R = TypeVar("T"), TypeVar("R")
-
-
 class BranchRunner:
-    """Runs branches of many tasks on as few environments as their way of forking needs: one for each task, or as many
-    as may work at the same time, each with its share of the tasks.
+    """Executes branches of many tasks on as few environments as their way of forking needs.
+
+    With fork "none" every open task has an environment. Otherwise tasks are dealt out to slots, as many as environments
+    may work at the same time, and the tasks of a slot share one environment.
+
+    Attributes:
+        steps: environment steps taken, those of replays included.
+        errors: branches that ended because their environment raised.
     """
 
     def __init__(self, make_environment: Callable[[], Environment]):
         self._pool = protocol.Pool(make_environment)
-        self._shared: dict[int, Environment] = {0: self._pool.acquire()}
-        self._places: dict[str, int] = {}
-        self._own: dict[str, Environment] = {}
+        self._by_slot: dict[int, Environment] = {0: self._pool.acquire()}
+        self._by_task: dict[str, Environment] = {}
+        self._slots: dict[str, int] = {}
         self.fork = self.environment.fork
         self._lock = threading.Lock()
         self.steps = 0
@@ -50,37 +64,41 @@ class BranchRunner:
 
     @property
     def environment(self) -> Environment:
-        """Any of them, for what all of them say."""
-        return self._shared[0]
+        """An environment to ask for `max_rounds`, `describe` and the like."""
+        return self._by_slot[0]
 
-    def map(self, act: Callable[[T], R], items: Sequence[T], task_of: Callable[[T], str]) -> list[R]:
-        """What `act` returns for every item, in order; items of tasks in different environments at the same time."""
+    def map(self, function: Callable[[T], R], items: Sequence[T], task_of: Callable[[T], str]) -> list[R]:
+        """Results of `function` for all items, in order. Items whose tasks share an environment run one after another,
+        the others at the same time.
+        """
         groups: dict[Any, list[int]] = defaultdict(list)
         for index, item in enumerate(items):
             task = task_of(item)
-            groups[task if self.fork == "none" else self._place(task)].append(index)
-        found: dict[int, R] = {}
+            groups[task if self.fork == "none" else self._slot(task)].append(index)
+        results: dict[int, R] = {}
 
         def run(indices: list[int]) -> None:
             for index in indices:
-                found[index] = act(items[index])
+                results[index] = function(items[index])
 
         self._pool.map(run, list(groups.values()))
-        return [found[index] for index in range(len(items))]
+        return [results[index] for index in range(len(items))]
 
     def start(self, task: str) -> tuple[str, Branch]:
-        """The prompt of a task and its first branch, which is over at once, with its error, if there is no prompt."""
+        """The prompt of a task and its first branch. If the environment raises, the prompt is empty and the branch is
+        done, with the error.
+        """
         environment = self._environment(task)
         try:
             prompt = protocol.reset(environment, task)
             snapshot = environment.snapshot() if self.fork == "clone" else None
             return prompt, Branch(task, snapshot=snapshot, prompt=prompt)
         except Exception as error:
-            # As in `step`: what a user's environment raises costs what was asked of it, and nothing else.
+            # As in `step`: a user's environment may raise anything, and the other tasks must not be lost with it.
             return "", self._failed(Branch(task), (), error)
 
     def step(self, branch: Branch, action: str) -> Branch:
-        """The branch after an action. What the environment raises becomes the new branch's error, and is counted.
+        """The branch after an action. An exception of the environment becomes the error of the new branch.
 
         A branch is done when its environment says so, or after the environment's max_rounds.
         """
@@ -101,31 +119,34 @@ class BranchRunner:
                 prompt=branch.prompt,
             )
         except Exception as error:
-            # A user's environment may raise anything: that branch is over, with the reason, and the search goes on.
+            # A user's environment may raise anything: this branch is over, and the search continues with the others.
             return self._failed(branch, actions, error)
         if done and self.fork == "none":
-            self._pool.release(self._own.pop(branch.task))
+            self._pool.release(self._by_task.pop(branch.task))
         return after
 
     def abandon(self, branch: Branch, reason: str) -> Branch:
-        """The branch, ended because nobody knows how to go on from it; its environment has done nothing wrong."""
+        """Ends a branch for which the policy proposed no action, with `reason` as its error.
+
+        The environment did not fail, so it returns to the pool.
+        """
         if self.fork == "none":
-            self._pool.release(self._own.pop(branch.task))
+            self._pool.release(self._by_task.pop(branch.task))
         return replace(branch, snapshot=None, done=True, outcome=0.0, error=reason)
 
     def cost(self, branch: Branch) -> int:
-        """Environment steps that reaching a branch from the one before it took."""
+        """Environment steps that were taken to reach a branch from its parent."""
         return len(branch.actions) if self.fork == "replay" else min(1, len(branch.actions))
 
     def describe(self, task: str) -> dict:
-        """What the environment says of a task, where it does."""
+        """The environment's description of a task; empty if it has none."""
         return self.environment.describe(task) if hasattr(self.environment, "describe") else {}
 
     def close(self) -> None:
         self._pool.close()
 
-    def _place(self, task: str) -> int:
-        return self._places.setdefault(task, len(self._places) % self._pool.at_once)
+    def _slot(self, task: str) -> int:
+        return self._slots.setdefault(task, len(self._slots) % self._pool.at_once)
 
     def _count(self, steps: int = 0, errors: int = 0) -> None:
         with self._lock:
@@ -134,22 +155,22 @@ class BranchRunner:
 
     def _environment(self, task: str) -> Environment:
         if self.fork != "none":
-            if (place := self._place(task)) not in self._shared:
-                self._shared[place] = self._pool.acquire()
-            return self._shared[place]
-        if task not in self._own:
-            self._own[task] = self._pool.acquire()
-        return self._own[task]
+            if (slot := self._slot(task)) not in self._by_slot:
+                self._by_slot[slot] = self._pool.acquire()
+            return self._by_slot[slot]
+        if task not in self._by_task:
+            self._by_task[task] = self._pool.acquire()
+        return self._by_task[task]
 
     def _failed(self, branch: Branch, actions: tuple[str, ...], error: Exception) -> Branch:
         self._count(errors=1)
         if self.fork == "none":
-            self._pool.discard(self._own.pop(branch.task))
+            self._pool.discard(self._by_task.pop(branch.task))
         elif self.fork == "replay":
-            # Clones stay where they are: their snapshots may belong to them.
-            place = self._place(branch.task)
-            self._pool.discard(self._shared[place])
-            self._shared[place] = self._pool.acquire()
+            # Only replayed environments are replaced: snapshots of other branches may belong to a cloned one.
+            slot = self._slot(branch.task)
+            self._pool.discard(self._by_slot[slot])
+            self._by_slot[slot] = self._pool.acquire()
         reason = f"{type(error).__name__}: {error}"
         return Branch(branch.task, actions, branch.observations, None, True, 0.0, reason, branch.prompt)
 
@@ -157,19 +178,22 @@ class BranchRunner:
         if self.fork == "clone":
             environment.restore(branch.snapshot)
         elif self.fork == "replay":
-            _compare(protocol.reset(environment, branch.task), branch.prompt)
+            _check_replayed(protocol.reset(environment, branch.task), branch.prompt)
             for action, expected in zip(branch.actions, branch.observations, strict=True):
                 observed = protocol.step(environment, action).observation
                 self._count(steps=1)
-                _compare(observed, expected)
-
-
-def _compare(observed: str, expected: str) -> None:
-    if observed != expected:
-        raise RuntimeError(f"replay diverged: {observed[:80]!r} where {expected[:80]!r} was seen before")
+                _check_replayed(observed, expected)
 
 
 def check_can_fork(environment: Environment, what: str) -> None:
-    """Raises UserError where a search needs several branches of an environment that has one."""
+    """Raises UserError if the environment cannot fork; `what` names the search that needs several branches."""
     if environment.fork == "none":
-        raise UserError(f'{what}: the environment says fork = "none"; use step-wise best-of-K (search.stepwise)')
+        raise UserError(
+            f'{what}: needs several branches of a task, and the environment has fork = "none"; '
+            "use step-wise best-of-K (search.stepwise)"
+        )
+
+
+def _check_replayed(observed: str, expected: str) -> None:
+    if observed != expected:
+        raise RuntimeError(f"replay diverged: {observed[:80]!r} where {expected[:80]!r} was seen before")

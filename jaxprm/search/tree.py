@@ -1,17 +1,13 @@
-"""The search tree of one task: candidates, their scores, their execution, and when the search stops early."""
+"""The search tree of one task: candidates, their scores, their execution, and the limits that stop a search early.
+
+Letters in shapes: N candidates of one state. Step t = 1, 2, ... is the t-th action of a path.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
-
-if TYPE_CHECKING:
-    pass
-
-
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -22,64 +18,33 @@ from jaxprm.search.branches import Branch, BranchRunner
 Ended = Literal["score", "budget"]
 
 
-class Prices(NamedTuple):
-    """What a token costs: one that the policy generates, and one that the scorer reads. (1, 1) counts tokens."""
-
-    generated: float = 1.0
-    read: float = 1.0
-
-
-class SearchLimits(NamedTuple):
-    """Looked at after every round, so the last one is paid for in full.
-
-    score: a finished path of at least this score ends the search; budget: so does having spent this much, at `prices`.
-    """
-
-    score: float | None = None
-    budget: float | None = None
-    prices: Prices = Prices()
-
-    def reached(self, tree: Tree, count_tokens: Callable[[Sequence[dict]], int]) -> Ended | None:
-        """Why a search that goes on in some path is to end here, or None."""
-        if self.score is not None and any(node.branch.done and node.score >= self.score for node in tree.frontier):
-            return "score"
-        if self.budget is not None:
-            spent = self.prices.generated * tree.generated + self.prices.read * tokens_read(tree, count_tokens)
-            if spent >= self.budget:
-                return "budget"
-        return None
-
-
-def tokens_read(tree: Tree, count_tokens: Callable[[Sequence[dict]], int]) -> int:
-    """Tokens of a search tree, every one counted once: what a scorer has to read at the least."""
-    lengths = {0: _length(tree.root, count_tokens)}
-    for node in tree.nodes:
-        lengths[node.id] = _length(node, count_tokens)
-    return lengths[0] + sum(lengths[node.id] - lengths[node.parent.id] for node in tree.nodes)
-
-
-def _length(node: Node, count_tokens: Callable[[Sequence[dict]], int]) -> int:
-    """A conversation only ever grows by the observation: what was counted is counted again after that alone."""
-    if node.counted is None or node.counted[0] != len(node.messages):
-        node.counted = len(node.messages), count_tokens(node.messages)
-    return node.counted[1]
-
-
 class ActionScorer(Protocol):
-    """Promise of candidate actions, one array of scores a state. `usage["encoded"]` counts the tokens it read."""
+    """Scores candidate actions. `usage["encoded"]` counts the tokens that it has read since it was made."""
 
     usage: dict[str, int]
 
-    def score_actions(self, states: Sequence[list[dict]], candidates: Sequence[Sequence[str]]) -> list[np.ndarray]: ...
+    def score_actions(self, states: Sequence[list[dict]], candidates: Sequence[Sequence[str]]) -> list[np.ndarray]:
+        """Promises of each state's candidate actions, one array [N] for each state."""
 
 
 @dataclass
 class Node:
-    """A path: its last action, what that action was worth, and where it led.
+    """A path from the prompt: its last action, the scores of that action, and the branch it leads to.
 
-    draw: the number of its first draw; subtree: of a diverse search, the one of the N that it belongs to; kept: taken
-    by the search; executed: by an environment; looked: the promise that looking ahead found; ahead: drawn on that way;
-    counted: (messages, tokens), once they were.
+    Attributes:
+        id: number within the tree, in the order of drawing; the root is 0.
+        branch: the parent's branch until the action is executed, then the node's own.
+        messages: the conversation up to the action, and the observation after it once there is one.
+        promise: the scorer's value of the action; None for the root.
+        score: what candidates are ranked by; -inf after an error.
+        count: how many draws had this text.
+        kept: whether the search continued with this node.
+        draw: index of the first draw with this text.
+        subtree: index of the independent path that the node belongs to, in diverse search.
+        executed: whether an environment has taken the action.
+        lookahead_value: promise of the last action reached by looking ahead of this node, or None.
+        is_lookahead: whether the node was drawn only to look ahead of another one.
+        counted: (number of messages, tokens) of the last token count, or None.
     """
 
     id: int
@@ -94,12 +59,17 @@ class Node:
     subtree: int = 0
     executed: bool = False
     lookahead_value: float | None = None
-    ahead: bool = False
+    is_lookahead: bool = False
     counted: tuple[int, int] | None = None
 
     @property
+    def action(self) -> str:
+        """Text of the last action; the root has none."""
+        return next(message["content"] for message in reversed(self.messages) if message["role"] == "assistant")
+
+    @property
     def progress(self) -> float | None:
-        """Gain in promise over the step before (METHOD.md, section 2); not defined at the first step."""
+        """A_t = Q_t - Q_{t-1} (docs/method.md, section 2), or None at the first step."""
         if self.promise is None or self.parent is None or self.parent.promise is None:
             return None
         return self.promise - self.parent.promise
@@ -107,7 +77,17 @@ class Node:
 
 @dataclass
 class Tree:
-    """The search of one task. ended: why it did before its paths had."""
+    """Search state of one task.
+
+    Attributes:
+        frontier: the paths that the search continues with or has finished.
+        nodes: every candidate in the order of drawing, without the root.
+        proposed, merged, cut, failed: draws in all, repeated texts among those of one state, draws cut at the token
+            limit, and draws that the policy could not make.
+        generated: tokens that the policy generated.
+        rounds: rounds of a beam, or steps that a tree search has taken.
+        ended: why the search was stopped early, or None.
+    """
 
     task: str
     root: Node
@@ -127,114 +107,167 @@ class Tree:
 
     @property
     def best(self) -> Node:
-        """The best-scoring path, of a search that was ended the best finished one if there is any; among equals the one
-        found first."""
-        over = [node for node in self.frontier if node.branch.done]
-        return max(over if self.ended and over else self.frontier, key=lambda node: node.score)
+        """The path with the highest score, the first one among equals.
+
+        A search that was stopped early answers with its best finished path if it has one: an open path has no outcome.
+        """
+        finished = [node for node in self.frontier if node.branch.done]
+        return max(finished if self.ended and finished else self.frontier, key=lambda node: node.score)
 
 
-def new_trees(tasks: Sequence[str], forest: BranchRunner) -> list[Tree]:
-    """A tree for each task, with its prompt."""
-    started = forest.map(forest.start, tasks, lambda task: task)
+class Prices(NamedTuple):
+    """Cost of a token that the policy generates, and of one that the scorer reads. (1, 1) counts tokens."""
+
+    generated: float = 1.0
+    read: float = 1.0
+
+
+class SearchLimits(NamedTuple):
+    """Early stopping of a search. Limits are checked after a round, so a round that has begun is paid for in full.
+
+    score: a finished path with at least this score stops the search. budget: so does a cost of at least this much, at
+    `prices`. None is no limit.
+    """
+
+    score: float | None = None
+    budget: float | None = None
+    prices: Prices = Prices()
+
+    def reached(self, tree: Tree, count_tokens: Callable[[Sequence[dict]], int]) -> Ended | None:
+        """The limit that the search of a task has reached, or None."""
+        if self.score is not None and any(node.branch.done and node.score >= self.score for node in tree.frontier):
+            return "score"
+        if self.budget is not None:
+            spent = self.prices.generated * tree.generated + self.prices.read * tokens_read(tree, count_tokens)
+            if spent >= self.budget:
+                return "budget"
+        return None
+
+
+def new_trees(tasks: Sequence[str], runner: BranchRunner) -> list[Tree]:
+    """Starts every task and returns its tree, which holds only the prompt."""
+    started = runner.map(runner.start, tasks, lambda task: task)
     roots = [Node(0, None, branch, [{"role": "user", "content": prompt}]) for prompt, branch in started]
     return [Tree(task, root, [root]) for task, root in zip(tasks, roots, strict=True)]
 
 
+def expand(
+    parents: Sequence[tuple[Tree, Node]],
+    draws: int,
+    runner: BranchRunner,
+    policy: Policy,
+    scorer: ActionScorer,
+    temperature: float,
+    progress_weight: float = 0.0,
+) -> tuple[list[list[Action]], list[list[Node]]]:
+    """Draws actions after every parent and scores the distinct ones, in one call to the policy and one to the scorer.
+
+    Returns, for each parent, its `draws` actions, and its distinct candidates, which are scored and not yet executed.
+    A parent for which the policy proposed no action is ended, with the policy's error as the reason.
+
+    Raises UserError for a score that is not a finite number.
+    """
+    proposals = policy.propose([State(node.branch.task, node.messages) for _, node in parents], draws, temperature)
+    candidates = [
+        _add_candidates(tree, parent, drawn) for (tree, parent), drawn in zip(parents, proposals, strict=True)
+    ]
+    for (_, parent), nodes, drawn in zip(parents, candidates, proposals, strict=True):
+        if not nodes:
+            parent.branch = runner.abandon(parent.branch, f"policy: {drawn[0].error}")
+            parent.score = -np.inf
+    _score(parents, candidates, scorer, progress_weight)
+    return proposals, candidates
+
+
+def execute(nodes: Sequence[Node], runner: BranchRunner) -> None:
+    """Takes each node's action in its parent's branch, and appends the observation to the node's messages."""
+    runner.map(lambda node: _execute(node, runner), nodes, lambda node: node.branch.task)
+
+
+def commit(nodes: Sequence[Node], runner: BranchRunner) -> None:
+    """Marks candidates as kept, and executes those that were not executed yet."""
+    for node in nodes:
+        node.kept = True
+    execute([node for node in nodes if not node.executed], runner)
+
+
 def merge_duplicates(actions: Sequence[Action]) -> list[tuple[Action, int]]:
-    """Equal texts once, in order of first appearance, with how often each was drawn."""
+    """Distinct actions by text, in order of first appearance, with how often each was drawn."""
     counts: dict[str, list] = {}
     for action in actions:
         counts.setdefault(action.text, [action, 0])[1] += 1
     return [(action, count) for action, count in counts.values()]
 
 
-def expand(
-    parents: Sequence[tuple[Tree, Node]],
-    draws: int,
-    forest: BranchRunner,
-    policy: Policy,
-    scorer: ActionScorer,
-    temperature: float,
-    progress_weight: float = 0.0,
-) -> tuple[list[list[Action]], list[list[Node]]]:
-    """What was drawn after every parent, and its distinct candidates, scored and not executed.
+def tokens_read(tree: Tree, count_tokens: Callable[[Sequence[dict]], int]) -> int:
+    """Tokens of a search tree with shared prefixes counted once: the least that a scorer has to read."""
+    lengths = {0: _length(tree.root, count_tokens)}
+    for node in tree.nodes:
+        lengths[node.id] = _length(node, count_tokens)
+    return lengths[0] + sum(lengths[node.id] - lengths[node.parent.id] for node in tree.nodes)
 
-    A parent without any is over, with the reason.
+
+def tree_to_dict(tree: Tree, **about) -> dict:
+    """A tree for the report, after the entries of `about`: every candidate with its promise, progress and outcome.
+
+    Nodes drawn only to look ahead are left out; "looked" of the candidate they follow is the value they led to.
     """
-    proposals = policy.propose([State(node.branch.task, node.messages) for _, node in parents], draws, temperature)
-    candidates = _candidates(parents, proposals)
-    for (_, parent), nodes, drawn in zip(parents, candidates, proposals, strict=True):
-        if not nodes:
-            parent.branch = forest.abandon(parent.branch, f"policy: {drawn[0].error}")
-            parent.score = -np.inf
-    _score(parents, candidates, scorer, progress_weight)
-    return proposals, candidates
+    return about | {
+        "task": tree.task,
+        "outcome": tree.best.branch.outcome,
+        "prompt": tree.root.messages[0]["content"],
+        "best": tree.best.id,
+        "nodes": [_node_to_dict(node) for node in tree.nodes if not node.is_lookahead],
+    }
 
 
-def _candidates(parents: Iterable[tuple[Tree, Node]], proposals: Sequence[list[Action]]) -> list[list[Node]]:
-    """Distinct candidates of every parent, not yet scored or executed; without those that the policy failed to give."""
-    found = []
-    for (tree, parent), drawn in zip(parents, proposals, strict=True):
-        nodes = []
-        tree.proposed += len(drawn)
-        tree.generated += sum(action.tokens for action in drawn)
-        had = [action for action in drawn if action.stop != "error"]
-        tree.failed += len(drawn) - len(had)
-        texts = [action.text for action in drawn]
-        for action, count in merge_duplicates(had):
-            tree.merged += count - 1
-            tree.cut += count * (action.stop == "length")
-            messages = [*parent.messages, {"role": "assistant", "content": action.text}]
-            draw = texts.index(action.text)
-            node = Node(len(tree.nodes) + 1, parent, parent.branch, messages, count=count, kept=False, draw=draw)
-            tree.nodes.append(node)
-            nodes.append(node)
-        found.append(nodes)
-    return found
+def _add_candidates(tree: Tree, parent: Node, drawn: Sequence[Action]) -> list[Node]:
+    """Appends a parent's distinct candidates to its tree, without draws that the policy failed to make."""
+    valid = [action for action in drawn if action.stop != "error"]
+    tree.proposed += len(drawn)
+    tree.generated += sum(action.tokens for action in drawn)
+    tree.failed += len(drawn) - len(valid)
+    # Failed draws keep their index: diverse search groups candidates by it.
+    texts = [action.text for action in drawn]
+    nodes = []
+    for action, count in merge_duplicates(valid):
+        tree.merged += count - 1
+        tree.cut += count * (action.stop == "length")
+        messages = [*parent.messages, {"role": "assistant", "content": action.text}]
+        draw = texts.index(action.text)
+        nodes.append(Node(len(tree.nodes) + 1, parent, parent.branch, messages, count=count, kept=False, draw=draw))
+        tree.nodes.append(nodes[-1])
+    return nodes
 
 
 def _score(parents, candidates: Sequence[list[Node]], scorer: ActionScorer, progress_weight: float) -> None:
-    texts = [[node.messages[-1]["content"] for node in nodes] for nodes in candidates]
+    texts = [[node.action for node in nodes] for nodes in candidates]
     scores = scorer.score_actions([node.messages for _, node in parents], texts)
     for (tree, _), nodes, values in zip(parents, candidates, scores, strict=True):
         if not np.isfinite(values).all():
-            raise UserError(f"search of {tree.task}: the scorer gave {values}; a model that diverged ranks nothing")
+            raise UserError(
+                f"search of {tree.task}: the scorer returned {values}, and scores must be finite numbers; "
+                "check whether the training of this model diverged"
+            )
         for node, value in zip(nodes, values, strict=True):
             node.promise = float(value)
             node.score = node.promise + progress_weight * (node.progress or 0.0)
 
 
-def commit(nodes: Sequence[Node], forest: BranchRunner) -> None:
-    """Keeps candidates, executed where they were not."""
-    for node in nodes:
-        node.kept = True
-    execute([node for node in nodes if not node.executed], forest)
-
-
-def execute(nodes: Sequence[Node], forest: BranchRunner) -> None:
-    """Takes candidates' actions in their parents' environment branches; the observations join their messages."""
-    forest.map(lambda node: _execute(node, forest), nodes, lambda node: node.branch.task)
-
-
-def _execute(node: Node, forest: BranchRunner) -> None:
+def _execute(node: Node, runner: BranchRunner) -> None:
     node.executed = True
-    node.branch = forest.step(node.branch, node.messages[-1]["content"])
+    node.branch = runner.step(node.branch, node.action)
     if node.branch.error is not None:
         node.score = -np.inf
     if not node.branch.done:
         node.messages = [*node.messages, {"role": "user", "content": node.branch.observations[-1]}]
 
 
-def tree_to_dict(tree: Tree, **about) -> dict:
-    """A tree for the report: every candidate with its promise and progress, kept or not, and how it ended. What was
-    drawn on the way ahead of one is left out; what was found there is its "looked"."""
-    return about | {
-        "task": tree.task,
-        "outcome": tree.best.branch.outcome,
-        "prompt": tree.root.messages[0]["content"],
-        "best": tree.best.id,
-        "nodes": [_node_to_dict(node) for node in tree.nodes if not node.ahead],
-    }
+def _length(node: Node, count_tokens: Callable[[Sequence[dict]], int]) -> int:
+    # A budget asks for the same counts after every round, and a conversation only changes when its observation arrives.
+    if node.counted is None or node.counted[0] != len(node.messages):
+        node.counted = len(node.messages), count_tokens(node.messages)
+    return node.counted[1]
 
 
 def _node_to_dict(node: Node) -> dict:
@@ -248,8 +281,7 @@ def _node_to_dict(node: Node) -> dict:
         "id": node.id,
         "parent": node.parent.id if node.parent else 0,
         "round": depth,
-        # The action's place in the conversation, whatever was observed after it.
-        "action": node.messages[2 * depth - 1]["content"],
+        "action": node.action,
         "observation": observations[depth - 1] if len(observations) >= depth else None,
         "promise": node.promise,
         "progress": node.progress,

@@ -11,6 +11,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from data_pipeline.output import staged_directory
+
 Batch = dict[str, np.ndarray]
 # A batch to (features where actions end, features where they begin or None), both [B, S, D].
 FeaturesOf = Callable[[Mapping[str, np.ndarray]], tuple[jax.Array, jax.Array | None]]
@@ -69,10 +71,6 @@ def _step_indices(batch: Batch, step_starts: np.ndarray) -> np.ndarray:
 
 
 def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    # Renamed when complete, so that an interrupted write is never read as a cache.
-    staging = path.with_name(path.name + ".partial")
-    staging.mkdir(parents=True, exist_ok=True)
-    for name, array in arrays.items():
-        np.save(staging / f"{name}.npy", array)
-    if not path.exists():
-        staging.rename(path)
+    with staged_directory(path, overwrite=True, staging=path.with_name(path.name + ".partial")) as staging:
+        for name, array in arrays.items():
+            np.save(staging / f"{name}.npy", array)

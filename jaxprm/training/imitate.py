@@ -89,7 +89,7 @@ def imitate(experiment: config_lib.Experiment, workdir: Path) -> Path:
 
     # Loop: a thread packs the next batch while the device computes this step
     metrics_path = workdir / "metrics.jsonl"
-    earlier = [line for line in files.whole_lines(metrics_path) if line["step"] <= start]
+    earlier = [line for line in files.complete_lines(metrics_path) if line["step"] <= start]
     files.write_atomic(metrics_path, "".join(map(files.line, earlier)))
     with (
         ThreadPoolExecutor(1) as pool,

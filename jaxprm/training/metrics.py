@@ -287,7 +287,7 @@ def _rounded(value: float) -> float:
 
 
 def _cut(path: Path, start: int) -> None:
-    lines: Iterable[dict] = (line for line in files.whole_lines(path) if line["step"] <= start)
+    lines: Iterable[dict] = (line for line in files.complete_lines(path) if line["step"] <= start)
     files.write_atomic(path, "".join(map(files.line, lines)))
 
 

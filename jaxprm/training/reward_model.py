@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from jax.sharding import Mesh
 from data_pipeline.batches import TrainingBatches
 from data_pipeline.encode import Encoder
 from data_pipeline.metadata import length_histogram, length_range
+from data_pipeline.output import staged_directory
 from data_pipeline.shards import Dataset, ShardSplit
 from jaxprm import config as config_lib
 from jaxprm import files
@@ -202,7 +201,7 @@ def write(
     directory: Path, config: TransformerConfig, parameters: Any, *, base: Path, encoder: Encoder, recipe: dict
 ) -> None:
     """Writes the model in Hugging Face format with the policy's tokenizer, `encoder`'s template and the recipe."""
-    with _staged(directory) as staging:
+    with staged_directory(directory, staging=_staging(directory)) as staging:
         reader.write_model(staging, config, parameters, **_hf_options(base, encoder, recipe))
         _write_companions(staging, base, encoder, recipe)
 
@@ -212,21 +211,16 @@ def describe(directory: Path, config: TransformerConfig, *, base: Path, encoder:
 
     Raises OSError for a full disk.
     """
-    shutil.rmtree(directory, ignore_errors=True)  # left by an earlier process of this run
-    with _staged(directory) as staging:
+    # A run that was killed and resumed has described itself before.
+    with staged_directory(directory, overwrite=True, staging=_staging(directory)) as staging:
         described = hf_config(config, reward=True, **_hf_options(base, encoder, recipe))
         files.write_json(staging / "config.json", described)
         _write_companions(staging, base, encoder, recipe)
 
 
-@contextmanager
-def _staged(directory: Path) -> Iterator[Path]:
-    """A new staging directory, renamed to `directory` on exit: a killed process leaves no incomplete model."""
-    staging = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(staging, ignore_errors=True)  # left by a killed process
-    staging.mkdir(parents=True)
-    yield staging
-    staging.rename(directory)
+def _staging(directory: Path) -> Path:
+    # Redoing a stage removes this name together with the directory.
+    return directory.with_name(directory.name + ".partial")
 
 
 def _hf_options(base: Path, encoder: Encoder, recipe: dict) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def train_reward_model(
         start, state, position = checkpoints.restore(programs.state)
         batches.restore_state(position)
     local_rows = sharding.local_rows(mesh, data.rows)
-    batches.hold(local_rows)
+    batches.set_local_rows(local_rows)
 
     # Description: makes the checkpoints of a whole model scorable and exportable before the run ends
     recipe = reward_model.recipe(

@@ -1,4 +1,4 @@
-"""What every stage of a run needs: the experiment, its work directory, its policy and environments."""
+"""What all stages of a run share: the experiment, its work directory, policy and environments, and recorded inputs."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from jaxprm.workflow import user_files
 from jaxprm.workflow.workdir import WorkDirectory, identity
 
 
-def flops_of_tokens(state) -> tuple[float, float]:
-    """Of a run: a token of the policy's, not a number where its size is not known, and one of the reward models'."""
-    settings = state.experiment.policy
-    reward = flops_per_token(reader.read_config(state.base_directory)[0])
-    if not loading.is_directory(settings):
-        return math.nan, reward
-    return flops_per_token(reader.read_config(loading.policy_directory(settings))[0]), reward
-
-
 @dataclass(frozen=True)
 class Run:
-    """What every stage needs to know; models are loaded when first used."""
+    """An experiment in a work directory. Models and environments are loaded when they are first used.
+
+    The `*_inputs` are what a stage's result depends on, as plain JSON. They are recorded in the work directory and
+    compared when it is used again, so settings that change only the speed are left out.
+
+    Attributes:
+        profile: first and last training step to profile, or None.
+    """
 
     experiment: config_lib.Experiment
     work: WorkDirectory
     profile: tuple[int, int] | None = None
+
+    # Policy, environments and models.
 
     @functools.cached_property
     def policy(self):
@@ -44,28 +44,8 @@ class Run:
 
     @functools.cached_property
     def base_directory(self) -> Path:
-        """What reward models start from, and whose tokenizer they read with."""
+        """Directory of the model whose weights and tokenizer the reward models start from."""
         return loading.base_directory(self.experiment)
-
-    @functools.cached_property
-    def policy_identity(self) -> str:
-        """Of a directory its files; a policy that is none is what it is called."""
-        settings = self.experiment.policy
-        if loading.is_directory(settings):
-            return _model_identity(loading.policy_directory(settings), settings.chat_template)
-        return identity(self._policy_inputs)
-
-    def close(self) -> None:
-        """Lets go of what the policy holds, and says what could not be had from it, or from environments."""
-        if "policy" in vars(self) and hasattr(self.policy, "close"):
-            self.policy.close()
-            usage = getattr(self.policy, "usage", {})
-            if usage.get("retries") or usage.get("failures"):
-                counted = ", ".join(f"{value} {name}" for name, value in usage.items())
-                print(f"policy: {counted}", file=sys.stderr)
-        if ended := getattr(vars(self).get("make_environment"), "ended", None):
-            counted = ", ".join(f"{count} {reason}" for reason, count in sorted(ended.items()))
-            print(f"environment: processes replaced: {counted}", file=sys.stderr)
 
     @functools.cached_property
     def make_environment(self) -> Callable[[], environments.Environment]:
@@ -77,42 +57,51 @@ class Run:
             settings.name, settings.arguments, at_once=settings.workers, timeout=settings.timeout, memory=memory
         )
 
+    def close(self) -> None:
+        """Closes the policy and prints its retries and failures, and how many environment workers were replaced."""
+        # vars() holds the cached properties that were used: nothing is loaded here in order to be closed.
+        if "policy" in vars(self) and hasattr(self.policy, "close"):
+            self.policy.close()
+            usage = getattr(self.policy, "usage", {})
+            if usage.get("retries") or usage.get("failures"):
+                counts = ", ".join(f"{value} {name}" for name, value in usage.items())
+                print(f"policy: {counts}", file=sys.stderr)
+        if ended := getattr(vars(self).get("make_environment"), "ended", None):
+            counts = ", ".join(f"{count} {reason}" for reason, count in sorted(ended.items()))
+            print(f"environment: workers replaced: {counts}", file=sys.stderr)
+
     def tasks(self, split: str, limit: int | None) -> list[str]:
-        """The first tasks of a split, spread evenly over it: a split may be ordered by difficulty."""
+        """Tasks of a split: all of them, or `limit` spread evenly over it, since a split may be ordered by difficulty.
+
+        Raises UserError if the split is empty.
+        """
         environment = self.make_environment()
         try:
             tasks = list(environment.tasks(split))
         finally:
             environment.close()
         if not tasks:
-            raise UserError(f"environment {self.experiment.environment.name}: split {split} has no task")
+            raise UserError(f"environment {self.experiment.environment.name}: split {split} has no tasks; add some")
         if limit is None or limit >= len(tasks):
             return tasks
         return [tasks[index * len(tasks) // limit] for index in range(limit)]
 
-    @functools.cached_property
-    def _policy_inputs(self) -> dict[str, Any]:
-        """What its draws depend on. How many are in flight, and where a server stands, change the speed alone."""
-        given, settings = config_lib.to_dict(self.experiment)["policy"], self.experiment.policy
-        found = {name: given[name] for name in ("max_action_tokens", "max_tokens")}
-        if loading.is_directory(settings):
-            return found | {"path": self.policy_identity}
-        if settings.endpoint is not None:
-            return found | {"endpoint": {name: given["endpoint"][name] for name in ("model", "extra_body")}}
-        return found | {"path": settings.path, "arguments": given["arguments"]}
+    def model_directory(self, label: str, seed: int) -> Path:
+        return self.work / f"reward_models/{label}/seed-{seed}"
 
-    @property
-    def _environment_inputs(self) -> dict[str, Any]:
-        """Where and how many at a time they run changes the speed alone."""
-        given = config_lib.to_dict(self.experiment)["environment"]
-        return {name: given[name] for name in ("name", "arguments")}
+    def trained(self) -> list[tuple[config_lib.RewardModelConfig, int]]:
+        """Every reward model with every seed, in training order."""
+        return [(model, seed) for model in self.experiment.reward_models for seed in self.experiment.reward_seeds]
+
+    # Recorded inputs, stage by stage.
 
     @property
     def collect_inputs(self) -> dict[str, Any]:
         plain = config_lib.to_dict(self.experiment)
         collection = plain["collection"]
         share = collection.pop("validation_share")
-        del collection["files"], collection["skip_bad"]  # what is skipped, nobody could have finished with
+        # skip_bad cannot change a finished stage: without it, a bad row would have raised.
+        del collection["files"], collection["skip_bad"]
         if self.experiment.collection.files:
             return {"files": self._files_identity, "validation_share": share, "seed": plain["seed"]}
         return {
@@ -122,10 +111,6 @@ class Run:
             "seed": plain["seed"],
         }
 
-    @functools.cached_property
-    def _files_identity(self) -> list[dict[str, str | None]]:
-        return user_files.identity(self.experiment.collection.files)
-
     @property
     def build_inputs(self) -> dict[str, Any]:
         data = config_lib.to_dict(self.experiment)["data"]
@@ -134,17 +119,10 @@ class Run:
             "data": {name: data[name] for name in ("shards", "length", "too_long")},
         } | self._base_inputs
 
-    @functools.cached_property
-    def _base_inputs(self) -> dict[str, Any]:
-        """Sampled trajectories depend on the policy, whose tokenizer may encode them; a user's own do not."""
-        directory, template = self.base_directory, self.experiment.policy.chat_template  # or no work is begun
-        if self.experiment.base_model is None and not self.experiment.collection.files:
-            return {}
-        return {"base_model": _model_identity(directory, template)}
-
     def train_inputs(self, model: config_lib.RewardModelConfig, seed: int) -> dict[str, Any]:
         data = config_lib.to_dict(self.experiment)["data"]
-        del data["skip_bad"]  # what is skipped is part of a training's own identity
+        # The identity of a training run says by itself which shards were skipped.
+        del data["skip_bad"]
         return {
             "shards": identity(self.build_inputs),
             "data": data,
@@ -154,7 +132,7 @@ class Run:
 
     @property
     def search_inputs(self) -> dict[str, Any]:
-        """What every search depends on; each adds its own."""
+        """What every search depends on; SearchSpec.inputs has the rest."""
         plain = config_lib.to_dict(self.experiment)
         return {
             "environment": self._environment_inputs,
@@ -163,18 +141,59 @@ class Run:
             "search": {name: plain["search"][name] for name in ("split", "tasks", "temperature")},
         }
 
-    def model_directory(self, label: str, seed: int) -> Path:
-        return self.work / f"reward_models/{label}/seed-{seed}"
+    @functools.cached_property
+    def policy_identity(self) -> str:
+        """Fingerprint of the policy: hash of its model files, or of its settings if it has no local model."""
+        settings = self.experiment.policy
+        if loading.is_directory(settings):
+            return _model_identity(loading.policy_directory(settings), settings.chat_template)
+        return identity(self._policy_inputs)
 
-    def trained(self) -> list[tuple[config_lib.RewardModelConfig, int]]:
-        return [(model, seed) for model in self.experiment.reward_models for seed in self.experiment.reward_seeds]
+    @functools.cached_property
+    def _policy_inputs(self) -> dict[str, Any]:
+        # Left out: how many requests are in flight, and the address of a server.
+        plain, settings = config_lib.to_dict(self.experiment)["policy"], self.experiment.policy
+        inputs = {name: plain[name] for name in ("max_action_tokens", "max_tokens")}
+        if loading.is_directory(settings):
+            return inputs | {"path": self.policy_identity}
+        if settings.endpoint is not None:
+            return inputs | {"endpoint": {name: plain["endpoint"][name] for name in ("model", "extra_body")}}
+        return inputs | {"path": settings.path, "arguments": plain["arguments"]}
+
+    @property
+    def _environment_inputs(self) -> dict[str, Any]:
+        # Left out: in which process environments run, and how many at a time.
+        plain = config_lib.to_dict(self.experiment)["environment"]
+        return {name: plain[name] for name in ("name", "arguments")}
+
+    @functools.cached_property
+    def _files_identity(self) -> list[dict[str, str | None]]:
+        return user_files.identity(self.experiment.collection.files)
+
+    @functools.cached_property
+    def _base_inputs(self) -> dict[str, Any]:
+        # Looked up in any case, so that a missing base model is reported before any work is spent.
+        directory, template = self.base_directory, self.experiment.policy.chat_template
+        # Sampled trajectories already depend on the policy, and without a base_model its tokenizer encodes them.
+        if self.experiment.base_model is None and not self.experiment.collection.files:
+            return {}
+        return {"base_model": _model_identity(directory, template)}
+
+
+def flops_of_tokens(run: Run) -> tuple[float, float]:
+    """Forward FLOPs of one token of the policy (nan if its size is unknown) and of the reward models."""
+    settings = run.experiment.policy
+    reward = flops_per_token(reader.read_config(run.base_directory)[0])
+    if not loading.is_directory(settings):
+        return math.nan, reward
+    return flops_per_token(reader.read_config(loading.policy_directory(settings))[0]), reward
 
 
 def _model_identity(directory: Path, template: str) -> str:
-    """Of a model's files, and of a chat template that is not its own."""
+    """Hash of a model's files, and of the text of its chat template if the config names another one than its own."""
     from data_pipeline.chat_template import read_template
     from jaxprm.hf.safetensors import model_files
 
     text = read_template(template)
-    found = [files.sha256(directory / name) for name in model_files(directory)]
-    return identity(found if text is None else [*found, text])
+    hashes = [files.sha256(directory / name) for name in model_files(directory)]
+    return identity(hashes if text is None else [*hashes, text])

@@ -1,9 +1,11 @@
-"""The whole loop in one work directory: collect, build, train, search, report. Each stage resumes by itself."""
+"""A whole run in one work directory: collect, build, train, search, report. Each stage resumes by itself.
+
+Stages import their libraries when they start, so a run that stops after an early stage loads none of the later ones'.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -27,174 +29,198 @@ def run(
     redo: bool = False,
     profile: tuple[int, int] | None = None,
 ) -> Path | None:
-    """Runs the stages up to `until`; returns the report's path if it was made.
+    """Runs the stages up to `until`, and returns the path of the report if that was written.
 
-    Of several processes, which share the work directory, all train; process 0 alone does everything else.
+    Several processes that share the work directory train together; process 0 alone runs the other stages.
+
+    Args:
+        redo: removes the outputs of stages whose inputs have changed, which are refused otherwise.
+        profile: first and last step of each training run to trace.
+
+    Raises UserError before any work is spent if the work directory was made with other inputs, or if the environment or
+    the policy lacks what a later stage needs.
     """
-    from jaxprm.training import distributed, metrics
+    from jaxprm.training import distributed
 
-    state = Run(experiment, WorkDirectory(workdir, redo=redo), profile)
+    context = Run(experiment, WorkDirectory(workdir, redo=redo), profile)
     if not distributed.is_primary():
-        if STAGES.index(until) >= STAGES.index("train"):
-            run_secondary_process(state)
+        if _includes(until, "train"):
+            run_secondary_process(context)
         return None
-    with state.work.lock():
-        # Before any work is spent: what is there must have been made with this config, and the last stage be possible.
-        state.work.check(stage_inputs(state, until))
-        if STAGES.index(until) >= STAGES.index("train"):
-            metrics.check_wandb(experiment.logging)
-        if STAGES.index(until) >= STAGES.index("search"):
-            from jaxprm.workflow import search_stage
-
-            search_stage.check(state)
+    with context.work.lock():
+        check(context, until)
         files.write_json(workdir / "config.json", config_lib.to_dict(experiment))
-        steps: dict[str, Callable[[Run], Any]] = {
-            "collect": collect,
-            "build": build,
-            "train": train,
-            "search": search,
-            "report": report,
-        }
-        result = None
-        with closing(state):
-            for name in STAGES[: STAGES.index(until) + 1]:
-                result = steps[name](state)
-        return result if until == "report" else None
+        with closing(context):
+            return _run_stages(context, until)
 
 
-def stage_inputs(state: Run, until: str) -> dict[str, dict[str, Any]]:
-    """What goes into every stage up to `until`, by the stage's name."""
-    found = {"collect": state.collect_inputs}
-    reached = STAGES.index(until)
-    if reached >= STAGES.index("build"):
-        found["build"] = state.build_inputs
-    if reached >= STAGES.index("train"):
-        found |= {f"train-{m.label}-{seed}": state.train_inputs(m, seed) for m, seed in state.trained()}
-    if reached >= STAGES.index("search"):
+def _run_stages(run: Run, until: str) -> Path | None:
+    collect(run)
+    if _includes(until, "build"):
+        build(run)
+    if _includes(until, "train"):
+        train(run)
+    if _includes(until, "search"):
+        search(run)
+    return report(run) if _includes(until, "report") else None
+
+
+def _includes(until: str, stage: str) -> bool:
+    return STAGES.index(until) >= STAGES.index(stage)
+
+
+def check(run: Run, until: str) -> None:
+    """Raises UserError for what would stop a stage up to `until`, before any work is spent."""
+    run.work.check(stage_inputs(run, until))
+    if _includes(until, "train"):
+        from jaxprm.training import metrics
+
+        metrics.check_wandb(run.experiment.logging)
+    if _includes(until, "search"):
         from jaxprm.workflow import search_stage
 
-        found |= {f"search-{name}": inputs for name, inputs in search_stage.stage_inputs(state).items()}
-    return found
+        search_stage.check(run)
 
 
-def collect(state: Run) -> None:
-    """Trajectories of the training and validation tasks, at the collection's temperature."""
+def stage_inputs(run: Run, until: str) -> dict[str, dict[str, Any]]:
+    """Recorded inputs of every stage up to `until`, by the stage's name."""
+    inputs = {"collect": run.collect_inputs}
+    if _includes(until, "build"):
+        inputs["build"] = run.build_inputs
+    if _includes(until, "train"):
+        inputs |= {f"train-{m.label}-{seed}": run.train_inputs(m, seed) for m, seed in run.trained()}
+    if _includes(until, "search"):
+        from jaxprm.workflow import search_stage
+
+        inputs |= {f"search-{name}": fields for name, fields in search_stage.stage_inputs(run).items()}
+    return inputs
+
+
+def collect(run: Run) -> None:
+    """Samples trajectories of the training and validation tasks, or imports the user's own."""
     from jaxprm.policies.rollouts import collect as sample
 
-    settings = state.experiment.collection
-    outputs = {split: state.work / f"trajectories/{split}.jsonl" for split in ("train", "validation")}
+    settings = run.experiment.collection
+    outputs = {split: run.work / f"trajectories/{split}.jsonl" for split in ("train", "validation")}
     limits = {"train": settings.train_tasks, "validation": settings.validation_tasks}
-    with state.work.stage("collect", state.collect_inputs, list(outputs.values())) as needed:
+    with run.work.stage("collect", run.collect_inputs, list(outputs.values())) as needed:
         if not needed:
             return
         if settings.files:
-            import_user_files(state, outputs)
+            import_user_files(run, outputs)
             return
         for split, output in outputs.items():
             sample(
-                state.make_environment,
-                state.policy,
-                state.tasks(split, limits[split]),
+                run.make_environment,
+                run.policy,
+                run.tasks(split, limits[split]),
                 output,
                 count=settings.trajectories_per_task,
                 temperature=settings.temperature,
-                in_flight=state.experiment.policy.in_flight,
+                in_flight=run.experiment.policy.in_flight,
                 split=split,
-                environment=state.experiment.environment.name,
-                seed=state.experiment.seed,
+                environment=run.experiment.environment.name,
+                seed=run.experiment.seed,
                 label=f"collect {split}",
             )
 
 
-def import_user_files(state: Run, outputs: dict[str, Path]) -> None:
-    """The user's own trajectories, in the place of sampled ones."""
-    settings = state.experiment.collection
-    taken = user_files.import_files(
+def import_user_files(run: Run, outputs: dict[str, Path]) -> None:
+    """Imports the trajectories in `collection.files`, and prints how many of each split were used, unused and bad."""
+    settings = run.experiment.collection
+    imported = user_files.import_files(
         settings.files,
         outputs,
         validation_share=settings.validation_share,
-        seed=state.experiment.seed,
+        seed=run.experiment.seed,
         skip_bad=settings.skip_bad,
     )
-    print("trajectories: " + ", ".join(f"{count} {split}" for split, count in sorted(taken.splits.items())))
-    if unused := sorted(taken.splits.keys() - outputs.keys()):
+    print("trajectories: " + ", ".join(f"{count} {split}" for split, count in sorted(imported.splits.items())))
+    if unused := sorted(imported.splits.keys() - outputs.keys()):
         print(f"not used: trajectories of {', '.join(unused)}")
-    print("".join(f"{line}\n" for line in listed(taken.bad)), end="", file=sys.stderr)
+    _print_bad_rows(imported.bad)
 
 
-def build(state: Run) -> None:
-    """Shards of the collected trajectories, encoded with the base model's tokenizer."""
+def build(run: Run) -> None:
+    """Encodes the trajectories with the base model's tokenizer and writes them as shards."""
     from data_pipeline import build as builder
     from data_pipeline.encode import Encoder
 
-    settings, output, bad = state.experiment.data, state.work / "shards", []
-    with state.work.stage("build", state.build_inputs, [output]) as needed:
+    settings, output, bad = run.experiment.data, run.work / "shards", []
+    with run.work.stage("build", run.build_inputs, [output]) as needed:
+        # Shards appear all at once, together with their metadata: only the record of this stage was lost.
         if not needed or (output / "metadata.json").exists():
             return
-        inputs = {split: [state.work / f"trajectories/{split}.jsonl"] for split in ("train", "validation")}
+        inputs = {split: [run.work / f"trajectories/{split}.jsonl"] for split in ("train", "validation")}
         with absolute("build shards", unit="trajectory") as show:
             builder.build(
                 inputs,
-                Encoder.load(state.base_directory, state.experiment.policy.chat_template),
+                Encoder.load(run.base_directory, run.experiment.policy.chat_template),
                 output,
                 max_length=settings.length,
                 too_long=settings.too_long,
                 shards=settings.shards,
                 progress=show,
-                skip_bad=bad.append if state.experiment.collection.skip_bad else None,
+                skip_bad=bad.append if run.experiment.collection.skip_bad else None,
             )
-        print("".join(f"{line}\n" for line in listed(bad)), end="", file=sys.stderr)
+        _print_bad_rows(bad)
 
 
-def train(state: Run) -> None:
-    """Every reward model with every seed, on the same shards, from the base model's weights."""
+def train(run: Run) -> None:
+    """Trains every reward model with every seed, on the same shards and from the base model's weights."""
     from jaxprm.training import distributed
 
-    for model, seed in state.trained():
-        output = state.model_directory(model.label, seed)
-        with state.work.stage(f"train-{model.label}-{seed}", state.train_inputs(model, seed), [output]) as needed:
+    for model, seed in run.trained():
+        output = run.model_directory(model.label, seed)
+        with run.work.stage(f"train-{model.label}-{seed}", run.train_inputs(model, seed), [output]) as needed:
+            # All processes must agree: a training run that only some of them enter never ends.
             if distributed.broadcast_from_primary(needed):
-                _train(state, model, seed, output)
+                _train(run, model, seed, output)
 
 
-def run_secondary_process(state: Run) -> None:
-    """What a process that is not the first does: it waits for the shards and trains what the first one trains."""
+def run_secondary_process(run: Run) -> None:
+    """The work of every process but 0: takes part in the training runs that process 0 starts."""
     from jaxprm.training import distributed
 
-    for model, seed in state.trained():
+    for model, seed in run.trained():
+        # Also waits until process 0 has the shards. What this process passes is not used.
         if distributed.broadcast_from_primary(False):
-            _train(state, model, seed, state.model_directory(model.label, seed))
+            _train(run, model, seed, run.model_directory(model.label, seed))
 
 
-def _train(state: Run, model: config_lib.RewardModelConfig, seed: int, output: Path) -> None:
+def _train(run: Run, model: config_lib.RewardModelConfig, seed: int, output: Path) -> None:
     from jaxprm.training.train import train_reward_model
 
-    paths = {"shards": state.work / "shards", "base": state.base_directory, "output": output}
-    train_reward_model(state.experiment, model, seed, **paths, profile=state.profile)
+    paths = {"shards": run.work / "shards", "base": run.base_directory, "output": output}
+    train_reward_model(run.experiment, model, seed, **paths, profile=run.profile)
 
 
 def validation_lines(experiment: config_lib.Experiment, workdir: Path) -> list[str]:
-    """What the trained reward models are worth on the validation trajectories, one line each."""
+    """Validation metrics of the trained reward models, one line each."""
     lines = []
-    state = Run(experiment, WorkDirectory(workdir))
-    for model, seed in state.trained():
-        recipe = files.read_json(state.model_directory(model.label, seed) / "model/reward_model.json")
-        found = ", ".join(f"{name} {value:.4g}" for name, value in recipe["validation"].items() if value is not None)
-        lines.append(f"{model.label}, seed {seed}: {found}")
+    run = Run(experiment, WorkDirectory(workdir))
+    for model, seed in run.trained():
+        recipe = files.read_json(run.model_directory(model.label, seed) / "model/reward_model.json")
+        metrics = ", ".join(f"{name} {value:.4g}" for name, value in recipe["validation"].items() if value is not None)
+        lines.append(f"{model.label}, seed {seed}: {metrics}")
     return lines
 
 
-def search(state: Run) -> None:
-    """Pools, their scores, and guided searches on the held-out tasks."""
+def search(run: Run) -> None:
+    """Samples pools, scores them, and runs the guided searches on the held-out tasks."""
     from jaxprm.workflow import search_stage
 
-    search_stage.search(state)
+    search_stage.search(run)
 
 
-def report(state: Run) -> Path:
-    """results.json from the files of all stages, and the page that shows it."""
+def report(run: Run) -> Path:
+    """Writes results.json from the files of all stages, and the page that shows it; returns the page's path."""
     from jaxprm.report import build_report
     from jaxprm.workflow.results import write_results
 
-    write_results(state)
-    return build_report(state.work.path)
+    write_results(run)
+    return build_report(run.work.path)
+
+
+def _print_bad_rows(rows: list) -> None:
+    print("".join(f"{line}\n" for line in listed(rows)), end="", file=sys.stderr)

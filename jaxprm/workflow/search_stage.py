@@ -1,13 +1,16 @@
-"""The search stage of a run: one pool a task shared by all methods, its scores, and every guided search."""
+"""The search stage of a run: a pool of trajectories that all methods share, its scores, and every guided search."""
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from jaxprm import config as config_lib
 from jaxprm import files
 from jaxprm.errors import UserError
 from jaxprm.evaluation.best_of_n import VOTES
@@ -17,171 +20,180 @@ from jaxprm.scoring.loading import all_devices, load_scorer
 from jaxprm.search.branches import check_can_fork
 from jaxprm.search.methods import RandomScorer, guided_search, search_specs
 from jaxprm.search.tree import Prices
-from jaxprm.workflow.context import flops_of_tokens
+from jaxprm.workflow.context import Run, flops_of_tokens
 from jaxprm.workflow.workdir import identity
 
+# Conversations in one call to the scorer: the progress bar moves after each call.
 SCORED_AT_ONCE = 256
 
 
-def stage_inputs(state) -> dict[str, dict[str, Any]]:
-    """What goes into each file of WORKDIR/search, by its name without ending."""
-    settings, common = state.experiment.search, state.search_inputs
+def stage_inputs(run: Run) -> dict[str, dict[str, Any]]:
+    """Recorded inputs of each file of WORKDIR/search, by its name without ending."""
+    settings, common = run.experiment.search, run.search_inputs
     pool = common | {"count": settings.pool}
-    found = {"pool": pool, "greedy": common}
+    inputs = {"pool": pool, "greedy": common}
 
-    def guided(label: str, seed: int, judge: dict[str, Any]) -> None:
-        for plan in search_specs(settings):
-            found[plan.file_name(label, seed)] = common | plan.inputs(settings) | judge
+    def add_searches(label: str, seed: int, scorer: dict[str, Any]) -> None:
+        for spec in search_specs(settings):
+            inputs[spec.file_name(label, seed)] = common | spec.inputs(settings) | scorer
 
-    for seed in state.experiment.reward_seeds:
-        guided("random", seed, {"random_seed": seed})
-    for model, seed in state.trained():
-        trained = {"reward_model": identity(state.train_inputs(model, seed))}
-        guided(model.label, seed, trained)
-        for name, upstream in (("pool", pool), ("validation", state.collect_inputs)):
-            found[f"values-{name}-{model.label}-{seed}"] = trained | {"trajectories": identity(upstream)}
-    return found
+    for seed in run.experiment.reward_seeds:
+        add_searches("random", seed, {"random_seed": seed})
+    for model, seed in run.trained():
+        trained = {"reward_model": identity(run.train_inputs(model, seed))}
+        add_searches(model.label, seed, trained)
+        for name, trajectories in (("pool", pool), ("validation", run.collect_inputs)):
+            inputs[f"values-{name}-{model.label}-{seed}"] = trained | {"trajectories": identity(trajectories)}
+    return inputs
 
 
-def check(state) -> None:
-    """Raises UserError for what the settings ask of the environment or the policy and they have not."""
-    settings = state.experiment.search
-    environment = state.make_environment()
+def check(run: Run) -> None:
+    """Raises UserError if the environment or the policy lacks something that the search settings need."""
+    settings = run.experiment.search
+    environment = run.make_environment()
     try:
-        if any(plan.forks for plan in search_specs(settings)):
-            check_can_fork(environment, "search.beams, diverse, lookahead and mcts")
+        for spec in search_specs(settings):
+            if spec.forks:
+                check_can_fork(environment, f"search {spec.at}")
         if (votes := sorted(VOTES.keys() & set(settings.aggregations))) and not hasattr(environment, "answer"):
             raise UserError(
-                f"search.aggregations: {', '.join(votes)} compare answers, and the environment has no answer() method"
+                f"search.aggregations: {', '.join(votes)} compare answers, and the environment has no answer() method; "
+                "define it, or drop them"
             )
     finally:
         environment.close()
-    prices(state, "")
+    token_prices(run, "")
 
 
-def prices(state, label: str) -> Prices:
-    """What a token costs in the unit of the budget. Random scores read none."""
-    settings, free = state.experiment.search, label == "random"
+def token_prices(run: Run, label: str) -> Prices:
+    """Prices of tokens in the unit of `search.budget`. Random scores read nothing, so their price is 0.
+
+    Raises UserError if the budget is in FLOPs and the size of the policy is unknown.
+    """
+    settings, free = run.experiment.search, label == "random"
     if settings.budget is None or settings.budget_unit == "tokens":
         return Prices(read=float(not free))
-    policy, reward = flops_of_tokens(state)
+    policy, reward = flops_of_tokens(run)
     if not math.isfinite(policy):
-        raise UserError('search.budget_unit = "flops": the size of the policy is not known; give the budget in tokens')
+        raise UserError(
+            'search.budget_unit = "flops": the size of the policy is not known; set it to "tokens" and give the budget '
+            "in tokens"
+        )
     return Prices(policy, 0.0 if free else reward)
 
 
-def search(state) -> None:
-    """Fills WORKDIR/search. Every file is whole or absent, and skipped when it is there."""
-    settings = state.experiment.search
-    tasks = state.tasks(settings.split, settings.tasks)
-    stages = _Stages(state)
+def search(run: Run) -> None:
+    """Fills WORKDIR/search. Every file is complete or absent; complete ones are skipped."""
+    settings = run.experiment.search
+    tasks = run.tasks(settings.split, settings.tasks)
+    stages = _Stages(run)
     stages.sample(tasks, "pool", count=settings.pool, temperature=settings.temperature)
     stages.sample(tasks, "greedy", count=1, temperature=0.0)
-    for seed in state.experiment.reward_seeds:
-        stages.guided(tasks, "random", seed, lambda seed=seed: RandomScorer(seed))
-    for model, seed in state.trained():
-        loaded: list = []
-
-        def scorer(model=model, seed=seed, loaded=loaded):
-            if not loaded:
-                loaded.append(_scorer(state, model, seed))
-            return loaded[0]
-
+    for seed in run.experiment.reward_seeds:
+        stages.searches(tasks, "random", seed, functools.partial(RandomScorer, seed))
+    for model, seed in run.trained():
+        # Loaded when the first file needs it and dropped with this iteration: one reward model is in memory at a time.
+        scorer = functools.cache(functools.partial(_load_scorer, run, model, seed))
         for name, source in (("pool", "search/pool.jsonl"), ("validation", "trajectories/validation.jsonl")):
-            stages.values(f"values-{name}-{model.label}-{seed}", state.work / source, scorer)
-        stages.guided(tasks, model.label, seed, scorer)
+            stages.values(f"values-{name}-{model.label}-{seed}", run.work / source, scorer)
+        stages.searches(tasks, model.label, seed, scorer)
 
 
 class _Stages:
-    """The kinds of file in WORKDIR/search, each made once."""
+    """Writes the files of WORKDIR/search, each as a stage of its own."""
 
-    def __init__(self, state):
-        self._state = state
-        self._inputs = stage_inputs(state)
+    def __init__(self, run: Run):
+        self._run = run
+        self._inputs = stage_inputs(run)
 
     def _stage(self, name: str) -> tuple[Path, Any]:
-        output = self._state.work / f"search/{name}.jsonl"
-        return output, self._state.work.stage(f"search-{name}", self._inputs[name], [output])
+        output = self._run.work / f"search/{name}.jsonl"
+        return output, self._run.work.stage(f"search-{name}", self._inputs[name], [output])
 
     def sample(self, tasks: list[str], name: str, *, count: int, temperature: float) -> None:
-        """Whole trajectories of the plain policy."""
-        state = self._state
+        """Complete trajectories of the plain policy, `count` for each task."""
+        run = self._run
         output, stage = self._stage(name)
         with stage as needed:
             if needed:
                 collect(
-                    state.make_environment,
-                    state.policy,
+                    run.make_environment,
+                    run.policy,
                     tasks,
                     output,
                     count=count,
                     temperature=temperature,
-                    in_flight=state.experiment.policy.in_flight,
-                    split=state.experiment.search.split,
-                    environment=state.experiment.environment.name,
-                    seed=state.experiment.seed,
+                    in_flight=run.experiment.policy.in_flight,
+                    split=run.experiment.search.split,
+                    environment=run.experiment.environment.name,
+                    seed=run.experiment.seed,
                     label=f"sample {name}",
                 )
 
-    def values(self, name: str, source: Path, scorer) -> None:
-        """Promise of every step of a trajectory file."""
+    def values(self, name: str, source: Path, make_scorer: Callable[[], Any]) -> None:
+        """The promise of every step in a trajectory file."""
         output, stage = self._stage(name)
         with stage as needed:
             if needed:
-                _score_file(scorer(), source, output, name.replace("-", " "))
+                _score_file(make_scorer(), source, output, name.replace("-", " "))
 
-    def guided(self, tasks: list[str], label: str, seed: int, scorer) -> None:
-        """Every search of the run."""
-        state = self._state
-        for plan in search_specs(state.experiment.search):
-            name = plan.file_name(label, seed)
+    def searches(self, tasks: list[str], label: str, seed: int, make_scorer: Callable[[], Any]) -> None:
+        """Every guided search of the run, with one scorer."""
+        run = self._run
+        for spec in search_specs(run.experiment.search):
+            name = spec.file_name(label, seed)
             output, stage = self._stage(name)
             with stage as needed:
-                if needed:
-                    judge = scorer()
-                    judge.forget()  # so that a search costs and finds the same, whatever was searched before
-                    guided_search(
-                        state.make_environment,
-                        state.policy,
-                        judge,
-                        tasks,
-                        output,
-                        settings=state.experiment.search,
-                        plan=plan,
-                        label=f"{name.rsplit('-', 2)[0]} {label}/{seed}",
-                        about={"method": label, "beam": plan.cost_key, "seed": seed},
-                        prices=prices(state, label),
-                    )
+                if not needed:
+                    continue
+                scorer = make_scorer()
+                # With an empty cache, results and costs do not depend on which searches ran before.
+                scorer.forget()
+                guided_search(
+                    run.make_environment,
+                    run.policy,
+                    scorer,
+                    tasks,
+                    output,
+                    settings=run.experiment.search,
+                    spec=spec,
+                    label=f"{name.rsplit('-', 2)[0]} {label}/{seed}",
+                    about={"method": label, "beam": spec.cost_key, "seed": seed},
+                    prices=token_prices(run, label),
+                )
 
 
-def _scorer(state, model, seed: int):
-    settings = state.experiment.policy
-    # Searching is process 0's alone: a mesh of the whole run is more than it has.
-    mesh = all_devices() if jax.process_count() > 1 else state.experiment.mesh if jax.device_count() > 1 else None
-    directory = state.model_directory(model.label, seed) / "model"
+def _load_scorer(run: Run, model: config_lib.RewardModelConfig, seed: int):
+    settings = run.experiment.policy
+    # Process 0 searches alone, so in a run of several processes it can use only its own devices.
+    mesh = all_devices() if jax.process_count() > 1 else run.experiment.mesh if jax.device_count() > 1 else None
+    directory = run.model_directory(model.label, seed) / "model"
     longest = settings.max_tokens + settings.max_action_tokens
     return load_scorer(directory, rows=max(1, settings.in_flight // 2), max_tokens=longest, mesh=mesh)
 
 
 def _score_file(scorer, source: Path, output: Path, label: str) -> None:
-    """{"id", "values", "tokens", "prompt_tokens"} a line; equal conversations are scored once."""
+    """Writes {"id", "values", "tokens", "prompt_tokens"} for each trajectory that did not end in an error."""
     lines = [line for line in files.read_lines(source) if line.get("ended") != "error"]
+    # Equal conversations are scored once. The last of them lends its id, which only appears in error messages.
     keys = [files.line(line["messages"]) for line in lines]
-    # The last of equal conversations stands for all: only its id is ever shown, and only in an error.
     distinct = dict(zip(keys, lines, strict=True))
-    unique = list(distinct)
-    known: dict[str, dict[str, Any]] = {}
-    with bar(label, len(unique), unit="trajectory") as progress:
-        for start in range(0, len(unique), SCORED_AT_ONCE):
-            chunk = unique[start : start + SCORED_AT_ONCE]
-            names = [distinct[key]["id"] for key in chunk]
+    unscored = list(distinct)
+    scores: dict[str, dict[str, Any]] = {}
+    with bar(label, len(unscored), unit="trajectory") as progress:
+        for start in range(0, len(unscored), SCORED_AT_ONCE):
+            chunk = unscored[start : start + SCORED_AT_ONCE]
+            ids = [distinct[key]["id"] for key in chunk]
             encoded = [
-                scorer.encoder.trajectory(distinct[key]["messages"], row=name)
-                for key, name in zip(chunk, names, strict=True)
+                scorer.encoder.trajectory(distinct[key]["messages"], row=row)
+                for key, row in zip(chunk, ids, strict=True)
             ]
-            for key, one, values in zip(chunk, encoded, scorer.score_encoded(encoded, names), strict=True):
-                tokens = {"tokens": len(one.tokens), "prompt_tokens": int(one.state_positions[0]) + 1}
-                known[key] = {"values": values.tolist()} | tokens
+            for key, trajectory, values in zip(chunk, encoded, scorer.score_encoded(encoded, ids), strict=True):
+                scores[key] = {
+                    "values": values.tolist(),
+                    "tokens": len(trajectory.tokens),
+                    "prompt_tokens": int(trajectory.state_positions[0]) + 1,
+                }
             progress.update(len(chunk))
-    rows = [{"id": line["id"]} | known[key] for line, key in zip(lines, keys, strict=True)]
+    rows = [{"id": line["id"]} | scores[key] for line, key in zip(lines, keys, strict=True)]
     files.write_atomic(output, "".join(map(files.line, rows)))

@@ -1,4 +1,7 @@
-"""Stages of a work directory: done ones are skipped, interrupted ones go on, changed ones are refused or redone."""
+"""The work directory of a run. Finished stages are skipped, interrupted ones resume, changed ones are refused.
+
+Every stage has a record, WORKDIR/stages/<name>.json: {"inputs", "finished", "seconds"}.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,13 @@ from jaxprm.host_memory import trim_malloc
 
 
 class WorkDirectory:
-    """A run's files. A stage is recorded with what went into it, in stages/<name>.json."""
+    """The files of a run. `work / "name"` is a path in it.
+
+    Args:
+        redo: stages whose inputs have changed are run again, and their old outputs removed.
+
+    Raises UserError if the path is a file or cannot be created.
+    """
 
     def __init__(self, path: Path, *, redo: bool = False):
         self.path, self._redo = path, redo
@@ -27,16 +36,16 @@ class WorkDirectory:
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"work directory {path}: cannot be made ({error.strerror})") from None
+            raise UserError(f"work directory {path}: cannot be created ({error.strerror}); name another one") from None
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keeps other processes out. The lock falls with its process, however that ends.
+        """Excludes other processes. The operating system releases the lock when the process ends, even if it is killed.
 
-        Raises UserError when another process holds it.
+        Raises UserError if another process holds it.
         """
         with open(self / "lock", "a+") as file:
             try:
@@ -44,33 +53,39 @@ class WorkDirectory:
             except BlockingIOError:
                 file.seek(0)
                 raise UserError(
-                    f"work directory {self.path}: process {file.read() or 'unknown'} works in it; wait until it is "
-                    "done, or use another --workdir"
+                    f"work directory {self.path}: process {file.read() or 'unknown'} works in it; wait until it ends, "
+                    "or use another --workdir"
                 ) from None
             except OSError:
-                pass  # a file system without locks
+                # Some network file systems have no locks. A run there is not protected, and must still be possible.
+                pass
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
             yield
 
     def check(self, inputs: dict[str, dict[str, Any]]) -> None:
-        """Raises UserError when one of these stages was begun with other inputs, before any work is spent on it."""
-        for name, given in inputs.items():
+        """Raises UserError if one of these stages was begun with other inputs, unless `redo` is set."""
+        for name, fields in inputs.items():
             record = self._record(name)
-            if record is not None and record["inputs"] != files.plain(given) and not self._redo:
+            if record is not None and record["inputs"] != files.plain(fields) and not self._redo:
                 raise UserError(
-                    f"work directory {self.path}: stage {name} was made with {_difference(record['inputs'], given)}; "
+                    f"work directory {self.path}: stage {name} was made with {_difference(record['inputs'], fields)}; "
                     "use another --workdir, or --redo to make it again"
                 )
 
     @contextmanager
     def stage(self, name: str, inputs: dict[str, Any], outputs: list[Path]) -> Iterator[bool]:
-        """Enters a stage: yields whether there is work to do, and records it as finished if nothing was raised.
+        """Enters a stage: yields whether it has to run, and records it as finished if its block raises nothing.
 
-        inputs: everything the outputs depend on. A finished stage that lost an output has work to do again. Raises
-        UserError when the stage was begun with other inputs, unless the directory was opened with `redo`, which removes
-        the outputs and begins again.
+        A finished stage that lost an output has to run again. With `redo`, a stage that was begun with other inputs
+        loses its outputs and starts from nothing.
+
+        Args:
+            inputs: everything that the outputs depend on, as plain JSON.
+            outputs: files and directories that the stage leaves; each may have a `.partial` file while it runs.
+
+        Raises UserError if the stage was begun with other inputs and `redo` is not set.
         """
         self.check({name: inputs})
         record_path, record = self._path(name), self._record(name)
@@ -82,6 +97,7 @@ class WorkDirectory:
             yield False
             return
         seconds = record["seconds"] if record else 0.0
+        # Recorded before the work: a killed process leaves an unfinished record, which still holds the inputs.
         files.write_json(record_path, {"inputs": inputs, "finished": False, "seconds": seconds})
         started = time.monotonic()
         try:
@@ -92,34 +108,35 @@ class WorkDirectory:
             files.write_json(record_path, {"inputs": inputs, "finished": False, "seconds": seconds})
         files.write_json(record_path, {"inputs": inputs, "finished": True, "seconds": seconds})
 
+    def seconds(self) -> dict[str, float]:
+        """Wall time of every stage in the order of their last change, added up over interruptions."""
+        folder = self.path / "stages"
+        records = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime) if folder.exists() else []
+        return {path.stem: files.read_json(path)["seconds"] for path in records}
+
     def _path(self, name: str) -> Path:
         return self.path / "stages" / f"{name}.json"
 
     def _record(self, name: str) -> dict[str, Any] | None:
         return files.read_json(self._path(name)) if self._path(name).exists() else None
 
-    def seconds(self) -> dict[str, float]:
-        """Wall time of every stage, interruptions added up."""
-        folder = self.path / "stages"
-        records = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime) if folder.exists() else []
-        return {path.stem: files.read_json(path)["seconds"] for path in records}
-
 
 def identity(*parts: Any) -> str:
-    """A short name for inputs, to be part of later stages' inputs."""
+    """A short hash of a stage's inputs, recorded among the inputs of later stages."""
     return fingerprint(parts)[:16]
 
 
-def _remove(path: Path) -> None:
-    for found in [path, path.with_name(path.name + ".partial")]:
-        if found.is_dir() and not found.is_symlink():
-            shutil.rmtree(found)
+def _remove(output: Path) -> None:
+    for path in [output, output.with_name(output.name + ".partial")]:
+        # A link to a directory is removed as a link: what it points to is not the run's.
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
         else:
-            found.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
 
 def _difference(before: Any, now: Any, where: str = "") -> str:
-    """The first place where two plain values differ, with both values."""
+    """The first field in which two plain values differ, with both values."""
     now = files.plain(now)
     if isinstance(before, dict) and isinstance(now, dict):
         for key in [*before, *now]:

@@ -1,4 +1,4 @@
-"""An environment that does whatever its action says, for the tests of environments in processes of their own."""
+"""An environment that crashes, hangs, raises or leaks when an action says so."""
 
 import os
 import time
@@ -8,18 +8,18 @@ from jaxprm.environments import StepResult
 
 
 class Misbehaving:
-    """Counts its steps; over after `max_rounds`. `made` is a file that every instance appends its process to."""
+    """Counts its steps and is done after `max_rounds`. Every instance appends its process id to the file `pids`."""
 
     max_rounds = 6
 
-    def __init__(self, fork="clone", made=None, delay=0.0, drift=None):
+    def __init__(self, fork="clone", pids=None, delay=0.0, drift=None):
         self.fork, self._delay, self._drift, self._hoard = fork, delay, drift, []
         if fork == "crash":
             os._exit(4)
         if fork == "raise":
             raise OSError("no display")
-        if made is not None:
-            with open(made, "a") as file:
+        if pids is not None:
+            with open(pids, "a") as file:
                 file.write(f"{os.getpid()}\n")
 
     def tasks(self, split):

@@ -1,3 +1,5 @@
+"""The expert of TextCraft: messages by hand, every task solved, and recovery from any state."""
+
 import random
 from collections import Counter
 
@@ -19,13 +21,13 @@ def ident(name):
 
 
 def recipe(line, tags=(), tag=None):
-    """The recipe that a prompt's line writes; ingredients named in `tags` are tags."""
+    """The recipe in a line of a prompt; ingredients named in `tags` are tags."""
     command = parse(f"Action: {line}")
     count = int(line.split()[1])
     parts = tuple(Ingredient(name, n, is_tag=name in map(ident, tags)) for name, n in command.ingredients)
-    made = Recipe(command.item, count, parts, tag and ident(tag))
-    assert made.command == line
-    return made
+    parsed = Recipe(command.item, count, parts, tag and ident(tag))
+    assert parsed.command == line
+    return parsed
 
 
 def answer(goal, held, *listed):
@@ -53,7 +55,7 @@ PLANKS_READY = f"{SIGN_THOUGHT}; ready."
             {"dark oak planks": 4, "dark oak logs": 1},
             f"{PLANKS_READY}\nAction: craft 4 dark oak planks using 1 dark oak logs",
         ),
-        (  # the tag is the item in hand
+        (  # the item of a tag is the one held
             {"dark oak planks": 8},
             f"{SIGN_THOUGHT}; ready.\nAction: craft 4 stick using 2 dark oak planks",
         ),
@@ -61,17 +63,17 @@ PLANKS_READY = f"{SIGN_THOUGHT}; ready."
             {"dark oak planks": 6, "stick": 4},
             "Thought: ready.\nAction: craft 3 dark oak sign using 6 dark oak planks, 1 stick",
         ),
-        (  # mistakes: goods of no use do not confuse it
+        (  # useless items do not matter
             {"oak logs": 7, "stick": 1, "bamboo": 3},
             f"{NEEDS_LOGS}\nAction: get 2 dark oak logs",
         ),
     ],
 )
-def test_messages_by_hand(held, message):
+def test_messages_worked_out_by_hand(held, message):
     assert answer("dark oak sign", held, *SIGN) == message
 
 
-def test_the_item_of_a_tag_is_the_cheapest_then_the_one_in_hand_then_the_first():
+def test_the_item_of_a_tag_is_the_cheapest_then_the_one_held_then_the_first():
     stick, oak, dark = SIGN[3], SIGN[0], SIGN[1]
     assert answer("stick", {}, dark, stick, oak).endswith("Action: get 1 dark oak logs")
     assert answer("stick", {}, oak, stick, dark).endswith("Action: get 1 oak logs")
@@ -82,7 +84,7 @@ def test_the_item_of_a_tag_is_the_cheapest_then_the_one_in_hand_then_the_first()
     assert answer("stick", mixed, oak, stick, dark).startswith("Thought: 4 stick using 2 planks; ready.")
 
 
-def test_the_recipe_with_the_fewest_actions_is_taken_and_the_first_among_equals():
+def test_the_recipe_with_the_fewest_actions_is_chosen_and_the_first_among_equals():
     poppy, tulip, bush = (
         recipe(f"craft {n} red dye using 1 {name}") for n, name in ((1, "poppy"), (1, "red tulip"), (2, "rose bush"))
     )
@@ -139,7 +141,7 @@ def solve(env):
         assert left <= expected - turns
 
 
-def test_every_task_is_solved_in_the_turns_foretold():
+def test_every_task_is_solved_in_the_planned_number_of_turns():
     env = TextCraft(max_rounds=50)
     slow = []
     for index, goal in enumerate(BOOK.goals):
@@ -148,7 +150,7 @@ def test_every_task_is_solved_in_the_turns_foretold():
         assert env.outcome() == 1.0 and turns == expected
         if turns > 20:
             slow.append(goal)
-    # Nine netherite ingots, 27 + 4 iron ingots, 8 chiseled bricks, 6 wools dyed one by one: nobody does these in 20.
+    # Nine netherite ingots, 27 + 4 iron ingots, 8 chiseled bricks, 6 wools dyed one by one: none of these fits in 20.
     colours = "black blue brown cyan gray light_blue light_gray lime orange purple".split()
     assert set(slow) == {ident(name) for name in ["anvil", "netherite_block", "lodestone"]} | {
         ident(f"{colour}_banner") for colour in colours
@@ -161,14 +163,14 @@ def test_it_recovers_from_any_state(index, seed):
     env, rng = TextCraft(max_rounds=200), random.Random(seed)
     env.reset(f"textcraft/{index}")
     names = sorted({p.name for r in env.episode.recipes for p in r.ingredients if not p.is_tag} - {env.episode.goal})
-    mess = {rng.choice(names): rng.randint(1, 9) for _ in range(rng.randrange(6)) if names}
-    env.restore(env.snapshot()._replace(inventory=mess))
+    inventory = {rng.choice(names): rng.randint(1, 9) for _ in range(rng.randrange(6)) if names}
+    env.restore(env.snapshot()._replace(inventory=inventory))
     turns, expected = solve(env)
     assert env.outcome() == 1.0 and turns <= expected
 
 
 def renamed_thought(thought, renamed):
-    """renamed: recipes as a thought has them, before and after."""
+    """The thought in other names; `renamed` maps its recipes, as they are written in it."""
     return "; ".join(renamed.get(quote, quote) for quote in thought.removesuffix(".").split("; ")) + "."
 
 
@@ -178,24 +180,25 @@ def test_a_renamed_prompt_gets_the_renamed_plan():
     to = dict(zip(BOOK.names, shuffled, strict=True))
     other = BOOK.renamed(to)
     renamed = dict(zip(BOOK.recipes, other.recipes, strict=True))
-    quotes = {one.command.removeprefix("craft "): two.command.removeprefix("craft ") for one, two in renamed.items()}
+    quotes = {a.command.removeprefix("craft "): b.command.removeprefix("craft ") for a, b in renamed.items()}
     env = TextCraft(distractors=4, max_rounds=50)
     for index in range(0, 544, 9):
         env.reset(f"textcraft/{index}")
         listed = env.episode.recipes
         while True:
             goal, held = env.episode.goal, env.inventory
-            here = plan(goal, held, listed)
-            there = plan(to[goal], {to[name]: n for name, n in held.items()}, [renamed[r] for r in listed])
-            one, two = parse(f"Action: {here.action}"), parse(f"Action: {there.action}")
-            assert (to[one.item], one.count, one.kind, here.turns) == (two.item, two.count, two.kind, there.turns)
-            assert [(to[name], n) for name, n in one.ingredients] == list(two.ingredients)
-            assert renamed_thought(here.thought, quotes) == there.thought
-            if env.step(here.message).done:
+            plain = plan(goal, held, listed)
+            other_plan = plan(to[goal], {to[name]: n for name, n in held.items()}, [renamed[r] for r in listed])
+            before, after = parse(f"Action: {plain.action}"), parse(f"Action: {other_plan.action}")
+            assert (to[before.item], before.count, before.kind) == (after.item, after.count, after.kind)
+            assert plain.turns == other_plan.turns
+            assert [(to[name], n) for name, n in before.ingredients] == list(after.ingredients)
+            assert renamed_thought(plain.thought, quotes) == other_plan.thought
+            if env.step(plain.message).done:
                 break
 
 
-def test_the_thought_leads_from_the_goal_to_the_action_by_recipes_of_the_prompt():
+def test_the_thought_leads_from_the_goal_to_the_action():
     env = TextCraft(max_rounds=50)
     for index in range(0, 544, 5):
         env.reset(f"textcraft/{index}")

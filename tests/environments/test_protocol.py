@@ -1,3 +1,5 @@
+"""Environments by name, mistakes in them, and what importing them loads."""
+
 import subprocess
 import sys
 from pathlib import Path
@@ -60,14 +62,14 @@ def module(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
 
 
-def test_a_registered_name_is_made_with_its_arguments():
+def test_a_registered_environment_is_made_with_its_arguments():
     env = create("textcraft", {"max_rounds": 7, "distractors": [0, 3]})
     assert isinstance(env, TextCraft)
     assert env.max_rounds == 7
     assert env.fork == "clone"
 
 
-def test_a_users_class_is_made_by_module_and_attribute(module):
+def test_a_users_class_is_made_from_module_and_attribute(module):
     env = create("user_counter:Counter", {"upto": 2})
     assert env.reset("counter/0") == "count"
     assert [env.step("on").done for _ in range(2)] == [False, True]
@@ -75,14 +77,14 @@ def test_a_users_class_is_made_by_module_and_attribute(module):
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments", "said"),
+    ("name", "arguments", "message"),
     [
         ("textcraftt", {}, "no such name; use one of textcraft, or your own as 'module:attribute'"),
         ("user_counter:", {}, "no such name"),
         ("user_nowhere:Counter", {}, "no module 'user_nowhere'"),
         ("user_counter.inner:Counter", {}, "user_counter.inner"),
         ("user_counter:Missing", {}, "'Missing' does not exist in"),
-        ("user_counter:not_a_class", {}, "'not_a_class' is not callable in"),
+        ("user_counter:not_a_class", {}, "user_counter:not_a_class is not callable; name a class"),
         ("user_counter:Cloner", {}, r"Cloner has no method snapshot, restore \(fork is 'clone'\)"),
         ("user_counter:Forkless", {}, "Forkless.fork is 'sometimes'; set it to one of clone, replay, none"),
         ("user_counter:Boundless", {}, "Boundless.max_rounds is None"),
@@ -90,13 +92,13 @@ def test_a_users_class_is_made_by_module_and_attribute(module):
         ("textcraft", {"distractor": 2}, "unexpected keyword argument 'distractor'"),
     ],
 )
-def test_mistakes_are_one_line(module, name, arguments, said):
-    with pytest.raises(UserError, match=said) as caught:
+def test_mistakes_are_one_line_errors(module, name, arguments, message):
+    with pytest.raises(UserError, match=message) as caught:
         create(name, arguments)
     assert "\n" not in str(caught.value)
 
 
-def test_faults_within_a_users_code_keep_their_own_error(module):
+def test_errors_within_a_users_code_are_not_converted(module):
     with pytest.raises(TypeError, match="has no len"):
         create("user_counter:Broken")
     with pytest.raises(ModuleNotFoundError, match="surely_not_installed_xyz"):
@@ -105,7 +107,7 @@ def test_faults_within_a_users_code_keep_their_own_error(module):
 
 def test_environments_load_no_array_library():
     code = (
-        "import sys; from jaxprm.environments import planner, protocol\n"
+        "import sys; from jaxprm.environments import protocol; from jaxprm.environments.textcraft import planner\n"
         "protocol.create('textcraft').reset('textcraft/1')\n"
         "print(sorted({'jax', 'tensorflow', 'torch', 'numpy'} & set(sys.modules)))"
     )

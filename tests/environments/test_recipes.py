@@ -1,3 +1,5 @@
+"""Minecraft's recipes: their number, their meaning as in AgentGym, and renamed books."""
+
 import json
 import random
 from collections import Counter
@@ -41,7 +43,7 @@ def test_minecraft_has_agentgyms_goals(book):
     assert Counter(map(book.depth, book.goals)) == {1: 125, 2: 291, 3: 117, 4: 11}
     depths = [book.depth(goal) for goal in book.goals]
     assert depths == sorted(depths)
-    # Within a depth, in the order of the files' names: acacia_boat and andesite are deeper, beacon is not.
+    # Within a depth, in the order of file names: acacia_boat and andesite are deeper, beacon is not.
     assert book.goals[:3] == ("minecraft:acacia_planks", "minecraft:acacia_wood", "minecraft:beacon")
 
 
@@ -74,10 +76,10 @@ def test_other_types_and_blocks_taken_apart_are_left_out(tmp_path):
     apart = shapeless({"item": "minecraft:iron", "count": 9}, item("iron_block"))
     book = load(tmp_path, a=smelting, b=apart)
     assert book.recipes == ()
-    assert book.item_ids == {"minecraft:iron", "minecraft:iron_block"}  # found like any other item
+    assert book.item_ids == {"minecraft:iron", "minecraft:iron_block"}  # basic items like any other
 
 
-def test_a_recipe_that_closes_a_cycle_is_left_out_in_order_of_file_names(tmp_path):
+def test_of_a_cycle_the_later_file_is_left_out(tmp_path):
     up, back = shapeless("minecraft:nugget", item("ingot")), shapeless("minecraft:ingot", item("nugget"))
     (tmp_path / "first").mkdir()
     (tmp_path / "second").mkdir()
@@ -95,7 +97,7 @@ def test_a_longer_cycle_is_cut_too(tmp_path):
     assert commands(book) == ["craft 1 x using 1 y", "craft 1 w using 1 x"]
 
 
-def test_groups_are_tags_and_tags_nobody_crafts_are_items(tmp_path):
+def test_groups_are_tags_and_tags_without_craftable_items_are_items(tmp_path):
     book = load(
         tmp_path,
         oak=shapeless({"item": "minecraft:oak_planks", "count": 4}, tag("oak_logs"), group="planks"),
@@ -111,8 +113,8 @@ def test_groups_are_tags_and_tags_nobody_crafts_are_items(tmp_path):
 
 def test_match_takes_an_item_of_the_tag_with_the_exact_count(book):
     def fits(*parts):
-        found = book.match("minecraft:stick", [(f"minecraft:{name}", count) for name, count in parts])
-        return found and found.command
+        recipe = book.match("minecraft:stick", [(f"minecraft:{name}", count) for name, count in parts])
+        return recipe and recipe.command
 
     assert fits(("birch_planks", 2)) == "craft 4 stick using 2 planks"
     assert fits(("bamboo", 2)) == "craft 1 stick using 2 bamboo"
@@ -120,13 +122,13 @@ def test_match_takes_an_item_of_the_tag_with_the_exact_count(book):
     assert fits(("birch_planks", 2), ("bamboo", 1)) is fits() is fits(("birch_logs", 2)) is None
 
 
-def test_match_does_not_mind_the_order(book):
+def test_match_ignores_the_order_of_ingredients(book):
     parts = [("minecraft:stick", 1), ("minecraft:oak_planks", 6)]
     assert book.match("minecraft:oak_sign", parts) == book.match("minecraft:oak_sign", parts[::-1])
     assert book.match("minecraft:oak_sign", parts) is not None
 
 
-def test_tree_is_every_recipe_on_any_way_to_the_goal(book):
+def test_tree_has_every_recipe_on_any_way_to_the_goal(book):
     lines = {recipe.command for recipe in book.tree("minecraft:stick")}
     planks = {recipe.command for recipe in book.recipes_for("minecraft:planks")}
     assert len(planks) == 8
@@ -148,17 +150,17 @@ def test_renamed_book_is_the_same_book_under_other_names(book):
 
 
 @pytest.mark.parametrize(
-    ("mapping", "said"),
+    ("mapping", "message"),
     [
-        ({"minecraft:nothing_of_the_kind": "minecraft:a"}, "is no id of this book"),
+        ({"minecraft:nothing_of_the_kind": "minecraft:a"}, "is not an id of this book"),
         ({"minecraft:stick": "minecraft:bamboo"}, "two ids one name"),
         ({"minecraft:stick": "minecraft:Stick"}, "must be minecraft:"),
         ({"minecraft:stick": "minecraft:a,b"}, "must be minecraft:"),
         ({"minecraft:stick": "minecraft:not_using_it"}, "without the word 'using'"),
     ],
 )
-def test_renaming_refuses_what_no_action_could_say(book, mapping, said):
-    with pytest.raises(UserError, match=said) as caught:
+def test_renaming_refuses_ids_that_no_action_could_name(book, mapping, message):
+    with pytest.raises(UserError, match=message) as caught:
         book.renamed(mapping)
     assert "\n" not in str(caught.value)
 

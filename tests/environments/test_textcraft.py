@@ -1,3 +1,5 @@
+"""TextCraft: replies as in AgentGym, prompts and splits that never change, snapshots, speed."""
+
 import os
 import random
 import subprocess
@@ -20,13 +22,13 @@ DONE = "the episode is done"
 
 @pytest.fixture
 def env():
-    made = TextCraft()
-    made.reset(SIGN)
-    return made
+    env = TextCraft()
+    env.reset(SIGN)
+    return env
 
 
 def say(env, *actions):
-    return [env.step(f"Thought: so be it.\nAction: {action}").observation for action in actions]
+    return [env.step(f"Thought: go on.\nAction: {action}").observation for action in actions]
 
 
 def test_an_episode_with_agentgyms_texts(env):
@@ -129,7 +131,7 @@ def test_a_tag_takes_any_one_of_its_items_and_the_output_count_is_not_read(env):
         ("Action: get 1 bamboo\n\nObservation: Got 1 bamboo", "Got 1 bamboo"),
     ],
 )
-def test_the_action_line_is_found_as_in_agentgyms_client(env, message, reply):
+def test_the_action_line_is_parsed_as_in_agentgyms_client(env, message, reply):
     assert env.step(message).observation == reply
     assert env.rounds == 1
 
@@ -162,9 +164,9 @@ def test_nothing_works_before_reset():
             call()
 
 
-def test_prompt_lists_the_whole_tree_and_at_most_so_many_distractors():
-    for most in (0, 4, 10):
-        env = TextCraft(distractors=most)
+def test_a_prompt_lists_the_complete_tree_and_at_most_so_many_distractors():
+    for limit in (0, 4, 10):
+        env = TextCraft(distractors=limit)
         extra = []
         for index in range(0, 544, 7):
             prompt = env.reset(f"textcraft/{index}")
@@ -174,7 +176,7 @@ def test_prompt_lists_the_whole_tree_and_at_most_so_many_distractors():
             assert tree <= set(lines) and len(lines) == len(set(lines))
             assert lines == [recipe.command for recipe in env.episode.recipes]
             extra.append(len(lines) - len(tree))
-        assert max(extra) == most
+        assert max(extra) == limit
 
 
 def test_distractors_may_be_drawn_for_each_task():
@@ -238,7 +240,7 @@ def test_describe_gives_goal_and_depth():
 
 
 @pytest.mark.parametrize(
-    ("call", "said"),
+    ("call", "message"),
     [
         (lambda: TextCraft(max_rounds=0), "max_rounds is 0"),
         (lambda: TextCraft(distractors=-1), "distractors is -1"),
@@ -250,8 +252,8 @@ def test_describe_gives_goal_and_depth():
         (lambda: TextCraft().sample_episode("minecraft:bamboo", random.Random(0)), "has no recipe"),
     ],
 )
-def test_mistakes_are_one_line(call, said):
-    with pytest.raises(UserError, match=said) as caught:
+def test_mistakes_are_one_line_errors(call, message):
+    with pytest.raises(UserError, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
 
@@ -319,7 +321,7 @@ def test_steps_are_fast(env):
     for _ in range(1000):
         env.restore(state)
         say(env, "get 2 bamboo", "craft 1 stick using 2 bamboo", "inventory", "get 1 gold", "craft 1 x using 1 y")
-    # Some 500,000 a second on an idle core; the bound only catches a recipe book that is walked or copied at each step.
+    # About 500,000 a second on an idle core. The bound only catches a recipe book that is searched or copied each step.
     assert 5000 / (time.process_time() - start) > 20_000
 
 

@@ -68,7 +68,7 @@ def test_a_users_own_class_gets_the_seed_and_its_arguments(own):
         ("own_policy:Mute", {}, "policy 'own_policy:Mute': Mute has no method propose; define it"),
         ("own_policy:Nobody", {}, "policy 'own_policy:Nobody': 'Nobody' does not exist in"),
         ("nowhere_policy:Parrot", {}, "policy 'nowhere_policy:Parrot': no module 'nowhere_policy'; install it"),
-        ("own_policy:Parrot", {"voice": 1}, "unexpected keyword argument 'voice'; mend the config's policy arguments"),
+        ("own_policy:Parrot", {"voice": 1}, "unexpected keyword argument 'voice'; fix the config's policy arguments"),
     ],
 )
 def test_what_is_no_policy_is_one_line(own, path, arguments, says):

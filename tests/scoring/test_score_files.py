@@ -7,6 +7,7 @@ import weakref
 import numpy as np
 import pytest
 
+from jaxprm import files
 from jaxprm.errors import UserError
 from jaxprm.scoring import files as score_files
 from jaxprm.scoring import loading
@@ -225,7 +226,7 @@ def test_a_full_disk_is_one_line_and_what_was_written_is_kept(model, paths, monk
     score_file(model, input, output, chunk=CHUNK)
     uninterrupted = output.read_bytes()
     output.unlink()
-    original = score_files._write
+    original = files.write_all
 
     def write_until_full(target, data):
         """The first chunk fits; of the second `taken` bytes, as a short write leaves them."""
@@ -235,7 +236,7 @@ def test_a_full_disk_is_one_line_and_what_was_written_is_kept(model, paths, monk
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(score_files, "_write", write_until_full)
+        patch.setattr(files, "write_all", write_until_full)
         with pytest.raises(UserError, match=r"out.jsonl.partial: no space left .* after 4 of 10 lines") as caught:
             score_file(model, input, output, chunk=CHUNK)
     assert "\n" not in str(caught.value)
@@ -244,21 +245,6 @@ def test_a_full_disk_is_one_line_and_what_was_written_is_kept(model, paths, monk
     assert score_file(model, input, output, chunk=CHUNK) == LineCounts(10, 0)
     assert rest.seen == 2
     assert output.read_bytes() == uninterrupted
-
-
-def test_short_writes_are_finished():
-    class Stubborn:
-        """Takes three bytes at a time, as a pipe or a nearly full disk may."""
-
-        written = b""
-
-        def write(self, data):
-            self.written += bytes(data[:3])
-            return len(data[:3])
-
-    target = Stubborn()
-    score_files._write(target, b"0123456789")
-    assert target.written == b"0123456789"
 
 
 def test_memory_holds_a_chunk_at_a_time(model, paths, monkeypatch):

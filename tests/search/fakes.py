@@ -1,4 +1,4 @@
-"""A game given as a tree, and policies and scorers that follow a script: every decision can be worked out by hand."""
+"""Games written as trees, and policies and scorers that follow a script: every decision can be worked out by hand."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from jaxprm.policies.protocol import Action, candidate_seed, prefix_hash
 
 
 class Factory:
-    """Makes environments and remembers them."""
+    """Makes environments and keeps them in `environments`."""
 
     def __init__(self, make):
-        self._make, self.made = make, []
+        self._make, self.environments = make, []
 
     def __call__(self):
-        self.made.append(self._make())
-        return self.made[-1]
+        self.environments.append(self._make())
+        return self.environments[-1]
 
     @property
     def closes(self) -> list[int]:
         """How often each environment was closed."""
-        return [environment.closes for environment in self.made]
+        return [environment.closes for environment in self.environments]
 
 
 class TreeGame:
-    """A nested dict is a state, its keys the actions; a number is the end of a path and its outcome.
+    """A game in which a nested dict is a state, its keys the actions, and a float the end of a path and its outcome.
 
-    An action whose value is an Exception raises it. `executed` lists the paths that were stepped along.
+    An action whose value is an Exception raises it. `executed` lists the paths in the order of their steps.
     """
 
     def __init__(self, games, fork="clone", max_rounds=20):
@@ -66,7 +66,7 @@ class TreeGame:
 
 
 class Walk:
-    """One step at a time from 0: over at +3 (outcome 1), at -3 (outcome 0) or after max_rounds (position / 3)."""
+    """A walk from 0 that is done at +3 (outcome 1), at -3 (outcome 0) or after max_rounds (outcome position / 3)."""
 
     fork = "clone"
 
@@ -119,8 +119,10 @@ class _Policy:
 
 
 class ScriptedPolicy(_Policy):
-    """Draw number i at a path is the script's i-th text there, over and over. 3 tokens each; `cut` hit the limit, and
-    `fail` cannot be had."""
+    """Draw i at a path is the script's i-th text there, modulo their number, of 3 tokens.
+
+    Texts in `cut` stop at the token limit; those in `fail` are errors.
+    """
 
     def __init__(self, script, cut=(), fail=()):
         super().__init__()
@@ -139,7 +141,7 @@ class ScriptedPolicy(_Policy):
 
 
 class SeededPolicy(_Policy):
-    """Draws depend on seed, task, conversation and number as a language model's do."""
+    """Draws depend on seed, task, conversation and number, like those of a language model."""
 
     def __init__(self, seed=0, texts=("up", "down", "wait"), delay=0.0, stop_after=None):
         super().__init__()

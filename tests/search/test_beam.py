@@ -34,13 +34,13 @@ SCORES = {
 def search(
     games, draws, scores, *, width, actions, tasks=None, fork="clone", max_rounds=20, cut=(), fail=(), **options
 ):
-    """The trees, the environments and the policy of a search by script."""
+    """The trees, the environments and the policy of a scripted search."""
     factory = Factory(lambda: TreeGame(games, fork))
-    forest = BranchRunner(factory)
+    runner = BranchRunner(factory)
     policy = ScriptedPolicy(draws if callable(draws) else lambda task, path: draws[path], cut, fail)
     trees = beam_search(
         tasks or list(games),
-        forest,
+        runner,
         policy,
         ScriptedScorer(scores),
         width=width,
@@ -49,7 +49,7 @@ def search(
         max_rounds=max_rounds,
         **options,
     )
-    forest.close()
+    runner.close()
     assert set(factory.closes) == {1}
     return trees, factory, policy
 
@@ -83,14 +83,14 @@ def test_the_golden_tree_is_searched_as_worked_out_by_hand():
     assert tree.merged == 2  # a and f were drawn twice
     assert tree.cut == 2  # f, both times
     # Only what was kept was executed, once each.
-    assert factory.made[0].executed == [("b",), ("c",), ("b", "d"), ("c", "f"), ("c", "f", "g")]
+    assert factory.environments[0].executed == [("b",), ("c",), ("b", "d"), ("c", "f"), ("c", "f", "g")]
 
 
 def test_the_dict_of_the_golden_tree_has_every_candidate():
     (tree,), _, _ = search(GAME, DRAWS, SCORES, width=2, actions=2)
-    found = tree_to_dict(tree, method="agentprm", beam="2x2")
-    nodes = found.pop("nodes")
-    assert found == {
+    plain = tree_to_dict(tree, method="agentprm", beam="2x2")
+    nodes = plain.pop("nodes")
+    assert plain == {
         "method": "agentprm",
         "beam": "2x2",
         "task": "golden",
@@ -125,7 +125,7 @@ def test_a_finished_path_wins_a_tie_against_a_later_one():
     assert tree.best.branch.outcome == 0.0
 
 
-def test_a_finished_path_loses_its_place_to_better_ones():
+def test_a_finished_path_is_dropped_for_better_ones():
     scores = SCORES | {("c", "f", "g"): 0.9, ("c", "f", "h"): 0.95}
     (tree,), _, _ = search(GAME, DRAWS, scores, width=2, actions=2)
     assert paths(tree.frontier) == [("c", "f", "h"), ("c", "f", "g")]
@@ -182,7 +182,7 @@ def test_a_search_that_ends_at_its_round_limit_has_no_outcome():
     assert tree.rounds == 1
 
 
-def test_a_branch_that_raises_is_counted_and_the_others_go_on():
+def test_a_branch_that_raises_is_counted_and_the_others_continue():
     game = {"t": {"a": ValueError("broken"), "b": {"x": 1.0}}}
     draws = {(): ["a", "b"], ("b",): ["x"]}
     scores = {("a",): 0.9, ("b",): 0.1, ("b", "x"): 0.2}
@@ -194,9 +194,9 @@ def test_a_branch_that_raises_is_counted_and_the_others_go_on():
 
 
 def test_where_every_branch_raises_the_search_ends_without_success():
-    game = {"t": {"a": ValueError("one"), "b": ValueError("two")}}
+    game = {"t": {"a": ValueError("first"), "b": ValueError("second")}}
     (tree,), _, _ = search(game, {(): ["a", "b"]}, {("a",): 0.1, ("b",): 0.9}, width=1, actions=2)
-    assert (tree.best.branch.outcome, tree.best.branch.error) == (0.0, "ValueError: two")
+    assert (tree.best.branch.outcome, tree.best.branch.error) == (0.0, "ValueError: second")
 
 
 @pytest.mark.parametrize("fork", ["clone", "replay"])
@@ -212,8 +212,8 @@ def test_candidates_that_the_policy_failed_to_give_are_left_out_and_counted(fork
 
 
 @pytest.mark.parametrize("fork", ["clone", "replay"])
-def test_a_path_without_candidates_ranks_behind_all_that_goes_on(fork):
-    # c has the better score, and nothing follows it; b/e/x and b/d are what is left.
+def test_a_path_without_candidates_ranks_last(fork):
+    # c has the better score, and nothing follows it; b/e/x and b/d remain.
     draws = DRAWS | {("c",): ["f", "f"], ("b", "e"): ["x"]}
     scores = SCORES | {("c",): 0.9, ("b", "e", "x"): 0.1}
     (tree,), factory, _ = search(GAME, draws, scores, width=2, actions=2, fork=fork, fail={"f"})
@@ -223,11 +223,11 @@ def test_a_path_without_candidates_ranks_behind_all_that_goes_on(fork):
     assert ended.branch.error == "policy: no f today"
     assert tree.failed == 2
     assert tree_to_dict(tree)["nodes"][ended.id - 1]["observation"] == "at c"
-    assert len(factory.made) == 1  # the environment is not to blame
+    assert len(factory.environments) == 1  # the environment did not fail and is used again
 
 
 @pytest.mark.parametrize("fork", ["clone", "replay", "none"])
-def test_a_task_for_which_the_policy_gives_nothing_ends_without_success_and_others_go_on(fork):
+def test_a_task_for_which_the_policy_gives_nothing_fails_and_others_continue(fork):
     games = {"lost": {"a": 1.0}, "won": {"a": 1.0}}
     trees, factory, policy = search(
         games,
@@ -254,7 +254,7 @@ def test_a_task_that_cannot_start_costs_that_task_only():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_a_score_that_is_no_number_stops_the_search(bad):
+def test_a_score_that_is_not_finite_stops_the_search(bad):
     with pytest.raises(UserError, match="golden"):
         search(GAME, DRAWS, SCORES | {("c", "f"): bad}, width=2, actions=2)
 
@@ -264,7 +264,7 @@ LEAF = st.sampled_from([0.0, 0.25, 0.5, 1.0])
 
 
 def grown(deeper):
-    return st.lists(deeper, min_size=1, max_size=3).map(lambda found: dict(zip("pqr", found, strict=False)))
+    return st.lists(deeper, min_size=1, max_size=3).map(lambda states: dict(zip("pqr", states, strict=False)))
 
 
 TREE = grown(st.recursive(LEAF, grown, max_leaves=5))
@@ -297,7 +297,7 @@ def at(game, path):
 
 
 def naive_beam(game, score, width, actions):
-    """The frontier after every round, by the book: sorted triples, nothing incremental."""
+    """The frontier after every round, recomputed from sorted paths."""
     frontier, rounds = [()], []
     while any(isinstance(at(game, path), dict) for path in frontier):
         finished = [path for path in frontier if not isinstance(at(game, path), dict)]
@@ -331,7 +331,7 @@ def test_beam_search_equals_a_naive_one(game, seed, width, actions):
     best = max(expected[-1], key=coarse(seed))
     assert path_of(tree.best.messages) == best
     assert tree.best.branch.outcome == at(game, best)
-    executed = factory.made[0].executed
+    executed = factory.environments[0].executed
     assert len(executed) == len(set(executed)) == sum(node.kept for node in tree.nodes)
 
 
@@ -376,13 +376,13 @@ def test_width_one_is_step_wise_best_of_k(game, seed, actions):
         path = max(drawn, key=coarse(seed))
     assert path_of(tree.best.messages) == path
     # It never needed a second branch: the environment was stepped along one path, without a reset.
-    executed = [step for environment in factory.made for step in environment.executed]
+    executed = [step for environment in factory.environments for step in environment.executed]
     assert executed == [path[:length] for length in range(1, len(path) + 1)]
 
 
 @given(games=st.lists(TREE, min_size=2, max_size=4), seed=SEED, width=st.integers(1, 3))
 @settings(max_examples=50, deadline=None)
-def test_a_task_is_searched_the_same_whatever_is_searched_beside_it(games, seed, width):
+def test_the_search_of_a_task_does_not_depend_on_other_tasks(games, seed, width):
     named = {f"t{index}": game for index, game in enumerate(games)}
 
     def run(tasks):
@@ -398,22 +398,22 @@ def test_a_task_is_searched_the_same_whatever_is_searched_beside_it(games, seed,
 
 def test_one_call_to_policy_and_scorer_a_round_serves_all_tasks():
     games = {"short": {"a": 1.0}, "long": {"a": {"a": {"a": 1.0}}}}
-    forest = BranchRunner(lambda: TreeGame(games))
+    runner = BranchRunner(lambda: TreeGame(games))
     policy, scorer = ScriptedPolicy(lambda task, path: ["a"]), ScriptedScorer(lambda path: 0.5)
-    beam_search(list(games), forest, policy, scorer, width=2, actions=2, temperature=1.0, max_rounds=9)
+    beam_search(list(games), runner, policy, scorer, width=2, actions=2, temperature=1.0, max_rounds=9)
     assert policy.calls == [(2, 4), (1, 2), (1, 2)]
     assert scorer.calls == 3
 
 
 def test_a_diverse_beam_keeps_a_path_of_every_group_of_draws():
     # Groups of two draws: a .9 and b .8, c .1 and d .2. A plain beam keeps a and b, a diverse one a and d. Then d's
-    # own candidates compete with each other alone: d/y .05 stays beside a/x .7, where a/z .6 goes.
+    # own candidates compete only with each other: d/y .05 is kept next to a/x .7, and a/z .6 is dropped.
     game = {"t": {"a": {"x": 0.0, "z": 0.0}, "b": {"x": 0.0}, "c": {"x": 0.0}, "d": {"x": 0.0, "y": 1.0}}}
     draws = {(): ["a", "b", "c", "d"], ("a",): ["x", "z"], ("b",): ["x"], ("d",): ["x", "y"]}
     scores = {("a",): 0.9, ("b",): 0.8, ("c",): 0.1, ("d",): 0.2, ("a", "x"): 0.7, ("a", "z"): 0.6, ("b", "x"): 0.5}
     scores |= {("d", "x"): 0.01, ("d", "y"): 0.05}
     frontiers = {False: [], True: []}
-    for diverse, found in frontiers.items():
+    for diverse, rounds in frontiers.items():
         search(
             game,
             draws,
@@ -421,14 +421,14 @@ def test_a_diverse_beam_keeps_a_path_of_every_group_of_draws():
             width=2,
             actions=2,
             diverse=diverse,
-            on_round=lambda trees, found=found: found.append(paths(trees[0].frontier)),
+            on_round=lambda trees, rounds=rounds: rounds.append(paths(trees[0].frontier)),
         )
     assert frontiers[False] == [[("a",), ("b",)], [("a", "x"), ("a", "z")]]
     assert frontiers[True] == [[("a",), ("d",)], [("a", "x"), ("d", "y")]]
 
 
-def test_a_group_whose_draws_are_all_taken_gets_the_best_of_the_rest():
-    # Draws a b a a: the second group has nothing of its own, so b goes on too, as a search of its own.
+def test_a_group_without_own_draws_gets_the_best_remaining_candidate():
+    # Draws a b a a: the second group has no distinct draw, so b is kept, and becomes a search of its own.
     game = {"t": {"a": {"x": 0.0}, "b": {"y": 1.0}}}
     draws = {(): ["a", "b", "a", "a"], ("a",): ["x"], ("b",): ["y"]}
     scores = {("a",): 0.9, ("b",): 0.1, ("a", "x"): 0.3, ("b", "y"): 0.2}

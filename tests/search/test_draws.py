@@ -1,4 +1,4 @@
-"""A candidate's draws depend on seed, task, prefix and index alone; so do random scores."""
+"""Draws of a candidate depend only on seed, task, prefix and index; random scores likewise."""
 
 import hashlib
 
@@ -46,15 +46,15 @@ def test_a_prefix_is_roles_contents_and_tool_calls():
     assert len({prefix_hash(messages) for messages in [plain, *others]}) == 1 + len(others)
 
 
-def test_a_pool_and_a_beam_meet_in_their_first_actions():
+def test_a_pool_and_a_beam_share_their_first_actions():
     """Trajectory i of a pool begins with candidate i of the start: methods are compared on equal draws."""
     jobs = [("walk/test/0", number) for number in range(6)]
     episodes = rollouts(Walk, SeededPolicy(3, texts="abcdefghijkl"), jobs, temperature=1.0, in_flight=2)
     pool = {episode.number: episode.messages[1]["content"] for episode in episodes}
-    forest = BranchRunner(Walk)
+    runner = BranchRunner(Walk)
     policy = SeededPolicy(3, texts="abcdefghijkl")
     (tree,) = beam_search(
-        ["walk/test/0"], forest, policy, RandomScorer(0), width=3, actions=2, temperature=1.0, max_rounds=1
+        ["walk/test/0"], runner, policy, RandomScorer(0), width=3, actions=2, temperature=1.0, max_rounds=1
     )
     assert [node.messages[1]["content"] for node in tree.nodes] == list(dict.fromkeys(pool[n] for n in range(6)))
     assert len(tree.nodes) > 1
@@ -64,7 +64,7 @@ def states(count):
     return [[{"role": "user", "content": f"state {index}"}] for index in range(count)]
 
 
-def test_random_scores_do_not_depend_on_what_else_is_scored():
+def test_a_random_score_does_not_depend_on_other_candidates():
     together = RandomScorer(1).score_actions(states(3), [["a", "b"], ["a"], ["c", "b", "a"]])
     assert [scores.shape for scores in together] == [(2,), (1,), (3,)]
     alone = RandomScorer(1).score_actions(states(3)[2:], [["a"]])

@@ -16,8 +16,8 @@ DRAWS = {(): ["a", "b"], ("a",): ["x", "y"]}
 SCORES = {("a",): 0.6, ("b",): 0.5, ("a", "x"): 0.2, ("a", "y"): 0.4}
 
 
-class KnowingPolicy(ScriptedPolicy):
-    """Tells the probability of each text."""
+class PolicyWithProbabilities(ScriptedPolicy):
+    """A policy that returns the probability of each text."""
 
     def __init__(self, script, chances):
         super().__init__(script)
@@ -31,9 +31,9 @@ class KnowingPolicy(ScriptedPolicy):
 def search(games=GAME, draws=DRAWS, scores=SCORES, *, policy=None, tasks=("t",), fork="clone", **options):
     factory = Factory(lambda: TreeGame(games, fork=fork))
     policy = policy or ScriptedPolicy(lambda task, path: draws[path])
-    found = {"simulations": 3, "actions": 2, "temperature": 1.0, "max_rounds": 9} | options
-    forest = BranchRunner(factory)
-    return tree_search(list(tasks), forest, policy, ScriptedScorer(scores), **found), factory, policy
+    options = {"simulations": 3, "actions": 2, "temperature": 1.0, "max_rounds": 9} | options
+    runner = BranchRunner(factory)
+    return tree_search(list(tasks), runner, policy, ScriptedScorer(scores), **options), factory, policy
 
 
 def test_the_golden_tree_is_searched_as_worked_out_by_hand(monkeypatch):
@@ -56,7 +56,7 @@ def test_the_golden_tree_is_searched_as_worked_out_by_hand(monkeypatch):
     ]
     assert path_of(tree.best.messages) == ("b",)
     assert (tree.best.branch.outcome, tree.rounds, tree.proposed) == (0.5, 1, 4)
-    assert factory.made[0].executed == [("a",), ("b",)]
+    assert factory.environments[0].executed == [("a",), ("b",)]
     assert policy.calls == [(1, 2), (1, 2)]
 
 
@@ -78,22 +78,22 @@ def test_what_was_searched_below_the_step_taken_is_used_again():
     """One simulation a step: the start is expanded, a taken by its promise, expanded in turn, and y taken."""
     (tree,), factory, policy = search(simulations=1)
     assert path_of(tree.best.messages) == ("a", "y")
-    assert factory.made[0].executed == [("a",), ("a", "y")]
+    assert factory.environments[0].executed == [("a",), ("a", "y")]
     assert policy.calls == [(1, 2), (1, 2)]
 
 
 @pytest.mark.parametrize(("chance", "second"), [(0.9, ("a",)), (0.2, ("b",))])
-def test_probabilities_that_the_policy_tells_are_priors(chance, second):
+def test_probabilities_of_the_policy_are_priors(chance, second):
     # Second simulation: .6 + p against .5 + (1 - p): 1.5 against .6, and .8 against 1.3.
-    policy = KnowingPolicy(lambda task, path: DRAWS[path], {"a": chance, "b": 1 - chance, "x": 0.5, "y": 0.5})
+    policy = PolicyWithProbabilities(lambda task, path: DRAWS[path], {"a": chance, "b": 1 - chance, "x": 0.5, "y": 0.5})
     _, factory, _ = search(policy=policy, simulations=2)
-    assert factory.made[0].executed[0] == second
+    assert factory.environments[0].executed[0] == second
 
 
 def test_priors_are_shares_of_the_draws_otherwise():
     """b was drawn twice of three times: .6 + 1/3 against .5 + 2/3."""
     _, factory, _ = search(draws=DRAWS | {(): ["a", "b", "b"]}, actions=3, simulations=2)
-    assert factory.made[0].executed[0] == ("b",)
+    assert factory.environments[0].executed[0] == ("b",)
 
 
 def test_a_branch_that_raises_is_worth_nothing_and_counted():

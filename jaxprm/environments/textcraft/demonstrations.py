@@ -1,4 +1,4 @@
-"""Expert episodes of TextCraft to imitate, on real recipes and on invented ones."""
+"""Expert episodes of TextCraft for imitation, with Minecraft's recipes and with invented ones."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ from functools import lru_cache
 from jaxprm.environments.textcraft import planner
 from jaxprm.environments.textcraft.recipes import PREFIX, Ingredient, Recipe, RecipeBook, spoken
 
-# About as in the recipes of the training goals, the rare ones less rare.
+# Amounts and yields of invented recipes with their weights: about those of the training goals, rare ones more often.
 AMOUNTS, AMOUNT_WEIGHTS = range(1, 10), (60, 12, 6, 8, 2, 4, 1, 3, 4)
 YIELDS, YIELD_WEIGHTS = (1, 2, 3, 4, 6, 8, 16), (45, 10, 6, 28, 3, 6, 2)
+# In turns; goals with longer plans are drawn again.
 LONGEST_PLAN = 16
-STRANGE_SHARE = 0.08
+# Share of words that are two halves of different words.
+MIXED_WORD_SHARE = 0.08
 
 
 def invent(rng: random.Random, words: Sequence[str], distractors: tuple[int, int]) -> tuple[str, RecipeBook]:
-    """(goal, book) with a plan of at most LONGEST_PLAN turns; item names are made of `words`.
+    """Invents recipes; returns (goal, book) with a plan of at most LONGEST_PLAN turns in the book's order.
 
-    distractors: the fewest and the most recipes that lead elsewhere.
+    Some words of item names are mixed from two words, because names of unseen goals also split into unknown tokens.
 
-    Some words are strange, two halves that never met: those of unseen goals, too, come in unknown pieces.
+    Args:
+        words: of item names.
+        distractors: least and largest number of recipes that do not lead to the goal.
     """
     while True:
         inventor = _Inventor(rng, words)
@@ -34,31 +38,33 @@ def invent(rng: random.Random, words: Sequence[str], distractors: tuple[int, int
 
 
 class _Inventor:
+    """Draws names and recipes. The order of its draws decides the policy's training data: keep it."""
+
     def __init__(self, rng: random.Random, words: Sequence[str]):
         self.rng, self.words = rng, words
         self.names: list[str] = []
-        self.found: list[str] = []
+        self.basic: list[str] = []
         self.recipes: list[Recipe] = []
 
     def name(self) -> str:
-        """A new name; often kin to another, as "oak log" and "oak planks" are, since such are easy to mix up."""
+        """A new name. It often shares words with another: "oak log" and "oak planks" are easily confused."""
         rng = self.rng
         while True:
             parts = rng.sample(self.words, rng.choices((1, 2, 3), (30, 50, 20))[0])
-            parts = [self.strange() if rng.random() < STRANGE_SHARE else part for part in parts]
+            parts = [self.mixed_word() if rng.random() < MIXED_WORD_SHARE else part for part in parts]
             if self.names and rng.random() < 0.4:
-                kin = rng.choice(self.names).split("_")
-                parts = rng.choice([[*kin, parts[0]], [*kin[:-1], parts[0]], [parts[0], *kin[1:]]])[:4]
+                other = rng.choice(self.names).split("_")
+                parts = rng.choice([[*other, parts[0]], [*other[:-1], parts[0]], [parts[0], *other[1:]]])[:4]
             if (name := "_".join(parts)) not in self.names:
                 self.names.append(name)
                 return name
 
-    def strange(self) -> str:
+    def mixed_word(self) -> str:
         first, second = self.rng.sample(self.words, 2)
         return first[: (len(first) + 1) // 2] + second[len(second) // 2 :]
 
     def craftable(self, depth: int) -> str:
-        """A new item with a recipe, sometimes two, that needs at most `depth` crafts one after another."""
+        """A new item with one recipe, sometimes two, that needs a chain of at most `depth` crafts."""
         rng, name = self.rng, self.name()
         for _ in range(1 + (rng.random() < 0.12)):
             count = rng.choices((1, 2, 3, 4), (45, 35, 15, 5))[0]
@@ -66,15 +72,16 @@ class _Inventor:
             parts: dict[str, None] = {}
             for index in range(count):
                 crafted = depth > 1 and (index == deep or rng.random() < 0.2)
-                parts[self.craftable(depth - 1) if crafted else self.found_item()] = None
+                parts[self.craftable(depth - 1) if crafted else self.basic_item()] = None
             self.add(name, parts)
         return PREFIX + name
 
-    def found_item(self) -> str:
-        if self.found and self.rng.random() < 0.25:
-            return self.rng.choice(self.found)
-        self.found.append(PREFIX + self.name())
-        return self.found[-1]
+    def basic_item(self) -> str:
+        """An item without a recipe, sometimes one that is used already."""
+        if self.basic and self.rng.random() < 0.25:
+            return self.rng.choice(self.basic)
+        self.basic.append(PREFIX + self.name())
+        return self.basic[-1]
 
     def add(self, name: str, parts) -> None:
         rng = self.rng
@@ -82,12 +89,12 @@ class _Inventor:
         self.recipes.append(Recipe(PREFIX + name, rng.choices(YIELDS, YIELD_WEIGHTS)[0], ingredients))
 
     def add_distractors(self, count: int) -> None:
-        """Recipes that lead elsewhere, from ingredients that are needed."""
+        """Recipes that do not lead to the goal, from ingredients that the goal needs."""
         used = sorted({part.name for recipe in self.recipes for part in recipe.ingredients})
         for _ in range(count):
             parts = {self.rng.choice(used): None}
             if self.rng.random() < 0.5:
-                parts[self.found_item()] = None
+                parts[self.basic_item()] = None
             self.add(self.name(), parts)
 
     def book(self) -> RecipeBook:
@@ -96,7 +103,7 @@ class _Inventor:
 
 
 _WORD = re.compile(r"[a-z]+")
-# Words of commands, replies and thoughts: exchanged, they would garble what is not a name.
+# Words of commands, replies and thoughts. They are not exchanged, because they also occur outside of names.
 _FIXED = {"craft", "using", "get", "minecraft", "inventory", "needs", "ready", "a", "of", "on", "the"}
 
 
@@ -113,7 +120,7 @@ def item_words(environment) -> tuple[str, ...]:
 
 
 def exchange_words(messages: list[dict], words: tuple[str, ...], rng: random.Random) -> list[dict]:
-    """The same episode with the words of item names permuted: a planks of oak may become a dust of ladder."""
+    """The same episode with the words of item names permuted: "oak planks" may become "ladder dust"."""
     mapping = dict(zip(words, rng.sample(words, len(words)), strict=True))
 
     def renamed(text: str) -> str:
@@ -132,38 +139,41 @@ def demonstrate(
     distractors: tuple[int, int] = (0, 10),
     invented: float = 0.0,
 ) -> list[dict]:
-    """One expert episode, as messages: of invented recipes, or of a training goal.
+    """An expert's episode as messages, of a training goal or of invented recipes.
 
-    invented: share of episodes with invented recipes; rename: share of the others with exchanged words; mistakes: share
-    of episodes in which the agent is led astray with probability `mistake_rate` a turn. Mistaken turns carry
-    `"step": False`.
+    Args:
+        rename: share of the episodes of training goals in which words of item names are exchanged.
+        mistakes: share of episodes with mistakes, each turn with probability `mistake_rate`. Mistakes have
+            `"step": False`, so that they are not imitated.
+        distractors: least and largest number of recipes in the prompt that do not lead to the goal.
+        invented: share of episodes with invented recipes.
     """
     messages: list[dict] = []
-    # A mistake can end a short episode by luck: without an expert turn there is nothing to imitate.
+    # A mistake can happen to end a short episode. Without a turn of the expert there is nothing to imitate: draw again.
     while all(message.get("step") is False for message in messages if message["role"] == "assistant"):
-        astray = mistake_rate if rng.random() < mistakes else 0.0
+        error_rate = mistake_rate if rng.random() < mistakes else 0.0
         invents = invented > 0 and rng.random() < invented
         if invents:
             goal, book = invent(rng, item_words(environment), tuple(distractors))
         else:
             goal, book = rng.choice(training_goals(environment)), None
         prompt = environment.sample_episode(goal, rng, tuple(distractors), book)
-        messages = _episode(environment, prompt, rng, astray)
+        messages = _episode(environment, prompt, rng, error_rate)
     renames = not invents and rng.random() < rename
     return exchange_words(messages, item_words(environment), rng) if renames else messages
 
 
 def next_message(environment) -> str:
-    """The expert's message in the environment's present state."""
+    """The expert's message in the current state of the environment."""
     episode = environment.episode
     return planner.plan(episode.goal, environment.inventory, episode.recipes).message
 
 
-def _episode(environment, prompt: str, rng: random.Random, astray: float) -> list[dict]:
+def _episode(environment, prompt: str, rng: random.Random, error_rate: float) -> list[dict]:
     messages = [{"role": "user", "content": prompt}]
     done = False
     while not done:
-        expert = rng.random() >= astray
+        expert = rng.random() >= error_rate
         action = next_message(environment) if expert else mistake(environment, rng)
         messages.append({"role": "assistant", "content": action} | ({} if expert else {"step": False}))
         observation, _, done = environment.step(action)
@@ -179,7 +189,7 @@ def training_goals(environment) -> tuple[str, ...]:
 
 
 def mistake(environment, rng: random.Random) -> str:
-    """A plausible wrong turn: a recipe of the prompt that is not due, or an item of one."""
+    """A plausible wrong message: crafts a random recipe of the prompt, or gets one of its ingredients."""
     recipe = rng.choice(environment.episode.recipes)
     if rng.random() < 0.5:
         return f"Thought: {planner.quoted([], ready=True)}\nAction: {recipe.command}"

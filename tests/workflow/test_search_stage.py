@@ -1,4 +1,4 @@
-"""The search stage: values of files with the lengths of what was scored, and every plan's file in its place."""
+"""The search stage: values of trajectory files, a file for every search, and checks before any work."""
 
 from types import SimpleNamespace
 
@@ -16,38 +16,44 @@ from tests.search.fakes import SeededPolicy, Walk
 
 
 class CountingScorer:
-    """The value of a step is its number; conversations are counted."""
+    """The value of a step is its index; conversations are counted."""
 
     def __init__(self):
         self.encoder, self.scored = tiny.encoder(), 0
 
     def score_encoded(self, encoded, names):
         self.scored += len(encoded)
-        return [np.arange(len(one.read_positions), dtype=np.float32) for one in encoded]
+        return [np.arange(len(trajectory.read_positions), dtype=np.float32) for trajectory in encoded]
 
 
-def test_equal_conversations_are_scored_once_and_their_tokens_told(tmp_path):
+def test_equal_conversations_are_scored_once_and_lines_have_token_counts(tmp_path):
     first, second = tiny.conversation(1, turns=3), tiny.conversation(2, turns=1)
-    lines = [{"id": str(number), "messages": one} for number, one in enumerate((first, second, first))]
+    lines = [{"id": str(number), "messages": m} for number, m in enumerate((first, second, first))]
     lines.append({"id": "failed", "messages": first, "ended": "error"})
     (tmp_path / "in.jsonl").write_text("".join(map(files.line, lines)))
     scorer = CountingScorer()
     search_stage._score_file(scorer, tmp_path / "in.jsonl", tmp_path / "out.jsonl", "")
     assert scorer.scored == 2
-    found = list(files.read_lines(tmp_path / "out.jsonl"))
-    assert [(line["id"], line["values"]) for line in found] == [("0", [0, 1, 2]), ("1", [0]), ("2", [0, 1, 2])]
-    for line, messages in zip(found, (first, second, first), strict=True):
+    rows = list(files.read_lines(tmp_path / "out.jsonl"))
+    assert [(line["id"], line["values"]) for line in rows] == [("0", [0, 1, 2]), ("1", [0]), ("2", [0, 1, 2])]
+    for line, messages in zip(rows, (first, second, first), strict=True):
         assert line["tokens"] == len(tiny.encoder().trajectory(messages, row="").tokens)
         assert line["prompt_tokens"] == len(tiny.encoder().prompt(messages[:1]))
 
 
-def test_every_plan_of_a_run_leaves_its_file(tmp_path):
+def test_every_search_of_a_run_writes_its_file(tmp_path):
     search = config.SearchConfig(
-        beams=((2, 2),), stepwise=(2,), diverse=((2, 2),), lookahead=((2, 2, 1),), mcts=((3, 2),), trees=0
+        beams=((2, 2),),
+        stepwise=(2,),
+        diverse=((2, 2),),
+        lookahead=((2, 2, 1),),
+        mcts=((3, 2),),
+        custom={"tests.search.toy:FIRST": ((2,),)},
+        trees=0,
     )
     models = (config.RewardModelConfig(label="mine"),)
     experiment = config.Experiment(name="small", search=search, reward_models=models)
-    state = SimpleNamespace(
+    run = SimpleNamespace(
         experiment=experiment,
         work=WorkDirectory(tmp_path),
         make_environment=Walk,
@@ -57,41 +63,41 @@ def test_every_plan_of_a_run_leaves_its_file(tmp_path):
         trained=list,
         train_inputs=None,
     )
-    search_stage._Stages(state).guided(["walk/test/0"], "random", 0, lambda: RandomScorer(0))
+    search_stage._Stages(run).searches(["walk/test/0"], "random", 0, lambda: RandomScorer(0))
     names = {path.stem for path in (tmp_path / "search").glob("*.jsonl")}
-    kinds = ("beam-2x2", "stepwise-2", "diverse-2x2", "lookahead-2x2x1", "mcts-3x2")
+    kinds = ("beam-2x2", "stepwise-2", "diverse-2x2", "lookahead-2x2x1", "mcts-3x2", "first-2")
     assert names == {f"{kind}-random-0" for kind in kinds}
     for name in names:
         (line,) = files.read_lines(tmp_path / f"search/{name}.jsonl")
         assert line["task"] == "walk/test/0" and line["reward_encoded"] == 0
 
 
-def checked(environment, tmp_path, policy=None, **search):
+def check(environment, tmp_path, policy=None, **search):
     settings = {
         "search": config.SearchConfig(**search),
         "policy": policy or config.PolicyConfig(),
         "base_model": "default",
     }
     experiment = config.Experiment(name="small", **settings)
-    state = Run(experiment, WorkDirectory(tmp_path))
-    state.__dict__["make_environment"] = environment
-    search_stage.check(state)
+    run = Run(experiment, WorkDirectory(tmp_path))
+    run.__dict__["make_environment"] = environment
+    search_stage.check(run)
 
 
-def test_what_the_environment_cannot_do_is_said_before_any_work(tmp_path, monkeypatch):
-    checked(Walk, tmp_path, lookahead=((1, 2, 1),))
+def test_a_search_that_the_environment_cannot_do_is_refused_before_any_work(tmp_path, monkeypatch):
+    check(Walk, tmp_path, lookahead=((1, 2, 1),))
     with pytest.raises(UserError, match=r"search\.aggregations: vote, weighted_vote compare answers.*answer\(\)"):
-        checked(Walk, tmp_path, aggregations=("weighted_vote", "mean", "vote"))
+        check(Walk, tmp_path, aggregations=("weighted_vote", "mean", "vote"))
     monkeypatch.setattr(Walk, "answer", lambda self: "up", raising=False)
-    checked(Walk, tmp_path, aggregations=("weighted_vote",))
+    check(Walk, tmp_path, aggregations=("weighted_vote",))
     monkeypatch.setattr(Walk, "fork", "none")
     with pytest.raises(UserError, match=r'fork = "none".*search\.stepwise'):
-        checked(Walk, tmp_path, lookahead=((1, 2, 1),), beams=())
+        check(Walk, tmp_path, lookahead=((1, 2, 1),), beams=())
 
 
-def test_a_budget_in_flops_needs_a_policy_whose_size_is_known(tmp_path):
-    checked(Walk, tmp_path, budget=1e9, budget_unit="flops")
+def test_a_budget_in_flops_needs_a_policy_of_known_size(tmp_path):
+    check(Walk, tmp_path, budget=1e9, budget_unit="flops")
     own = config.PolicyConfig(path="tests.search.fakes:SeededPolicy")
     with pytest.raises(UserError, match="give the budget in tokens"):
-        checked(Walk, tmp_path, own, budget=1e9, budget_unit="flops")
-    checked(Walk, tmp_path, own, budget=1e9)
+        check(Walk, tmp_path, own, budget=1e9, budget_unit="flops")
+    check(Walk, tmp_path, own, budget=1e9)

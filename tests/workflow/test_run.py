@@ -1,4 +1,4 @@
-"""The whole loop as a user runs it: one quick run, and everything that is then done with its work directory."""
+"""A complete quick run from the command line, and what users do with its work directory afterwards."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ import pytest
 
 from jaxprm import files
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIG = "configs/textcraft_tiny.py"
 pytestmark = pytest.mark.slow
 
@@ -28,32 +28,32 @@ def quick(tmp_path_factory):
     return work, jaxprm("run", CONFIG, "--quick", "--workdir", work)
 
 
-def test_it_ends_with_a_table_and_the_path_of_the_page(quick):
+def test_a_run_ends_with_a_table_and_the_path_of_its_report(quick):
     work, done = quick
     assert "agentprm" in done.stdout and "plain policy" in done.stdout
     assert done.stdout.strip().splitlines()[-1] == f"report: {work / 'report/index.html'}"
     assert (work / "report/index.html").stat().st_size > 10_000
 
 
-def test_results_have_the_promised_shape(quick):
+def test_results_have_the_documented_form(quick):
     results = json.loads((quick[0] / "results.json").read_text())
     assert {"policy", "oracle", "methods", "paired", "compute", "seconds", "provenance"} <= set(results)
     assert set(results["policy"]) == {"sampled", "greedy"}
     assert set(results["methods"]) == {"agentprm", "pvm", "orm", "random"}
-    for found in results["methods"].values():
-        assert {"best_of_n", "beam", "stepwise"} <= set(found)
-        assert set(found["best_of_n"]) == {"1", "2", "4"} and set(found["beam"]) == {"2x2"}
-        assert all(set(r) == {"mean", "low", "high", "n"} and r["n"] == 4 for r in found["beam"].values())
+    for by_search in results["methods"].values():
+        assert {"best_of_n", "beam", "stepwise"} <= set(by_search)
+        assert set(by_search["best_of_n"]) == {"1", "2", "4"} and set(by_search["beam"]) == {"2x2"}
+        assert all(set(r) == {"mean", "low", "high", "n"} and r["n"] == 4 for r in by_search["beam"].values())
     assert all({"a", "b", "at", "mean", "low", "high"} <= set(row) for row in results["paired"])
     assert set(results["oracle"]) == {"1", "2", "4"}
 
 
-def test_choosing_one_of_one_is_the_plain_policy_and_nothing_beats_the_oracle(quick):
+def test_best_of_one_is_the_plain_policy_and_nothing_beats_the_oracle(quick):
     results = json.loads((quick[0] / "results.json").read_text())
     sampled = results["policy"]["sampled"]["mean"]
-    for found in results["methods"].values():
-        assert found["best_of_n"]["1"]["mean"] == pytest.approx(sampled)
-        for n, r in found["best_of_n"].items():
+    for by_search in results["methods"].values():
+        assert by_search["best_of_n"]["1"]["mean"] == pytest.approx(sampled)
+        for n, r in by_search["best_of_n"].items():
             assert r["mean"] <= results["oracle"][n]["mean"] + 1e-9
     assert results["methods"]["random"]["best_of_n"]["4"]["mean"] == pytest.approx(sampled)
 
@@ -66,7 +66,7 @@ def test_no_task_is_in_two_splits(quick):
     assert not splits[0] & splits[1] and not splits[0] & splits[2] and not splits[1] & splits[2]
 
 
-def test_run_again_it_does_nothing_and_another_config_is_refused(quick):
+def test_a_second_run_does_nothing_and_a_changed_config_is_refused(quick):
     work, _ = quick
     before = (work / "results.json").read_bytes()
     jaxprm("run", CONFIG, "--quick", "--workdir", work)
@@ -87,7 +87,7 @@ def test_the_same_trajectories_from_files_train_the_same_models(quick, tmp_path)
         assert (own / path).read_bytes() == (work / path).read_bytes()
 
 
-def test_a_lost_search_is_made_again_the_same(quick, tmp_path):
+def test_a_lost_search_file_is_made_again_bit_for_bit(quick, tmp_path):
     work = tmp_path / "copy"
     shutil.copytree(quick[0], work)
     lost = work / "search/beam-2x2-agentprm-0.jsonl"
@@ -97,7 +97,7 @@ def test_a_lost_search_is_made_again_the_same(quick, tmp_path):
     assert lost.read_bytes() == before
 
 
-def test_scores_of_a_file_are_those_of_the_run_and_a_bad_line_is_reported(quick, tmp_path):
+def test_the_score_verb_agrees_with_the_run_and_reports_a_bad_line(quick, tmp_path):
     work, _ = quick
     source, output = tmp_path / "in.jsonl", tmp_path / "scores.jsonl"
     good = (work / "trajectories/validation.jsonl").read_text().splitlines(keepends=True)
@@ -118,3 +118,15 @@ def test_the_export_is_verified_against_transformers(quick, tmp_path):
     done = jaxprm("export", "--model", model, "--output", output, "--verify", "--input", trajectories)
     assert "verified" in done.stdout
     assert json.loads((output / "config.json").read_text())["architectures"] == ["Qwen2ForSequenceClassification"]
+
+
+def test_a_search_from_outside_the_package_is_in_the_results_and_the_report(quick, tmp_path):
+    work = tmp_path / "copy"
+    shutil.copytree(quick[0], work)
+    jaxprm("run", CONFIG, "--quick", 'search.custom={"tests.search.toy:FIRST": [[2]]}', "--workdir", work)
+    results, before = (json.loads((path / "results.json").read_text()) for path in (work, quick[0]))
+    assert results["searches"] == {"first": {"label": "first of {} draws", "card": "first of {} draws at every step"}}
+    for label, by_search in results["methods"].items():
+        assert by_search.pop("first")["2"]["n"] == 4
+        assert by_search == before["methods"][label]
+    assert "first of 2 draws" in (work / "report/index.html").read_text()

@@ -1,4 +1,4 @@
-"""What ends a search early, and what it then answers."""
+"""Limits that stop a search early, its answer then, and token counts of a tree."""
 
 import pytest
 
@@ -14,12 +14,12 @@ SCORES = {("a",): 0.8, ("x",): 0.6, ("a", "b"): 0.9, ("a", "b", "c"): 0.95}
 
 
 def run(limits, how=beam_search, **options):
-    forest = BranchRunner(Factory(lambda: TreeGame(GAME)))
+    runner = BranchRunner(Factory(lambda: TreeGame(GAME)))
     policy = ScriptedPolicy(lambda task, path: DRAWS[path])
     options = {"width": 2} | options if how is beam_search else options
     options |= {"actions": 1, "temperature": 1.0, "max_rounds": 9, "limits": limits}
-    (tree,) = how(["t"], forest, policy, ScriptedScorer(SCORES), **options)
-    forest.close()
+    (tree,) = how(["t"], runner, policy, ScriptedScorer(SCORES), **options)
+    runner.close()
     return tree, policy
 
 
@@ -27,49 +27,49 @@ def spent(tree, policy, prices=Prices()):
     return prices.generated * tree.generated + prices.read * tokens_read(tree, policy.count_tokens)
 
 
-def test_without_limits_every_path_goes_to_its_end():
+def test_without_limits_every_path_is_finished():
     tree, _ = run(SearchLimits())
     assert (tree.rounds, tree.ended, tree.best.branch.outcome) == (3, None, 1.0)
 
 
 @pytest.mark.parametrize(("score", "rounds", "ended", "outcome"), [(0.6, 1, "score", 0.5), (0.61, 3, None, 1.0)])
 def test_a_finished_path_that_is_good_enough_ends_the_search(score, rounds, ended, outcome):
-    """Whatever stands higher, and is not finished."""
+    """Even if an open path has a higher score."""
     tree, _ = run(SearchLimits(score=score))
     assert (tree.rounds, tree.ended, tree.best.branch.outcome) == (rounds, ended, outcome)
     assert max(node.score for node in tree.frontier) == (0.8 if ended else 0.95)
 
 
-def test_a_budget_is_looked_at_after_every_round():
-    whole, policy = run(SearchLimits())
+def test_a_budget_is_checked_after_every_round():
+    unlimited, policy = run(SearchLimits())
     costs = []
     for rounds in (1, 2, 3):
         tree, policy = run(SearchLimits(budget=1.0 if not costs else costs[-1] + 0.5))
         assert tree.rounds == rounds and tree.ended == ("budget" if rounds < 3 else None)
         costs.append(spent(tree, policy))
-    assert costs == sorted(set(costs)) and costs[-1] == spent(whole, policy)
-    # What is exactly spent is spent.
+    assert costs == sorted(set(costs)) and costs[-1] == spent(unlimited, policy)
+    # A budget that is spent exactly is reached.
     assert run(SearchLimits(budget=costs[0]))[0].rounds == 1
 
 
-def test_of_a_search_without_budget_left_the_best_finished_path_is_the_answer():
+def test_a_search_without_budget_left_answers_with_its_best_finished_path():
     tree, _ = run(SearchLimits(budget=1.0))
     assert path_of(tree.best.messages) == ("x",)
     alone, _ = run(SearchLimits(budget=1.0), width=1)
     assert path_of(alone.best.messages) == ("a",) and alone.best.branch.outcome is None
 
 
-def test_prices_say_what_a_token_costs():
-    whole, policy = run(SearchLimits())
+def test_prices_are_the_costs_of_tokens():
+    unlimited, policy = run(SearchLimits())
     dear = Prices(generated=1000.0, read=0.0)
-    assert spent(whole, policy, dear) == 1000.0 * whole.generated
+    assert spent(unlimited, policy, dear) == 1000.0 * unlimited.generated
     # Two draws of three tokens in the first round, then one.
     assert run(SearchLimits(budget=6000.0, prices=dear))[0].rounds == 1
     assert run(SearchLimits(budget=6001.0, prices=dear))[0].rounds == 2
     assert run(SearchLimits(budget=1e9, prices=dear))[0].ended is None
 
 
-def test_tokens_read_are_those_of_the_tree_each_counted_once():
+def test_tokens_of_a_tree_are_counted_once():
     tree, policy = run(SearchLimits())
     texts = {(): "play t", ("a",): "a" + "at a", ("x",): "x", ("a", "b"): "b" + "at a/b", ("a", "b", "c"): "c"}
     messages = {(): 1, ("a",): 2, ("x",): 1, ("a", "b"): 2, ("a", "b", "c"): 1}
@@ -78,7 +78,7 @@ def test_tokens_read_are_those_of_the_tree_each_counted_once():
 
 
 def test_tree_search_ends_after_the_step_in_which_the_budget_was_spent():
-    whole, policy = run(SearchLimits(), tree_search, simulations=2)
-    assert whole.ended is None and whole.rounds == 3
+    unlimited, policy = run(SearchLimits(), tree_search, simulations=2)
+    assert unlimited.ended is None and unlimited.rounds == 3
     tree, _ = run(SearchLimits(budget=1.0), tree_search, simulations=2)
     assert tree.ended == "budget" and tree.rounds == 1 and tree.best.branch.outcome is None

@@ -1,0 +1,153 @@
+"""What a search algorithm is to the rest of the package, and one search of a run: an algorithm with its sizes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from jaxprm import config as config_lib
+from jaxprm.errors import UserError
+from jaxprm.policies.protocol import Policy
+from jaxprm.search.branches import BranchRunner
+from jaxprm.search.tree import ActionScorer, SearchLimits, Tree
+
+
+class RunSearch(Protocol):
+    """Searches tasks in lockstep and returns their trees, in order.
+
+    Each tree says what its search drew, scored and executed (`expand`, `commit` and `execute` in jaxprm/search/tree.py
+    keep these records), and its `best` path is the answer. `limits` are checked after every round of a task.
+    """
+
+    def __call__(
+        self,
+        tasks: Sequence[str],
+        runner: BranchRunner,
+        policy: Policy,
+        scorer: ActionScorer,
+        *,
+        spec: SearchSpec,
+        settings: config_lib.SearchConfig,
+        limits: SearchLimits,
+    ) -> list[Tree]: ...
+
+
+@dataclass(frozen=True)
+class SearchMethod:
+    """A search algorithm: how a config asks for it, how it runs, and what it is called.
+
+    Attributes:
+        kind: its name in file names and in results.json: letters a-z, digits and underscores.
+        run: the algorithm.
+        label: its name in the report, with "{}" for the size; default: the kind and the size.
+        card: its name in a model card, with "{}" for the size; None leaves it out.
+        config_field: the field of SearchConfig that lists its sizes; None: only SearchConfig.custom does.
+        parse_sizes: from one entry of the config to (width, actions[, ahead]).
+        size: the size in results.json and file names; default: NxM, or NxMxA with lookahead.
+        file_stem: the first part of the names of its files; default: kind-size.
+        cached_paths: paths of one task that the scorer's cache should hold; default: the width.
+        forks: whether it needs several branches of a task; default: if width > 1 or ahead > 0.
+        inputs: settings that only this algorithm depends on, recorded with its results.
+        omit_kind: whether recorded inputs and costs leave out the kind.
+    """
+
+    kind: str
+    run: RunSearch
+    label: str = ""
+    card: str | None = None
+    config_field: str | None = None
+    parse_sizes: Callable[..., tuple[int, ...]] = lambda *sizes: sizes
+    size: Callable[[SearchSpec], str] | None = None
+    file_stem: Callable[[SearchSpec], str] | None = None
+    cached_paths: Callable[[SearchSpec], int] = lambda spec: spec.width
+    forks: Callable[[SearchSpec], bool] = lambda spec: spec.width > 1 or spec.ahead > 0
+    inputs: Callable[[config_lib.SearchConfig], dict[str, Any]] = lambda settings: {}
+    omit_kind: bool = False
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch("[a-z0-9_]+", self.kind):
+            raise UserError(f"search {self.kind!r}: a kind has only letters a-z, digits and underscores; rename it")
+        object.__setattr__(self, "label", self.label or f"{self.kind.replace('_', ' ')} {{}}")
+
+    def spec(self, *sizes: int) -> SearchSpec:
+        """The search of one entry of the config. Raises UserError if the entry has too many or too few numbers."""
+        try:
+            return SearchSpec(self, *self.parse_sizes(*sizes))
+        except TypeError as error:
+            name = self.config_field or f"custom.{self.kind}"
+            raise UserError(
+                f"search.{name}: sizes {list(sizes)} do not fit this search ({error}); change the list"
+            ) from error
+
+
+@dataclass(frozen=True)
+class SearchSpec:
+    """One search of a run.
+
+    Attributes:
+        width: paths kept, or simulations before a step of tree search.
+        actions: candidates drawn in a state.
+        ahead: steps that every candidate is followed before it is scored.
+    """
+
+    method: SearchMethod
+    width: int
+    actions: int
+    ahead: int = 0
+
+    @property
+    def kind(self) -> str:
+        return self.method.kind
+
+    @property
+    def size(self) -> str:
+        """The size in results.json: K of step-wise best-of-K, NxMxA with lookahead, NxM of all other searches."""
+        if self.method.size is not None:
+            return self.method.size(self)
+        return f"{self.width}x{self.actions}" + (f"x{self.ahead}" if self.ahead else "")
+
+    @property
+    def at(self) -> str:
+        """Kind and size, as in `paired[].at` of results.json."""
+        return f"{self.kind} {self.size}"
+
+    @property
+    def cost_key(self) -> str:
+        """The search's key in `compute.methods[label]` of results.json."""
+        return f"{self.width}x{self.actions}" if self.method.omit_kind else self.at
+
+    @property
+    def cached_paths(self) -> int:
+        """Paths of one task that the scorer's cache should hold."""
+        return self.method.cached_paths(self)
+
+    @property
+    def forks(self) -> bool:
+        """Whether it needs several branches of a task."""
+        return self.method.forks(self)
+
+    def file_name(self, label: str, seed: int) -> str:
+        """Name of the search's file in WORKDIR/search, without its ending."""
+        stem = f"{self.kind}-{self.size}" if self.method.file_stem is None else self.method.file_stem(self)
+        return f"{stem}-{label}-{seed}"
+
+    def inputs(self, settings: config_lib.SearchConfig) -> dict[str, Any]:
+        """What the result depends on besides tasks, policy and scorer. It is recorded, so keys and their order stay."""
+        recorded: dict[str, Any] = {
+            "width": self.width,
+            "actions": self.actions,
+            "progress_weight": settings.progress_weight,
+            "trees": settings.trees,
+        }
+        # Absent where they cannot matter, so that work directories from before these settings existed still resume.
+        if not self.method.omit_kind:
+            recorded["kind"] = self.kind
+        if self.ahead:
+            recorded["ahead"] = self.ahead
+        if settings.stop_at is not None:
+            recorded["stop_at"] = settings.stop_at
+        if settings.budget is not None:
+            recorded |= {"budget": settings.budget, "budget_unit": settings.budget_unit}
+        return recorded | self.method.inputs(settings)
