@@ -61,8 +61,8 @@ def vote_curve(
         weights, outcomes: [tasks, P], the weight of each attempt's vote and the attempt's outcome.
         answers: [tasks][P]; None for an attempt without an answer, which does not vote.
         sizes: values of N, each in [1, P].
-        subsets: random subsets of each task. The subset of a smaller N is part of that of a larger one, so that curves
-            are smooth. With N = P there is one subset, and the result is exact.
+        subsets: random subsets of each task; the subset of a smaller N is part of that of a larger one. With N = P
+            there is one subset, and the result is exact.
 
     Returns:
         float64 [tasks, sizes], in the unit of the outcomes.

@@ -123,7 +123,7 @@ def evaluate_scores(scored: ScoredFile, models: Sequence[EvaluatedModel], settin
         group_rows, group_outcomes, group_test = (
             [row for row in rows if row.group == name] for rows in (scored.rows, with_outcome, test)
         )
-        # Groups share the thresholds, or small groups would each choose their own by chance.
+        # Groups share the thresholds of the whole file.
         report["groups"][name] = {
             "counts": _counts(group_rows),
             "outcomes": _outcomes(group_outcomes, models, settings.resampling, by_depth=False),

@@ -173,7 +173,7 @@ METRICS = {
     "balanced_accuracy": Metric("step", balanced_accuracy, "balanced_accuracy"),
     "first_error_accuracy": Metric("trajectory", accuracy, "first_error_accuracy"),
     "f1": Metric("trajectory", harmonic_mean, "f1"),
-    # The two parts of F1 are read at its threshold: each alone is best when everything is rejected, or accepted.
+    # The two parts of F1 are read at its threshold: on correct ones alone, accepting everything would be best.
     "accuracy_on_erroneous": Metric("trajectory", accuracy_on_wrong, "f1"),
     "accuracy_on_correct": Metric("trajectory", accuracy_on_right, "f1"),
 }
@@ -272,7 +272,7 @@ def threshold_measures(
 def soft_measures(steps: LabelledSteps, values: Array) -> dict[str, Measure]:
     """Pearson's and Spearman's correlation and mean squared error of values and labels, over the finite values.
 
-    Ranks are those among all steps, in every resample: ranking each resample again would cost a sort each.
+    Ranks are those among all steps, in every resample.
     """
     ranked = np.isfinite(values)
     values, labels, task = values[ranked], steps.labels[ranked], steps.task[ranked]

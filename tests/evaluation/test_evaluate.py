@@ -83,7 +83,7 @@ def test_thresholds_come_from_the_validation_tasks_alone():
 
 
 def test_numbers_come_from_the_test_tasks_alone():
-    """The validation part can be left out where the threshold is given: the numbers stay the same."""
+    """Without the validation part, and with a fixed threshold instead, the numbers are the same."""
     rows = planted()
     chosen = validation_tasks({row.task for row in rows}, 0.5, 0)
     report = report_of(rows)

@@ -151,9 +151,9 @@ def test_two_models_and_a_group(capsys, tmp_path, model):
     other = tiny.write_reward_model(tmp_path / "other", tiny.reward_model(seed=1), targets={"discount": 0.9})
     rows = rows_of(lambda task, number: {"outcome": float(number < 2), "split": "ab"[task % 2]})
     report, out = report_of(capsys, tmp_path, model, rows, "--model", other, "--group", "split")
-    assert [one["name"] for one in report["models"]] == [str(model), str(other)]
-    paired = {one["metric"]: one for one in report["paired"]}
-    summaries = [report["outcomes"]["models"][str(one)]["summary"] for one in (model, other)]
+    assert [entry["name"] for entry in report["models"]] == [str(model), str(other)]
+    paired = {row["metric"]: row for row in report["paired"]}
+    summaries = [report["outcomes"]["models"][str(path)]["summary"] for path in (model, other)]
     assert paired["mse"]["mean"] == pytest.approx(summaries[0]["mse"]["mean"] - summaries[1]["mse"]["mean"])
     assert set(report["groups"]) == {"a", "b"} and report["groups"]["a"]["counts"]["tasks"] == TASKS // 2
     assert "Paired by task" in out and "== a: 24 trajectories of 6 tasks" in out
