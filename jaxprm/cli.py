@@ -405,7 +405,7 @@ def _export(options) -> int:
     made = export(
         options.model,
         options.output,
-        form=options.format,
+        head_format=options.format,
         dtype=options.dtype,
         max_shard_size=options.max_shard_size,
         template=options.chat_template,
