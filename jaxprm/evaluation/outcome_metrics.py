@@ -105,6 +105,7 @@ def by_depth(records: StepRecords, resampling: Resampling) -> list[dict[str, Any
     for row in value_by_depth([records], **resampling.options):
         here = records.where(records.depths == row["depth"])
         _, tasks = np.unique(here.tasks, return_inverse=True)
+        # Numbered without the tasks that end earlier, so that resamples draw only tasks with a step of this depth.
         here, count = replace(here, tasks=tasks), int(tasks.max()) + 1
         error = calibration_error(here, equal_mass_bins(here.values, BINS_OF_A_DEPTH), count)
         rows.append(
@@ -139,7 +140,7 @@ def baselines(rows: Sequence[ScoredTrajectory], steps: Steps, records: StepRecor
         # Fitted on these very steps, they are perfectly calibrated.
         del baseline["calibration_error"]
     outcomes = np.array([row.outcome for row in rows])
-    task = steps.task[np.flatnonzero(steps.depth == 1)]
+    task = steps.task[np.flatnonzero(steps.depth == 1)]  # of each trajectory
     attempts = np.bincount(task)[task]
     others = ratio(np.bincount(task, outcomes)[task] - outcomes, attempts - 1)[steps.row]
     defined = np.isfinite(others)

@@ -15,6 +15,7 @@ import json
 import os
 import sys
 
+# Before transformers is imported, which reads it once: everything must come from the directory.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch

@@ -86,6 +86,7 @@ def meshes(devices: int, config: TransformerConfig) -> list[config_lib.MeshConfi
     while tensor <= min(MAX_TENSOR, devices):
         sizes = (config.heads, config.kv_heads, config.intermediate_size, config.vocab_size)
         fsdp = devices // tensor
+        # Heads, MLP and vocabulary are split over tensor, the model dimension over fsdp.
         if devices % tensor == 0 and not any(size % tensor for size in sizes) and config.hidden_size % fsdp == 0:
             axes.append({"data": 1, "fsdp": fsdp, "tensor": tensor})
         tensor *= 2
@@ -111,7 +112,7 @@ def compile_candidates(
     for mesh in meshes:
         parts = devices // mesh.tensor // mesh.sequence * settings.microbatches
         count = parts if rows is None else -(-rows // parts) * parts
-        level = 0
+        level = 0  # not reset with a larger batch
         for _ in range(DOUBLINGS):
             while level < len(REMATS):
                 result = evaluate(Candidate(mesh, count, REMATS[level]))

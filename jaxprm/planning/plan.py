@@ -134,9 +134,11 @@ def make_plan(
     sharding.check_rows(device_mesh, data.rows, data.length, settings.microbatches)
     programs = make_programs(settings, config, device_mesh, length=data.length, steps=STEPS, seed=0)
     batch = batch_shapes(batch_fields(settings), data, config, device_mesh)
+    # From shapes alone: these are the jitted functions of training, and no weights are read.
     step = compile_ahead(programs.train_step, programs.state, batch, programs.frozen, limit=tpu_slice.limit)
     features = None
     if settings.trainable == "head":
+        # The step then reads hidden states, which this program computes once from the full batch.
         full_batch = batch_shapes(FIELDS, data, config, device_mesh)
         features = compile_ahead(programs.features_step, programs.parameters, full_batch, limit=tpu_slice.limit)
     # Where only the head is trained, attention is in the pass over the data. A refused program has no text.
@@ -195,6 +197,7 @@ def _step_time(
     weights = config.layers * sum(inputs * outputs for inputs, outputs in matrices(config).values())
     # fsdp gathers the weights before they are read; tensor parallelism reads a part of them on each device.
     read = forward_passes(settings) * weights * jnp.dtype(settings.dtype).itemsize / mesh.shape["tensor"]
+    # As ASSUMPTIONS says: arguments are read, outputs written, temporaries written and read.
     return estimate_step_time(
         tpu_slice.chip,
         len(tpu_slice.devices),

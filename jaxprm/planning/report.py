@@ -180,7 +180,7 @@ def _si(count: float) -> str:
 
 def _size(count: float) -> str:
     for unit, size in (("GiB", GIB), ("MiB", 1 << 20)):
-        if count >= size / 10:
+        if count >= size / 10:  # 0.10 GiB, not 102.40 MiB: most sizes of a plan then share a unit
             return f"{count / size:.2f} {unit}"
     return f"{count:.0f} B"
 
