@@ -138,7 +138,14 @@ def _value_fact(recipe: Mapping[str, Any], config: Mapping[str, Any]) -> str:
 
 
 # Capital words in these texts are replaced by `_usage`.
-_CONVERSATION = '''\
+_PRELUDE = '''\
+import torch
+from transformers import CLASS, AutoTokenizer
+
+directory = "."  # this directory, or its name on the Hub
+tokenizer = AutoTokenizer.from_pretrained(directory)
+model = CLASS.from_pretrained(directory, dtype=torch.float32).eval()
+
 messages = [
     {"role": "user", "content": "Craft 1 oak planks. You have nothing."},
     {"role": "assistant", "content": "I need oak logs. get 1 oak log"},
@@ -155,14 +162,7 @@ def tokens_of(messages):
 
 _SEQUENCE = f"""\
 ```python
-import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-directory = "."  # this directory, or its name on the Hub
-tokenizer = AutoTokenizer.from_pretrained(directory)
-model = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32).eval()
-
-{_CONVERSATION}
+{_PRELUDE.replace("CLASS", "AutoModelForSequenceClassification")}
 
 before = None
 for index, message in enumerate(messages):
@@ -177,14 +177,7 @@ for index, message in enumerate(messages):
 
 _TOKEN = f"""\
 ```python
-import torch
-from transformers import AutoModelForTokenClassification, AutoTokenizer
-
-directory = "."  # this directory, or its name on the Hub
-tokenizer = AutoTokenizer.from_pretrained(directory)
-model = AutoModelForTokenClassification.from_pretrained(directory, dtype=torch.float32).eval()
-
-{_CONVERSATION}
+{_PRELUDE.replace("CLASS", "AutoModelForTokenClassification")}
 
 with torch.no_grad():  # one pass for all steps
     values = model(**tokens_of(messages)).logits[0]VALUE
