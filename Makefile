@@ -1,5 +1,8 @@
-# `make demo` and `make test` need Python 3.11 or 3.12 and nothing else: each makes .venv, installs, and runs.
-PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+# `make demo` and `make test` need Python 3.11, 3.12 or 3.13 and nothing else: each makes .venv, installs, and runs.
+SUPPORTED := import sys; sys.exit(sys.version_info[:2] not in [(3, 11), (3, 12), (3, 13)])
+# The first that runs and is supported: python3 may be any version, and a name may be a shim with nothing behind it.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+	$$python -c '$(SUPPORTED)' 2>/dev/null && command -v $$python && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m jaxprm
@@ -23,14 +26,17 @@ test-all: $(VENV)/.dev lint browser
 	$(BIN)/python -m pytest -q -m slow
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff check jaxprm data_pipeline benchmarks configs notebooks scripts tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
 
 browser:
 	@command -v chromium >/dev/null || bash tests/install_browser.sh
 
 $(VENV)/bin/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in [(3, 11), (3, 12)])' \
-		|| { echo "jaxprm needs Python 3.11 or 3.12; name one with: make PYTHON=/path/to/python3.11"; exit 1; }
+	@test -n "$(PYTHON)" && $(PYTHON) -c '$(SUPPORTED)' \
+		|| { echo "jaxprm needs Python 3.11, 3.12 or 3.13; name one with: make PYTHON=/path/to/python3.13"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.runtime: $(VENV)/bin/python requirements.txt

@@ -148,18 +148,9 @@ def load(
     """
     model = find_model(directory)
     options: dict[str, Any] = {"rows": rows, "max_tokens": max_tokens, "dtype": dtype, "template": chat_template}
-    scorer = loading.load_scorer(model, **options, mesh=mesh_of(mesh))
+    sizes = None if mesh is None else config_lib.mesh_of_sizes(mesh, where="mesh")
+    scorer = loading.load_scorer(model, **options, mesh=sizes)
     return Model(scorer, read_recipe(model))
-
-
-def mesh_of(sizes: Mapping[str, int] | None) -> config_lib.MeshConfig | None:
-    """The section of a config. Raises UserError for an axis that there is not."""
-    if sizes is None:
-        return None
-    try:
-        return msgspec.convert(dict(sizes), config_lib.MeshConfig)
-    except msgspec.ValidationError as error:
-        raise UserError(f"mesh = {dict(sizes)}: {error}; its axes are data, fsdp, tensor and sequence") from None
 
 
 def _parts(trajectory: Any, name: str) -> tuple[Conversation, list[dict] | None, str]:

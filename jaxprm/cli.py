@@ -1,4 +1,8 @@
-"""The command line: one verb, one line for every mistake, exit 2 for the user's, 75 to be resumed, 130 for Ctrl-C."""
+"""The command line: what each verb does.
+
+Exit status: 0, 1 for bad rows or a failed check, 2 for a user's mistake (one line), 75 for interrupted work that the
+same command resumes, 130 on Ctrl-C.
+"""
 
 from __future__ import annotations
 
@@ -7,224 +11,31 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from jaxprm.arguments import STAGE_VERBS, parse
 from jaxprm.errors import RESUMABLE, Interrupted
 from jaxprm.host_memory import keep_freed
 
-STAGE_VERBS = {
-    "run": ("report", "the whole loop: collect, build, train, search, report"),
-    "collect": ("collect", "sample trajectories of the training and validation tasks"),
-    "build": ("build", "... and encode them into shards"),
-    "train": ("train", "... and train the reward models"),
-    "search": ("search", "... and search the held-out tasks"),
-    "report": ("report", "... and write results.json and the page"),
-}
-# The verbs that call compiled programs over and over.
+# Verbs that call compiled programs many times: they keep freed memory (see host_memory.py).
 COMPUTING = {*STAGE_VERBS, "imitate", "score", "evaluate", "serve", "check-scorer", "bench"}
-
-_MODEL = "a reward model: its directory, a training's output or checkpoint, a run with a single one, or its hub name"
-_TEMPLATE = "own (the tokenizer's, default), chatml, llama3, or a file"
-_MESH = "devices that share the work: tensor=4; default: all, by rows"
-_DTYPES = ("float32", "bfloat16")
-
-
-def parser() -> argparse.ArgumentParser:
-    """All verbs and their options. Nothing heavy is imported to show the help."""
-    main = argparse.ArgumentParser(prog="jaxprm", description="Process reward models for LLM agents, in JAX.")
-    verbs = main.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for verb, (_, text) in STAGE_VERBS.items():
-        one = _config_verb(verbs, verb, text)
-        one.add_argument("--redo", action="store_true", help="make stages again whose config changed")
-        one.add_argument("--profile", metavar="START:END", help="trace these steps of every training")
-        one.add_argument(
-            "--data",
-            action="append",
-            metavar="[SPLIT=]FILE",
-            help="trajectories of your own instead of sampled ones; again for more (collection.files)",
-        )
-        one.add_argument("--model", metavar="DIR", help="the model reward models start from (base_model)")
-        one.add_argument("--chat-template", metavar="TEMPLATE", help=f"{_TEMPLATE} (policy.chat_template)")
-        one.add_argument("--skip-bad", action="store_true", help="leave bad rows of --data out (collection.skip_bad)")
-    _config_verb(verbs, "imitate", "train a small policy by imitation of the environment's expert")
-    inspect = verbs.add_parser("inspect", help="what is in a checkpoint: step, fingerprints, sizes, position, config")
-    inspect.add_argument("directory", type=Path, help="a training output, a run, or a step's own directory")
-    inspect.add_argument("--json", action="store_true", help="everything, as one JSON object")
-    _plan_verb(verbs)
-    score = verbs.add_parser("score", help="score every step of a file of trajectories")
-    score.add_argument("--model", type=Path, required=True, help=_MODEL)
-    score.add_argument("--input", type=Path, required=True, help="trajectories, JSON Lines")
-    score.add_argument("--output", type=Path, required=True, help="scores, one line for each line of the input")
-    score.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the arithmetic; default float32")
-    score.add_argument("--chat-template", default="own", metavar="TEMPLATE", help=_TEMPLATE)
-    score.add_argument("--mesh", type=_axes, metavar="AXIS=N,...", help=_MESH)
-    _serve_verb(verbs)
-    _evaluate_verb(verbs)
-    check = verbs.add_parser("check-scorer", help="check that a model scores the same batched, packed and cached")
-    check.add_argument("--model", type=Path, required=True, help=_MODEL)
-    check.add_argument("--input", type=Path, help="trajectories to check on; made up when not given")
-    _bench_verb(verbs)
-    export = verbs.add_parser("export", help="write a reward model as a Hugging Face directory")
-    export.add_argument("--model", type=Path, required=True, help=_MODEL)
-    export.add_argument("--output", type=Path, required=True, help="the directory to write")
-    export.add_argument(
-        "--format",
-        choices=("sequence", "token"),
-        default="sequence",
-        help="a value for a conversation (default), or for each of its tokens",
-    )
-    export.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the weights; default float32")
-    export.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file of weights; default 5GB")
-    export.add_argument("--chat-template", default="own", metavar="TEMPLATE", help=_TEMPLATE)
-    export.add_argument("--verify", action="store_true", help="compare with transformers' scores (needs torch)")
-    export.add_argument("--input", type=Path, help="trajectories to verify on; made up when not given")
-    _import_verb(verbs)
-    validate = verbs.add_parser("validate", help="count what is in files of trajectories, and find every bad row")
-    validate.add_argument("files", nargs="+", metavar="[SPLIT=]FILE", help="trajectories, JSON Lines")
-    validate.add_argument("--tokenizer", type=Path, metavar="DIR", help="also encode every conversation with this one")
-    validate.add_argument("--chat-template", default="own", metavar="TEMPLATE", help=_TEMPLATE)
-    validate.add_argument("--max-length", type=_count, metavar="TOKENS", help="count what is longer")
-    validate.add_argument("--json", type=Path, metavar="FILE", help="write everything there, with all bad rows")
-    validate.add_argument("--skip-bad", action="store_true", help="bad rows are counted, but no reason to fail")
-    return main
-
-
-def _serve_verb(verbs) -> None:
-    serve = verbs.add_parser("serve", help="answer requests for scores over HTTP")
-    serve.add_argument("--model", type=Path, required=True, help=_MODEL)
-    serve.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1; others need JAXPRM_TOKEN to be set")
-    serve.add_argument("--port", type=int, default=8000, help="default 8000; 0 for any that is free")
-    serve.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the arithmetic; default float32")
-    serve.add_argument("--chat-template", default="own", metavar="TEMPLATE", help=_TEMPLATE)
-    serve.add_argument("--mesh", type=_axes, metavar="AXIS=N,...", help=_MESH)
-    for name, default, text in (
-        ("rows", 8, "conversations computed at once"),
-        ("max-tokens", 2048, "of a conversation with a candidate"),
-        ("max-candidates", 64, "of a request"),
-        ("max-body", 1 << 20, "bytes of a request"),
-        ("max-waiting", 256, "requests that wait for an answer"),
-    ):
-        serve.add_argument(f"--{name}", type=_count, default=default, metavar="N", help=f"{text}; default {default}")
-
-
-def _bench_verb(verbs) -> None:
-    bench = verbs.add_parser("bench", help="measure what scoring a search costs, on a synthetic tree")
-    bench.add_argument("what", choices=("search",), help="what to measure")
-    lengths = {"prompt": 1500, "action": 60, "observation": 200}
-    for name, default in lengths.items():
-        bench.add_argument(f"--{name}-tokens", type=_count, default=default, metavar="N", help=f"default {default}")
-    for name, default in {"beams": 4, "candidates": 4, "depth": 15}.items():
-        bench.add_argument(f"--{name}", type=_count, default=default, metavar="N", help=f"default {default}")
-    bench.add_argument("--size", choices=("tiny", "small"), default="tiny", help="of the model; default tiny")
-    bench.add_argument("--no-torch", dest="torch", action="store_false", help="leave out the runs that need torch")
-    bench.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
-
-
-def _evaluate_verb(verbs) -> None:
-    one = verbs.add_parser("evaluate", help="judge reward models on trajectories with outcomes or step labels")
-    one.add_argument(
-        "--model", type=Path, required=True, action="append", help="a reward model, as for score; again to compare"
-    )
-    one.add_argument("--input", type=Path, required=True, help="trajectories, JSON Lines")
-    one.add_argument("--labels", default="step_labels", metavar="FIELD", help="step_labels, or a path into meta")
-    one.add_argument("--label-kind", choices=("binary", "ternary", "first-error", "soft"), help="found if not given")
-    chosen = one.add_mutually_exclusive_group()
-    chosen.add_argument("--validation-share", type=float, default=0.5, help="of the tasks, to choose thresholds on")
-    chosen.add_argument("--threshold", type=float, help="a step of lower promise is judged wrong; none is chosen then")
-    one.add_argument("--group", metavar="FIELD", help="numbers by environment, split, ..., or by a path into meta")
-    one.add_argument("--json", type=Path, metavar="FILE", help="where to write everything")
-    one.add_argument("--seed", type=int, default=0, help="of the split and the resamples")
-    one.add_argument("--samples", type=int, default=2000, help="bootstrap resamples")
-
-
-def _import_verb(verbs) -> None:
-    one = verbs.add_parser("import-trajectories", help="turn chat logs of other tools into trajectories")
-    formats = ("openai", "sharegpt", "agentgym", "trl-prm")
-    one.add_argument("--format", choices=formats, required=True, help="what a row looks like")
-    one.add_argument("--input", type=Path, nargs="+", required=True, metavar="FILE", help="JSON Lines, array, Parquet")
-    one.add_argument("--output", type=Path, required=True, metavar="FILE", help="trajectories to write, JSON Lines")
-    for name, text in (
-        ("messages", "the conversation"),
-        ("outcome", "the outcome: true, false or a number in [0, 1]"),
-        ("success", "whether it succeeded"),
-        ("id", "the trajectory's name"),
-        ("task", "the name of what was attempted"),
-    ):
-        one.add_argument(f"--{name}-field", metavar="PATH", help=f"{text}, as info.reward or metrics[0].score")
-    one.add_argument("--outcome-scale", metavar="LOW,HIGH", help="outcomes run from LOW to HIGH instead of 0 to 1")
-    one.add_argument("--split-by", metavar="FIELD", help="put whole groups of this field (such as task) in validation")
-    one.add_argument("--validation-share", type=float, metavar="SHARE", help="of the groups (default: 0.1)")
-    one.add_argument("--seed", type=int, default=0, help="of the split (default: 0)")
-    one.add_argument("--skip-bad", action="store_true", help="leave bad rows out, show and count them")
-    one.add_argument("--json", type=Path, metavar="FILE", help="write all counts there, with all bad rows")
-
-
-def _axes(text: str) -> dict[str, int]:
-    pairs = [part.partition("=") for part in text.split(",")]
-    try:
-        return {axis.strip(): int(size) for axis, _, size in pairs}
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: give axes and sizes, as tensor=4,fsdp=2") from None
-
-
-def _count(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise ValueError(text)
-    return value
-
-
-def _config_verb(verbs, verb: str, text: str) -> argparse.ArgumentParser:
-    one = verbs.add_parser(verb, help=text, description=f"{verb}: {text}.")
-    one.add_argument("config", type=Path, help="a Python file that defines `config`")
-    one.add_argument("overrides", nargs="*", metavar="section.field=value", help="changes to the config")
-    one.add_argument("--workdir", type=Path, required=True, help="where everything is written")
-    if verb != "imitate":
-        one.add_argument("--quick", action="store_true", help="the file's `quick` config: a smoke run")
-    return one
-
-
-def _plan_verb(verbs) -> None:
-    plan = verbs.add_parser("plan", help="whether a training fits a TPU slice and how fast it may be, without a TPU")
-    plan.add_argument("config", type=Path, help="a Python file that defines `config`")
-    plan.add_argument("overrides", nargs="*", metavar="section.field=value", help="changes to the config")
-    plan.add_argument("--topology", required=True, metavar="NAME", help="the slice: v5e:1x1, v5e:4x4, v5p:2x2x2, ...")
-    plan.add_argument("--mesh", metavar="AXIS=N,...", help="as data=-1,fsdp=16; else the config's")
-    plan.add_argument("--batch", type=int, metavar="ROWS", help="rows of a batch; else the config's data.rows")
-    plan.add_argument("--length", type=int, metavar="TOKENS", help="tokens of a row; else the config's data.length")
-    plan.add_argument("--model", metavar="DIR|ID|NAME", help="the policy's shape; else the config's policy")
-    plan.add_argument("--reward-model", metavar="LABEL", help="which of the config's; else the first")
-    plan.add_argument("--quick", action="store_true", help="the file's `quick` config")
-    plan.add_argument("--json", type=Path, metavar="FILE", help="write the plan as JSON too")
-    plan.add_argument("--search", action="store_true", help="try meshes, batches and remat: many compilations")
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options of a command line; overrides may stand anywhere after the config."""
-    known = parser()
-    options, rest = known.parse_known_args(arguments)
-    late = [one for one in rest if "=" in one and not one.startswith("-")]
-    if len(late) < len(rest) or (late and not hasattr(options, "overrides")):
-        known.error(f"unrecognized arguments: {' '.join(rest)}")
-    if late:
-        options.overrides = [*options.overrides, *late]
-    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a verb; returns the exit status."""
     options = parse(arguments)
-    # What TensorFlow and XLA say at start-up drowns the one line that matters.
+    # The start-up messages of TensorFlow and XLA would hide the one line that matters.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
     if options.verb in COMPUTING:
         keep_freed()
     try:
         return VERBS[options.verb](options)
     except KeyboardInterrupt:
-        again = "starts anew" if options.verb in ("evaluate", "export", "serve") else "goes on where it stopped"
-        print(f"jaxprm: interrupted; the same command {again}", file=sys.stderr)
+        effect = "starts over" if options.verb in ("evaluate", "export", "serve") else "resumes where it stopped"
+        print(f"jaxprm: interrupted; the same command {effect}", file=sys.stderr)
         return 130
     except Interrupted as stopped:
         print(f"jaxprm: {stopped}", file=sys.stderr)
@@ -237,19 +48,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _one_line(error: Exception) -> str | None:
-    """What to tell the user, or None where the mistake is ours."""
+    """The message for a user's mistake, or None for a bug of ours, which keeps its traceback."""
     from data_pipeline.errors import DataError
     from jaxprm.errors import UserError
 
     if isinstance(error, (UserError, DataError)):
         return " ".join(str(error).split())
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    # Checkpoints are written by a library that raises errors of its own.
-    if full or "No space left on device" in str(error):
+    disk_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    # Orbax wraps a full disk in exceptions that carry no errno.
+    if disk_full or "No space left on device" in str(error):
         where = f" writing {error.filename}" if getattr(error, "filename", None) else ""
-        return (
-            f"no space left on the device{where}; free some and run the same command again: what was finished is kept"
-        )
+        return f"no space left on the device{where}; free some and run the same command again: finished work is kept"
     if (
         isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError))
         and error.filename
@@ -263,18 +72,18 @@ def _stages(options) -> int:
     from jaxprm.training import distributed
     from jaxprm.workflow.run import run, validation_lines
 
-    experiment = config.load(options.config, options.overrides + _spelled_out(options), quick=options.quick)
-    own, until = bool(experiment.collection.files), STAGE_VERBS[options.verb][0]
-    if own and options.verb == "run":
-        until = "train"
+    experiment = config.load(options.config, options.overrides + _overrides(options), quick=options.quick)
+    own_trajectories, until = bool(experiment.collection.files), STAGE_VERBS[options.verb][0]
+    if own_trajectories and options.verb == "run":
+        until = "train"  # nothing says that the config's environment has the tasks of these trajectories
     profile = _steps(options.profile)
     with distributed.joined(slices=experiment.mesh.dcn_data):
         page = run(experiment, options.workdir, until=until, redo=options.redo, profile=profile)
-    if own and until == "train":
-        print("trained on your own trajectories; on those of validation:")
+    if own_trajectories and until == "train":
+        print("trained on your own trajectories; on the validation trajectories:")
         print("\n".join(f"  {line}" for line in validation_lines(experiment, options.workdir)))
         if options.verb == "run":
-            print("run ends here: nothing is searched; `search` and `report` do, in the config's environment")
+            print("run ends here without a search; `search` and `report` search in the config's environment")
     if page is not None:
         from jaxprm.evaluation.tables import results_table
 
@@ -284,7 +93,7 @@ def _stages(options) -> int:
 
 
 def _steps(text: str | None) -> tuple[int, int] | None:
-    """START:END, from 1."""
+    """The first and last step of START:END, counted from 1."""
     from jaxprm.errors import UserError
 
     if text is None:
@@ -296,21 +105,22 @@ def _steps(text: str | None) -> tuple[int, int] | None:
 
 
 def _inspect(options) -> int:
-    import json
-
     from jaxprm.artifacts import checkpoints
 
-    found = checkpoints.inspect(options.directory)
-    print(json.dumps(found, indent=2) if options.json else checkpoints.summary(found))
+    description = checkpoints.inspect(options.directory)
+    print(json.dumps(description, indent=2) if options.json else checkpoints.summary(description))
     return 0
 
 
-def _spelled_out(options) -> list[str]:
-    """The options that stand for fields of the config, as overrides."""
-    found = [f"collection.files={json.dumps(options.data)}"] if options.data else []
-    found += [f"base_model={json.dumps(str(options.model))}"] if options.model is not None else []
-    found += [f"policy.chat_template={json.dumps(options.chat_template)}"] if options.chat_template is not None else []
-    return found + (["collection.skip_bad=true"] if options.skip_bad else [])
+def _overrides(options) -> list[str]:
+    """Options that stand for config fields, as overrides."""
+    fields = {
+        "collection.files": options.data,
+        "base_model": options.model,
+        "policy.chat_template": options.chat_template,
+        "collection.skip_bad": options.skip_bad or None,
+    }
+    return [f"{field}={json.dumps(value)}" for field, value in fields.items() if value is not None]
 
 
 def _imitate(options) -> int:
@@ -331,7 +141,7 @@ def _plan(options) -> int:
 
 
 def _score(options) -> int:
-    from jaxprm.api import mesh_of
+    from jaxprm.config import parse_mesh
     from jaxprm.scoring.files import score_file
     from jaxprm.scoring.loading import all_devices
 
@@ -341,7 +151,7 @@ def _score(options) -> int:
         options.output,
         dtype=options.dtype,
         template=options.chat_template,
-        mesh=mesh_of(options.mesh) or all_devices(),
+        mesh=parse_mesh(options.mesh) if options.mesh else all_devices(),
     )
     print(f"scored {counts.scored} trajectories, {counts.errors} errors: {options.output}")
     return 1 if counts.errors else 0
@@ -350,28 +160,29 @@ def _score(options) -> int:
 def _serve(options) -> int:
     from jaxprm.serving import command
 
-    return command.run(options)
+    return command.serve_verb(options)
 
 
 def _check_scorer(options) -> int:
     from jaxprm.scoring.check import check_scorer
 
-    found = check_scorer(options.model, options.input)
-    for way in (*found.ways, found.bfloat16):
+    check = check_scorer(options.model, options.input)
+    for way in (*check.ways, check.bfloat16):
         print(f"{way.name:<28} {way.scores:>7} scores, largest difference {way.largest:.2e}")
-    print(f"one wrong token in the prompt moves the last score by up to {found.control:.2e}")
-    print(f"{'passed' if found.passed else 'FAILED'}: largest difference {found.largest:.2e}, bound {found.bound:.2e}")
-    return 0 if found.passed else 1
+    print(f"one wrong token in the prompt moves the last score by up to {check.control:.2e}")
+    print(f"{'passed' if check.passed else 'FAILED'}: largest difference {check.largest:.2e}, bound {check.bound:.2e}")
+    return 0 if check.passed else 1
 
 
 def _bench(options) -> int:
     from jaxprm import files
     from jaxprm.scoring.bench import TreeSizes, bench_search, table
 
-    found = bench_search(TreeSizes(**{name: getattr(options, name) for name in TreeSizes._fields}), torch=options.torch)
-    print(table(found))
+    sizes = TreeSizes(**{name: getattr(options, name) for name in TreeSizes._fields})
+    measured = bench_search(sizes, torch=options.torch)
+    print(table(measured))
     if options.json:
-        files.write_json(options.json, found)
+        files.write_json(options.json, measured)
     return 0
 
 
@@ -402,7 +213,7 @@ def _evaluate(options) -> int:
 def _export(options) -> int:
     from jaxprm.export.export import export
 
-    made = export(
+    report = export(
         options.model,
         options.output,
         form=options.format,
@@ -415,11 +226,11 @@ def _export(options) -> int:
     print(f"exported: {options.output}")
     if options.verify:
         print(
-            f"verified: largest difference {made['largest_difference']:.2e}, bound {made['bound']:.2e}, "
-            f"at {made['read_positions']} read positions of {made['trajectories']} conversations"
+            f"verified: largest difference {report['largest_difference']:.2e}, bound {report['bound']:.2e}, "
+            f"at {report['read_positions']} read positions of {report['trajectories']} conversations"
         )
-    if "rounding" in made:
-        print(f"rounding the weights to {options.dtype} moved scores by up to {made['rounding']:.2e}")
+    if "rounding" in report:
+        print(f"rounding the weights to {options.dtype} moved scores by up to {report['rounding']:.2e}")
     return 0
 
 
@@ -483,7 +294,7 @@ def _write_report(path: Path | None, report) -> None:
         files.write_json(path, msgspec.to_builtins(report))
 
 
-VERBS = dict.fromkeys(STAGE_VERBS, _stages) | {
+VERBS: dict[str, Callable[[argparse.Namespace], int]] = dict.fromkeys(STAGE_VERBS, _stages) | {
     "imitate": _imitate,
     "inspect": _inspect,
     "plan": _plan,

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-PYTHONS = ((3, 11), (3, 12))
+PYTHONS = ((3, 11), (3, 12), (3, 13))
 HOST_LIMIT = 10e9  # bytes; processes on a free Colab machine die near 12 GB
 RESUMABLE = 75  # jaxprm's status of a run that was told to stop and has saved
 _WATCHED = ("jax", "jaxlib", "libtpu", "tensorflow")
@@ -90,9 +90,9 @@ class Session:
         """Installs what requirements.txt pins into this Python, but for a jax that will do. Raises Stop."""
         if sys.version_info[:2] not in PYTHONS:
             found = ".".join(map(str, sys.version_info[:2]))
-            raise Stop(f"Python {found}: the pinned packages are for 3.11 and 3.12; choose a runtime version with one")
+            raise Stop(f"Python {found}: the pins are for 3.11, 3.12 and 3.13; choose a runtime with one of them")
         lines = (self.root / "requirements.txt").read_text(encoding="utf-8").splitlines()
-        pins = [line for line in lines if line and not line.startswith("#")]
+        pins = [line for line in lines if line and not line.startswith("#") and _here(line)]
         chosen = packages(pins, self._allowed_jax(), _installed(), tpu=self.platform == "tpu")
         jax = ", ".join(chosen.keep) + " stay" if chosen.keep else "jax as pinned"
         print(f"installing {len(chosen.install)} packages, {jax}; minutes, the first time", flush=True)
@@ -110,7 +110,7 @@ class Session:
 
     def _allowed_jax(self) -> str:
         with open(self.root / "pyproject.toml", "rb") as file:
-            needed = [Requirement(line) for line in tomllib.load(file)["project"]["dependencies"]]
+            needed = [Requirement(line) for line in tomllib.load(file)["project"]["dependencies"] if _here(line)]
         return str(next(one.specifier for one in needed if one.name == "jax"))
 
     def check_platform(self) -> dict[str, Any]:
@@ -185,6 +185,12 @@ class Session:
 def on_colab() -> bool:
     """Whether Colab's own package is there."""
     return importlib.util.find_spec("google") is not None and importlib.util.find_spec("google.colab") is not None
+
+
+def _here(line: str) -> bool:
+    """Whether a requirement is for this Python and machine."""
+    marker = Requirement(line).marker
+    return marker is None or marker.evaluate()
 
 
 def _installed() -> dict[str, str]:

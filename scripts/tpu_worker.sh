@@ -93,12 +93,11 @@ make_environment() {
   [[ -x $ROOT/venv/bin/python ]] || "$ROOT/bin/uv" venv --clear --python "$PYTHON_VERSION" "$ROOT/venv"
 }
 
-# jax[tpu] at the version that requirements.txt pins: it adds libtpu and changes nothing else.
+# jax[tpu] beside a pinned jax takes that version: it adds libtpu and changes nothing else.
 install_packages() {
-  local requirements=$ROOT/code-$1/requirements.txt pin
-  pin=$(sed -n 's/^jax==\([0-9.]*\).*/\1/p' "$requirements")
-  [[ -n $pin ]] || { say "requirements.txt pins no jax==VERSION" && return 1; }
-  "$ROOT/bin/uv" pip install --python "$ROOT/venv/bin/python" -r "$requirements" "jax[tpu]==$pin"
+  local requirements=$ROOT/code-$1/requirements.txt
+  grep -q '^jax==[0-9]' "$requirements" || { say "requirements.txt pins no jax==VERSION" && return 1; }
+  "$ROOT/bin/uv" pip install --python "$ROOT/venv/bin/python" -r "$requirements" "jax[tpu]"
 }
 
 setup() {

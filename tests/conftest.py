@@ -1,11 +1,16 @@
 """What holds for every test."""
 
+import contextlib
 import gc
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+# torch's CUDA build brings triton. It and TensorFlow each have an LLVM inside: after TensorFlow, triton crashes Python.
+with contextlib.suppress(ImportError):
+    import triton  # noqa: F401
 
 MAPS, MOST_MAPS = Path("/proc/self/maps"), 20_000
 

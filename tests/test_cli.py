@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxprm import arguments as arguments_lib
 from jaxprm import cli
 from jaxprm.errors import Interrupted
 
@@ -40,7 +41,7 @@ def test_help_loads_no_framework(verb):
 
 
 def test_every_verb_has_a_handler():
-    listed = cli.parser()._subparsers._group_actions[0].choices
+    listed = arguments_lib.parser()._subparsers._group_actions[0].choices
     assert set(listed) == set(cli.VERBS)
 
 

@@ -203,7 +203,7 @@ def test_a_mistake_in_the_file_has_its_line(recipe):
 
 def test_a_missing_file_is_named(tmp_path):
     for path in (tmp_path / "none.py", tmp_path):
-        assert message(config.load, path) == f"config {path}: no such file; configs/ holds the recipes that ship"
+        assert message(config.load, path).startswith(f"config {path}: no such file; the recipes are colab, forkme, ")
 
 
 def test_an_experiment_cannot_be_changed():
@@ -295,9 +295,9 @@ def served(tmp_path):
         ("policy.endpoint.base_url=http://a/v1/chat/completions", "leave out /chat/completions, which is added"),
         ('policy.endpoint.extra_body={"stream": true}', "policy.endpoint.extra_body.stream is set for every request"),
         ('policy.endpoint.extra_body={"tools": []}', "policy.endpoint.extra_body.tools: environments take text"),
-        ('policy.endpoint.extra_body={"seed": 3}', "extra_body.seed = 3: every draw has a seed of its own"),
-        ("policy.path=runs/policy", "policy.endpoint is given beside policy.path"),
-        ('policy.arguments={"a": 1}', "policy.endpoint is given beside policy.path or policy.arguments"),
+        ('policy.endpoint.extra_body={"seed": 3}', "extra_body.seed = 3: every sample needs its own seed"),
+        ("policy.path=runs/policy", "policy.endpoint replaces policy.path"),
+        ('policy.arguments={"a": 1}', "policy.endpoint replaces policy.path and policy.arguments"),
     ],
 )
 def test_an_endpoint_that_cannot_be_is_one_line(served, override, says):
@@ -348,7 +348,7 @@ def test_a_secret_is_refused_and_not_repeated(served, override, field):
 
 def test_arguments_without_a_class_of_the_users_are_refused(recipe):
     found = message(config.load, recipe, ['policy.arguments={"a": 1}'])
-    assert 'policy.arguments are for a policy of your own, not for policy.path = "default"; drop them' in found
+    assert 'policy.arguments need a policy `module:attribute`, not policy.path = "default"; drop them' in found
     assert config.load(recipe, ["policy.path=mine:Policy", 'policy.arguments={"a": 1}']).policy.arguments == {"a": 1}
 
 
@@ -392,3 +392,40 @@ def test_adapters_of_one_matrix_twice_are_refused():
     plain["reward_models"][0]["lora"]["targets"] = ["query", "query"]
     with pytest.raises(UserError, match=r"reward_models\[0\].lora.targets must differ"):
         config.from_dict(plain, where="test")
+
+
+def test_a_recipe_is_found_by_its_name_and_a_path_means_a_file(tmp_path, monkeypatch):
+    assert config.load("textcraft_tiny") == config.load(ROOT / "configs/textcraft_tiny.py")
+    monkeypatch.chdir(tmp_path)
+    for path in ("textcraft_tiny.py", "./textcraft_tiny", "configs/textcraft_tiny"):
+        assert message(config.load, path).startswith(f"config {path}: no such file; the recipes are")
+    assert message(config.load, "textcraft_tinny").startswith("config textcraft_tinny: no such file or recipe; the")
+    (tmp_path / "textcraft_tiny").write_text(SOURCE)
+    assert config.load("textcraft_tiny").name == "mine"
+
+
+@pytest.mark.parametrize(
+    "text, sizes",
+    [
+        ("data=-1,fsdp=16", {"data": -1, "fsdp": 16}),
+        ("fsdp=4", {"data": -1, "fsdp": 4}),
+        ("fsdp=-1, tensor=2", {"data": 1, "fsdp": -1, "tensor": 2}),
+        ("fsdp=-1", {"data": 1, "fsdp": -1}),
+    ],
+)
+def test_every_verb_reads_a_mesh_in_the_same_way(text, sizes):
+    assert config.parse_mesh(text) == config.MeshConfig(**sizes)
+
+
+@pytest.mark.parametrize("text", ["fsdp", "fsdp=x", "fsdp=0", "fsdp=-2", "fsdp=1.5", "rows=3", "fsdp=2,fsdp=2", ""])
+def test_a_bad_mesh_is_one_line(text):
+    assert message(config.parse_mesh, text).startswith(f"--mesh {text}: ")
+
+
+def test_sections_keep_working_under_the_names_they_had_before(capsys):
+    assert config.RewardModel is config.RewardModelConfig and config.Model is config.DecoderConfig
+    notices = capsys.readouterr().err.splitlines()
+    assert notices[0] == "note: jaxprm.config.RewardModel is now called RewardModelConfig; the old name still works"
+    assert len(notices) == 2
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = config.Nothing

@@ -24,7 +24,7 @@ def test_every_recipe_of_the_paper_is_known():
 
 @pytest.mark.parametrize("name, model", PAPER.items())
 def test_a_recipe_has_the_papers_settings(name, model):
-    """METHOD.md, sections 3 to 5, by hand."""
+    """docs/method.md, sections 3, 6 and 7, by hand."""
     found = config.load(CONFIGS / f"{name}.py")
     assert found.name == name and found.base_model == found.policy.endpoint.model == model
     assert (found.collection.trajectories_per_task, found.collection.temperature) == (16, 1.0)

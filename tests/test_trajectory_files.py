@@ -106,13 +106,13 @@ def test_options_are_fields_spelled_out():
     command = ["train", "c.py", "--workdir", "w", "--data", "train=a", "--data", "b", "--model", "m", "--skip-bad"]
     options = cli.parse([*command, "--chat-template", "chatml", "seed=3"])
     assert options.overrides == ["seed=3"]
-    assert cli._spelled_out(options) == [
+    assert cli._overrides(options) == [
         'collection.files=["train=a", "b"]',
         'base_model="m"',
         'policy.chat_template="chatml"',
         "collection.skip_bad=true",
     ]
-    assert cli._spelled_out(cli.parse(command[:4])) == []
+    assert cli._overrides(cli.parse(command[:4])) == []
 
 
 CONFIG = """

@@ -4,7 +4,7 @@ import sys
 from typing import Any
 
 from jaxprm.config import schema
-from jaxprm.config.loading import fingerprint, from_dict, is_plugin, load, to_dict
+from jaxprm.config.loading import fingerprint, from_dict, is_plugin, load, mesh_of_sizes, parse_mesh, to_dict
 from jaxprm.config.schema import (
     CollectionConfig,
     DataConfig,
@@ -43,10 +43,12 @@ __all__ = [
     "from_dict",
     "is_plugin",
     "load",
+    "mesh_of_sizes",
+    "parse_mesh",
     "to_dict",
 ]
 
-# Sections were named without the suffix Config before 0.2. Users' config files keep working.
+# Earlier names of the sections, which users' config files may have.
 _OLD_NAMES = {
     "Collection": "CollectionConfig",
     "Data": "DataConfig",
@@ -64,7 +66,7 @@ _OLD_NAMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """A section by the name it had before 0.2, with a one-line notice on stderr."""
+    """A section by its earlier name, with a one-line notice on stderr."""
     if name not in _OLD_NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     print(f"note: jaxprm.config.{name} is now called {_OLD_NAMES[name]}; the old name still works", file=sys.stderr)

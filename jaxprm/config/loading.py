@@ -9,7 +9,7 @@ import re
 import runpy
 import traceback
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 from urllib.parse import urlsplit
@@ -17,10 +17,15 @@ from urllib.parse import urlsplit
 import msgspec
 
 from jaxprm import plugins
-from jaxprm.config.schema import EndpointConfig, Experiment, PolicyConfig, Section
+from jaxprm.config.schema import EndpointConfig, Experiment, MeshConfig, PolicyConfig, Section
 from jaxprm.errors import UserError, secret_field
 
-# Set for every request, or for answers of another form than the one that is read.
+# A wheel contains configs/ as jaxprm/recipes; a clone has it next to the package. Never look next to an installed
+# package: site-packages/configs would be another project's.
+_PACKAGE = Path(__file__).resolve().parents[1]
+RECIPES = _PACKAGE / "recipes" if (_PACKAGE / "recipes").is_dir() else _PACKAGE.parent / "configs"
+
+# The policy sets these for every request, or they change the form of the answer.
 _OURS = frozenset(
     ("model", "messages", "temperature", "max_tokens", "n", "stream", "stream_options", "logprobs", "top_logprobs")
 )
@@ -28,44 +33,88 @@ _TOOLS = frozenset(("tools", "tool_choice", "functions", "function_call"))
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), *, quick: bool = False) -> Experiment:
-    """The experiment in a Python file, with `section.field=value` overrides (values in JSON, or plain text).
+    """The experiment that a Python file defines, with `section.field=value` overrides (JSON values, or plain text).
 
-    `quick` takes the file's `quick` instead of its `config`. Raises UserError, naming field, value and bound.
+    path: a file, or the name of a recipe that ships with the package, such as "textcraft_tiny". `quick` loads the
+    file's `quick` instead of its `config`. Raises UserError, naming field, value and bound.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"config {path}: no such file; configs/ holds the recipes that ship")
+    path = find_config(path)
     name = "quick" if quick else "config"
     try:
-        found = runpy.run_path(str(path))
+        namespace = runpy.run_path(str(path))
     except UserError:
         raise
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         where = f"{path}:{lines[-1]}" if lines else str(path)
         raise UserError(f"config {where}: {type(error).__name__}: {error}") from error
-    if not isinstance(found.get(name), Experiment):
+    if not isinstance(namespace.get(name), Experiment):
         raise UserError(f"config {path}: must define `{name}`, a jaxprm.config.Experiment")
     try:
-        plain = to_dict(found[name])
+        plain = to_dict(namespace[name])
     except TypeError as error:
-        raise UserError(f"config {path}: {error}; a config holds numbers, text, lists and dicts alone") from None
+        raise UserError(f"config {path}: {error}; a config holds only numbers, text, lists and dicts") from None
     for override in overrides:
         _apply(plain, override)
     return from_dict(plain, where=str(path))
 
 
-def to_dict(experiment: Experiment) -> dict:
-    """Plain JSON types: what comes back from a config.json."""
-    plain = json.loads(json.dumps(msgspec.to_builtins(experiment, str_keys=True)))
+def find_config(name: str | Path) -> Path:
+    """The file `name`, or the shipped recipe of that name. Raises UserError, listing the recipes, if it is neither."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    # A path always means a file: a recipe must not hide a mistyped one.
+    is_path = path.suffix == ".py" or "/" in str(name)
+    recipe = RECIPES / f"{name}.py"
+    if not is_path and recipe.is_file():
+        return recipe
+    recipes = ", ".join(sorted(file.stem for file in RECIPES.glob("*.py")))
+    raise UserError(f"config {name}: no such file{'' if is_path else ' or recipe'}; the recipes are {recipes}")
+
+
+def parse_mesh(text: str) -> MeshConfig:
+    """The mesh of an option such as `--mesh data=-1,fsdp=16`; see `mesh_of_sizes`."""
+    sizes: dict[str, Any] = {}
+    for part in text.split(","):
+        axis, separator, size = (piece.strip() for piece in part.partition("="))
+        if not separator:
+            raise UserError(f"--mesh {text}: {part.strip()!r} is not AXIS=DEVICES; e.g. tensor=4,fsdp=2")
+        if axis in sizes:
+            raise UserError(f"--mesh {text}: {axis} is given twice")
+        try:
+            sizes[axis] = int(size)
+        except ValueError:
+            sizes[axis] = size
+    return mesh_of_sizes(sizes, where=f"--mesh {text}")
+
+
+def mesh_of_sizes(sizes: Mapping[str, Any], *, where: str) -> MeshConfig:
+    """The mesh of {axis: devices}. Other axes are 1, and `data` takes the remaining devices unless another axis does.
+
+    Raises UserError, naming the axis, for an unknown axis and for a size that is neither positive nor -1.
+    """
+    axes = MeshConfig.__struct_fields__
+    for axis, size in sizes.items():
+        if axis not in axes:
+            raise UserError(f"{where}: no axis {axis!r}; axes are {', '.join(axes)}")
+        if type(size) is not int or size < -1 or size == 0:
+            raise UserError(f"{where}: {axis} = {size!r} must be at least 1, or -1 for all remaining devices")
+    data = {} if "data" in sizes else {"data": 1 if -1 in sizes.values() else -1}
+    return MeshConfig(**data, **sizes)
+
+
+def to_dict(experiment: Experiment) -> dict[str, Any]:
+    """The experiment in plain JSON types, as in config.json."""
+    plain: dict[str, Any] = json.loads(json.dumps(msgspec.to_builtins(experiment, str_keys=True)))
     # Left out when empty, so that fingerprints of configs from before this field existed stay the same.
     if not plain["search"]["custom"]:
         del plain["search"]["custom"]
     return plain
 
 
-def from_dict(plain: dict, *, where: str) -> Experiment:
-    """Validates and converts. Raises UserError, naming field, value and bound, but never the value of a secret."""
+def from_dict(plain: dict[str, Any], *, where: str) -> Experiment:
+    """The experiment of a plain dict, checked. Raises UserError with field, value and bound, but never a secret."""
     if secret := secret_field(plain):
         raise UserError(
             f"config {where}: {secret} looks like a key or a password, and configs are written to the work directory; "
@@ -109,7 +158,7 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _apply(plain: dict, override: str) -> None:
+def _apply(plain: dict[str, Any], override: str) -> None:
     name, separator, text = override.partition("=")
     if not separator:
         raise UserError(f"override {override!r}: write it as section.field=value")
@@ -133,7 +182,7 @@ def _apply(plain: dict, override: str) -> None:
 
 
 def _child(node: Any, name: str) -> Any:
-    """A dict's field or a list's item; None where there is none."""
+    """A dict's field or a list's item, or None."""
     if isinstance(node, list):
         return node[int(name)] if name.isdecimal() and int(name) < len(node) else None
     return node.get(name) if isinstance(node, dict) else None
@@ -150,52 +199,53 @@ def _floats(node: Any, where: str) -> Iterator[tuple[str, float]]:
             yield from _floats(value, f"{where}[{index}]")
 
 
-def _with_value(plain: dict, message: str) -> str:
-    """msgspec says what and where; a reader also wants the value and what would do."""
-    what, _, where = message.partition(" - at `$.")
+def _with_value(plain: dict[str, Any], message: str) -> str:
+    """msgspec's message, which says what and where, with the value and the allowed names or choices added."""
+    problem, _, where = message.partition(" - at `$.")
     where = where.rstrip("`")
-    parts = where.replace("[", ".").replace("]", "").split(".") if where else []
-    node, kind = plain, Experiment
-    for part in parts:
-        node, kind = _child(node, part), _kind_of(kind, part)
-    unknown = re.fullmatch(r"Object contains unknown field `(.*)`", what)
-    if unknown:
+    node: Any = plain
+    kind: Any = Experiment
+    for part in where.replace("[", ".").replace("]", "").split(".") if where else ():
+        node, kind = _child(node, part), _type_of(kind, part)
+    if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", problem):
         fields = ", ".join(field.name for field in msgspec.structs.fields(kind))
         return f"{where}{where and '.'}{unknown[1]}: no such field; {where or 'an experiment'} has {fields}"
-    if what.startswith("Invalid enum value"):
-        what = f"must be one of {', '.join(map(str, get_args(kind)))}"
+    if problem.startswith("Invalid enum value"):
+        problem = f"must be one of {', '.join(map(str, get_args(kind)))}"
     value = f"{where} = {json.dumps(node)}: " if where else ""
-    return f"{value}{what[0].lower()}{what[1:]}"
+    return f"{value}{problem[0].lower()}{problem[1:]}"
 
 
-def _kind_of(kind: Any, part: str) -> Any:
+def _type_of(kind: Any, part: str) -> Any:
     """The type of a struct's field, or of a tuple's items."""
-    found = (
-        get_args(kind)[0]
-        if part.isdecimal()
-        else next(field.type for field in msgspec.structs.fields(kind) if field.name == part)
-    )
-    if get_origin(found) is Annotated:
-        return get_args(found)[0]
-    sections = [one for one in get_args(found) if isinstance(one, type) and issubclass(one, Section)]
-    return sections[0] if sections and get_origin(found) is types.UnionType else found
+    if part.isdecimal():
+        kind = get_args(kind)[0]
+    else:
+        kind = next(field.type for field in msgspec.structs.fields(kind) if field.name == part)
+    if get_origin(kind) is Annotated:
+        return get_args(kind)[0]
+    if get_origin(kind) is not types.UnionType:
+        return kind
+    # `EndpointConfig | None`: an error below it is about the section.
+    sections = [option for option in get_args(kind) if isinstance(option, type) and issubclass(option, Section)]
+    return sections[0] if sections else kind
 
 
 def validate_endpoint(policy: PolicyConfig) -> str | None:
-    """The first thing that cannot be, with its field and the fix; None where all is well."""
+    """The first invalid policy setting, with its field and the fix; None if there is none."""
     if policy.endpoint is None:
         if policy.arguments and not is_plugin(policy.path):
-            return f'policy.arguments are for a policy of your own, not for policy.path = "{policy.path}"; drop them'
+            return f'policy.arguments need a policy `module:attribute`, not policy.path = "{policy.path}"; drop them'
         return None
     if policy.path != "default" or policy.arguments:
-        return "policy.endpoint is given beside policy.path or policy.arguments; keep one of them"
-    if found := _wrong_url(policy.endpoint.base_url) or _wrong_field(policy.endpoint):
-        return f"policy.endpoint.{found}"
+        return "policy.endpoint replaces policy.path and policy.arguments, but both are set; keep one of them"
+    if problem := _wrong_url(policy.endpoint.base_url) or _wrong_field(policy.endpoint):
+        return f"policy.endpoint.{problem}"
     return None
 
 
 def is_plugin(path: str) -> bool:
-    """Whether `policy.path` names a user's "module:attribute"; a directory of that name goes first."""
+    """Whether `policy.path` names a user's "module:attribute"; a directory of the same name has precedence."""
     return plugins.is_attribute(path) and not Path(path).exists()
 
 
@@ -216,7 +266,7 @@ def _wrong_url(url: str) -> str | None:
 
 def _wrong_field(endpoint: EndpointConfig) -> str | None:
     name = endpoint.api_key_env
-    # The value is not shown: whoever misunderstands the field puts the key there.
+    # The value is not shown: a user who misunderstands the field puts the key there.
     if name is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
         return "api_key_env names the environment variable that holds the key (A-Z, 0-9, _), and is not the key"
     for field, value in endpoint.extra_body.items():
@@ -225,5 +275,5 @@ def _wrong_field(endpoint: EndpointConfig) -> str | None:
         if field in _OURS:
             return f"extra_body.{field} is set for every request; use the config's own field, or leave it out"
         if field == "seed" and value is not None:
-            return f"extra_body.seed = {value}: every draw has a seed of its own; null sends none"
+            return f"extra_body.seed = {value}: every sample needs its own seed; null sends none"
     return None

@@ -1,7 +1,4 @@
-"""The experiment as one frozen, typed value; a config file is Python that names it `config`.
-
-Every field has a type and, where it matters, a bound: a wrong name, type or value is one line that says which.
-"""
+"""The fields of an experiment: one frozen, typed section for each part of a run."""
 
 from __future__ import annotations
 
@@ -19,14 +16,14 @@ PositiveInts = Annotated[tuple[PositiveInt, ...], msgspec.Meta(min_length=1)]
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of every part of a config: immutable, keyword-only, closed to unknown fields."""
+    """Base of every config section: immutable, keyword-only, without unknown fields."""
 
 
-class EnvironmentConfig(Section):
-    """`name` is a registered environment or a user's `module:attribute`; `arguments` go to its constructor.
+class EnvironmentConfig(Section, frozen=True):
+    """The environment: a registered name or a user's `module:attribute`; `arguments` go to its constructor.
 
-    workers: 0 for environments in this process, one after the other; else each in a process of its own, so many of
-    which work at a time. There a call may take `timeout` seconds, and a process hold `memory_mb` between episodes.
+    workers: 0 runs environments in this process, one call at a time; N runs each environment in its own process, N of
+    them at a time. `timeout` bounds one call, in seconds; `memory_mb` bounds a worker process between episodes.
     """
 
     name: str = "textcraft"
@@ -36,8 +33,8 @@ class EnvironmentConfig(Section):
     memory_mb: PositiveInt | None = None
 
 
-class DecoderConfig(Section):
-    """Sizes of a decoder made from nothing (imitation); a reward model takes its policy's."""
+class DecoderConfig(Section, frozen=True):
+    """Sizes of a decoder trained from scratch by imitation. A reward model has the sizes of its base model instead."""
 
     vocab_size: PositiveInt = 1024
     hidden_size: PositiveInt = 128
@@ -49,8 +46,8 @@ class DecoderConfig(Section):
     rope_theta: PositiveFloat = 10_000.0
 
 
-class ImitationConfig(Section):
-    """Behaviour cloning of an environment's expert. Episodes are made on the fly: none is seen twice by design."""
+class ImitationConfig(Section, frozen=True):
+    """Behaviour cloning of an environment's expert. Every episode is generated when it is needed, so none repeats."""
 
     steps: PositiveInt = 10_000
     rows: PositiveInt = 16
@@ -63,13 +60,13 @@ class ImitationConfig(Section):
     demonstrations: dict[str, Any] = {}
 
 
-class EndpointConfig(Section):
-    """An OpenAI-compatible server of chat completions. `base_url` ends where `/chat/completions` begins.
+class EndpointConfig(Section, frozen=True):
+    """An OpenAI-compatible server of chat completions. `base_url` ends before `/chat/completions`.
 
-    The key stays in the environment: `api_key_env` names the variable; null sends none. `served_as` is what the server
-    calls the model in its answers, where that is neither `model` nor a version of it. `timeout_seconds` bounds one
-    attempt as a whole, `retries` the further attempts; after `give_up_after` requests in a row that failed all theirs,
-    the run stops. `extra_body` is added to every request; `"seed": null` there leaves the seed out.
+    The key stays in the environment: `api_key_env` names its variable; null sends no key. `served_as` is the model name
+    in the server's answers, if it is neither `model` nor a version of it. `timeout_seconds` bounds one attempt,
+    `retries` counts further attempts. After `give_up_after` failed requests in a row the run stops. `extra_body` is
+    added to every request; `"seed": null` in it sends no seed.
     """
 
     model: Annotated[str, msgspec.Meta(min_length=1)]
@@ -84,12 +81,12 @@ class EndpointConfig(Section):
     extra_body: dict[str, Any] = {}
 
 
-class PolicyConfig(Section):
-    """`path` is a model directory or a name on the hub (org/name, org/name@revision), `default` the one that ships,
-    or a user's `module:attribute`, to whose call `arguments` go beside the seed. An `endpoint` is asked in their place.
+class PolicyConfig(Section, frozen=True):
+    """The policy. `path` is a model directory, a Hub id (org/name or org/name@revision), `default` for the one that
+    ships, or a user's `module:attribute`, called with `arguments` and the seed. An `endpoint` replaces all of these.
 
-    `chat_template`, for the policy and the reward models that learn from it: `own` is the tokenizer's; `chatml` or
-    `llama3` one that ships; anything else a file.
+    `chat_template` is used by the policy and by the reward models trained on its trajectories: `own` (the
+    tokenizer's), `chatml` or `llama3` (shipped), or a file.
     """
 
     path: str = "default"
@@ -101,11 +98,11 @@ class PolicyConfig(Section):
     in_flight: PositiveInt = 128
 
 
-class CollectionConfig(Section):
-    """Trajectories for training and validation. `tasks` null means all of a split.
+class CollectionConfig(Section, frozen=True):
+    """Trajectories for training and validation. `tasks` null means all tasks of a split.
 
-    With `files`, each a FILE or SPLIT=FILE, nothing is sampled. Rows go to the split of their file, or to the one they
-    name, or by a hash of their task, `validation_share` of the tasks to validation. `skip_bad` leaves bad rows out.
+    `files`, each FILE or SPLIT=FILE, replace sampling. A row goes to the split given for its file, else to the split it
+    names, else by a hash of its task: `validation_share` of the tasks to validation. `skip_bad` leaves out bad rows.
     """
 
     train_tasks: PositiveInt | None = None
@@ -117,8 +114,8 @@ class CollectionConfig(Section):
     skip_bad: bool = False
 
 
-class DataConfig(Section):
-    """Shards and packed batches; lengths in tokens. `skip_bad` leaves truncated and corrupt shards out of training."""
+class DataConfig(Section, frozen=True):
+    """Shards and packed batches; lengths in tokens. `skip_bad` trains without truncated and corrupt shards."""
 
     shards: PositiveInt = 4
     rows: PositiveInt = 8
@@ -128,8 +125,8 @@ class DataConfig(Section):
     skip_bad: bool = False
 
 
-class LoraConfig(Section):
-    """Adapters: W + alpha / rank * A B for every matrix in `targets`, with A [I, rank] and B [rank, O]."""
+class LoraConfig(Section, frozen=True):
+    """LoRA adapters: W + alpha / rank * A B for every matrix in `targets`, with A [inputs, rank], B [rank, outputs]."""
 
     rank: PositiveInt = 16
     alpha: PositiveFloat = 32.0
@@ -138,8 +135,8 @@ class LoraConfig(Section):
     ] = ("query", "key", "value", "output", "gate", "up", "down")
 
 
-class RewardModelConfig(Section):
-    """One reward model: its objective (METHOD.md, sections 3 and 4), its optimizer, and how it is computed.
+class RewardModelConfig(Section, frozen=True):
+    """One reward model: its objective (docs/method.md, sections 3, 5 and 6), its optimizer, and how it is computed.
 
     `dtype` is that of activations and products; parameters, norms, head, targets and loss are float32. `remat` is what
     the backward pass computes again. A batch is computed in `microbatches` parts, with the gradient of the whole.
@@ -182,14 +179,14 @@ class RewardModelConfig(Section):
     keep_best: NonNegativeInt = 0
 
 
-# Fields of a reward model that change how it is computed or kept and, but for rounding, not what comes out.
+# These fields change how a reward model is computed or saved but, up to rounding, not its parameters.
 _NON_SEMANTIC = ("remat", "microbatches", "attention", "checkpoint_minutes", "keep_latest", "keep_best")
-# Fields that are recorded only where they are not at their default, which is how all was computed before they came.
+# Runs made before these fields existed used their defaults. Leaving defaults out keeps the fingerprints of those runs.
 _OMIT_IF_DEFAULT = ("dtype", "trainable", "lora", "last_k", "optimizer", "schedule")
 
 
 def fingerprint_fields(model: RewardModelConfig) -> dict[str, Any]:
-    """The fields of a reward model that its training is a function of, to be compared with an earlier run's."""
+    """The fields that determine a trained reward model, as recorded by a run and compared when it resumes."""
     defaults = {field.name: field.default for field in msgspec.structs.fields(model)}
     return {
         name: value
@@ -198,8 +195,8 @@ def fingerprint_fields(model: RewardModelConfig) -> dict[str, Any]:
     }
 
 
-class MeshConfig(Section):
-    """Devices along each axis; -1 takes what is left, for one of them. dcn_data is the number of slices, -1 all."""
+class MeshConfig(Section, frozen=True):
+    """Devices along each mesh axis; one axis may be -1: all remaining devices. dcn_data: slices, -1 for all."""
 
     data: AxisSize = -1
     fsdp: AxisSize = 1
@@ -208,11 +205,11 @@ class MeshConfig(Section):
     dcn_data: AxisSize = -1
 
 
-class LoggingConfig(Section):
-    """Where a training's metrics go beside its own files.
+class LoggingConfig(Section, frozen=True):
+    """Where training metrics go, in addition to the run's own files.
 
-    `wandb`: to Weights & Biases, `online` with the key in WANDB_API_KEY, or `offline` into files that `wandb sync`
-    sends later; `entity` null is the key's own.
+    `wandb`: `online` sends them to Weights & Biases with the key in WANDB_API_KEY; `offline` writes files for a later
+    `wandb sync`. `entity` null is the default entity of the key.
     """
 
     wandb: Literal["off", "online", "offline"] = "off"
@@ -220,7 +217,7 @@ class LoggingConfig(Section):
     entity: str | None = None
 
 
-class SearchConfig(Section):
+class SearchConfig(Section, frozen=True):
     """What is searched on the held-out tasks. `tasks` null means all of the split.
 
     beams, diverse: (paths kept, actions of each); lookahead: (paths, actions, steps ahead); mcts: (simulations before a
@@ -252,10 +249,10 @@ class SearchConfig(Section):
     trees: NonNegativeInt = 6
 
 
-class Experiment(Section):
+class Experiment(Section, frozen=True):
     """A whole run: environment and policy -> trajectories -> shards -> reward models -> search -> report.
 
-    `base_model`, a directory or a name on the hub, is what the reward models start from; null is the policy's own.
+    `base_model`, a directory or a Hub id, is the model that reward models start from; null means the policy's.
     """
 
     name: str

@@ -18,7 +18,7 @@ from jaxprm.evaluation.labels import OWN_FIELD, kind_of, validation_tasks
 from jaxprm.evaluation.scored import ScoredFile, ScoredTrajectory, score_models, steps_of
 from jaxprm.evaluation.statistics import Measure, Resampling, paired_difference
 from jaxprm.evaluation.value_metrics import calibration
-from jaxprm.scoring import loading
+from jaxprm.hf.safetensors import WEIGHTS
 
 FORMAT = 1
 
@@ -76,8 +76,7 @@ def evaluate(models: Sequence[Path], input: Path, settings: Settings, *, chunk: 
     report = judge(scored, known, settings)
     report["input"]["file"] = str(input)
     report["models"] = [
-        {"name": name, "sha256": files.sha256(model / loading.WEIGHTS)}
-        for name, model in zip(names, found, strict=True)
+        {"name": name, "sha256": files.sha256(model / WEIGHTS)} for name, model in zip(names, found, strict=True)
     ]
     return files.without_nan(report)
 

@@ -92,12 +92,12 @@ def run(options: Any, show: Callable[[str], None] = print) -> int:
     compiling.prepare(os.environ)
 
     pass
-    from jaxprm.planning.plan import make_plan, mesh_of, open_slice
+    from jaxprm.planning.plan import make_plan, open_slice
     from jaxprm.planning.report import as_json, as_text
 
     policy = policy_config(options.model or _policy(experiment))
     where = open_slice(options.topology)
-    mesh = experiment.mesh if options.mesh is None else mesh_of(options.mesh, experiment.mesh)
+    mesh = experiment.mesh if options.mesh is None else config_lib.parse_mesh(options.mesh)
     if options.search:
         only = None if options.mesh is None else mesh
         written = search(where, settings, data, only, policy, rows=options.batch, show=show)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import math
 import re
@@ -56,7 +57,8 @@ class Compilation:
 def prepare(environment: MutableMapping[str, str]) -> None:
     """To be called before JAX is imported. Raises UserError where the TPU compiler is not installed."""
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError("plan needs the TPU compiler, libtpu, which is not installed: pip install 'libtpu==0.0.42.*'")
+        wanted = f"jax[tpu]=={importlib.metadata.version('jax')}"  # each jax wants a libtpu of its own
+        raise UserError(f"plan needs the TPU compiler, libtpu, which is not installed: pip install '{wanted}'")
     environment["JAX_PLATFORMS"] = "cpu"
     # No questions to the metadata server, and no lock against a second process that has no TPU either.
     environment |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}

@@ -13,7 +13,6 @@ import msgspec
 from jax.sharding import SingleDeviceSharding
 
 from jaxprm import config as config_lib
-from jaxprm.errors import UserError
 from jaxprm.model import sharding
 from jaxprm.model.attention import packed_attention
 from jaxprm.model.config import TransformerConfig
@@ -179,30 +178,6 @@ def _estimate(
         sent_bytes=sum(sends.sent.values()),
         tokens=data.rows * data.length,
     )
-
-
-def mesh_of(text: str, base: config_lib.MeshConfig) -> config_lib.MeshConfig:
-    """`data=-1,fsdp=16`: axes that are not named are 1, and `data` takes what is left where no axis does.
-
-    Raises UserError naming the axis or the size that cannot be.
-    """
-    axes = tuple(field.name for field in msgspec.structs.fields(base))
-    sizes: dict[str, int] = {}
-    for part in text.split(","):
-        name, separator, value = part.strip().partition("=")
-        if name not in axes or not separator:
-            raise UserError(f"--mesh {text}: {part.strip()!r} is not AXIS=DEVICES; axes are {', '.join(axes)}")
-        if name in sizes:
-            raise UserError(f"--mesh {text}: {name} is given twice")
-        try:
-            sizes[name] = int(value)
-        except ValueError:
-            sizes[name] = 0
-        if sizes[name] < -1 or sizes[name] == 0:
-            raise UserError(f"--mesh {text}: {name} = {value!r} must be at least 1, or -1 for what is left")
-    if "data" not in sizes:
-        sizes["data"] = 1 if -1 in sizes.values() else -1
-    return config_lib.MeshConfig(**sizes)
 
 
 def versions() -> dict[str, str | None]:

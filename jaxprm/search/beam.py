@@ -36,7 +36,8 @@ def beam_search(
 
         score_t = Q(s_{t+k}, a_{t+k}) + progress_weight * A(s_t, a_t),   A(s_1, a_1) = 0,   0 <= k <= ahead,
 
-    with the action a_{t+k} that looking ahead reached, k = 0 without lookahead. The paper gives no details; ours are:
+    with the action a_{t+k} that looking ahead reached, k = 0 without lookahead. Where the paper is silent
+    (docs/method.md, section 7):
 
     - The first round draws N * M actions from the prompt, each later round M after every open path.
     - Equal actions of one state are one candidate.

@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 from jaxprm.environments import Environment, protocol
 from jaxprm.errors import UserError
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)

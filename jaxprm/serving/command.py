@@ -12,7 +12,7 @@ def serve_verb(options: argparse.Namespace) -> int:
 
     Raises UserError without the `serve` extra, and as `server.serve`.
     """
-    from jaxprm.api import mesh_of
+    from jaxprm.config import parse_mesh
     from jaxprm.scoring.loading import all_devices
 
     try:
@@ -27,7 +27,7 @@ def serve_verb(options: argparse.Namespace) -> int:
         rows=options.rows,
         dtype=options.dtype,
         template=options.chat_template,
-        mesh=mesh_of(options.mesh) or all_devices(),
+        mesh=parse_mesh(options.mesh) if options.mesh else all_devices(),
         limits=requests.RequestLimits(
             tokens=options.max_tokens,
             candidates=options.max_candidates,

@@ -181,7 +181,7 @@ def reward_loss(
     compute: ForwardOptions = PLAIN,
     frozen: Any = NOTHING,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss of one batch, L = L_Q + beta L_A (eq. 10), + L_V where state values are read (METHOD.md, section 3).
+    """The loss of one batch, L = L_Q + beta L_A (eq. 10), + L_V if state values are read (docs/method.md, section 5).
 
     Args:
         parameters: those that are trained; with `frozen` they are the whole model's, see trainable.py.

@@ -17,7 +17,7 @@ from uv import find_uv_bin
 
 ROOT = Path(__file__).parents[2]
 # Of what is pinned, what Beam wants older.
-OLDER = {"pyarrow"}
+OLDER = {"numpy", "pyarrow"}
 
 
 @cache

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from data_pipeline import build, splits
+from jaxprm import arguments as arguments_lib
 from jaxprm import cli, config
 from tests.docs import pages
 from tests.docs.pages import PAGES, ROOT
@@ -41,7 +42,7 @@ def test_the_pages_name_every_verb():
 
 @pytest.mark.parametrize("page, arguments", jaxprm_commands(), ids=lambda value: str(value)[:60])
 def test_every_command_parses(page, arguments):
-    options = cli.parser().parse_args([pages.shown(argument) for argument in arguments])
+    options = arguments_lib.parser().parse_args([pages.shown(argument) for argument in arguments])
     path = getattr(options, "config", None)
     if path is not None and (ROOT / path).is_file():
         loaded = config.load(ROOT / path, options.overrides, quick=getattr(options, "quick", False))
@@ -62,7 +63,7 @@ def test_benchmarks_are_run_as_modules():
 def test_every_option_is_on_the_command_line_page(verb):
     """From the other side: what the parser knows is documented."""
     page = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
-    choices = next(action.choices for action in cli.parser()._actions if action.choices)
+    choices = next(action.choices for action in arguments_lib.parser()._actions if action.choices)
     options = {option for action in choices[verb]._actions for option in action.option_strings}
     named = [line for line in page.splitlines() if f"jaxprm {verb} " in line or verb in cli.STAGE_VERBS]
     missing = {option for option in options - {"-h", "--help"} if not any(option in line for line in named)}

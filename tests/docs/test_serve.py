@@ -13,7 +13,7 @@ import pytest
 
 import jaxprm
 from benchmarks import serve_load
-from jaxprm import cli
+from jaxprm import arguments as arguments_lib
 from jaxprm.serving.requests import RequestLimits
 from tests.docs import pages
 from tests.model import tiny
@@ -84,7 +84,7 @@ def test_a_host_that_others_reach_is_refused_with_the_line_that_is_shown(folder)
 
 
 def test_the_limits_are_those_of_the_table():
-    options = cli.parser().parse_args(["serve", "--model", MODEL])
+    options = arguments_lib.parser().parse_args(["serve", "--model", MODEL])
     rows = dict(re.findall(r"^\| `--([a-z-]+)` \| (\d+) \|", TEXT, re.MULTILINE))
     assert len(rows) == 4
     for name, default in rows.items():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxprm import cli
+from jaxprm import arguments as arguments_lib
 from tests.launcher.conftest import COMMON
 from tests.launcher.fakes import ROOT
 from tests.launcher.test_commands import ACCOUNT, NO_SECRET, NOT_QUEUED, OFFERED, TRAIN, states
@@ -96,7 +96,7 @@ def test_help_names_every_verb_and_option(clone):
 
 def test_the_verbs_for_the_machine_are_verbs_with_a_work_directory():
     named = re.search(r'VERBS_WITH_WORKDIR="(.*?)"', (ROOT / "scripts" / "tpu_options.sh").read_text())[1].split()
-    verbs = next(one for one in cli.parser()._actions if isinstance(one, argparse._SubParsersAction)).choices
+    verbs = next(one for one in arguments_lib.parser()._actions if isinstance(one, argparse._SubParsersAction)).choices
     assert all("--workdir" in verbs[one]._option_string_actions for one in named) and len(named) == 7
 
 

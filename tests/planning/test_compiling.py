@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from types import SimpleNamespace
 
 import jax
@@ -90,7 +91,7 @@ def test_a_program_of_this_machine_compiles():
 def test_without_the_compiler_one_line_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     environment = {}
-    with pytest.raises(UserError, match="pip install 'libtpu==0.0.42"):
+    with pytest.raises(UserError, match=rf"pip install 'jax\[tpu\]=={re.escape(jax.__version__)}'"):
         compiling.prepare(environment)
     assert environment == {}
 

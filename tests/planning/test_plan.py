@@ -8,12 +8,10 @@ import jax
 import pytest
 
 from jaxprm import cli
-from jaxprm import config as config_lib
 from jaxprm.errors import UserError
 from jaxprm.planning import compiling
 from jaxprm.planning import plan as plan_lib
 from jaxprm.planning.command import MODELS, policy_config
-from jaxprm.planning.plan import mesh_of
 from jaxprm.planning.report import as_json, as_text
 from jaxprm.scoring import engine
 from tests.planning import fakes
@@ -84,24 +82,6 @@ def test_the_head_alone_needs_the_pass_over_the_data_too(monkeypatch):
     assert "tokens" not in step.shapes[1] and step.shapes[1]["read_features"].shape == (2, 4, 16)
     assert features.shapes[1]["tokens"].shape == (2, 128)
     assert plan.features is not None and as_json(plan)["features"]["fits"]
-
-
-@pytest.mark.parametrize(
-    "text, sizes",
-    [
-        ("data=-1,fsdp=16", {"data": -1, "fsdp": 16}),
-        ("fsdp=4", {"data": -1, "fsdp": 4}),
-        ("fsdp=-1, tensor=2", {"data": 1, "fsdp": -1, "tensor": 2}),
-    ],
-)
-def test_meshes_are_read(text, sizes):
-    assert mesh_of(text, config_lib.MeshConfig()) == config_lib.MeshConfig(**sizes)
-
-
-@pytest.mark.parametrize("text", ["fsdp", "fsdp=x", "fsdp=0", "fsdp=-2", "rows=3", "fsdp=2,fsdp=2", ""])
-def test_a_bad_mesh_is_one_line(text):
-    with pytest.raises(UserError, match="--mesh"):
-        mesh_of(text, config_lib.MeshConfig())
 
 
 def test_shapes_of_public_models():

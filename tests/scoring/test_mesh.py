@@ -57,7 +57,7 @@ def test_scores_do_not_depend_on_the_mesh(tmp_path):
 
 def test_a_mesh_that_cannot_be_is_one_line(tmp_path, capsys):
     directory = tiny.write_reward_model(tmp_path / "model")
-    with pytest.raises(UserError, match=r"mesh = \{'heads': 2\}.*its axes are data, fsdp, tensor and sequence"):
+    with pytest.raises(UserError, match=r"mesh: no axis 'heads'; axes are data, fsdp, tensor, sequence, dcn_data"):
         jaxprm.load(directory, mesh={"heads": 2})
     with pytest.raises(UserError, match=r"mesh\.tensor = 3.*number of devices"):
         jaxprm.load(directory, mesh={"tensor": 3, "data": 1})

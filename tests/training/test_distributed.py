@@ -89,9 +89,9 @@ def test_sigterm_is_a_notice_within_and_what_it_was_after():
 
     before = signal.getsignal(signal.SIGTERM)
     with Preemption() as preemption:
-        assert not preemption.noticed(1)
+        assert not preemption.should_stop(1)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert preemption.noticed(2)
+        assert preemption.should_stop(2)
     assert signal.getsignal(signal.SIGTERM) is before
     assert jax.process_count() == 1
 

@@ -142,7 +142,7 @@ def test_a_text_that_is_not_utf8_costs_its_row_alone_in_every_form(tmp_path):
     parquet.write_table(pyarrow.table({"a": broken}), table)
     for path in (lines, array, table):
         first, bad, last = values(path)
-        assert (first, last) == ({"a": "x"}, {"a": "y"}) and "utf-8" in str(bad)
+        assert (first, last) == ({"a": "x"}, {"a": "y"}) and "utf-8" in str(bad).lower()
 
 
 def test_a_row_without_end_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
