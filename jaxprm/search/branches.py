@@ -147,6 +147,7 @@ class BranchRunner:
         self._pool.close()
 
     def _slot(self, task: str) -> int:
+        # In turn, in the order in which tasks are first seen. A task keeps its slot, where its snapshots are.
         return self._slots.setdefault(task, len(self._slots) % self._pool.at_once)
 
     def _count(self, steps: int = 0, errors: int = 0) -> None:
