@@ -157,7 +157,7 @@ def _check_supported(fields: _Fields, family: Family) -> None:
         ("layer_types", _all_full, "full_attention in every layer"),
         ("use_sliding_window", lambda value: not value, "false"),
     ]
-    if family.model_type == "llama":  # Qwen's configs name a window that use_sliding_window switches off
+    if not family.window_switch:
         wanted.append(("sliding_window", lambda value: value is None, "none"))
     for name, is_supported, supported in wanted:
         value = fields.get(name)
@@ -305,7 +305,7 @@ def hf_config(
     described.setdefault("bos_token_id", None)
     if scaling is not None or "rope_scaling" in inherited:
         described["rope_scaling"] = None if scaling is None else rope
-    if family.model_type.startswith("qwen"):
+    if family.window_switch:
         described["use_sliding_window"] = False
     return described | (_label_fields(head, source or {}) if reward else {})
 

@@ -17,10 +17,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxprm.errors import UserError, shown
 from jaxprm.hf.config import is_reward_model, read_config
-from jaxprm.hf.names import TensorSpec, parameter_shapes, tensors
+from jaxprm.hf.names import TensorSpec, tensors
 from jaxprm.hf.safetensors import DTYPES, StoredTensor, open_tensors
 from jaxprm.hf.writer import write_model as write_model
 from jaxprm.model.config import Head, TransformerConfig
+from jaxprm.model.parameters import parameter_shapes
 
 
 def load_transformer(

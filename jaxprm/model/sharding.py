@@ -20,6 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxprm import config as config_lib
 from jaxprm.errors import UserError
 from jaxprm.model.config import TransformerConfig
+from jaxprm.model.parameters import PARAMETERS
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 # What Adafactor keeps of a matrix, its rows' and columns' means, and what it holds in place of one: small, kept whole.
@@ -220,29 +221,6 @@ def put_batch(
     return {name: put(batch[name]) for name in fields}
 
 
-PARAMETERS: dict[str, tuple[str, ...]] = {
-    "embedding": ("vocabulary", "width"),  # [V, D]
-    "unembedding": ("vocabulary", "width"),  # [V, D]
-    "norm": ("vector",),  # [D]
-    "head": ("vector",),  # [D], or [D, 2] of two labels
-    "head_bias": ("vector",),  # [1] or [2]
-    "attention_norm": ("vector",),  # [D]
-    "query": ("width", "heads"),  # [D, H * E]
-    "query_bias": ("heads",),  # [H * E]
-    "query_norm": ("vector",),  # [E]
-    "key": ("width", "kv_heads"),  # [D, K * E]
-    "key_bias": ("kv_heads",),  # [K * E]
-    "key_norm": ("vector",),  # [E]
-    "value": ("width", "kv_heads"),  # [D, K * E]
-    "value_bias": ("kv_heads",),  # [K * E]
-    "output": ("heads", "width"),  # [H * E, D]
-    "ffn_norm": ("vector",),  # [D]
-    "gate": ("width", "ffn"),  # [D, F]
-    "up": ("width", "ffn"),  # [D, F]
-    "down": ("ffn", "width"),  # [F, D]
-}
-
-
 def parameter_axes(path: Sequence[str], ndim: int) -> tuple[str, ...] | None:
     """Axes of the parameter that a path of names ends in, as ("transformer", "blocks", "query"); None if none is.
 
@@ -252,7 +230,7 @@ def parameter_axes(path: Sequence[str], ndim: int) -> tuple[str, ...] | None:
     found = next((name for name in reversed(path) if name in PARAMETERS), None)
     if found is None:
         return None
-    axes = PARAMETERS[found]
+    axes = PARAMETERS[found].sharding
     if found == "head":
         axes = ("vector",) * ndim
     if path[-1] in ("a", "b"):  # the factors of an adapter

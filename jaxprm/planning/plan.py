@@ -17,6 +17,7 @@ from jaxprm.errors import UserError
 from jaxprm.model import sharding
 from jaxprm.model.attention import packed_attention
 from jaxprm.model.config import TransformerConfig
+from jaxprm.model.parameters import layer_matrices
 from jaxprm.model.transformer import reward_model_graph
 from jaxprm.planning import compiling
 from jaxprm.planning.compiling import (
@@ -30,7 +31,7 @@ from jaxprm.planning.compiling import (
 )
 from jaxprm.scoring import engine
 from jaxprm.training import reward_model
-from jaxprm.training.flops import Chip, StepFlops, chip_of, forward_passes, matrices, train_step_flops
+from jaxprm.training.flops import Chip, StepFlops, chip_of, forward_passes, train_step_flops
 from jaxprm.training.programs import batch_fields, batch_shapes, make_programs
 from jaxprm.training.step import FIELDS
 
@@ -120,7 +121,7 @@ def make_plan(
         features = compile_ahead(programs.features_step, programs.parameters, whole, limit=where.limit)
     scoring = _scoring(where, config, data.length) if scores else None
     text = (features or step).text
-    chosen = "reference" if programs.compute.attend is packed_attention else "splash"
+    chosen = "reference" if programs.forward_options.attend is packed_attention else "splash"
     attention = attention_of(text) if text else chosen
     flops = train_step_flops(config, settings, data, attention)
     sends = communication(step.text, len(where.devices)) if step.text else None
@@ -168,7 +169,7 @@ def _estimate(
     sends: Communication,
 ) -> StepTimeEstimate:
     memory = step.memory
-    weights = config.layers * sum(inputs * outputs for inputs, outputs in matrices(config).values())
+    weights = config.layers * sum(inputs * outputs for inputs, outputs in layer_matrices(config).values())
     read = forward_passes(settings) * weights * jnp.dtype(settings.dtype).itemsize / mesh.shape["tensor"]
     return estimate(
         where.chip,

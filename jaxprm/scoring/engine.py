@@ -33,8 +33,8 @@ def values_of_rows(graph, parameters, tokens, counts, dtype, layout=ONE_DEVICE):
     model, tokens = nnx.merge(graph, parameters), layout.of_rows(tokens)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     segments = (positions < counts[:, None]).astype(jnp.int32)
-    compute = ForwardOptions(dtype, attend=functools.partial(packed_attention, block=tiled_attention))
-    return model.value(model.transformer(tokens, positions, segments, compute=compute).hidden)
+    forward_options = ForwardOptions(dtype, attend=functools.partial(packed_attention, block=tiled_attention))
+    return model.value(model.transformer(tokens, positions, segments, forward_options=forward_options).hidden)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "capacity", "layout"), donate_argnames=("ring",))

@@ -79,7 +79,7 @@ class Programs:
     """
 
     graph: nnx.GraphDef
-    compute: ForwardOptions
+    forward_options: ForwardOptions
     split: Callable
     init: Callable
     train_step: Callable
@@ -102,7 +102,7 @@ def make_programs(
     sharding.check_model(mesh, config)
     trainable.check_trainable(settings, config)
     graph = reward_model_graph(config)
-    compute = make_forward_options(settings, config, mesh, length)
+    forward_options = make_forward_options(settings, config, mesh, length)
     rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 
     def split(parameters: Any) -> tuple[Any, Any]:
@@ -131,25 +131,25 @@ def make_programs(
 
     def features_step(parameters: Any, batch: dict[str, jax.Array]) -> Any:
         model = nnx.merge(graph, parameters)
-        found = hidden_states(model, batch, states=reads_states(settings), compute=compute)
+        found = hidden_states(model, batch, states=reads_states(settings), forward_options=forward_options)
         return jax.tree.map(lambda x: x.astype(jnp.float32), found)
 
     state = sharding.with_shardings(mesh, jax.eval_shape(init, trained))
     places, frozen_at = sharding.shardings(state), sharding.shardings(frozen)
     return Programs(
         graph=graph,
-        compute=compute,
+        forward_options=forward_options,
         split=jitted_split,
         init=jax.jit(init, donate_argnums=0, out_shardings=places),
         # Pinned on both sides: left to the compiler, a parameter's sharding can drift, and the step compiles again.
         train_step=jax.jit(
-            make_train_step(graph, optimizer, settings, compute),
+            make_train_step(graph, optimizer, settings, forward_options),
             donate_argnums=0,
             in_shardings=(places, rows, frozen_at),
             out_shardings=(places, whole),
         ),
         evaluation_step=jax.jit(
-            make_evaluation_step(graph, settings, compute),
+            make_evaluation_step(graph, settings, forward_options),
             in_shardings=(places["parameters"], rows, frozen_at),
             out_shardings=whole,
         ),

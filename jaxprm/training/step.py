@@ -58,11 +58,16 @@ def progress_beta(settings: config_lib.RewardModelConfig) -> float:
 
 
 def hidden_states(
-    model: RewardModel, batch: Batch, *, states: bool, compute: ForwardOptions = PLAIN, adapters: Any = NO_ADAPTERS
+    model: RewardModel,
+    batch: Batch,
+    *,
+    states: bool,
+    forward_options: ForwardOptions = PLAIN,
+    adapters: Any = NO_ADAPTERS,
 ) -> tuple[jax.Array, jax.Array | None]:
     """What the head reads: hidden states [B, S, D] where actions end and, if asked for, before they begin."""
     tokens, positions, segments = batch["tokens"], batch["positions"], batch["segments"]
-    hidden = model.transformer(tokens, positions, segments, compute=compute, adapters=adapters).hidden
+    hidden = model.transformer(tokens, positions, segments, forward_options=forward_options, adapters=adapters).hidden
 
     def read(name: str) -> jax.Array:
         return jnp.take_along_axis(hidden, batch[name][..., None], axis=1)
@@ -71,10 +76,15 @@ def hidden_states(
 
 
 def readouts(
-    model: RewardModel, batch: Batch, *, states: bool, compute: ForwardOptions = PLAIN, adapters: Any = NO_ADAPTERS
+    model: RewardModel,
+    batch: Batch,
+    *,
+    states: bool,
+    forward_options: ForwardOptions = PLAIN,
+    adapters: Any = NO_ADAPTERS,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Promises M_t and, if asked for, state values V(s_t), [B, S] in float32, from one forward pass."""
-    actions, before = hidden_states(model, batch, states=states, compute=compute, adapters=adapters)
+    actions, before = hidden_states(model, batch, states=states, forward_options=forward_options, adapters=adapters)
     return model.value(actions), model.value(before) if states else None
 
 
@@ -84,7 +94,7 @@ def trained_readouts(
     frozen: Any,
     batch: Batch,
     settings: config_lib.RewardModelConfig,
-    compute: ForwardOptions,
+    forward_options: ForwardOptions,
     *,
     states: bool,
 ) -> tuple[jax.Array, jax.Array | None]:
@@ -97,7 +107,7 @@ def trained_readouts(
         values = head_values(batch["read_features"], head)
         return values, head_values(batch["state_features"], head) if states else None
     whole, adapters = join(settings, trained, frozen)
-    return readouts(nnx.merge(graph, whole), batch, states=states, compute=compute, adapters=adapters)
+    return readouts(nnx.merge(graph, whole), batch, states=states, forward_options=forward_options, adapters=adapters)
 
 
 class Sums(NamedTuple):
@@ -130,14 +140,14 @@ def reward_sums(
     target: Any | None,
     batch: Batch,
     settings: config_lib.RewardModelConfig,
-    compute: ForwardOptions = PLAIN,
+    forward_options: ForwardOptions = PLAIN,
     frozen: Any = NOTHING,
 ) -> Sums:
     """The sums behind `reward_loss`, of the same arguments."""
     states = reads_states(settings)
 
     def read(trained: Any) -> tuple[jax.Array, jax.Array | None]:
-        return trained_readouts(graph, trained, frozen, batch, settings, compute, states=states)
+        return trained_readouts(graph, trained, frozen, batch, settings, forward_options, states=states)
 
     values, state_values = read(parameters)
     bootstrap_values, bootstrap_states = (values, state_values) if target is None else read(target)
@@ -178,7 +188,7 @@ def reward_loss(
     target: Any | None,
     batch: Batch,
     settings: config_lib.RewardModelConfig,
-    compute: ForwardOptions = PLAIN,
+    forward_options: ForwardOptions = PLAIN,
     frozen: Any = NOTHING,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss of one batch, L = L_Q + beta L_A (eq. 10), + L_V where state values are read (METHOD.md, section 3).
@@ -190,7 +200,9 @@ def reward_loss(
     Returns:
         (loss, {"value_loss", "progress_loss", "state_loss"?, "weight", "value_mean", "target_mean"}), float32 scalars.
     """
-    return reward_sums(graph, parameters, target, batch, settings, compute, frozen).means(progress_beta(settings))
+    return reward_sums(graph, parameters, target, batch, settings, forward_options, frozen).means(
+        progress_beta(settings)
+    )
 
 
 def microbatches_of(batch: Batch, count: int) -> Batch:
@@ -204,7 +216,7 @@ def loss_and_gradients(
     target: Any | None,
     batch: Batch,
     settings: config_lib.RewardModelConfig,
-    compute: ForwardOptions = PLAIN,
+    forward_options: ForwardOptions = PLAIN,
     frozen: Any = NOTHING,
 ) -> tuple[jax.Array, dict[str, jax.Array], Any]:
     """(loss, metrics, gradients) of a batch, in `settings.microbatches` passes.
@@ -216,13 +228,13 @@ def loss_and_gradients(
     if settings.microbatches == 1:
 
         def loss_of(parameters):
-            return reward_loss(graph, parameters, target, batch, settings, compute, frozen)
+            return reward_loss(graph, parameters, target, batch, settings, forward_options, frozen)
 
         (loss, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(parameters)
         return loss, metrics, gradients
 
     def total_of(parameters, part):
-        sums = reward_sums(graph, parameters, target, part, settings, compute, frozen)
+        sums = reward_sums(graph, parameters, target, part, settings, forward_options, frozen)
         return sums.total(beta), sums
 
     def add(carry, part):
@@ -255,13 +267,13 @@ def make_train_step(
     graph: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
     settings: config_lib.RewardModelConfig,
-    compute: ForwardOptions = PLAIN,
+    forward_options: ForwardOptions = PLAIN,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """(state, batch, frozen) -> (state, metrics): the metrics are of the parameters before the update."""
 
     def train_step(state: TrainState, batch: Batch, frozen: Any = NOTHING) -> tuple[TrainState, dict[str, jax.Array]]:
         loss, metrics, gradients = loss_and_gradients(
-            graph, state["parameters"], state.get("target"), batch, settings, compute, frozen
+            graph, state["parameters"], state.get("target"), batch, settings, forward_options, frozen
         )
         updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["parameters"])
         new = {
@@ -278,12 +290,12 @@ def make_train_step(
 
 
 def make_evaluation_step(
-    graph: nnx.GraphDef, settings: config_lib.RewardModelConfig, compute: ForwardOptions = PLAIN
+    graph: nnx.GraphDef, settings: config_lib.RewardModelConfig, forward_options: ForwardOptions = PLAIN
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """(parameters, batch, frozen) -> (promises, returns-to-go), both [B, S]."""
 
     def evaluation_step(parameters: Any, batch: Batch, frozen: Any = NOTHING) -> tuple[jax.Array, jax.Array]:
-        values, _ = trained_readouts(graph, parameters, frozen, batch, settings, compute, states=False)
+        values, _ = trained_readouts(graph, parameters, frozen, batch, settings, forward_options, states=False)
         returns = returns_to_go(batch["rewards"], batch["is_last"], batch["valid"], discount=settings.discount)
         return values, returns
 

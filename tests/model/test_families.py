@@ -14,8 +14,8 @@ from flax import nnx
 
 from jaxprm.hf import reader
 from jaxprm.hf.config import read_config
-from jaxprm.hf.names import parameter_shapes
 from jaxprm.model.config import FAMILIES, Head, RopeScaling
+from jaxprm.model.parameters import parameter_shapes
 from jaxprm.model.transformer import RewardModel, Transformer, reward_model_graph, rotary_frequencies, transformer_graph
 from tests.model import tiny
 

@@ -108,7 +108,7 @@ def test_shapes_of_public_models():
     """Parameters as their model cards give them: without the embedding 0.36, 2.77 and 6.53 billion; Llama has 8.03."""
     from math import prod
 
-    from jaxprm.hf.names import parameter_shapes
+    from jaxprm.model.parameters import parameter_shapes
 
     counts = {}
     for name, config in MODELS.items():
