@@ -17,7 +17,7 @@ from flax import nnx
 
 from data_pipeline.encode import Encoder
 from jaxprm.hf import hub, reader
-from jaxprm.model.prefix_bank import PrefixBank, rows_of
+from jaxprm.model.prefix_bank import PrefixBank, copy_slots
 from jaxprm.model.transformer import Cache, transformer_graph
 from jaxprm.policies.protocol import Action, DrawKey, State, candidate_seed, draw_keys
 
@@ -59,7 +59,7 @@ def _generate(
     def sample(given, state, step, until):
         """Advances the rows until no more than `until` are open: (state, step)."""
         # The prefix stays outside the loop's state: what a loop carries, it may copy at every step.
-        prefix = rows_of(bank, given["slots"], given["lengths"], capacity)
+        prefix = copy_slots(bank, given["slots"], given["lengths"], capacity)
         ones = jnp.ones((len(given["starts"]), 1), jnp.int32)
 
         def more(carry):

@@ -169,7 +169,7 @@ def _engine(
     shapes = Shapes(
         growth=tuple(sorted({setting.observation_tokens, setting.prompt_tokens})),
         packed=(row,),
-        kept=setting.action_tokens,
+        ring_width=setting.action_tokens,
         lengths=(0, *lengths),
     )
     engine = Engine(config, parameters, rows=setting.beams, max_tokens=setting.longest, shapes=shapes)

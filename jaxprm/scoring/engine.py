@@ -17,7 +17,7 @@ from flax import nnx
 from jaxprm.errors import UserError
 from jaxprm.model.attention import packed_attention, tiled_attention
 from jaxprm.model.config import TransformerConfig
-from jaxprm.model.prefix_bank import PrefixBank, RingEntry, Shapes, alike, bucket, rows_for, rows_of
+from jaxprm.model.prefix_bank import PrefixBank, RingEntry, Shapes, bucket, call_rows, copy_slots, equal_work_rows
 from jaxprm.model.sharding import ONE_DEVICE, Layout
 from jaxprm.model.transformer import ForwardOptions, reward_model_graph, transformer_graph
 
@@ -30,7 +30,7 @@ CACHE_BYTES = 2 << 30
 @functools.partial(jax.jit, static_argnames=("graph", "dtype", "layout"))
 def values_of_rows(graph, parameters, tokens, counts, dtype, layout=ONE_DEVICE):
     """Values [B, T] of every token of rows [B, T], of which the first counts [B] are real."""
-    model, tokens = nnx.merge(graph, parameters), layout.of_rows(tokens)
+    model, tokens = nnx.merge(graph, parameters), layout.constrain_rows(tokens)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     segments = (positions < counts[:, None]).astype(jnp.int32)
     forward_options = ForwardOptions(dtype, attend=functools.partial(packed_attention, block=tiled_attention))
@@ -57,9 +57,13 @@ def _values_after(
     The second result is the ring, where there is one, with their keys and values in `ring_rows` [R].
     """
     model = nnx.merge(graph, parameters)
-    cache, dtype = layout.of_rows(rows_of(bank, slots, lengths, capacity)), bank.keys[0].dtype
-    output = model.transformer(layout.of_rows(tokens), lengths[:, None] + positions, segments, (cache,), dtype=dtype)
-    return model.value(output.hidden), ring and layout.of_slots(ring.write(ring_rows, output.keys, output.values))
+    cache, dtype = layout.constrain_rows(copy_slots(bank, slots, lengths, capacity)), bank.keys[0].dtype
+    output = model.transformer(
+        layout.constrain_rows(tokens), lengths[:, None] + positions, segments, (cache,), dtype=dtype
+    )
+    return model.value(output.hidden), ring and layout.constrain_slots(
+        ring.write(ring_rows, output.keys, output.values)
+    )
 
 
 class _Row(NamedTuple):
@@ -104,7 +108,7 @@ class Engine:
     def bytes_of_a_slot(self) -> int:
         """Memory of one conversation in the cache, with room for what is written past its end and a row of the ring."""
         config, shapes = self.config, self.shapes
-        tokens = self.max_tokens + shapes.growth[-1] + shapes.kept + shapes.packed[-1]
+        tokens = self.max_tokens + shapes.growth[-1] + shapes.ring_width + shapes.packed[-1]
         return 2 * config.layers * config.kv_heads * config.head_dim * self._dtype.itemsize * tokens
 
     @functools.cached_property
@@ -142,7 +146,7 @@ class Engine:
         found = {"encoded": self._encoded, "reused": 0, "again": 0, "slots": self._slots}
         if "_bank" in self.__dict__:
             bank = self._bank
-            counts = (bank.tokens_encoded, bank.tokens_reused, bank.tokens_again, bank.slots_computed)
+            counts = (bank.tokens_encoded, bank.tokens_reused, bank.tokens_recomputed, bank.tokens_padded)
             found = {name: value + count for (name, value), count in zip(found.items(), counts, strict=True)}
         return {name: value + self._past[name] for name, value in found.items()}
 
@@ -168,7 +172,7 @@ class Engine:
             rows, parts = max(1, TOKENS_A_CALL // width), self._layout.parts
             rows -= rows % parts if rows > parts else 0
             while indices:
-                made = rows_for(len(indices), rows, width) if few else rows
+                made = call_rows(len(indices), rows, width) if few else rows
                 chunk, indices = indices[:made], indices[made:]
                 tokens, counts = np.zeros((made, width), np.int32), np.zeros(made, np.int32)
                 for row, index in enumerate(chunk):
@@ -208,10 +212,14 @@ class Engine:
             some = rows[start : start + at_once]
             placed = list(zip(some, self._bank.allocate([row.prefix for row in some]), strict=True))
             for one in widths:
-                most = max(1, min(self._rows, TOKENS_A_CALL // 2 // one)) if width else alike(one, widths, self._rows)
+                most = (
+                    max(1, min(self._rows, TOKENS_A_CALL // 2 // one))
+                    if width
+                    else equal_work_rows(one, widths, self._rows)
+                )
                 fitting = [pair for pair in placed if bucket(pair[0].used, widths) == one]
                 while fitting:
-                    made = rows_for(len(fitting), most, one)
+                    made = call_rows(len(fitting), most, one)
                     self._score(fitting[:made], made, one, values)
                     fitting = fitting[made:]
         return values
@@ -225,8 +233,8 @@ class Engine:
         bank = self._bank
         for capacity in bank.buckets(longest):
             for width in self.shapes.packed:
-                most = alike(width, self.shapes.packed, self._rows)
-                for rows in {rows_for(1, most, width), most}:
+                most = equal_work_rows(width, self.shapes.packed, self._rows)
+                for rows in {call_rows(1, most, width), most}:
                     each()
                     none, chunk = np.zeros(rows, np.int32), np.zeros((rows, width), np.int32)
                     _, bank.ring = _values_after(
@@ -248,7 +256,7 @@ class Engine:
         """As `warm_up`, what `whole` runs for few and many sequences of up to `longest` tokens, which are counted."""
         for width in (one for one in LENGTH_BUCKETS if one <= bucket(longest, LENGTH_BUCKETS)):
             rows = max(1, TOKENS_A_CALL // width)
-            for count in {rows_for(1, rows, width), rows}:
+            for count in {call_rows(1, rows, width), rows}:
                 each()
                 self.score_full([np.zeros(width, np.int32)] * count, ["warm-up"] * count, few=True)
 
@@ -264,7 +272,7 @@ class Engine:
         keeps = width <= self.shapes.packed[-1]
         ring_rows = np.full(rows, bank.slots, np.int32)
         if keeps:
-            ring_rows[:count] = bank.ring_rows(count)
+            ring_rows[:count] = bank.reserve_ring_rows(count)
         found, ring = _values_after(
             self._graph,
             self._parameters,
@@ -288,7 +296,7 @@ class Engine:
             for (at, part), (place, _) in zip(one.parts, _places(one), strict=True):
                 values[at] = found[row, place]
                 if keeps:
-                    bank.keep(int(slot), RingEntry(len(one.prefix), part, int(ring_rows[row]), place.start))
+                    bank.remember(int(slot), RingEntry(len(one.prefix), part, int(ring_rows[row]), place.start))
 
 
 def _packed(jobs: Sequence[tuple[np.ndarray, np.ndarray]], width: int) -> list[_Row]:

@@ -23,7 +23,7 @@ from jaxprm.scoring.scorer import Scorer
 from jaxprm.serving.requests import Classify, RequestLimits, RequestRefused, ScoreActions, Values
 
 # Few, as every shape is compiled before the first answer: a third of those that a search has, for more padding.
-SHAPES = Shapes(growth=(256,), packed=(256, 1024), kept=256, lengths=(0, 512, 2048, 8192))
+SHAPES = Shapes(growth=(256,), packed=(256, 1024), ring_width=256, lengths=(0, 512, 2048, 8192))
 
 Asked = ScoreActions | Classify
 Answer = list[ActionScore] | Values | RequestRefused

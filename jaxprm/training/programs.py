@@ -48,7 +48,7 @@ def _attention(name: str, config: TransformerConfig, mesh: Mesh, length: int, ru
     platform = mesh.devices.flat[0].platform
     if name == "reference" or (name == "auto" and platform != "tpu"):
         return packed_attention
-    from jaxprm.model.attention import BLOCKS, HEAD_DIMS, fits, splash_attention
+    from jaxprm.model.attention import BLOCKS, HEAD_DIM_DIVISOR, fits, splash_attention
 
     if platform != "tpu":
         raise UserError(f'attention = "splash" needs a TPU, the devices are {platform}; use "auto" or "reference"')
@@ -58,7 +58,7 @@ def _attention(name: str, config: TransformerConfig, mesh: Mesh, length: int, ru
             return packed_attention
         raise UserError(
             f'attention = "splash" needs data.length = {length} to be a multiple of {BLOCKS[-1] * shards} and the '
-            f'model\'s head_dim = {config.head_dim} of {HEAD_DIMS}; use "auto" or "reference"'
+            f'model\'s head_dim = {config.head_dim} of {HEAD_DIM_DIVISOR}; use "auto" or "reference"'
         )
     axes = {name: getattr(rules, name) for name in ("batch", "heads", "kv_heads", "length")}
     return splash_attention(mesh, **axes)

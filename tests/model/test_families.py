@@ -102,9 +102,9 @@ def real(values: np.ndarray) -> np.ndarray:
 @jax.jit(static_argnames=("graph", "dtype"))
 def _outputs(graph, state, positions, segments, dtype):
     model = nnx.merge(graph, state)
-    trunk = getattr(model, "transformer", model)
-    hidden = trunk(TOKENS, positions, segments, dtype=dtype).hidden
-    return model.logits(hidden) if trunk is model else model.value(hidden)
+    backbone = getattr(model, "transformer", model)
+    hidden = backbone(TOKENS, positions, segments, dtype=dtype).hidden
+    return model.logits(hidden) if backbone is model else model.value(hidden)
 
 
 def our_outputs(config, state, *, reward=False, positions=None, segments=None, dtype=jnp.float32) -> np.ndarray:

@@ -139,13 +139,13 @@ def test_reading_what_was_written_gives_the_same_bits_and_config(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(read), nnx.to_pure_dict(state))
 
 
-def test_the_trunk_of_a_reward_model_is_its_transformer(tmp_path):
+def test_the_backbone_of_a_reward_model_is_its_transformer(tmp_path):
     state = tiny.reward_model()
     write(tmp_path, state)
     with pytest.raises(UserError, match="is a reward model; give a language model"):
         reader.load_transformer(tmp_path)
-    _, trunk = reader.load_transformer(tmp_path, unembedding=False)
-    jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(trunk), nnx.to_pure_dict(state["transformer"]))
+    _, backbone = reader.load_transformer(tmp_path, unembedding=False)
+    jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(backbone), nnx.to_pure_dict(state["transformer"]))
 
 
 def test_weights_stored_in_half_precision_are_read_as_float32(tmp_path):

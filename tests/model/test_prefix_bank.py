@@ -6,20 +6,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxprm.errors import UserError
-from jaxprm.model.prefix_bank import PrefixBank, alike, rows_for
+from jaxprm.model.prefix_bank import PrefixBank, call_rows, equal_work_rows
 from jaxprm.model.transformer import reward_model_graph, transformer_graph
 from jaxprm.scoring.engine import _values_after
 from tests.model import tiny
 
 STATE = tiny.reward_model()
 GRAPH = reward_model_graph(tiny.CONFIG)
-TRUNK = transformer_graph(tiny.CONFIG)
+BACKBONE = transformer_graph(tiny.CONFIG)
 # One shape for all tests, since each is compiled: six slots, which three prefixes at a time keep evicting.
 SLOTS, CAPACITY, ROWS, REST = 6, 340, 2, 8
 
 
 def new_bank(slots: int = SLOTS) -> PrefixBank:
-    return PrefixBank(TRUNK, STATE["transformer"], tiny.CONFIG, slots=slots, capacity=CAPACITY, rows=ROWS)
+    return PrefixBank(BACKBONE, STATE["transformer"], tiny.CONFIG, slots=slots, capacity=CAPACITY, rows=ROWS)
 
 
 def random_tokens(seed: int, length: int) -> np.ndarray:
@@ -142,19 +142,19 @@ def test_a_slot_of_another_prefix_moves_the_score():
 
 
 def test_chunks_have_the_shape_that_they_fill_best():
-    bank = PrefixBank(TRUNK, STATE["transformer"], tiny.CONFIG, slots=18, capacity=CAPACITY, rows=8)
+    bank = PrefixBank(BACKBONE, STATE["transformer"], tiny.CONFIG, slots=18, capacity=CAPACITY, rows=8)
     assert bank.shapes.growth == (8, 64, 256)
     bank.allocate([random_tokens(1, 300)])  # one of 256, the rest of 44
-    assert bank.slots_computed == 256 + 64
-    before = bank.slots_computed
+    assert bank.tokens_padded == 256 + 64
+    before = bank.tokens_padded
     # One of them is too long for the middle chunk: its rest follows, and the others do not take the wide one for it.
     bank.allocate([random_tokens(seed, 70 if seed == 2 else 50) for seed in range(2, 10)])
-    assert bank.slots_computed - before == 8 * 64 + 8
+    assert bank.tokens_padded - before == 8 * 64 + 8
 
 
 def test_a_call_has_few_rows_where_calls_of_few_cost_less():
     # Of 32 rows of 32 tokens, 1088 with what a call costs; of 4 rows, 192 each.
-    assert [rows_for(count, 32, 32) for count in (1, 4, 9, 20, 21, 32, 50)] == [4, 4, 4, 4, 32, 32, 32]
+    assert [call_rows(count, 32, 32) for count in (1, 4, 9, 20, 21, 32, 50)] == [4, 4, 4, 4, 32, 32, 32]
     # Three calls of one row cost 384, one of four 320.
-    assert [rows_for(count, 4, 64) for count in (1, 2, 3, 4)] == [1, 1, 4, 4]
-    assert [alike(width, (8, 64, 256), 32) for width in (8, 64, 256)] == [32, 32, 8]
+    assert [call_rows(count, 4, 64) for count in (1, 2, 3, 4)] == [1, 1, 4, 4]
+    assert [equal_work_rows(width, (8, 64, 256), 32) for width in (8, 64, 256)] == [32, 32, 8]
