@@ -137,11 +137,11 @@ def import_checkpoint(directory: Path, config, devices: int):
 
 def export_checkpoint(directory: Path, config, state) -> None:
     """Writes the parameters as `export` does."""
-    from jaxprm.hf import reader
+    from jaxprm.hf import writer
 
     directory.mkdir()
     ids = {"pad_id": 0, "end_id": 1, "max_length": 32_768}
-    reader.write_model(directory, config, state, **ids, dtype="bfloat16")
+    writer.write_model(directory, config, state, **ids, dtype="bfloat16")
 
 
 def wrong_files(made: Path, exported: Path) -> list[str]:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 from data_pipeline.chat_template import DATE, Messages
 from data_pipeline.encode import Encoder
 from jaxprm import files
@@ -134,7 +136,7 @@ def _write(model: Path, beside: Path, form: str, dtype: str, limit: int, templat
     encoder, recipe = loading.load_encoder(model, template), read_recipe(model)
     _check_pooling(encoder, model)
     # Rounded as they are read: half the memory, and the same bits as rounded when they are written.
-    loaded = loading.load_reward_model(model, half=dtype == "bfloat16")
+    loaded = loading.load_reward_model(model, dtype=jnp.bfloat16 if dtype == "bfloat16" else None)
     config, parameters = writer.in_format(*loaded, form)
     reader.check_vocabulary(model, config, encoder.vocabulary_size)
     _, source = reader.read_config(files_of(model))

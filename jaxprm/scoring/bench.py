@@ -16,7 +16,7 @@ from flax import nnx
 from transformers import AutoModelForSequenceClassification, DynamicCache
 
 from jaxprm.errors import UserError
-from jaxprm.hf import reader
+from jaxprm.hf import writer
 from jaxprm.model.config import TransformerConfig
 from jaxprm.model.prefix_bank import Shapes
 from jaxprm.model.transformer import RewardModel
@@ -266,7 +266,7 @@ TOKENS_A_CALL = 65_536
 def load(config, parameters) -> Any:
     """The transformers model of equal weights, read from a directory as a user's would be."""
     with tempfile.TemporaryDirectory(prefix="jaxprm-bench-") as scratch:
-        reader.write_model(Path(scratch), config, parameters, pad_id=0, end_id=1, max_length=1 << 15)
+        writer.write_model(Path(scratch), config, parameters, pad_id=0, end_id=1, max_length=1 << 15)
         model = AutoModelForSequenceClassification.from_pretrained(
             scratch, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
         )

@@ -21,8 +21,9 @@ from data_pipeline.metadata import length_histogram, length_range
 from data_pipeline.shards import Dataset, ShardSplit
 from jaxprm import config as config_lib
 from jaxprm import files
+from jaxprm.artifacts.directory import RECIPE
 from jaxprm.errors import UserError
-from jaxprm.hf import hub, reader
+from jaxprm.hf import hub, reader, writer
 from jaxprm.hf.config import hf_config
 from jaxprm.hf.safetensors import weight_files
 from jaxprm.model import sharding
@@ -76,7 +77,6 @@ def to_lines(name: str, facts: dict[str, Any], data: config_lib.DataConfig, step
             yield f"  left out of {split}: {skipped['shards']} broken shards with {count} trajectories"
 
 
-RECIPE = "reward_model.json"
 READ_POSITION = "last token of the chat rendering that ends with the assistant message"
 
 # How often a run is looked at or saved changes nothing in what it computes.
@@ -105,10 +105,10 @@ def from_policy(base: Path, seed: int, mesh: Mesh | None = None) -> tuple[Transf
     if mesh is not None:
         sharding.check_model(mesh, config)
         places = sharding.shardings(sharding.with_shardings(mesh, abstract(config)))
-    trunk_places, head_place = (None, None) if places is None else (places["transformer"], places["head"])
-    config, trunk = reader.load_transformer(base, unembedding=False, shardings=trunk_places)
+    backbone_places, head_place = (None, None) if places is None else (places["transformer"], places["head"])
+    config, backbone = reader.load_transformer(base, unembedding=False, shardings=backbone_places)
     make_head = jax.jit(lambda: nnx.state(RewardModel(config, rngs=nnx.Rngs(seed)))["head"], out_shardings=head_place)
-    return config, nnx.State({"transformer": trunk, "head": make_head()})
+    return config, nnx.State({"transformer": backbone, "head": make_head()})
 
 
 def identity(
@@ -165,7 +165,7 @@ def write(
 ) -> None:
     """The model in Hugging Face format, the policy's tokenizer with `encoder`'s template, the recipe; or nothing."""
     with _whole(directory) as beside:
-        reader.write_model(beside, config, parameters, **_described(base, encoder, recipe))
+        writer.write_model(beside, config, parameters, **_described(base, encoder, recipe))
         _write_companions(beside, base, encoder, recipe)
 
 

@@ -33,27 +33,27 @@ def split(settings: config_lib.RewardModelConfig, parameters: nnx.State, key: ja
     {"a": [L, I, R], "b": [L, R, O]}; with b = 0 the model starts as it is.
     """
     head = {name: part for name, part in parameters.items() if name != "transformer"}
-    trunk = parameters["transformer"]
+    backbone = parameters["transformer"]
     if settings.trainable == "full":
         return parameters, nnx.State({})
     if settings.trainable == "head":
-        return nnx.State(head), nnx.State({"transformer": trunk})
+        return nnx.State(head), nnx.State({"transformer": backbone})
     if settings.trainable == "last_k":
-        begin = trunk["blocks"]["attention_norm"][...].shape[0] - settings.last_k
+        begin = backbone["blocks"]["attention_norm"][...].shape[0] - settings.last_k
 
         def part(leaves: slice) -> dict:
-            return {name: nnx.Param(leaf[...][leaves]) for name, leaf in trunk["blocks"].items()}
+            return {name: nnx.Param(leaf[...][leaves]) for name, leaf in backbone["blocks"].items()}
 
-        trained = {"blocks": part(slice(begin, None)), "norm": trunk["norm"]}
-        frozen = {"blocks": part(slice(begin))} | {n: p for n, p in trunk.items() if n not in ("blocks", "norm")}
+        trained = {"blocks": part(slice(begin, None)), "norm": backbone["norm"]}
+        frozen = {"blocks": part(slice(begin))} | {n: p for n, p in backbone.items() if n not in ("blocks", "norm")}
         return nnx.State(head | {"transformer": trained}), nnx.State({"transformer": frozen})
     adapters = {}
     for index, name in enumerate(settings.lora.targets):
-        layers, inputs, outputs = trunk["blocks"][name][...].shape
+        layers, inputs, outputs = backbone["blocks"][name][...].shape
         first = jax.random.normal(jax.random.fold_in(key, index), (layers, inputs, settings.lora.rank))
         second = jnp.zeros((layers, settings.lora.rank, outputs))
         adapters[name] = {"a": nnx.Param(first * inputs**-0.5), "b": nnx.Param(second)}
-    return nnx.State(head | {"adapters": {"blocks": adapters}}), nnx.State({"transformer": trunk})
+    return nnx.State(head | {"adapters": {"blocks": adapters}}), nnx.State({"transformer": backbone})
 
 
 def join(settings: config_lib.RewardModelConfig, trained: nnx.State, frozen: nnx.State) -> tuple[nnx.State, Any]:
@@ -64,8 +64,8 @@ def join(settings: config_lib.RewardModelConfig, trained: nnx.State, frozen: nnx
             name: nnx.Param(jnp.concatenate([theirs["blocks"][name][...], leaf[...]]))
             for name, leaf in ours["blocks"].items()
         }
-        trunk = dict(theirs.items()) | {"blocks": blocks, "norm": ours["norm"]}
-        return nnx.State(dict(trained.items()) | {"transformer": trunk}), {}
+        backbone = dict(theirs.items()) | {"blocks": blocks, "norm": ours["norm"]}
+        return nnx.State(dict(trained.items()) | {"transformer": backbone}), {}
     whole = dict(frozen.items()) | {name: part for name, part in trained.items() if name != "adapters"}
     if settings.trainable != "lora":
         return nnx.State(whole), {}
@@ -85,5 +85,5 @@ def merged(settings: config_lib.RewardModelConfig, trained: nnx.State, frozen: n
     for name, pair in adapters.items():
         product = jnp.einsum("lir,lro->lio", pair["a"], pair["b"], precision="highest")
         blocks[name] = nnx.Param(blocks[name][...] + product)
-    trunk = dict(parameters["transformer"].items()) | {"blocks": blocks}
-    return nnx.State(dict(parameters.items()) | {"transformer": trunk})
+    backbone = dict(parameters["transformer"].items()) | {"blocks": blocks}
+    return nnx.State(dict(parameters.items()) | {"transformer": backbone})

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxprm import cli
 from jaxprm.errors import UserError
-from jaxprm.hf import reader
+from jaxprm.hf import reader, writer
 from jaxprm.hf import reader as weights
 from jaxprm.hf.config import read_config
 from jaxprm.hf.safetensors import INDEX, WEIGHTS, model_files, open_tensors, weight_files
@@ -34,7 +34,7 @@ HUGE = 10**18
 def single(tmp_path_factory) -> Path:
     """A model in one file, without metadata in its header."""
     directory = tmp_path_factory.mktemp("single")
-    reader.write_model(directory, CONFIG, tiny.transformer(CONFIG), pad_id=0, end_id=1, max_length=512)
+    writer.write_model(directory, CONFIG, tiny.transformer(CONFIG), pad_id=0, end_id=1, max_length=512)
     save_file(load_file(directory / WEIGHTS), directory / WEIGHTS)
     return directory
 
@@ -431,7 +431,7 @@ def test_buffers_of_old_checkpoints_are_passed_over(single, tmp_path):
 
 
 def test_a_tied_models_unembedding_must_be_its_embedding(tmp_path):
-    reader.write_model(tmp_path, tiny.CONFIG, tiny.transformer(), pad_id=0, end_id=1, max_length=512)
+    writer.write_model(tmp_path, tiny.CONFIG, tiny.transformer(), pad_id=0, end_id=1, max_length=512)
     tensors = load_file(tmp_path / WEIGHTS)
     table = tensors["model.embed_tokens.weight"]
     other = table.copy()

@@ -12,7 +12,7 @@ import torch
 import transformers
 from flax import nnx
 
-from jaxprm.hf import reader
+from jaxprm.hf import reader, writer
 from jaxprm.hf.config import read_config
 from jaxprm.model.config import FAMILIES, Head, RopeScaling
 from jaxprm.model.parameters import parameter_shapes
@@ -141,7 +141,7 @@ def test_language_models_give_torchs_logits_and_give_them_back(tmp_path, case, v
     np.testing.assert_allclose(real(our_outputs(config, state)), reference, atol=1e-4)
     _, source = read_config(tmp_path / "in")
     (tmp_path / "out").mkdir()
-    reader.write_model(tmp_path / "out", config, state, pad_id=0, end_id=1, max_length=7, source=source)
+    writer.write_model(tmp_path / "out", config, state, pad_id=0, end_id=1, max_length=7, source=source)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     assert type(again) is type(theirs)
     np.testing.assert_array_equal(real(padded_logits(again)), reference)
@@ -175,7 +175,7 @@ def test_reward_models_give_torchs_values_and_give_them_back(tmp_path, case, kin
     np.testing.assert_allclose(real(our_outputs(config, state, reward=True)), values, atol=1e-4)
     (tmp_path / "out").mkdir()
     source = read_config(tmp_path / "in")[1]
-    reader.write_model(tmp_path / "out", config, state, pad_id=0, end_id=1, max_length=7, source=source)
+    writer.write_model(tmp_path / "out", config, state, pad_id=0, end_id=1, max_length=7, source=source)
     again = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     assert type(again) is type(theirs)
     np.testing.assert_array_equal(real(padded_logits(again)), logits)

@@ -12,7 +12,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from jaxprm.errors import UserError
-from jaxprm.hf import reader
+from jaxprm.hf import reader, writer
 from jaxprm.model.config import TransformerConfig
 from jaxprm.model.transformer import rotary_tables, transformer_graph
 from tests.model import tiny
@@ -25,7 +25,7 @@ TOKENS[:, -1] = 1
 
 
 def write(directory, state, config=tiny.CONFIG):
-    reader.write_model(directory, config, state, pad_id=0, end_id=1, max_length=512)
+    writer.write_model(directory, config, state, pad_id=0, end_id=1, max_length=512)
     return directory
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from flax import nnx
 
-from jaxprm.hf import reader
+from jaxprm.hf import writer
 from jaxprm.model.config import Head, TransformerConfig
 from jaxprm.model.transformer import RewardModel, Transformer
 from tests.model import tiny
@@ -47,7 +47,7 @@ def test_every_layout_holds_the_same_numbers(tmp_path):
     for name, kind in (("causal", Transformer), ("reward", RewardModel)):
         (tmp_path / name).mkdir()
         state = tiny.randomised(nnx.state(kind(CONFIG, rngs=nnx.Rngs(0))), seed=0)
-        reader.write_model(tmp_path / name, CONFIG, state, pad_id=0, end_id=1, max_length=64)
+        writer.write_model(tmp_path / name, CONFIG, state, pad_id=0, end_id=1, max_length=64)
     script = Path(__file__).with_name("sharded_import.py")
     assert "layouts that split them" in run(str(script), str(tmp_path), devices=8)
 

@@ -109,5 +109,5 @@ def test_a_tensor_of_another_shape_than_planned_is_an_error(tmp_path):
 def test_a_file_that_does_not_hold_what_was_written_is_noticed(tmp_path):
     header = {"x": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}}
     write_weights(tmp_path, [TensorToWrite("x", (1, 3), lambda: np.zeros((1, 3), np.float32))])
-    with pytest.raises(OSError, match="reads back otherwise"):
+    with pytest.raises(OSError, match="reads back differently"):
         weights_writer._check(tmp_path / "model.safetensors", header)

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from data_pipeline.encode import Encoder
-from jaxprm.hf import reader
+from jaxprm.hf import writer
 from jaxprm.model.config import TransformerConfig
 from jaxprm.model.transformer import RewardModel, Transformer, reward_model_graph
 from jaxprm.training.imitate import train_tokenizer
@@ -95,7 +95,7 @@ def _write(directory: Path, config: TransformerConfig, state) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     for source in tokenizer_directory().iterdir():
         (directory / source.name).write_bytes(source.read_bytes())
-    reader.write_model(directory, config, state, pad_id=encoder().pad_id, end_id=encoder().end_id, max_length=1024)
+    writer.write_model(directory, config, state, pad_id=encoder().pad_id, end_id=encoder().end_id, max_length=1024)
     return directory
 
 

@@ -24,7 +24,7 @@ from data_pipeline.shards import open_dataset
 from jaxprm import files
 from jaxprm.artifacts.directory import find_model, read_recipe
 from jaxprm.errors import UserError
-from jaxprm.hf import reader
+from jaxprm.hf import reader, writer
 from jaxprm.model.transformer import reward_model_graph
 from jaxprm.scoring import loading
 from jaxprm.training import programs, train
@@ -194,10 +194,10 @@ def test_shards_of_another_tokenizer_are_refused(toy, tmp_path):
 
 def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused(toy, tmp_path):
     shutil.copytree(toy.base, tmp_path / "base")
-    config, trunk = reader.load_transformer(toy.base)
+    config, backbone = reader.load_transformer(toy.base)
     small = dataclasses.replace(config, vocab_size=200)
-    trunk["embedding"] = nnx.Param(trunk["embedding"][:200])
-    reader.write_model(tmp_path / "base", small, trunk, pad_id=0, end_id=1, max_length=256)
+    backbone["embedding"] = nnx.Param(backbone["embedding"][:200])
+    writer.write_model(tmp_path / "base", small, backbone, pad_id=0, end_id=1, max_length=256)
     refused(UserError, "its embedding 200", toy, tmp_path / "output", base=tmp_path / "base")
 
 
@@ -334,16 +334,16 @@ def test_a_part_is_trained_and_a_whole_model_is_written(train_toy, toy, trainabl
 
 
 def test_a_reward_model_starts_from_the_policy_and_its_head_from_the_seed(toy, tmp_path):
-    config, trunk = reader.load_transformer(toy.base)
+    config, backbone = reader.load_transformer(toy.base)
     untied = dataclasses.replace(config, tie_embeddings=False)
-    policy = nnx.State(dict(trunk.items()) | {"unembedding": nnx.Param(trunk["embedding"][...] + 1)})
-    reader.write_model(tmp_path, untied, policy, pad_id=0, end_id=1, max_length=256)
+    policy = nnx.State(dict(backbone.items()) | {"unembedding": nnx.Param(backbone["embedding"][...] + 1)})
+    writer.write_model(tmp_path, untied, policy, pad_id=0, end_id=1, max_length=256)
     made, first = from_policy(tmp_path, 0)
     _, again = from_policy(tmp_path, 0)
     _, other = from_policy(tmp_path, 1)
     # It predicts no token, so an unembedding would be dead weight.
     assert made == config and "unembedding" not in first["transformer"]
-    for found, given in zip(jax.tree.leaves(first["transformer"]), jax.tree.leaves(trunk), strict=True):
+    for found, given in zip(jax.tree.leaves(first["transformer"]), jax.tree.leaves(backbone), strict=True):
         np.testing.assert_array_equal(found, given)
     np.testing.assert_array_equal(first["head"][...], again["head"][...])
     assert np.abs(first["head"][...] - other["head"][...]).max() > 1e-3
