@@ -11,11 +11,14 @@ import pytest
 import torch
 import transformers
 from flax import nnx
+from jax.sharding import AbstractMesh
 
 from jaxprm.hf import reader, writer
 from jaxprm.hf.config import read_config
-from jaxprm.model.config import FAMILIES, Head, RopeScaling
-from jaxprm.model.parameters import parameter_shapes
+from jaxprm.hf.names import LAYER_TENSORS, tensors
+from jaxprm.model import sharding
+from jaxprm.model.config import FAMILIES, Family, Head, RopeScaling
+from jaxprm.model.parameters import PARAMETERS, parameter_shapes
 from jaxprm.model.transformer import RewardModel, Transformer, reward_model_graph, rotary_frequencies, transformer_graph
 from tests.model import tiny
 
@@ -269,6 +272,43 @@ def test_rotary_frequencies_are_torchs(theta, head_dim, scaling):
     assert ours.dtype == np.float32
     np.testing.assert_array_max_ulp(ours, theirs, maxulp=2)
     assert np.sum(ours != theirs) <= head_dim / 128
+
+
+@pytest.mark.parametrize("kind", ["CausalLM", SEQUENCE])
+def test_a_family_with_known_traits_is_one_record(tmp_path, monkeypatch, kind):
+    """Mistral without its window has Llama's layer: registered, it is read, computed and written like the others."""
+    monkeypatch.setitem(FAMILIES, "mistral", Family("mistral", "Mistral"))
+    monkeypatch.setitem(CASES, "mistral", ("Mistral", {"tie_word_embeddings": False, "rope_theta": 1000.0}))
+    theirs = torch_model("mistral", kind, sliding_window=None, **({} if kind == "CausalLM" else {"num_labels": 1}))
+    theirs.save_pretrained(tmp_path / "in")
+    reference = real(padded_logits(theirs))
+    reward = kind != "CausalLM"
+    config, state = (reader.load_reward_model if reward else reader.load_transformer)(tmp_path / "in")
+    outputs = real(our_outputs(config, state, reward=reward))
+    np.testing.assert_allclose(outputs, reference[:, 0] if reward else reference, atol=1e-4)
+    mesh = AbstractMesh((1, 2, 1, 1), sharding.AXES)
+    placed = sharding.with_shardings(mesh, reader.abstract(config, reward=reward))
+    assert jax.tree.structure(placed) == jax.tree.structure(state)
+    (tmp_path / "out").mkdir()
+    source = read_config(tmp_path / "in")[1]
+    writer.write_model(tmp_path / "out", config, state, pad_id=0, end_id=1, max_length=7, source=source)
+    again = type(theirs).from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    np.testing.assert_array_equal(real(padded_logits(again)), reference)
+
+
+def test_traits_combine_freely(monkeypatch):
+    monkeypatch.setitem(FAMILIES, "both", Family("both", "Both", biases=True, head_norms=True))
+    config = tiny.dataclasses.replace(tiny.UNTIED, family="both")
+    modules = nnx.to_flat_state(nnx.state(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))))
+    shapes = {path: leaf.shape for path, leaf in modules}
+    assert shapes == parameter_shapes(config, reward=False)
+    assert shapes["blocks", "query_norm"] == (3, 12) and shapes["blocks", "value_bias"] == (3, 24)
+    assert {spec.path for spec in tensors(config, reward=False)} == set(shapes)
+
+
+def test_every_parameter_of_a_layer_has_a_tensor_name():
+    layers = {name for name in PARAMETERS if name not in ("embedding", "unembedding", "norm", "head", "head_bias")}
+    assert layers == set(LAYER_TENSORS) and len(set(LAYER_TENSORS.values())) == len(layers)
 
 
 @pytest.mark.parametrize("head", [Head(), Head(1, bias=True), Head(2), Head(2, bias=True)])
