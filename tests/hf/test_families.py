@@ -1,4 +1,4 @@
-"""Every family against transformers' torch model of it: the same logits and values, in and out."""
+"""Every family against its torch model in transformers: equal logits and values, read and written back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from jaxprm.model.parameters import PARAMETERS, parameter_shapes
 from jaxprm.model.transformer import RewardModel, Transformer, reward_model_graph, rotary_frequencies, transformer_graph
 from tests.model import tiny
 
-# Beside JAX's own threads, torch's wait for each other longer than they work.
+# With JAX's threads running too, several torch threads wait for each other longer than they work.
 torch.set_num_threads(1)
 VOCABULARY, LENGTHS = 211, (29, 17, 5)
 RNG = np.random.default_rng(3)
@@ -35,7 +35,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
-# Odd sizes: seven queries to a key, a head_dim that is not hidden_size / heads, no two axes alike.
+# Unusual sizes: seven query heads per kv head, head_dim not hidden_size / heads, no two axes of equal size.
 SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 42,
@@ -60,7 +60,7 @@ CASES = {
 
 
 def torch_model(case: str, kind: str = "CausalLM", **extra) -> torch.nn.Module:
-    """A small random model whose every tensor matters and whose scores spread."""
+    """A small random model in which every tensor matters and scores vary."""
     name, fields = CASES[case]
     config = getattr(transformers, f"{name}Config")(**SIZES | fields | extra)
     model = getattr(transformers, f"{name}For{kind}")(config).float().eval()
@@ -89,7 +89,7 @@ def as_version_4(directory) -> None:
 
 
 def padded_logits(model: torch.nn.Module) -> np.ndarray:
-    """[B, T, ...] of rows of several lengths, padded on the right; what padding gets is left out by `real`."""
+    """[B, T, ...] of rows of several lengths, padded on the right; `real` removes the values of padding."""
     mask = torch.arange(TOKENS.shape[1])[None] < torch.tensor(LENGTHS)[:, None]
     with torch.no_grad():
         tokens = torch.tensor(TOKENS) * mask
@@ -98,7 +98,7 @@ def padded_logits(model: torch.nn.Module) -> np.ndarray:
 
 
 def real(values: np.ndarray) -> np.ndarray:
-    """What belongs to tokens that are no padding."""
+    """The values of tokens that are not padding."""
     return np.concatenate([row[:length] for row, length in zip(values, LENGTHS, strict=True)])
 
 
@@ -120,7 +120,7 @@ def our_outputs(config, state, *, reward=False, positions=None, segments=None, d
 
 
 def some_slow(cases, fast) -> list:
-    """Parameters of which those in `fast` stand for all where time is short."""
+    """Parameters for pytest, slow unless they are in `fast`."""
     split = lambda case: case if isinstance(case, tuple) else (case,)
     return [case if case in fast else pytest.param(*split(case), marks=pytest.mark.slow) for case in cases]
 
@@ -132,7 +132,7 @@ def some_slow(cases, fast) -> list:
         fast=[("qwen2-untied", 5), ("qwen3-tied", 4), ("qwen3-untied", 5), ("llama-tied", 4)],
     ),
 )
-def test_language_models_give_torchs_logits_and_give_them_back(tmp_path, case, version):
+def test_language_models_have_torchs_logits_and_are_written_back(tmp_path, case, version):
     theirs = torch_model(case)
     theirs.save_pretrained(tmp_path / "in")
     if version == 4:
@@ -165,7 +165,7 @@ SEQUENCE, TOKEN = "SequenceClassification", "TokenClassification"
         fast=[("qwen2-tied", TOKEN, 2), ("qwen3-untied", SEQUENCE, 1), ("llama-tied", TOKEN, 1)],
     ),
 )
-def test_reward_models_give_torchs_values_and_give_them_back(tmp_path, case, kind, labels):
+def test_reward_models_have_torchs_values_and_are_written_back(tmp_path, case, kind, labels):
     theirs = torch_model(case, kind, num_labels=labels)
     theirs.save_pretrained(tmp_path / "in")
     if labels == 2:
@@ -184,21 +184,21 @@ def test_reward_models_give_torchs_values_and_give_them_back(tmp_path, case, kin
     np.testing.assert_array_equal(real(padded_logits(again)), logits)
 
 
-def test_a_sequence_classifiers_own_answer_is_the_value_of_the_last_token(tmp_path):
+def test_the_output_of_a_sequence_classifier_is_the_value_of_the_last_token(tmp_path):
     theirs = torch_model("qwen3-tied", SEQUENCE, num_labels=1)
     theirs.save_pretrained(tmp_path)
     mask = torch.arange(TOKENS.shape[1])[None] < torch.tensor(LENGTHS)[:, None]
     with torch.no_grad():
-        answers = theirs(input_ids=torch.tensor(TOKENS) * mask, attention_mask=mask.long()).logits[:, 0].numpy()
+        outputs = theirs(input_ids=torch.tensor(TOKENS) * mask, attention_mask=mask.long()).logits[:, 0].numpy()
     config, state = reader.load_reward_model(tmp_path)
     values = our_outputs(config, state, reward=True)
     last = [row[length - 1] for row, length in zip(values, LENGTHS, strict=True)]
-    np.testing.assert_allclose(last, answers, atol=1e-4)
+    np.testing.assert_allclose(last, outputs, atol=1e-4)
 
 
 @pytest.mark.parametrize("case", ["qwen2-untied", "qwen3-untied", "llama-tied"])
-def test_one_wrong_tensor_mask_or_position_would_be_seen(tmp_path, case):
-    """What the tests above compare within 1e-4 moves a hundred times as much for any single mistake."""
+def test_any_wrong_tensor_mask_or_position_changes_the_logits(tmp_path, case):
+    """The logits compared above within 1e-4 change by more than 1e-2 for any single mistake."""
     torch_model(case).save_pretrained(tmp_path)
     config, state = reader.load_transformer(tmp_path)
     right = real(our_outputs(config, state))
@@ -228,7 +228,7 @@ def test_bfloat16_weights_are_kept_bit_for_bit(tmp_path, case):
     table = theirs.model.embed_tokens.weight.detach().view(torch.int16).numpy()
     np.testing.assert_array_equal(np.asarray(state["embedding"][...]).view(np.int16), table)
     assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype(jnp.bfloat16)}
-    # Loaded anew: a model that is cast casts its rotary frequencies too.
+    # Loaded again: a model that is cast casts its rotary frequencies too.
     load = transformers.AutoModelForCausalLM.from_pretrained
     exact = real(padded_logits(load(tmp_path, dtype=torch.float32).eval()))
     np.testing.assert_allclose(real(our_outputs(config, state)), exact, atol=1e-4)
@@ -313,7 +313,7 @@ def test_every_parameter_of_a_layer_has_a_tensor_name():
 
 @pytest.mark.parametrize("head", [Head(), Head(1, bias=True), Head(2), Head(2, bias=True)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_table_names_the_parameters_of_the_modules(family, head):
+def test_the_table_has_the_parameters_of_the_modules(family, head):
     config = tiny.dataclasses.replace(tiny.UNTIED, family=family, head=head)
     for reward, kind in ((False, Transformer), (True, RewardModel)):
         expected = nnx.state(nnx.eval_shape(lambda kind=kind: kind(config, rngs=nnx.Rngs(0))))
