@@ -13,13 +13,14 @@ from jaxprm import config as config_lib
 from jaxprm.model import sharding
 from jaxprm.model.attention import packed_attention
 from jaxprm.model.config import TransformerConfig
+from jaxprm.model.parameters import layer_matrices
 from jaxprm.model.transformer import reward_model_graph
 from jaxprm.planning import compiling
 from jaxprm.planning.compiling import Compilation, compile_ahead
 from jaxprm.planning.hlo import Communication, attention_of, host_transfers, read_communication
 from jaxprm.scoring import engine
 from jaxprm.training import reward_model
-from jaxprm.training.flops import Chip, StepFlops, chip_of, forward_passes, matrices, train_step_flops
+from jaxprm.training.flops import Chip, StepFlops, chip_of, forward_passes, train_step_flops
 from jaxprm.training.programs import batch_fields, batch_shapes, make_programs
 from jaxprm.training.step import FIELDS
 
@@ -143,7 +144,7 @@ def make_plan(
         features = compile_ahead(programs.features_step, programs.parameters, full_batch, limit=tpu_slice.limit)
     # Where only the head is trained, attention is in the pass over the data. A refused program has no text.
     text = (features or step).text
-    chosen = "reference" if programs.compute.attend is packed_attention else "splash"
+    chosen = "reference" if programs.forward_options.attend is packed_attention else "splash"
     attention = attention_of(text) if text else chosen
     flops = train_step_flops(config, settings, data, attention)
     communication = read_communication(step.text, len(tpu_slice.devices)) if step.text else None

@@ -7,7 +7,7 @@ import importlib.metadata
 import math
 from typing import Any
 
-from jaxprm.hf.names import parameter_shapes
+from jaxprm.model.parameters import parameter_shapes
 from jaxprm.planning.compiling import Compilation, Memory
 from jaxprm.planning.plan import ASSUMPTIONS, SliceEstimate, StepTimeEstimate
 from jaxprm.training.flops import chip_of

@@ -21,7 +21,7 @@ from flax import nnx
 from jaxprm.errors import UserError
 from jaxprm.model.attention import packed_attention, tiled_attention
 from jaxprm.model.config import TransformerConfig
-from jaxprm.model.prefix_bank import PrefixBank, RingEntry, Shapes, alike, bucket, rows_for, rows_of
+from jaxprm.model.prefix_bank import PrefixBank, RingEntry, Shapes, bucket, call_rows, copy_slots, equal_work_rows
 from jaxprm.model.sharding import ONE_DEVICE, Layout
 from jaxprm.model.transformer import ForwardOptions, reward_model_graph, transformer_graph
 
@@ -61,8 +61,8 @@ def values_of_rows(graph, parameters, tokens, counts, dtype, layout=ONE_DEVICE):
     model, tokens = nnx.merge(graph, parameters), layout.of_rows(tokens)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     segments = (positions < counts[:, None]).astype(jnp.int32)
-    compute = ForwardOptions(dtype, attend=functools.partial(packed_attention, block=tiled_attention))
-    return model.value(model.transformer(tokens, positions, segments, compute=compute).hidden)
+    forward_options = ForwardOptions(dtype, attend=functools.partial(packed_attention, block=tiled_attention))
+    return model.value(model.transformer(tokens, positions, segments, forward_options=forward_options).hidden)
 
 
 # The ring is donated, so that it is updated in place.
@@ -86,9 +86,13 @@ def _values_after(
     Also returns the ring, with the keys and values of the rows at `ring_rows` [R], or None if `ring` is None.
     """
     model = nnx.merge(graph, parameters)
-    cache, dtype = layout.of_rows(rows_of(bank, slots, lengths, capacity)), bank.keys[0].dtype
-    output = model.transformer(layout.of_rows(tokens), lengths[:, None] + positions, segments, (cache,), dtype=dtype)
-    return model.value(output.hidden), ring and layout.of_slots(ring.write(ring_rows, output.keys, output.values))
+    cache, dtype = layout.constrain_rows(copy_slots(bank, slots, lengths, capacity)), bank.keys[0].dtype
+    output = model.transformer(
+        layout.constrain_rows(tokens), lengths[:, None] + positions, segments, (cache,), dtype=dtype
+    )
+    return model.value(output.hidden), ring and layout.constrain_slots(
+        ring.write(ring_rows, output.keys, output.values)
+    )
 
 
 class Engine:
@@ -129,7 +133,7 @@ class Engine:
     def bytes_of_a_slot(self) -> int:
         """Memory of a cached prefix in bytes, with room for a chunk past its end and a row of the ring."""
         config, shapes = self.config, self.shapes
-        tokens = self.max_tokens + shapes.growth[-1] + shapes.kept + shapes.packed[-1]
+        tokens = self.max_tokens + shapes.growth[-1] + shapes.ring_width + shapes.packed[-1]
         return 2 * config.layers * config.kv_heads * config.head_dim * self._dtype.itemsize * tokens
 
     @property

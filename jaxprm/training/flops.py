@@ -219,7 +219,5 @@ def flops_per_token(config: TransformerConfig, context: int = 0) -> float:
 
     Embedding look-ups cost nothing, and the scalar head is too small to count.
     """
-    width, head_width = config.hidden_size, config.head_dim
-    attention = width * head_width * (2 * config.heads + 2 * config.kv_heads)
-    block = attention + 3 * width * config.intermediate_size
-    return 2.0 * config.layers * (block + 2 * context * config.heads * head_width)
+    weights = sum(inputs * outputs for inputs, outputs in layer_matrices(config).values())
+    return 2.0 * config.layers * (weights + 2 * context * config.heads * config.head_dim)

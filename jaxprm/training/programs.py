@@ -53,7 +53,7 @@ class Programs:
     """
 
     graph: nnx.GraphDef
-    compute: ForwardOptions
+    forward_options: ForwardOptions
     split: Callable
     init: Callable
     train_step: Callable
@@ -106,7 +106,7 @@ def make_programs(
         init=jax.jit(init, donate_argnums=0, out_shardings=state_shardings),
         # Pinned on both sides: left to the compiler, a parameter's sharding can drift, and the step compiles again.
         train_step=jax.jit(
-            make_train_step(graph, optimizer, settings, compute),
+            make_train_step(graph, optimizer, settings, forward_options),
             donate_argnums=0,
             in_shardings=(state_shardings, batch_sharding, frozen_shardings),
             out_shardings=(state_shardings, replicated),

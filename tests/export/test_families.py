@@ -15,8 +15,8 @@ from jaxprm.errors import UserError
 from jaxprm.export.export import export
 from jaxprm.hf import reader
 from jaxprm.scoring import loading
+from tests.hf.test_families import CASES, LENGTHS, TOKENS, as_version_4, padded_logits, real, torch_model
 from tests.model import tiny
-from tests.model.test_families import CASES, LENGTHS, TOKENS, as_version_4, padded_logits, real, torch_model
 
 torch.set_num_threads(1)
 AUTO = {

@@ -90,7 +90,7 @@ def test_shapes_of_public_models():
     """Parameters as on their model cards: 0.36, 2.77 and 6.53 billion without the embedding; Llama 8.03 with it."""
     from math import prod
 
-    from jaxprm.hf.names import parameter_shapes
+    from jaxprm.model.parameters import parameter_shapes
 
     counts = {}
     for name, config in MODELS.items():

@@ -66,7 +66,7 @@ def names(state: nnx.State) -> set[str]:
 
 @functools.cache
 def forward(kind: str):
-    step = functools.partial(trained_readouts, settings=settings(kind), compute=ForwardOptions(), states=True)
+    step = functools.partial(trained_readouts, settings=settings(kind), forward_options=ForwardOptions(), states=True)
     return jax.jit(lambda trained, frozen, batch: jnp.stack(step(GRAPH, trained, frozen, batch)))
 
 
@@ -143,10 +143,10 @@ def test_nothing_of_frozen_layers_is_kept_for_the_backward_pass():
 
     def residuals(frozen_layers: int) -> int:
         trained, frozen = split("last_k")
-        chosen, compute = settings("last_k"), ForwardOptions(frozen_layers=frozen_layers)
+        chosen, forward_options = settings("last_k"), ForwardOptions(frozen_layers=frozen_layers)
 
         def values(trained):
-            return trained_readouts(GRAPH, trained, frozen, batch(), chosen, compute, states=False)[0]
+            return trained_readouts(GRAPH, trained, frozen, batch(), chosen, forward_options, states=False)[0]
 
         _, backward = jax.vjp(values, trained)
         shapes = [np.shape(leaf) for leaf in jax.tree.leaves(backward)]
