@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 from data_pipeline.encode import Encoder
 from data_pipeline.output import backup_of, staged_directory, staging_of
 from jaxprm import files
@@ -128,7 +130,7 @@ def _write(model: Path, staging: Path, head_format: str, dtype: str, limit: int,
     encoder, recipe = loading.load_encoder(model, template), read_recipe(model)
     _check_pooling(encoder, model)
     # Rounded as they are read: half the memory, and the same bits as rounded when they are written.
-    loaded = loading.load_reward_model(model, half=dtype == "bfloat16")
+    loaded = loading.load_reward_model(model, dtype=jnp.bfloat16 if dtype == "bfloat16" else None)
     config, parameters = writer.in_format(*loaded, head_format)
     reader.check_vocabulary(model, config, encoder.vocabulary_size)
     _, source = reader.read_config(files_of(model))

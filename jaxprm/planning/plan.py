@@ -195,7 +195,7 @@ def _step_time(
     communication: Communication,
 ) -> StepTimeEstimate:
     memory = step.memory
-    weights = config.layers * sum(inputs * outputs for inputs, outputs in matrices(config).values())
+    weights = config.layers * sum(inputs * outputs for inputs, outputs in layer_matrices(config).values())
     # fsdp gathers the weights before they are read; tensor parallelism reads a part of them on each device.
     read = forward_passes(settings) * weights * jnp.dtype(settings.dtype).itemsize / mesh.shape["tensor"]
     # As ASSUMPTIONS says: arguments are read, outputs written, temporaries written and read.

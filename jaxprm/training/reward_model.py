@@ -22,7 +22,7 @@ from jaxprm import config as config_lib
 from jaxprm import files
 from jaxprm.artifacts.directory import RECIPE
 from jaxprm.errors import UserError
-from jaxprm.hf import hub, reader, writer
+from jaxprm.hf import hub, reader
 from jaxprm.hf.config import hf_config
 from jaxprm.hf.safetensors import weight_files
 from jaxprm.model import sharding

@@ -83,7 +83,7 @@ def readouts(
     adapters: Any = NO_ADAPTERS,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Promises M_t and, if `states`, state values V_t, both [B, S] float32, from one forward pass."""
-    actions, before = hidden_states(model, batch, states=states, compute=compute, adapters=adapters)
+    actions, before = hidden_states(model, batch, states=states, forward_options=forward_options, adapters=adapters)
     return model.value(actions), model.value(before) if states else None
 
 
@@ -106,7 +106,8 @@ def trained_readouts(
         values = head_values(batch["read_features"], head)
         return values, head_values(batch["state_features"], head) if states else None
     parameters, adapters = join(settings, trained, frozen)
-    return readouts(nnx.merge(graph, parameters), batch, states=states, compute=compute, adapters=adapters)
+    model = nnx.merge(graph, parameters)
+    return readouts(model, batch, states=states, forward_options=forward_options, adapters=adapters)
 
 
 class RewardSums(NamedTuple):
@@ -139,7 +140,7 @@ def reward_sums(
     target: Any | None,
     batch: Batch,
     settings: config_lib.RewardModelConfig,
-    compute: ForwardOptions = PLAIN,
+    forward_options: ForwardOptions = PLAIN,
     frozen: Any = NO_PARAMETERS,
 ) -> RewardSums:
     """The sums of `reward_loss`, for a caller that divides later. Same arguments."""
@@ -176,7 +177,7 @@ def reward_loss(
     target: Any | None,
     batch: Batch,
     settings: config_lib.RewardModelConfig,
-    compute: ForwardOptions = PLAIN,
+    forward_options: ForwardOptions = PLAIN,
     frozen: Any = NO_PARAMETERS,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss L of one batch, as in the head of this file.
@@ -205,7 +206,7 @@ def loss_and_gradients(
     target: Any | None,
     batch: Batch,
     settings: config_lib.RewardModelConfig,
-    compute: ForwardOptions = PLAIN,
+    forward_options: ForwardOptions = PLAIN,
     frozen: Any = NO_PARAMETERS,
 ) -> tuple[jax.Array, dict[str, jax.Array], Any]:
     """(loss, metrics, gradients) of `reward_loss`, computed in `settings.microbatches` passes.
@@ -223,7 +224,7 @@ def loss_and_gradients(
         return loss, metrics, gradients
 
     def total_of(parameters, microbatch):
-        sums = reward_sums(graph, parameters, target, microbatch, settings, compute, frozen)
+        sums = reward_sums(graph, parameters, target, microbatch, settings, forward_options, frozen)
         return sums.total(beta), sums
 
     def add(carry, microbatch):
@@ -291,7 +292,7 @@ def make_evaluation_step(
     """The function (parameters, batch, frozen) -> (promises, returns-to-go), both [B, S]."""
 
     def evaluation_step(parameters: Any, batch: Batch, frozen: Any = NO_PARAMETERS) -> tuple[jax.Array, jax.Array]:
-        values, _ = trained_readouts(graph, parameters, frozen, batch, settings, compute, states=False)
+        values, _ = trained_readouts(graph, parameters, frozen, batch, settings, forward_options, states=False)
         returns = returns_to_go(batch["rewards"], batch["is_last"], batch["valid"], discount=settings.discount)
         return values, returns
 
@@ -299,13 +300,13 @@ def make_evaluation_step(
 
 
 def make_features_step(
-    graph: nnx.GraphDef, settings: config_lib.RewardModelConfig, compute: ForwardOptions = PLAIN
+    graph: nnx.GraphDef, settings: config_lib.RewardModelConfig, forward_options: ForwardOptions = PLAIN
 ) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array | None]]:
     """The function (parameters, batch) -> `hidden_states` in float32, for training the head only."""
 
     def features_step(parameters: Any, batch: Batch) -> Any:
         model = nnx.merge(graph, parameters)
-        features = hidden_states(model, batch, states=reads_states(settings), compute=compute)
+        features = hidden_states(model, batch, states=reads_states(settings), forward_options=forward_options)
         return jax.tree.map(lambda x: x.astype(jnp.float32), features)
 
     return features_step

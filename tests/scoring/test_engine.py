@@ -102,7 +102,7 @@ def test_what_was_dropped_is_encoded_again_and_counted():
 
 
 def test_the_record_of_dropped_prefixes_is_bounded(monkeypatch):
-    monkeypatch.setattr("jaxprm.model.prefix_bank.DROPPED", 3)
+    monkeypatch.setattr("jaxprm.model.prefix_bank.MAX_DROPPED_PREFIXES", 3)
     engine, rng = new_engine(2), np.random.default_rng(3)
     states = [tokens_of(rng, 10 + number % 4) for number in range(9)]
     for state in states:

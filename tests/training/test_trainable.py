@@ -119,10 +119,11 @@ def test_another_seed_draws_other_adapters():
     assert np.abs(first - other).max() > 0.1
 
 
-def gradients(kind: str, compute: ForwardOptions, batch: dict):
+def gradients(kind: str, forward_options: ForwardOptions, batch: dict):
     trained, frozen = split(kind)
     chosen = settings(kind, bootstrap="state")
-    return jax.jit(lambda t, f, b: loss_and_gradients(GRAPH, t, None, b, chosen, compute, f)[2])(trained, frozen, batch)
+    step = jax.jit(lambda t, f, b: loss_and_gradients(GRAPH, t, None, b, chosen, forward_options, f)[2])
+    return step(trained, frozen, batch)
 
 
 @functools.cache
