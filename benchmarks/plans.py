@@ -3,7 +3,7 @@
     python -m benchmarks.plans --output runs/plans            # compile those that are missing
     python -m benchmarks.plans --output runs/plans --rows     # only write the table of the finished ones
 
-Needs libtpu. Each plan is compiled in a process of its own; its JSON file is named after its options.
+Needs libtpu. Each plan is compiled in a separate process; its JSON file is named after its options.
 """
 
 from __future__ import annotations

@@ -222,7 +222,7 @@ def _estimate(point: float, draws: Array, n: int) -> Estimate:
 
 
 def percentile_interval(draws: Array) -> tuple[float, float]:
-    """The interval that LEVEL of the draws [R] lie in, cutting off equal shares below and above."""
+    """The interval that holds LEVEL of the draws [R], cutting off equal shares below and above."""
     low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 

@@ -49,7 +49,7 @@ def export(
         dtype: of the weights, "float32" or "bfloat16".
         max_shard_size: of a file of weights, such as "5GB".
         template: a chat template instead of the model's own, as in Encoder.load.
-        verify: let transformers score conversations in a process of its own, and compare every step's value with ours;
+        verify: let transformers score conversations in a separate process, and compare every step's value with ours;
             see `jaxprm.export.verify.verify`.
         trajectories: the conversations to verify on, as JSON Lines; default: a few samples.
 

@@ -260,7 +260,7 @@ def _usage(config: Mapping[str, Any]) -> list[str]:
         # SGLang and TRL read the first logit, which of two labels is not the value.
         parts += [] if two else [_SGLANG_SEQUENCE, _sglang_note(), _TRL_SEQUENCE]
         parts.append(_UNSEEN.format(others="" if two else ", SGLang and TRL"))
-    # Not str.format: the code has braces of its own.
+    # Not str.format: the code has braces itself.
     for name, text in (words | {"DTYPE": config["dtype"], "VALUE": value}).items():
         parts = [part.replace(name, text) for part in parts]
     return ["With transformers:", *parts]

@@ -2,7 +2,7 @@
 
     python transformers_scores.py DIRECTORY CASES.json VALUES.json
 
-Run in a process of its own, it imports nothing of this project. CASES is a list of {"name", "messages", "tools",
+Run in a separate process, it imports nothing of this project. CASES is a list of {"name", "messages", "tools",
 "tokens", "read_positions"}; VALUES gets {"values": the value at every read position, "transformers", "torch"}.
 
 A wrong token is an error: equal scores of other tokens would prove nothing. So is a missing tensor, which transformers

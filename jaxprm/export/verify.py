@@ -1,4 +1,4 @@
-"""`export --verify`: transformers, in a process of its own, must score the export as we score the model."""
+"""`export --verify`: transformers, in a separate process, must score the export as we score the model."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def test_the_summary_by_hand():
     assert points["auroc"] == pytest.approx(9 / 12)
     # Depth 1: .6 > .4 in a, .2 < .5 in b; depth 2: .9 > .1.
     assert points["auroc_within_task"] == pytest.approx(2 / 3)
-    # Seven values, ten bins: each value is a bin of its own.
+    # Seven values, ten bins: each value has a bin.
     assert points["calibration_error"] == pytest.approx(sum(errors) / 7)
 
 

@@ -1,4 +1,4 @@
-"""Exports, or scores a file, in a process of its own, and waits to be killed at a chosen point.
+"""Exports, or scores a file, in a separate process, and waits to be killed at a chosen point.
 
     python killed_export.py export MODEL OUTPUT    # waits after the second file of weights
     python killed_export.py score MODEL INPUT OUTPUT    # waits after the third chunk and part of a line
