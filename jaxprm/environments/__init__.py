@@ -1,4 +1,4 @@
-"""Environments: where agents act. Nothing here knows a model."""
+"""Where agents act. Nothing here knows a model."""
 
 from jaxprm.environments.protocol import Environment, StepResult, create
 

@@ -1,4 +1,4 @@
-"""One self-contained page that shows what a run measured, and how its searches went."""
+"""The page that shows a run, from its files alone."""
 
 from jaxprm.report.build import build_report
 
