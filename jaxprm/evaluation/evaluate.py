@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxprm import files
-from jaxprm.artifacts.directory import find_model, read_recipe
+from jaxprm.artifacts.directory import find_model, model_identity, read_recipe
+from jaxprm.config import fingerprint
 from jaxprm.errors import UserError
 from jaxprm.evaluation import outcome_metrics, step_metrics
 from jaxprm.evaluation.labels import OWN_FIELD, kind_of, validation_tasks
@@ -87,10 +88,15 @@ def evaluate(models: Sequence[Path], input: Path, settings: Settings, *, chunk: 
     report = evaluate_scores(scored, evaluated, settings)
     report["input"]["file"] = str(input)
     report["models"] = [
-        {"name": name, "sha256": files.sha256(directory / WEIGHTS)}
-        for name, directory in zip(names, directories, strict=True)
+        {"name": name, "sha256": _weights_sha256(directory)} for name, directory in zip(names, directories, strict=True)
     ]
     return files.without_nan(report)
+
+
+def _weights_sha256(directory: Path) -> str:
+    """sha256 of a model's only file of weights; of all its files' digests if it is sharded or a checkpoint."""
+    weights = directory / WEIGHTS
+    return files.sha256(weights) if weights.is_file() else fingerprint(model_identity(directory))
 
 
 def evaluate_scores(scored: ScoredFile, models: Sequence[EvaluatedModel], settings: Settings) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from jaxprm.objectives import find_objective
 
 from jaxprm import cli, config
+from jaxprm.objectives import find_objective
 from jaxprm.search.methods import guided_search, search_specs
 from tests.docs import pages
 from tests.search.fakes import ScriptedScorer, SeededPolicy, Walk
@@ -47,7 +47,9 @@ def test_the_order_of_the_layers_is_the_one_that_lint_enforces():
     enforced = [name.strip() for layer in contracts[0]["layers"] for name in re.split(r"[|:]", layer)]
     layers = TEXT[TEXT.index("## The layers") : TEXT.index("## Where to start")]
     listed = re.findall(r"`jaxprm/(\w+)(?:/|\.py)`", layers)
-    assert [name for name in enforced if name in listed] == [name for name in listed if name in enforced]
+    # The modules at the bottom have no order among themselves, and cli.py shares its line with its options.
+    ordered = [name for name in listed if (pages.ROOT / "jaxprm" / name).is_dir() or name in ("cli", "api")]
+    assert [name for name in enforced if name in ordered] == ordered
 
 
 def test_invariants_name_tests_that_exist():

@@ -1,11 +1,14 @@
 """The `evaluate` verb from a file to its table and JSON, with a small random reward model."""
 
+import hashlib
 import itertools
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from jaxprm import cli
 from jaxprm.evaluation import scored
@@ -226,3 +229,22 @@ def test_the_same_model_twice_is_refused(capsys, tmp_path, model):
 def test_a_file_of_bad_lines_alone_is_an_error(capsys, tmp_path, model):
     code, _, err = run(capsys, "--model", model, "--input", write(tmp_path / "in.jsonl", ["{", "["]))
     assert code == 2 and "none of its 2 lines could be scored; in.jsonl:1: " in err
+
+
+def test_a_model_in_several_weight_files_is_named_by_all_of_them(capsys, tmp_path, model):
+    whole, sharded = tmp_path / "whole", tmp_path / "sharded"
+    shutil.copytree(model, whole)
+    shutil.copytree(model, sharded, ignore=shutil.ignore_patterns("*.safetensors"))
+    tensors = load_file(model / "model.safetensors")
+    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    placed = {tensor: names[position % 2] for position, tensor in enumerate(sorted(tensors))}
+    for name in names:
+        save_file({tensor: tensors[tensor] for tensor in tensors if placed[tensor] == name}, sharded / name)
+    (sharded / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": placed}))
+    rows = rows_of(lambda task, number: {"outcome": float(number % 2)})
+    hashes = []
+    for directory in (whole, sharded):
+        report, _ = report_of(capsys, tmp_path, directory, rows)
+        hashes += [entry["sha256"] for entry in report["models"]]
+    assert hashes[0] == hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
+    assert len(hashes[1]) == 64 and hashes[1] != hashes[0]
