@@ -23,7 +23,8 @@ REGISTERED = {"textcraft": "jaxprm.environments.textcraft:TextCraft"}
 _METHODS = ("tasks", "reset", "step", "outcome", "close")
 _CLONE_METHODS = ("snapshot", "restore")
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class StepResult(NamedTuple):
@@ -98,7 +99,8 @@ def create(name: str, arguments: Mapping[str, Any] | None = None) -> Environment
     or if the result lacks a part of the protocol.
     """
     choices = f"one of {', '.join(sorted(REGISTERED))}"
-    environment = plugins.make("environment", name, REGISTERED.get(name, name), arguments or {}, choices=choices)
+    path = REGISTERED.get(name, name)
+    environment: Environment = plugins.make("environment", name, path, arguments or {}, choices=choices)
     _check_protocol(name, environment)
     return environment
 
@@ -137,8 +139,8 @@ def outcome(environment: Environment) -> float:
     return value
 
 
-def answer(environment: Environment) -> str | None:
-    """The answer of the episode, or None. Raises TypeError if it is neither text nor None."""
+def answer(environment: Any) -> str | None:
+    """The answer of an environment that has this method, or None. Raises TypeError if it is neither text nor None."""
     value = environment.answer()
     return None if value is None else _text(value, "answer", "answer")
 

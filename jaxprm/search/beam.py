@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from jaxprm import config as config_lib
 from jaxprm.policies.protocol import Policy
 from jaxprm.search.branches import BranchRunner
-from jaxprm.search.spec import SearchMethod, SearchSpec
+from jaxprm.search.spec import SearchMethod, SearchRequest
 from jaxprm.search.tree import ActionScorer, Node, SearchLimits, Tree, commit, execute, expand, new_trees
 
 
@@ -36,7 +35,8 @@ def beam_search(
 
         score_t = Q(s_{t+k}, a_{t+k}) + progress_weight * A(s_t, a_t),   A(s_1, a_1) = 0,   0 <= k <= ahead,
 
-    with the action a_{t+k} that looking ahead reached, k = 0 without lookahead. The paper gives no details; ours are:
+    with the action a_{t+k} that looking ahead reached, k = 0 without lookahead. Where the paper is silent
+    (docs/method.md, section 7):
 
     - The first round draws N * M actions from the prompt, each later round M after every open path.
     - Equal actions of one state are one candidate.
@@ -57,6 +57,7 @@ def beam_search(
         open_trees = [tree for tree in trees if not tree.finished]
         if not open_trees:
             break
+        # In the first round all N paths come from the prompt.
         draws = width * actions if round_number == 1 else actions
         parents = [(tree, node) for tree in open_trees for node in tree.frontier if not node.branch.done]
         _, candidates = expand(parents, draws, runner, policy, scorer, temperature, progress_weight)
@@ -87,6 +88,7 @@ def beam_search(
 
 def keep_best(finished: Sequence[Node], candidates: Sequence[Node], width: int) -> list[Node]:
     """The `width` nodes with the highest scores; among equals finished paths first, then candidates as drawn."""
+    # Sorting is stable: it keeps the order of equal scores.
     return sorted([*finished, *candidates], key=lambda node: -node.score)[:width]
 
 
@@ -168,29 +170,20 @@ def look_ahead(
             candidate.score = candidate.lookahead_value + progress_weight * (candidate.progress or 0.0)
 
 
-def _run(
-    tasks: Sequence[str],
-    runner: BranchRunner,
-    policy: Policy,
-    scorer: ActionScorer,
-    *,
-    spec: SearchSpec,
-    settings: config_lib.SearchConfig,
-    limits: SearchLimits,
-) -> list[Tree]:
+def _run(request: SearchRequest) -> list[Tree]:
     return beam_search(
-        tasks,
-        runner,
-        policy,
-        scorer,
-        width=spec.width,
-        actions=spec.actions,
-        temperature=settings.temperature,
-        max_rounds=runner.environment.max_rounds,
-        progress_weight=settings.progress_weight,
-        diverse=spec.kind == "diverse",
-        ahead=spec.ahead,
-        limits=limits,
+        request.tasks,
+        request.runner,
+        request.policy,
+        request.scorer,
+        width=request.spec.width,
+        actions=request.spec.actions,
+        temperature=request.settings.temperature,
+        max_rounds=request.max_rounds,
+        progress_weight=request.settings.progress_weight,
+        diverse=request.spec.kind == "diverse",
+        ahead=request.spec.ahead,
+        limits=request.limits,
     )
 
 

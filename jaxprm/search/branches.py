@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 from jaxprm.environments import Environment, protocol
 from jaxprm.errors import UserError
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,7 @@ class BranchRunner:
         self._pool.close()
 
     def _slot(self, task: str) -> int:
+        # In turn, in the order in which tasks are first seen. A task keeps its slot, where its snapshots are.
         return self._slots.setdefault(task, len(self._slots) % self._pool.at_once)
 
     def _count(self, steps: int = 0, errors: int = 0) -> None:

@@ -16,10 +16,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from jaxprm import config as config_lib
 from jaxprm.policies.protocol import Action, Policy
 from jaxprm.search.branches import BranchRunner
-from jaxprm.search.spec import SearchMethod, SearchSpec
+from jaxprm.search.spec import SearchMethod, SearchRequest
 from jaxprm.search.tree import ActionScorer, Node, SearchLimits, Tree, commit, expand, new_trees
 
 
@@ -152,6 +151,7 @@ def _simulate(
 ) -> None:
     """One simulation of every search: select, execute, expand, back up."""
     paths = [search.select() for search in searches]
+    # The root is executed already.
     commit([path[-1] for path in paths if path[-1] is not path[0]], runner)
     open_leaves = [(search, path[-1]) for search, path in zip(searches, paths, strict=True) if not path[-1].branch.done]
     if open_leaves:
@@ -164,27 +164,18 @@ def _simulate(
         search.back_up(path)
 
 
-def _run(
-    tasks: Sequence[str],
-    runner: BranchRunner,
-    policy: Policy,
-    scorer: ActionScorer,
-    *,
-    spec: SearchSpec,
-    settings: config_lib.SearchConfig,
-    limits: SearchLimits,
-) -> list[Tree]:
+def _run(request: SearchRequest) -> list[Tree]:
     return tree_search(
-        tasks,
-        runner,
-        policy,
-        scorer,
-        simulations=spec.width,
-        actions=spec.actions,
-        temperature=settings.temperature,
-        max_rounds=runner.environment.max_rounds,
-        exploration=settings.exploration,
-        limits=limits,
+        request.tasks,
+        request.runner,
+        request.policy,
+        request.scorer,
+        simulations=request.spec.width,
+        actions=request.spec.actions,
+        temperature=request.settings.temperature,
+        max_rounds=request.max_rounds,
+        exploration=request.settings.exploration,
+        limits=request.limits,
     )
 
 

@@ -19,7 +19,7 @@ from jaxprm.progress import bar
 from jaxprm.search.beam import BEAM, DIVERSE, LOOKAHEAD, STEPWISE
 from jaxprm.search.branches import BranchRunner, check_can_fork
 from jaxprm.search.mcts import MCTS
-from jaxprm.search.spec import SearchMethod, SearchSpec
+from jaxprm.search.spec import SearchMethod, SearchRequest, SearchSpec
 from jaxprm.search.tree import ActionScorer, Prices, SearchLimits, Tree, tokens_read, tree_to_dict
 
 # Every search algorithm by its kind. The order is that of results.json and of the files' creation.
@@ -156,7 +156,7 @@ def guided_search(
                 for start in range(0, len(missing), together):
                     chunk = missing[start : start + together]
                     encoded = scorer.usage["encoded"]
-                    trees = spec.method.run(chunk, runner, policy, scorer, spec=spec, settings=settings, limits=limits)
+                    trees = spec.method.run(SearchRequest(chunk, runner, policy, scorer, spec, settings, limits))
                     lines = [_line(tree, policy, runner, about_trees.get(tree.task)) for tree in trees]
                     resumable.append(_with_encoded(lines, scorer.usage["encoded"] - encoded))
                     successes += [tree.best.branch.outcome or 0.0 for tree in trees]

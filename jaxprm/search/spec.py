@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from jaxprm import config as config_lib
 from jaxprm.errors import UserError
@@ -14,24 +14,32 @@ from jaxprm.search.branches import BranchRunner
 from jaxprm.search.tree import ActionScorer, SearchLimits, Tree
 
 
-class RunSearch(Protocol):
-    """Searches tasks in lockstep and returns their trees, in order.
+@dataclass(frozen=True)
+class SearchRequest:
+    """What to search and with what: the argument of every search algorithm.
 
-    Each tree says what its search drew, scored and executed (`expand`, `commit` and `execute` in jaxprm/search/tree.py
-    keep these records), and its `best` path is the answer. `limits` are checked after every round of a task.
+    Attributes:
+        tasks: searched in lockstep, so that one call to the policy and one to the scorer serve all of them.
+        limits: to be checked after every round of a task.
     """
 
-    def __call__(
-        self,
-        tasks: Sequence[str],
-        runner: BranchRunner,
-        policy: Policy,
-        scorer: ActionScorer,
-        *,
-        spec: SearchSpec,
-        settings: config_lib.SearchConfig,
-        limits: SearchLimits,
-    ) -> list[Tree]: ...
+    tasks: Sequence[str]
+    runner: BranchRunner
+    policy: Policy
+    scorer: ActionScorer
+    spec: SearchSpec
+    settings: config_lib.SearchConfig
+    limits: SearchLimits
+
+    @property
+    def max_rounds(self) -> int:
+        """Actions after which the environment cuts an episode."""
+        return self.runner.environment.max_rounds
+
+
+# Returns a tree for each task, in order. `expand`, `commit` and `execute` of jaxprm/search/tree.py keep the records in
+# it; the tree's `best` path is the answer.
+RunSearch = Callable[[SearchRequest], list[Tree]]
 
 
 @dataclass(frozen=True)

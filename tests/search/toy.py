@@ -4,14 +4,15 @@ from jaxprm.search.methods import SearchMethod
 from jaxprm.search.tree import commit, expand, new_trees
 
 
-def take_first(tasks, runner, policy, scorer, *, spec, settings, limits):
-    trees = new_trees(tasks, runner)
-    for _ in range(runner.environment.max_rounds):
+def take_first(request):
+    runner, draws, temperature = request.runner, request.spec.actions, request.settings.temperature
+    trees = new_trees(request.tasks, runner)
+    for _ in range(request.max_rounds):
         open_trees = [tree for tree in trees if not tree.finished]
         if not open_trees:
             break
         parents = [(tree, tree.frontier[0]) for tree in open_trees]
-        _, candidates = expand(parents, spec.actions, runner, policy, scorer, settings.temperature)
+        _, candidates = expand(parents, draws, runner, request.policy, request.scorer, temperature)
         for tree, nodes in zip(open_trees, candidates, strict=True):
             tree.frontier = nodes[:1]
             tree.rounds += 1
