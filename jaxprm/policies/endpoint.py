@@ -51,8 +51,8 @@ class EndpointPolicy:
     """Samples actions from a server: one request per candidate.
 
     A request carries the seed of its draw, so a draw does not depend on the batch, as far as the server honours seeds.
-    Completed draws are kept in memory, the last MAX_CACHED of them, and not requested again. A draw that failed is an Action with stop "error"; it
-    is requested again when it is proposed again.
+    The last MAX_CACHED completed draws are kept in memory and not requested again. A draw that failed is an Action with
+    stop "error"; it is requested again when it is proposed again.
 
     Args:
       settings: with an `endpoint`.
