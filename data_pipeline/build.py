@@ -61,12 +61,14 @@ def build(
     output = Path(output)
     check_output(output)
     paths = [path for files in inputs.values() for path in files]
+    # Counting reads every file once more, so it is left out if no progress is shown.
     total = sum(map(count_rows, paths)) if progress else 0
     rows = Rows(encoder, max_length, too_long)
     done = skipped = 0
 
     def bad(error: DataError) -> None:
         nonlocal done, skipped
+        # A leak is no fault of its row: leaving that out would hide the wrong split of all others.
         if skip_bad is None or isinstance(error, SplitError):
             raise error
         skip_bad(error)

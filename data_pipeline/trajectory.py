@@ -75,6 +75,7 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             return self.task
         decisions = steps(self.messages)
         prompt = self.messages[: decisions[0].message] if decisions else self.messages
+        # With the tools: the same question with other tools is another task.
         return "prompt/" + hashlib.sha256(msgspec.json.encode([prompt, self.tools])).hexdigest()[:16]
 
 
@@ -131,7 +132,7 @@ def parse_line(line: bytes | str, *, where: str) -> Trajectory:
         return _decoder.decode(line)
     except (msgspec.MsgspecError, UnicodeError) as error:
         raise DataError(f"{where}: {error}") from None
-    except RecursionError:
+    except RecursionError:  # msgspec bounds the depth of nesting by Python's own limit.
         raise DataError(f"{where}: nested too deeply") from None
 
 

@@ -114,6 +114,7 @@ def validate(
     """
     counts = _Counts(encoder)
     paths = [Path(path) for files in inputs.values() for path in files]
+    # A first pass over the files, for the progress bar and to find unreadable files before the long one.
     total = sum(map(count_rows, paths))
     if not total:
         raise DataError(f"{', '.join(map(str, paths))}: empty, there is no row in it")
@@ -150,6 +151,7 @@ class _Counts:
         self._tasks: dict[bytes, _Task] = {}
         self._leaks: dict[bytes, str] = {}
         self._ended: Counter[str] = Counter()
+        # Eight bytes per value: lists of Python numbers take four times as much.
         self._steps, self._tokens, self._labels = array("q"), array("q"), array("d")
         self._ids: set[bytes] = set()
         self._contents: set[bytes] = set()
@@ -196,6 +198,7 @@ class _Counts:
             split.tasks += 1
             self._tasks[key] = _Task(name, 1, low, high)
             return
+        # The first leak of a task is kept; a report that repeats it for every row would hide other tasks.
         if earlier.split != name:
             both = f"in {earlier.split or 'no split'} and, in {where}, in {name or 'no split'}"
             self._leaks.setdefault(key, f"task {task} is {both}; split by task")
@@ -238,6 +241,7 @@ def _spread(values: Sequence[float] | np.ndarray) -> Spread:
     array = np.asarray(values, np.float64)
     if not len(array):
         return Spread(count=0, mean=0.0, percentiles={})
+    # "nearest": the percentiles are values that occur, so that lengths stay whole numbers.
     at = np.percentile(array, PERCENTILES, method="nearest")
     named = {str(percent): float(value) for percent, value in zip(PERCENTILES, at, strict=True)}
     return Spread(count=len(array), mean=float(array.mean()), percentiles=named)

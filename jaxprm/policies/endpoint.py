@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import httpx2
 import tenacity
+from cachetools import LRUCache
 
 from data_pipeline.encode import Encoder
 from jaxprm.config import EndpointConfig, PolicyConfig
@@ -33,6 +34,8 @@ Result = TypeVar("Result")
 
 # Bytes of a response body. A completion has some thousand tokens, at most each with its log probability.
 MAX_BYTES = 8 << 20
+# Actions in memory, some kilobytes each at most. The least recently used are dropped.
+MAX_CACHED = 1 << 18
 _CONNECT_SECONDS = 10.0
 _CLOSE_SECONDS = 1.0
 _SENT_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id")
@@ -48,8 +51,8 @@ class EndpointPolicy:
     """Samples actions from a server: one request per candidate.
 
     A request carries the seed of its draw, so a draw does not depend on the batch, as far as the server honours seeds.
-    Completed draws are kept in memory and never requested again. A draw that failed is an Action with stop "error"; it
-    is requested again when it is proposed again.
+    The last MAX_CACHED completed draws are kept in memory and not requested again. A draw that failed is an Action with
+    stop "error"; it is requested again when it is proposed again.
 
     Args:
       settings: with an `endpoint`.
@@ -62,7 +65,7 @@ class EndpointPolicy:
         assert settings.endpoint is not None
         self._settings, self._endpoint, self._seed = settings, settings.endpoint, seed
         self._encoder, self._client = encoder, client
-        self._cache: dict[DrawKey, Action] = {}
+        self._cache: LRUCache[DrawKey, Action] = LRUCache(MAX_CACHED)
 
     @property
     def usage(self) -> dict[str, int]:
@@ -75,13 +78,16 @@ class EndpointPolicy:
         Raises UserError if the server is unusable as configured, or stopped answering.
         """
         keys = draw_keys(states, n, temperature)
-        missing = {key: state for state, row in zip(states, keys, strict=True) for key in row if key not in self._cache}
+        # Read before anything is added: an addition may drop a key of this call.
+        actions = {key: self._cache[key] for row in keys for key in row if key in self._cache}
+        missing = {key: state for state, row in zip(states, keys, strict=True) for key in row if key not in actions}
         drawn = {key: Action("", 0, None, "length") for key, state in missing.items() if self._is_full(state)}
         jobs = [(key, state) for key, state in missing.items() if key not in drawn]
         results = self._client.complete([self._request_body(key, state) for key, state in jobs])
         drawn |= {key: _action(result) for (key, _), result in zip(jobs, results, strict=True)}
-        self._cache |= {key: action for key, action in drawn.items() if action.stop != "error"}
-        return [[drawn[key] if key in drawn else self._cache[key] for key in row] for row in keys]
+        self._cache.update((key, action) for key, action in drawn.items() if action.stop != "error")
+        actions |= drawn
+        return [[actions[key] for key in row] for row in keys]
 
     def count_tokens(self, messages: Sequence[dict[str, Any]]) -> int:
         """Length of a conversation in the base model's tokens, with the opening of the next turn; or an estimate."""

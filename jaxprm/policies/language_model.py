@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from cachetools import LRUCache
 from flax import nnx
 
 from data_pipeline.encode import Encoder
@@ -33,7 +34,7 @@ LANES = 2
 GROUP_SIZE = 4
 # Most turns end early. Once this fraction of the rows is open, a smaller call finishes them.
 TAIL_FRACTION = 4
-# Actions in memory, a kilobyte each at most. The oldest are dropped, and drawn again the same.
+# Actions in memory, a kilobyte each at most. The least recently used are dropped, and drawn again the same.
 MAX_CACHED = 1 << 18
 
 # A draw, and the tokens of its prompt, int32 [P].
@@ -156,7 +157,7 @@ class LanguageModelPolicy:
             capacity=self.max_tokens,
             rows=settings.in_flight,
         )
-        self._cache: dict[DrawKey, Action] = {}
+        self._cache: LRUCache[DrawKey, Action] = LRUCache(MAX_CACHED)
         # A turn can end, but it cannot open another message or be padding.
         self._banned = np.zeros(config.vocab_size, bool)
         self._banned[sorted(encoder.special_ids - {encoder.end_id})] = True
@@ -176,27 +177,27 @@ class LanguageModelPolicy:
     def propose(self, states: Sequence[State], n: int, temperature: float) -> list[list[Action]]:
         """n actions for each state. A state without room for an action gets empty ones with stop "length"."""
         keys = draw_keys(states, n, temperature)
-        missing = {key: state for state, row in zip(states, keys, strict=True) for key in row if key not in self._cache}
+        # Read before anything is added: an addition may drop a key of this call.
+        actions = {key: self._cache[key] for row in keys for key in row if key in self._cache}
+        missing = {key: state for state, row in zip(states, keys, strict=True) for key in row if key not in actions}
         jobs, prompts = [], {}
         for key, state in missing.items():
             if key.prefix not in prompts:
                 prompts[key.prefix] = np.asarray(self._encoder.prompt(state.messages), np.int32)
             tokens = prompts[key.prefix]
             if len(tokens) + self._steps > self.max_tokens:
-                self._cache[key] = Action("", 0, None, "length")
+                actions[key] = Action("", 0, None, "length")
             else:
                 jobs.append((key, tokens))
-        self._sample_all(jobs, temperature)
-        actions = [[self._cache[key] for key in row] for row in keys]
-        while len(self._cache) > MAX_CACHED:
-            del self._cache[next(iter(self._cache))]
-        return actions
+        actions |= self._sample_all(jobs, temperature)
+        self._cache.update((key, actions[key]) for key in missing)
+        return [[actions[key] for key in row] for row in keys]
 
     def count_tokens(self, messages: Sequence[dict[str, Any]]) -> int:
         """Length of a conversation in tokens, with the opening of the next assistant turn."""
         return len(self._encoder.prompt(messages))
 
-    def _sample_all(self, jobs: list[_Job], temperature: float) -> None:
+    def _sample_all(self, jobs: list[_Job], temperature: float) -> dict[DrawKey, Action]:
         """Samples all jobs: those of one prompt in groups, prompts of similar length in one call."""
         of_prompt: dict[bytes, list[_Job]] = {}
         for job in jobs:
@@ -211,21 +212,29 @@ class LanguageModelPolicy:
                 same_prompt[at : at + self._group_size] for at in range(0, grouped, self._group_size)
             ]
             groups[1] += [[job] for job in same_prompt[grouped:]]
+        actions: dict[DrawKey, Action] = {}
         for size, of_size in groups.items():
             of_size.sort(key=lambda group: len(group[0][1]))
             groups_a_call = self._rows // size * LANES
             for start in range(0, len(of_size), groups_a_call):
-                self._sample(of_size[start : start + groups_a_call], size, temperature)
+                actions |= self._sample(of_size[start : start + groups_a_call], size, temperature)
+        return actions
 
-    def _sample(self, groups: list[list[_Job]], size: int, temperature: float) -> None:
+    def _sample(self, groups: list[list[_Job]], size: int, temperature: float) -> dict[DrawKey, Action]:
         # The last token is not part of the prefix: the decoder reads it to get the first distribution.
         slots = self._bank.allocate([group[0][1][:-1] for group in groups])
         groups_a_lane = self._rows // size
         lanes = [slice(start, start + groups_a_lane) for start in range(0, len(groups), groups_a_lane)]
-        for _ in self._lanes.map(lambda lane: self._sample_lane(groups[lane], size, slots[lane], temperature), lanes):
-            pass
+        actions: dict[DrawKey, Action] = {}
+        for of_lane in self._lanes.map(
+            lambda lane: self._sample_lane(groups[lane], size, slots[lane], temperature), lanes
+        ):
+            actions |= of_lane
+        return actions
 
-    def _sample_lane(self, groups: list[list[_Job]], size: int, allocated: np.ndarray, temperature: float) -> None:
+    def _sample_lane(
+        self, groups: list[list[_Job]], size: int, allocated: np.ndarray, temperature: float
+    ) -> dict[DrawKey, Action]:
         rows = self._rows
         slots, lengths = np.zeros((2, rows // size), np.int32)
         last, active, seeds = np.zeros(rows, np.int32), np.zeros(rows, bool), np.zeros((rows, 2), np.uint32)
@@ -252,12 +261,14 @@ class LanguageModelPolicy:
                 capacity=self._bank.bucket(int(lengths.max())),
             )
         )
+        actions: dict[DrawKey, Action] = {}
         for row, key in keys.items():
             ids = tokens[row, : counts[row] - int(ended[row])].tolist()
             stop = "end" if ended[row] else "length"
-            self._cache[key] = Action(self._text(ids), int(counts[row]), float(log_probabilities[row]), stop)
+            actions[key] = Action(self._text(ids), int(counts[row]), float(log_probabilities[row]), stop)
         with self._lock:
             self.generated += int(counts[active].sum())
+        return actions
 
     def _text(self, ids: list[int]) -> str:
         text = self._encoder.decode(ids)

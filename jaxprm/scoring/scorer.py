@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from cachetools import LRUCache
 
 from data_pipeline.encode import Encoded, Encoder
 from jaxprm.model.config import TransformerConfig
@@ -88,7 +89,7 @@ class Scorer:
             dtype=jnp.dtype(dtype),
             layout=layout,
         )
-        self._cache: dict[Key, float] = {}
+        self._cache: LRUCache[Key, float] = LRUCache(MAX_CACHED)
 
     @property
     def usage(self) -> dict[str, int]:
@@ -183,8 +184,7 @@ class Scorer:
         prefix = None
         for key, action in zip(prepared.keys, actions, strict=True):
             if key in self._cache:
-                # Inserted again at the end: the order of the dictionary is that of last use.
-                prepared.scores[key] = self._cache[key] = self._cache.pop(key)
+                prepared.scores[key] = self._cache[key]
             elif key not in prepared.continuations and key not in prepared.conversations:
                 if prefix is None:
                     prefix = np.asarray(self.encoder.prompt(state, tools=tools), np.int32)
@@ -211,9 +211,7 @@ class Scorer:
         values |= zip(continuations, self.engine.score_continuations([*continuations.values()]), strict=True)
         # The last value is the promise after the action.
         computed = {key: float(of_tokens[-1]) for key, of_tokens in values.items()}
-        self._cache |= computed
-        while len(self._cache) > MAX_CACHED:
-            del self._cache[next(iter(self._cache))]
+        self._cache.update(computed)
         scores = cached | computed
         return [np.asarray([scores[key] for key in state.keys], np.float32) for state in prepared]
 

@@ -103,6 +103,19 @@ def test_equal_draws_are_requested_once(server, make):
     assert len(server.requests) == 2 * len(STATES) + 1
 
 
+def test_the_least_recently_used_draws_are_dropped_and_requested_again(server, make, monkeypatch):
+    monkeypatch.setattr(endpoint_module, "MAX_CACHED", 4)
+    policy = make()
+    first = policy.propose(STATES, 1, 1.0)
+    assert policy.propose(STATES[1:], 1, 1.0) == first[1:]
+    assert len(server.requests) == len(STATES)
+    assert policy.propose(STATES[:1], 1, 1.0) == first[:1]  # replaces STATES[1], used longest ago
+    assert policy.propose(STATES[2:], 1, 1.0) == first[2:]
+    assert len(server.requests) == len(STATES) + 1
+    # All of a call that is larger than the memory is answered.
+    assert policy.propose(STATES, 2, 1.0) == make().propose(STATES, 2, 1.0)
+
+
 def test_as_many_requests_as_allowed_are_in_flight_and_no_more(server, make):
     server.delay = 0.05
     make(requests_in_flight=6).propose(STATES, 4, 1.0)
