@@ -42,8 +42,8 @@ def test_a_sound_model_passes_in_every_way(model, trajectories, capsys):
 
 @pytest.mark.slow
 def test_a_cache_that_mixes_up_its_slots_fails(model, monkeypatch, capsys):
-    place = PrefixBank.place
-    monkeypatch.setattr(PrefixBank, "place", lambda bank, prefixes: place(bank, prefixes)[::-1])
+    allocate = PrefixBank.allocate
+    monkeypatch.setattr(PrefixBank, "allocate", lambda bank, prefixes: allocate(bank, prefixes)[::-1])
     assert cli.main(["check-scorer", "--model", str(model)]) == 1
     assert float(re.search(r"^FAILED: largest difference (\S+), ", capsys.readouterr().out, re.MULTILINE)[1]) > 1e-2
 
