@@ -1,1 +1,1 @@
-"""A reward model or a checkpoint on disk: found, read, described."""
+"""Reward models and checkpoints on disk: locating, reading and describing them."""

@@ -1,1 +1,1 @@
-"""Hugging Face checkpoints and config.json, read and written; models on the hub."""
+"""Hugging Face checkpoints and config.json, read and written, and models on the hub."""

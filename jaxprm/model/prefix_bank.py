@@ -80,8 +80,7 @@ class Shapes(NamedTuple):
 class Ring(NamedTuple):
     """Ring buffer of the keys and values of the rows scored last: L arrays [N, K, W, E] each.
 
-    Tokens come before features in both, as in the output of a forward pass: rows are written with one copy each, and
-    `read` gathers tokens.
+    Tokens come before features in both, the layout in which a forward pass returns them and `Cache.append` takes them.
     """
 
     keys: tuple[jax.Array, ...]
@@ -198,21 +197,8 @@ class PrefixBank:
                     # A target out of range is dropped.
                     out_of_range = np.full(rows, self.slots, np.int32)
                     before_each()
-                    self.bank = _extend(
-                        self._graph,
-                        self._parameters,
-                        self.bank,
-                        self.ring,
-                        zeros,
-                        out_of_range,
-                        zeros,
-                        np.zeros((3, rows), np.int32),
-                        np.zeros((rows, width), np.int32),
-                        zeros,
-                        capacity=capacity,
-                        ring_width=self._ring_width,
-                        layout=self._layout,
-                    )
+                    ring_reads, tokens = np.zeros((3, rows), np.int32), np.zeros((rows, width), np.int32)
+                    self._extend(zeros, out_of_range, zeros, ring_reads, tokens, zeros, capacity)
 
     def allocate(self, prefixes: Sequence[np.ndarray]) -> np.ndarray:
         """Slots, int32 [len(prefixes)], that begin with the prefixes, int32 [T] each; valid until the next call.
@@ -356,23 +342,28 @@ class PrefixBank:
                     ring_reads[:, row] = job.entry.row, job.entry.offset, len(job.entry.tokens)
                 if (end := job.cached_length + len(chunk)) < len(job.prefix):
                     jobs.append(_Job(job.target, job.target, end, None, job.prefix))
-            self.bank = _extend(
-                self._graph,
-                self._parameters,
-                self.bank,
-                self.ring,
-                source,
-                target,
-                starts,
-                ring_reads,
-                tokens,
-                counts,
-                capacity=self.bucket(int(starts.max())),
-                ring_width=self._ring_width,
-                layout=self._layout,
-            )
+            capacity = self.bucket(int(starts.max()))
+            self._extend(source, target, starts, ring_reads, tokens, counts, capacity)
             self.tokens_encoded += int(counts.sum())
             self.tokens_padded += rows * width
+
+    def _extend(self, source, target, starts, ring_reads, tokens, counts, capacity: int) -> None:
+        """See the function `_extend`."""
+        self.bank = _extend(
+            self._graph,
+            self._parameters,
+            self.bank,
+            self.ring,
+            source,
+            target,
+            starts,
+            ring_reads,
+            tokens,
+            counts,
+            capacity=capacity,
+            ring_width=self._ring_width,
+            layout=self._layout,
+        )
 
 
 def copy_slots(bank: Cache, slots: jax.Array, lengths: jax.Array, capacity: int) -> Cache:

@@ -128,17 +128,17 @@ def test_a_continuation_without_a_prefix_is_cached():
 @pytest.mark.parametrize("broken", ["offset", "row"])
 def test_a_wrong_position_in_the_ring_moves_the_score(monkeypatch, broken):
     """The comparisons above would fail."""
-    keep = PrefixBank.keep
+    remember = PrefixBank.remember
 
-    def wrong(bank, slot, kept):
-        keep(bank, slot, kept._replace(**{broken: (getattr(kept, broken) + 1) % 4}))
+    def wrong(bank, slot, entry):
+        remember(bank, slot, entry._replace(**{broken: (getattr(entry, broken) + 1) % 4}))
 
     rng = np.random.default_rng(4)
     prompts = [tokens_of(rng, 20) for _ in range(4)]  # all rows of one call
     jobs = [(prompt, tokens_of(rng, 10)) for prompt in prompts for _ in range(2)]
     later = [(np.append(np.concatenate(jobs[at]), [3, 4]).astype(np.int32), tokens_of(rng, 4)) for at in (0, 2, 4, 6)]
     expected = uncached(later)
-    monkeypatch.setattr(PrefixBank, "keep", wrong)
+    monkeypatch.setattr(PrefixBank, "remember", wrong)
     engine = new_engine()
     engine.score_continuations(jobs)
     moved = [
