@@ -1,11 +1,11 @@
-"""Kills a training over and over, and compares what it ends with to one that was left alone.
+"""Kills a training run again and again, and compares its result with that of an undisturbed run.
 
     python -m benchmarks.crash [--times 2] [--random 20] [--seconds 2] [--folder DIR] [--json FILE]
 
-One run is killed (SIGKILL) at every named point of tests/training/killed_training.py, `--times` each, and runs to its
-end. Others are killed at random moments of their steady state, up to `--seconds` after the second step of a process,
-`--random` times in all; each goes on from where the last process died. Parameters, optimizer, target network, exported
-weights and metrics.jsonl must have the same sha256 as the undisturbed run's. Exit status 1 where any differs.
+One run is killed (SIGKILL) `--times` times at every named point of benchmarks/killed_training.py, then runs to its end.
+Others are killed at random times, up to `--seconds` after the second step of a process, `--random` times in total. Each
+resumes where the killed process stopped. Parameters, optimizer, target network, exported weights and metrics.jsonl must
+have the same sha256 as those of the undisturbed run. Exit status 1 if any differs.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.crash_runs import KILLED, Trainer, result
+from benchmarks.killed_training import NAMED
+from benchmarks.toy import make_toy
 from jaxprm import files
 from jaxprm.progress import bar
-from tests.training.crashes import KILLED, Trainer, result
-from tests.training.killed_training import NAMED
-from tests.training.toy import make_toy
 
-EPOCHS = 6  # long enough for several random kills a run
+EPOCHS = 6  # long enough for several random kills in a run
 
 
 def named(train: Trainer, times: int, progress: Any) -> dict[str, Any]:
-    """One run, killed at one point after the other."""
+    """One run that is killed at each named point: {"kills", "status", "result"}."""
     kills = []
     for point in (point for point in NAMED for _ in range(times)):
         killed = train("named", kill_at=point)
         if killed.status != KILLED:
-            raise RuntimeError(f"kill point {point} was not reached: status {killed.status}\n{killed.said[-2000:]}")
+            raise RuntimeError(f"kill point {point} was not reached: status {killed.status}\n{killed.stderr[-2000:]}")
         kills.append({"point": point, "began": killed.began})
         progress.update()
     ended = train("named")
@@ -42,16 +42,16 @@ def named(train: Trainer, times: int, progress: Any) -> dict[str, Any]:
 
 
 def at_random(train: Trainer, count: int, seconds: float, seed: int, progress: Any) -> list[dict[str, Any]]:
-    """As many runs as `count` kills take; a process that ends before its moment comes was not killed."""
-    rng, runs, left = random.Random(seed), [], count
-    while left:
+    """As many runs as `count` kills need: [{"kills", "status", "result"}]. A process may end before its kill."""
+    rng, runs, remaining = random.Random(seed), [], count
+    while remaining:
         output, kills = f"random-{len(runs)}", []
         while True:
-            after = rng.uniform(0, seconds) if left else None
+            after = rng.uniform(0, seconds) if remaining else None
             ended = train(output, kill_after=after)
             if ended.status != KILLED:
                 break
-            left -= 1
+            remaining -= 1
             kills.append({"after": after, "began": ended.began})
             progress.update()
         runs.append({"kills": kills, "status": ended.status, "result": result(ended.output)})
@@ -59,57 +59,57 @@ def at_random(train: Trainer, count: int, seconds: float, seed: int, progress: A
 
 
 def crash(folder: Path, *, times: int, count: int, seconds: float, seed: int) -> dict[str, Any]:
-    """{"whole": its result, "named", "random": [{"kills", "status", "result"}], "same": whether all are alike}."""
+    """{"whole": result of the undisturbed run, "named": one run, "random": [runs], "same": whether all are equal}."""
     (folder / "toy").mkdir(parents=True)
     train = Trainer(folder, make_toy(folder / "toy"), epochs=EPOCHS)
     with bar("crash test", 2 + len(NAMED) * times + count, unit="process") as progress:
         whole = result(train("whole").output)
         progress.update()
-        found = {
+        results = {
             "whole": whole,
             "named": named(train, times, progress),
             "random": at_random(train, count, seconds, seed, progress),
         }
-    ended = [found["named"], *found["random"]]
-    return found | {"same": all(one["status"] == 0 and one["result"] == whole for one in ended)}
+    runs = [results["named"], *results["random"]]
+    return results | {"same": all(run["status"] == 0 and run["result"] == whole for run in runs)}
 
 
-def report(found: dict[str, Any]) -> list[str]:
-    """A line for every run, and the verdict."""
-    runs = [("named points", found["named"]), *((f"random {i}", one) for i, one in enumerate(found["random"]))]
+def report(results: dict[str, Any]) -> list[str]:
+    """One line per run, and the verdict."""
+    runs = [("named points", results["named"]), *((f"random {i}", run) for i, run in enumerate(results["random"]))]
     lines, kills = [], 0
-    for name, one in runs:
-        begun = ", ".join("the end" if kill["began"] is None else str(kill["began"]) for kill in one["kills"])
-        differs = [part for part, value in found["whole"].items() if one["result"].get(part) != value]
+    for name, run in runs:
+        began = ", ".join("the end" if kill["began"] is None else str(kill["began"]) for kill in run["kills"])
+        differs = [part for part, value in results["whole"].items() if run["result"].get(part) != value]
         verdict = f"differs in {', '.join(differs)}" if differs else "same bits"
-        lines.append(f"{name}: {len(one['kills'])} kills, of processes that began at {begun or 'none'}: {verdict}")
-        kills += len(one["kills"])
-    verdict = "the same bits" if found["same"] else "NOT THE SAME"
-    return [*lines, f"{kills} kills, {found['whole']['step']} steps: {verdict} as the undisturbed run"]
+        lines.append(f"{name}: {len(run['kills'])} kills, of processes that began at {began or 'none'}: {verdict}")
+        kills += len(run["kills"])
+    verdict = "the same bits" if results["same"] else "NOT THE SAME"
+    return [*lines, f"{kills} kills, {results['whole']['step']} steps: {verdict} as the undisturbed run"]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.crash", description="Kills a training over and over.")
-    parser.add_argument("--times", type=int, default=2, help="at every named point; default 2")
-    parser.add_argument("--random", type=int, default=20, help="kills at random moments; default 20")
-    parser.add_argument("--seconds", type=float, default=2.0, help="the latest of them; default 2")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--folder", type=Path, help="a new one, whose runs are kept")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
+    parser = argparse.ArgumentParser(prog="benchmarks.crash", description="Kills a training run again and again.")
+    parser.add_argument("--times", type=int, default=2, help="kills at each named point; default 2")
+    parser.add_argument("--random", type=int, default=20, help="kills at random times; default 20")
+    parser.add_argument("--seconds", type=float, default=2.0, help="latest random kill of a process; default 2")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random times")
+    parser.add_argument("--folder", type=Path, help="new folder, in which the runs are kept")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results to FILE")
     options = parser.parse_args(arguments)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     with tempfile.TemporaryDirectory(prefix="jaxprm-crash-") as scratch:
-        found = crash(
+        results = crash(
             options.folder or Path(scratch),
             times=options.times,
             count=options.random,
             seconds=options.seconds,
             seed=options.seed,
         )
-    print("\n".join(report(found)))
+    print("\n".join(report(results)))
     if options.json:
-        files.write_json(options.json, found)
-    return 0 if found["same"] else 1
+        files.write_json(options.json, results)
+    return 0 if results["same"] else 1
 
 
 if __name__ == "__main__":

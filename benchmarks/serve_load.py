@@ -1,11 +1,11 @@
-"""A server under load: many clients, requests of all sizes, garbage, slow and vanishing clients.
+"""Puts a server under load: many clients, requests of all sizes, garbage, slow and disconnecting clients.
 
     python -m benchmarks.serve_load --model DIR [--requests 36000] [--clients 16] [--json FILE]
 
-Starts `python -m jaxprm serve` and sends the requests from as many threads as there are clients. Half of them have
-answers that are compared with those of the same model in Python, most others are like no request before, so that
-memory is seen to grow if it does, and the rest are garbage. Prints how many were answered, refused, wrong and lost, the
-largest difference, times, and what the server's memory did. Ends with status 1 where anything was wrong or lost.
+Starts `python -m jaxprm serve` and sends the requests from one thread a client. Half of the answers are compared with
+those of the same model in Python. Most of the others are unlike all before, so that a leak of memory shows. A tenth is
+garbage. Prints how many were answered, refused, wrong and lost, the largest difference, times, and the memory
+of the server. Exits with status 1 if any answer was wrong or lost.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ import numpy as np
 
 JSON = {"Content-Type": "application/json"}
 ITEMS = ("oak log", "oak planks", "stick", "iron ingot", "lantern", "torch", "coal")
-# Seconds for a server to compile everything, on a machine that has other work.
-PATIENCE = 1800
+# For a server to compile everything, on a machine that has other work.
+START_SECONDS = 1800
 ACTIONS, CLASSIFY = "/v1/score_actions", "/classify"
 
 
 class Case(NamedTuple):
-    """A request with the status it must get, and with its promises where they are known."""
+    """A request, the status it must get, and the promises it must get, if they are known."""
 
     path: str
     body: bytes
@@ -49,7 +49,7 @@ class Case(NamedTuple):
 
 
 class Server:
-    """A running `jaxprm serve`; `log` is what it has said."""
+    """A running `jaxprm serve`. log: its output so far."""
 
     def __init__(self, process: subprocess.Popen, log: Path, port: int):
         self.process, self._log, self.port = process, log, port
@@ -73,16 +73,19 @@ class Server:
             connection.close()
 
     def metric(self, line: str, headers: dict[str, str] | None = None) -> float:
-        """The value of one line of /metrics, 0 where it is not there yet."""
-        found = re.search(rf"^{re.escape(line)} (\S+)$", self.get("/metrics", headers)[1], re.MULTILINE)
-        return float(found[1]) if found else 0.0
+        """The value of a line of /metrics, 0 if the line is missing."""
+        match = re.search(rf"^{re.escape(line)} (\S+)$", self.get("/metrics", headers)[1], re.MULTILINE)
+        return float(match[1]) if match else 0.0
 
 
 @contextmanager
 def serving(
     model: Path, *options: str, program: Sequence[str] = ("-m", "jaxprm"), **environment: str
 ) -> Iterator[Server]:
-    """A server on a free port, ready; ended with the block if it still runs. program: what Python runs."""
+    """A server on a free port, ready for requests. It is killed at the end of the block if it still runs.
+
+    program: arguments of Python that run jaxprm.
+    """
     root = Path(__file__).parents[1]
     with tempfile.TemporaryDirectory(prefix="serve-load-") as folder:
         log = Path(folder) / "log"
@@ -95,7 +98,7 @@ def serving(
             )
         server = Server(process, log, 0)
         try:
-            deadline = time.monotonic() + PATIENCE
+            deadline = time.monotonic() + START_SECONDS
             while "ready after" not in server.log:
                 assert process.poll() is None and time.monotonic() < deadline, server.log
                 time.sleep(0.1)
@@ -107,7 +110,7 @@ def serving(
 
 
 def conversation(rng: random.Random, name: str, turns: int) -> list[dict[str, str]]:
-    """Up to where the agent is to speak, in words that the name makes unlike all others."""
+    """Messages up to the agent's turn. The name makes them differ from all other conversations."""
     messages = [{"role": "user", "content": f"Task {name}. Goal: {rng.choice(ITEMS)}."}]
     for _ in range(turns):
         messages.append({"role": "assistant", "content": f"Action: get {rng.randint(1, 99)} {rng.choice(ITEMS)}"})
@@ -116,7 +119,7 @@ def conversation(rng: random.Random, name: str, turns: int) -> list[dict[str, st
 
 
 def question(rng: random.Random, name: str) -> tuple[str, dict[str, Any]]:
-    """A path and a body: actions to score, or a conversation to classify."""
+    """(path, body) of a request: actions to score, or a conversation to classify."""
     messages = conversation(rng, name, rng.choice((0, 0, 1, 1, 2, 3)))
     actions = [f"Action: get {rng.randint(1, 999)} {rng.choice(ITEMS)}" for _ in range(rng.choice((1, 2, 4, 8)))]
     if rng.random() < 0.7:
@@ -125,20 +128,20 @@ def question(rng: random.Random, name: str) -> tuple[str, dict[str, Any]]:
 
 
 def with_answers(model: Any, count: int) -> list[Case]:
-    """Requests with the promises that a `jaxprm.Model` gives for them."""
-    found, rng = [], random.Random(0)
+    """Requests with the promises of a `jaxprm.Model`."""
+    answered, rng = [], random.Random(0)
     for number in range(count):
         path, body = question(rng, f"known {number}")
         if path == ACTIONS:
-            promises = [one.promise for one in model.score_actions(body["messages"], body["candidates"])]
+            promises = [score.promise for score in model.score_actions(body["messages"], body["candidates"])]
         else:
             promises = [model.score([body["messages"]])[0]["score"]]
-        found.append(Case(path, json.dumps(body).encode(), 200, promises))
-    return found
+        answered.append(Case(path, json.dumps(body).encode(), 200, promises))
+    return answered
 
 
 def garbage(rng: random.Random) -> Case:
-    """What a server must refuse."""
+    """A request that a server must refuse."""
     return rng.choice(
         (
             Case(ACTIONS, bytes(rng.randrange(256) for _ in range(rng.randrange(1, 400))), 400),
@@ -155,13 +158,13 @@ def garbage(rng: random.Random) -> Case:
     )
 
 
-def cases(known: Sequence[Case], count: int) -> Iterator[Case]:
-    """Half with known answers, some garbage, the rest new ones."""
+def cases(answered: Sequence[Case], count: int) -> Iterator[Case]:
+    """`count` requests: half of them from `answered`, a tenth garbage, the others new."""
     for number in range(count):
         rng = random.Random(f"case {number}")
         share = rng.random()
         if share < 0.5:
-            yield rng.choice(known)
+            yield rng.choice(answered)
         elif share < 0.6:
             yield garbage(rng)
         else:
@@ -170,7 +173,11 @@ def cases(known: Sequence[Case], count: int) -> Iterator[Case]:
 
 
 class Outcome:
-    """What came of requests: counts by status, `wrong` and `lost` ones with why, seconds of those answered."""
+    """Results of requests.
+
+    statuses: counts by status; wrong, lost: descriptions of requests with a wrong answer or none; seconds: of those
+    with status 200; difference: largest, of `compared` answers; retried: repeated after a 429.
+    """
 
     def __init__(self) -> None:
         self.statuses: Counter[int] = Counter()
@@ -178,7 +185,7 @@ class Outcome:
         self.lost: list[str] = []
         self.seconds: list[float] = []
         self.difference = 0.0
-        self.compared = self.again = 0
+        self.compared = self.retried = 0
         self._lock = threading.Lock()
 
     @property
@@ -187,12 +194,12 @@ class Outcome:
 
     def record(self, case: Case, status: int, body: bytes, seconds: float) -> None:
         try:
-            found = json.loads(body)
-            values = _promises(found) if status == 200 else [found["error"]["message"]]
+            answer = json.loads(body)
+            values = _promises(answer) if status == 200 else [answer["error"]["message"]]
             one_line = body.count(b"\n") == 1
         except (ValueError, KeyError, TypeError, IndexError) as error:
             values, one_line = [], False
-            found = f"{error!r}: {body[:200]!r}"
+            answer = f"{error!r}: {body[:200]!r}"
         with self._lock:
             self.statuses[status] += 1
             right = status == case.status and values and one_line
@@ -201,22 +208,24 @@ class Outcome:
                 right = np.isfinite(values).all() and (case.promises is None or len(values) == len(case.promises))
             if right and case.promises is not None:
                 self.compared += 1
-                apart = max(abs(one - other) for one, other in zip(values, case.promises, strict=True))
-                self.difference = max(self.difference, apart)
-                right = apart <= 1e-5 * max(1.0, *map(abs, case.promises))
+                difference = max(abs(value - expected) for value, expected in zip(values, case.promises, strict=True))
+                self.difference = max(self.difference, difference)
+                right = difference <= 1e-5 * max(1.0, *map(abs, case.promises))
             if not right:
-                got = f"{status}, expected {case.status}: {str(found)[:300]}"
+                got = f"{status}, expected {case.status}: {str(answer)[:300]}"
                 self.wrong.append(f"{case.path} {case.body[:200]!r}: {got}")
 
 
-def _promises(found: Any) -> list[float]:
-    return [one["promise"] for one in found["scores"]] if "scores" in found else [found["data"][0]["probs"][0]]
+def _promises(answer: Any) -> list[float]:
+    if "scores" in answer:
+        return [score["promise"] for score in answer["scores"]]
+    return [answer["data"][0]["probs"][0]]
 
 
 def send(
-    port: int, asked: Iterator[Case], clients: int, outcome: Outcome, *, patient: bool = True, token: str = ""
+    port: int, requests: Iterator[Case], clients: int, outcome: Outcome, *, patient: bool = True, token: str = ""
 ) -> None:
-    """Sends requests from `clients` threads, each over a connection that it keeps. patient: 429 is asked again."""
+    """Sends requests from `clients` threads, each over one connection. patient: repeats a request after a 429."""
     headers = JSON | ({"Authorization": f"Bearer {token}"} if token else {})
     lock = threading.Lock()
 
@@ -224,10 +233,10 @@ def send(
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
         while True:
             with lock:
-                case = next(asked, None)
+                case = next(requests, None)
             if case is None:
                 break
-            _ask(connection, case, headers, outcome, patient)
+            _send_one(connection, case, headers, outcome, patient)
         connection.close()
 
     threads = [threading.Thread(target=work) for _ in range(clients)]
@@ -237,7 +246,7 @@ def send(
         thread.join()
 
 
-def _ask(
+def _send_one(
     connection: http.client.HTTPConnection, case: Case, headers: dict[str, str], outcome: Outcome, patient: bool
 ) -> None:
     began, attempts = time.perf_counter(), 0
@@ -256,7 +265,7 @@ def _ask(
             return
         if status == 429 and patient:
             assert int(response.headers["Retry-After"]) >= 1
-            outcome.again += 1
+            outcome.retried += 1
             time.sleep(0.05)
             continue
         outcome.record(case, status, body, time.perf_counter() - began)
@@ -265,28 +274,28 @@ def _ask(
 
 @contextmanager
 def nuisances(port: int) -> Iterator[None]:
-    """Clients that send headers and no body, that vanish before their answer, and that speak no HTTP."""
+    """Runs clients that send headers and no body, disconnect before their answer, or do not speak HTTP."""
     stop = threading.Event()
     kind = "Content-Type: application/json\r\nContent-Length: 1000"
     head = f"POST {ACTIONS} HTTP/1.1\r\nHost: x\r\n{kind}\r\n\r\n".encode()
     body = json.dumps({"messages": conversation(random.Random(0), "gone", 3), "candidates": ["a", "b"]}).encode()
-    whole = head.replace(b"1000", str(len(body)).encode()) + body
+    complete = head.replace(b"1000", str(len(body)).encode()) + body
 
     def bother() -> None:
-        held: list[socket.socket] = []
+        connections: list[socket.socket] = []
         for number in itertools.count():
             if stop.wait(0.05):
                 break
             try:
-                one = socket.create_connection(("127.0.0.1", port), timeout=10)
-                one.sendall((head + b"{", whole, b"\x16\x03\x01 not HTTP\r\n\r\n", head[:20])[number % 4])
+                connection = socket.create_connection(("127.0.0.1", port), timeout=10)
+                connection.sendall((head + b"{", complete, b"\x16\x03\x01 not HTTP\r\n\r\n", head[:20])[number % 4])
             except OSError:
                 continue
-            held.append(one)
-            if len(held) > 20:
-                held.pop(0).close()
-        for one in held:
-            one.close()
+            connections.append(connection)
+            if len(connections) > 20:
+                connections.pop(0).close()
+        for connection in connections:
+            connection.close()
 
     thread = threading.Thread(target=bother)
     thread.start()
@@ -299,31 +308,30 @@ def nuisances(port: int) -> Iterator[None]:
 
 @contextmanager
 def sampling(server: Server, outcome: Outcome, every: float = 0.1) -> Iterator[list[tuple[int, float]]]:
-    """(requests so far, MB) of the server, every so many seconds."""
-    found: list[tuple[int, float]] = []
+    """A list that fills with (answers so far, resident MB of the server), one entry every `every` seconds."""
+    samples: list[tuple[int, float]] = []
     stop = threading.Event()
 
     def sample() -> None:
         while not stop.wait(every):
-            found.append((outcome.done, server.rss()))
+            samples.append((outcome.done, server.rss()))
 
     thread = threading.Thread(target=sample)
     thread.start()
     try:
-        yield found
+        yield samples
     finally:
         stop.set()
         thread.join()
 
 
 def slope(samples: Sequence[tuple[int, float]], blocks: int = 8) -> float:
-    """MB a thousand requests, the median over blocks of the second half: caches fill in the first.
-
-    A leak grows in every block; the allocator's pool, when it needs more room for a crowd, in one.
-    """
-    half = [one for one in samples if one[0] >= samples[-1][0] / 2]
-    found = [np.polyfit(*block.T, 1)[0] for block in np.array_split(np.asarray(half), blocks)]
-    return float(np.median(found) * 1000)
+    """Growth of memory in MB per thousand requests: the median over blocks of the second half."""
+    # Caches fill in the first half. A leak grows in every block; the pool of the allocator, which grows once when many
+    # requests come together, in one.
+    second_half = [sample for sample in samples if sample[0] >= samples[-1][0] / 2]
+    slopes = [np.polyfit(*block.T, 1)[0] for block in np.array_split(np.asarray(second_half), blocks)]
+    return float(np.median(slopes) * 1000)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -337,12 +345,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     import jaxprm
 
-    known = with_answers(jaxprm.load(options.model, rows=2, max_tokens=options.max_tokens), options.known)
+    answered = with_answers(jaxprm.load(options.model, rows=2, max_tokens=options.max_tokens), options.known)
     outcome = Outcome()
     with serving(options.model, "--max-tokens", str(options.max_tokens), "--rows", "2") as server:
         before, began = server.rss(), time.perf_counter()
         with nuisances(server.port), sampling(server, outcome) as samples:
-            send(server.port, cases(known, options.requests), options.clients, outcome)
+            send(server.port, cases(answered, options.requests), options.clients, outcome)
         seconds, after = time.perf_counter() - began, server.rss()
         batches = server.metric("jaxprm_batch_requests_sum") / server.metric("jaxprm_batch_requests_count")
         server.process.send_signal(signal.SIGTERM)
@@ -351,7 +359,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "requests": options.requests,
         "clients": options.clients,
         "statuses": dict(sorted(outcome.statuses.items())),
-        "asked_again_after_429": outcome.again,
+        "asked_again_after_429": outcome.retried,
         "compared": outcome.compared,
         "largest_difference": outcome.difference,
         "wrong": len(outcome.wrong),

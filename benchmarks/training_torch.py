@@ -1,4 +1,4 @@
-"""The loop beside ours: transformers' token classifier, padded batches, AdamW, clipped gradients, as TRL has it."""
+"""The training loop that jaxprm is compared with: transformers' token classifier, padded batches, AdamW, as in TRL."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from jaxprm.hf import reader
 from jaxprm.model.config import TransformerConfig
 
 IGNORED = -100
-MEGABATCH = 50  # batches that are sorted together, as transformers' Trainer does by length
+MEGABATCH = 50  # batches that are sorted together by length, as in transformers' Trainer
 
 
 def load(config: TransformerConfig, parameters: Any, *, max_length: int) -> Any:
-    """The transformers model of these weights, with two labels and a bias."""
+    """The transformers model with these weights, two labels and a bias."""
     with tempfile.TemporaryDirectory(prefix="jaxprm-bench-") as scratch:
         reader.write_model(Path(scratch), config, parameters, pad_id=0, end_id=1, max_length=max_length)
         return AutoModelForTokenClassification.from_pretrained(
@@ -29,7 +29,7 @@ def load(config: TransformerConfig, parameters: Any, *, max_length: int) -> Any:
 
 
 class TokenClassification:
-    """Trains step by step on a split: label 1 at every step of a trajectory that succeeded, 0 of one that did not."""
+    """Trains step by step on a split; the label of a step is 1 if its trajectory succeeded, else 0."""
 
     def __init__(self, model: Any, split: ShardSplit, pad_id: int, *, rows: int, grouped: bool):
         self._model, self._split, self._pad_id, self._rows = model, split, pad_id, rows
@@ -37,7 +37,7 @@ class TokenClassification:
         self._batches = self._endless(grouped)
 
     def step(self) -> tuple[int, int]:
-        """(tokens, token slots) of the batch that was trained on."""
+        """Trains on a batch; returns its (tokens, token slots)."""
         batch = collate(self._split, next(self._batches), self._pad_id)
         self._optimizer.zero_grad(set_to_none=True)
         loss = self._model(**batch).loss
@@ -56,13 +56,13 @@ class TokenClassification:
                 parts = [order[at : at + size] for at in range(0, len(order), size)]
                 order = np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in parts])
             batches = [order[at : at + self._rows] for at in range(0, len(order), self._rows)]
-            # A last batch of few would be measured too; the longest come first no more often than others.
-            whole = [one for one in batches if len(one) == self._rows] or batches
-            yield from (whole[at] for at in rng.permutation(len(whole)))
+            # A smaller last batch would distort the measurement. Shuffled, so that the longest do not come first.
+            full = [batch for batch in batches if len(batch) == self._rows] or batches
+            yield from (full[at] for at in rng.permutation(len(full)))
 
 
 def collate(split: ShardSplit, examples: np.ndarray, pad_id: int) -> dict[str, torch.Tensor]:
-    """Trajectories padded to the longest, [B, T] each; labels where a step ends, of the trajectory's outcome."""
+    """Trajectories padded to the longest one, [B, T]; labels, the trajectory's outcome, at the read positions."""
     lengths = split.lengths[examples]
     shape = (len(examples), int(lengths.max()))
     tokens, mask = np.full(shape, pad_id, np.int64), np.zeros(shape, np.int64)

@@ -1,10 +1,12 @@
-"""Shards to packed batches: shuffled for training, once through for evaluation.
+"""Shards to packed batches: shuffled epochs for training, a single pass for evaluation.
 
-A split is read into memory, and which trajectories share which row of which batch is planned before the first batch:
-the plan is a function of lengths, seed and epoch. So the position in the data is one number, the batches taken so far.
-Saving it costs nothing, going back to it is exact and takes no time, the whole split is shuffled rather than a buffer
-of it, and batches do not depend on how many hosts share the rows. What it costs is memory, four bytes a token.
-tf.data gathers the planned batches ahead of the training step.
+A split is read into memory, and the rows of all batches are planned before the first one, as a function of lengths,
+seed and epoch. So the position in the data is a single number, the batches handed out so far: saving it costs nothing,
+and restoring it is exact and immediate. The complete split is shuffled, not a buffer of it, and batches do not depend
+on how many hosts share the rows. The price is memory: four bytes per token. tf.data gathers the planned batches ahead
+of the training step.
+
+Shapes: B rows of a batch, T tokens of a row, S step slots of a row.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from data_pipeline.shards import Dataset, ShardSplit, open_dataset
 
 Batch = dict[str, np.ndarray]
 
-_PREFETCH = 8
+_PREFETCH = 8  # batches
 _TOKEN_FIELDS = {"tokens": np.int32, "segments": np.int32, "positions": np.int32}
 _STEP_FIELDS = {
     "read_positions": np.int32,
@@ -39,12 +41,12 @@ _STEP_FIELDS = {
     "valid": np.bool_,
 }
 _FIELDS = _TOKEN_FIELDS | _STEP_FIELDS
-# What a step slot without a step holds; everything else is 0 or False.
+# Values of a step slot without a step; the other fields are 0 or False there.
 _NO_STEP = {"trajectory": -1, "example": -1, "step_labels": np.nan}
 
 
 class Shape(NamedTuple):
-    """A batch: `rows` rows (B) of `length` tokens (T) and `steps_per_row` steps (S)."""
+    """Shape of a batch: `rows` (B) rows of `length` (T) tokens and `steps_per_row` (S) step slots."""
 
     rows: int
     length: int
@@ -52,7 +54,7 @@ class Shape(NamedTuple):
 
 
 class _PackedSplit:
-    """A split, a plan, and the batches they make."""
+    """A split with a packing plan, and the batches that they define."""
 
     def __init__(self, dataset: Dataset, split: str, shape: Shape, **planning: Any):
         self.split = dataset.split(split)
@@ -67,23 +69,24 @@ class _PackedSplit:
 
     @property
     def fill(self) -> float:
+        """Share of the token slots of all batches that hold a token."""
         used = self.split.lengths[self.plan.members].sum()
         return float(used / (self.batch_count * self.shape.rows * self.shape.length))
 
     def rows_of(self, number: int) -> np.ndarray:
-        """The rows of the plan that make batch `number`."""
+        """Indices into the plan of the rows of batch `number`."""
         first = number * self.shape.rows
         return np.arange(first, min(first + self.shape.rows, self.row_count))
 
-    def gather(self, number: int, held: np.ndarray | None = None) -> Batch:
-        """Batch `number`, or its rows `held` alone. Rows past the last one of the plan are padding."""
-        first, rows = number * self.shape.rows, self.shape.rows if held is None else len(held)
-        chosen = first + (np.arange(rows) if held is None else held)
-        chosen = chosen[chosen < self.row_count]
-        counts = self.plan.starts[chosen + 1] - self.plan.starts[chosen]
-        row_of = np.repeat(np.arange(len(chosen)), counts)
+    def gather(self, number: int, local_rows: np.ndarray | None = None) -> Batch:
+        """Batch `number`, or only its rows `local_rows`. Rows past the last one of the plan are padding."""
+        first, rows = number * self.shape.rows, self.shape.rows if local_rows is None else len(local_rows)
+        plan_rows = first + (np.arange(rows) if local_rows is None else local_rows)
+        plan_rows = plan_rows[plan_rows < self.row_count]
+        counts = self.plan.starts[plan_rows + 1] - self.plan.starts[plan_rows]
+        row_of = np.repeat(np.arange(len(plan_rows)), counts)
         rank = np.arange(len(row_of)) - np.repeat(np.cumsum(counts) - counts, counts)
-        examples = self.plan.members[self.plan.starts[chosen][row_of] + rank]
+        examples = self.plan.members[self.plan.starts[plan_rows][row_of] + rank]
         return {
             **self._tokens(examples, row_of, rank, rows),
             **self._steps(examples, row_of, rank, rows),
@@ -96,6 +99,7 @@ class _PackedSplit:
         spans = _spans(split.lengths[examples], row_of, length)
         source = split.token_starts[examples][spans.owner] + spans.within
         batch["tokens"].reshape(-1)[spans.slots] = split.tokens[source]
+        # Segments count from 1, because 0 marks padding.
         batch["segments"].reshape(-1)[spans.slots] = rank[spans.owner] + 1
         batch["positions"].reshape(-1)[spans.slots] = spans.within
         return batch
@@ -106,7 +110,8 @@ class _PackedSplit:
         counts = split.step_counts[examples]
         spans = _spans(counts, row_of, slots)
         source = split.step_starts[examples][spans.owner] + spans.within
-        offset = _offsets(split.lengths[examples], row_of)[spans.owner]  # of the trajectory in its row
+        # Positions count from the trajectory in the shards, and from the row in a batch.
+        offset = _offsets(split.lengths[examples], row_of)[spans.owner]
         values = {
             "read_positions": split.read_positions[source] + offset,
             "state_positions": split.state_positions[source] + offset,
@@ -124,11 +129,12 @@ class _PackedSplit:
             batch[name].reshape(-1)[spans.slots] = value
         return batch
 
-    def stream(self, start: int, held: np.ndarray | None = None) -> Iterator[Batch]:
-        """Batches from `start` on, or their rows `held` alone, gathered ahead in the background."""
+    def stream(self, start: int, local_rows: np.ndarray | None = None) -> Iterator[Batch]:
+        """Batches from number `start` on, or only their rows `local_rows`, gathered ahead in the background."""
 
         def gather(number: np.ndarray) -> list[np.ndarray]:
-            batch = self.gather(int(number), held)
+            batch = self.gather(int(number), local_rows)
+            # tf.numpy_function returns a list, not a dictionary.
             return [batch[name] for name in _FIELDS]
 
         def gathered(number: tf.Tensor) -> list[tf.Tensor]:
@@ -140,7 +146,7 @@ class _PackedSplit:
 
 
 class _Spans(NamedTuple):
-    """Elements of trajectories laid out in rows: flat slot of each, its trajectory, and its index in there."""
+    """Elements of trajectories laid out in rows: the flat slot of each, its trajectory, and its index in that."""
 
     slots: np.ndarray
     owner: np.ndarray
@@ -148,21 +154,23 @@ class _Spans(NamedTuple):
 
 
 def _offsets(counts: np.ndarray, row_of: np.ndarray) -> np.ndarray:
-    """Where each trajectory starts in its row, counted in elements; `row_of` ascends."""
+    """Start of each trajectory in its row, in elements. `row_of`, the row of each trajectory, ascends."""
     before = np.cumsum(counts) - counts
     return before - before[np.searchsorted(row_of, row_of)]
 
 
 def _spans(counts: np.ndarray, row_of: np.ndarray, width: int) -> _Spans:
+    """Layout of `counts` elements of each trajectory in rows of `width` slots."""
     owner = np.repeat(np.arange(len(counts)), counts)
     within = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
     return _Spans((row_of * width + _offsets(counts, row_of))[owner] + within, owner, within)
 
 
 class EvaluationBatches:
-    """Every trajectory of a split exactly once, in packed order; can be iterated again. `len` is the batches of a pass.
+    """Every trajectory of a split exactly once, in packed order. Can be iterated again; `len` is the number of batches.
 
-    `split` holds the trajectories; a batch's `example` is an index into it. `fill` is tokens used by token slots.
+    `split` holds the trajectories, and a batch's `example` is an index into it. `fill` is the share of token slots that
+    hold a token.
     """
 
     def __init__(self, packed: _PackedSplit):
@@ -178,17 +186,17 @@ class EvaluationBatches:
 
 
 class TrainingBatches:
-    """The batches of all epochs, once; an iterator whose position can be saved and restored. See `training_batches`."""
+    """An iterator over the batches of all epochs, whose position can be saved and restored; see `training_batches`."""
 
     def __init__(self, packed: _PackedSplit, identity: str):
         self._packed = packed
         self._identity = identity
         self._stream: Iterator[Batch] | None = None
-        self._held: np.ndarray | None = None
+        self._local_rows: np.ndarray | None = None
         self.split = packed.split
         self.fill = packed.fill
         self.position = 0
-        # a batch may hold the last rows of one epoch and the first of the next; it counts to the earlier
+        # A batch with rows of two epochs counts to the earlier one.
         self.epoch_ends: list[int] = (-(-packed.plan.ends // packed.shape.rows)).tolist()
 
     def __len__(self) -> int:
@@ -199,26 +207,29 @@ class TrainingBatches:
 
     def __next__(self) -> Batch:
         if self._stream is None:
-            self._stream = self._packed.stream(self.position, self._held)
+            self._stream = self._packed.stream(self.position, self._local_rows)
         batch = next(self._stream)
         self.position += 1
         return batch
 
-    def hold(self, rows: np.ndarray) -> None:
-        """From here on hands out these rows of every batch alone, ascending: those of one of several hosts."""
-        self._held, self._stream = np.asarray(rows), None
+    def set_local_rows(self, rows: np.ndarray) -> None:
+        """Restricts the batches from here on to these rows, ascending: those of this host."""
+        self._local_rows, self._stream = np.asarray(rows), None
 
     def trajectories(self, number: int) -> list[str]:
-        """Ids of the trajectories in batch `number`, counted from 0, whoever holds its rows."""
+        """Ids of the trajectories in batch `number` (from 0), on all hosts."""
         rows = self._packed.rows_of(number)
         return [self.split.ids[member] for row in rows for member in self._packed.plan.row(row)]
 
     def save_state(self) -> dict[str, Any]:
-        """The position after the batches handed out so far, as JSON."""
+        """The position after the batches handed out so far, as a JSON object."""
         return {"batches": self.position, "plan": self._identity}
 
     def restore_state(self, state: Mapping[str, Any]) -> None:
-        """Goes on after the batch at which `state` was saved. DataError where data, seed or shape are others."""
+        """Continues after the batch at which `state` was saved.
+
+        Raises DataError if it was saved with other data, another seed, other epochs or another batch shape.
+        """
         if state.get("plan") != self._identity:
             raise DataError(
                 "the saved data position belongs to other batches: the dataset, the seed, the epochs or the batch "
@@ -239,30 +250,31 @@ def training_batches(
     seed: int,
     window: int = 256,
 ) -> TrainingBatches:
-    """Packed batches of `epochs` passes over a split, shuffled anew each epoch.
+    """Packed batches of `epochs` passes over a split, each in another order.
 
-    Epochs follow each other without a gap: only the very last batch may have rows of padding. Each is a dictionary of
+    Epochs follow each other without a gap: only the very last batch may have rows of padding. A batch is a dictionary:
 
     tokens, segments, positions    int32[B, T]    segment 0 is padding; positions restart with each trajectory
     read_positions, state_positions int32[B, S]   indices into the row
-    step_index, trajectory         int32[B, S]    of a step in its trajectory, of a trajectory in its row; from 0
+    step_index, trajectory         int32[B, S]    index of the step in its trajectory, of the trajectory in its row
     example                        int32[B, S]    index of the trajectory in `.split`
-    rewards, step_labels, weights  float32[B, S]  labels NaN where absent; weights how many trajectories were equal
+    rewards, step_labels, weights  float32[B, S]  missing labels are NaN; a weight is a number of equal trajectories
     is_first, is_last, valid       bool[B, S]
 
-    Slots without a step have valid False, trajectory and example -1, label NaN, and 0 elsewhere.
+    Slots without a step have valid False, trajectory and example -1, label NaN, and 0 in the other fields.
 
     Args:
       dataset: from `open_dataset`, which checks the tokenizer, or a directory.
-      rows, length, steps_per_row: B, T, S. A trajectory beyond T or S is an error.
-      window: trajectories that are packed together.
+      rows, length, steps_per_row: B, T, S.
+      window: number of trajectories that are packed together; see `packing.plan_epochs`.
 
     Raises:
-      DataError: a trajectory does not fit, there is no such split, or the shards are broken.
+      DataError: a trajectory has more than T tokens or S steps, the split is missing, or shards are broken.
     """
     dataset = dataset if isinstance(dataset, Dataset) else open_dataset(dataset)
     shape = Shape(rows, length, steps_per_row)
     packed = _PackedSplit(dataset, split, shape, window=window, epochs=epochs, seed=seed)
+    # A saved position is only valid for the very same batches, so their identity covers data, shape and plan.
     digest = hashlib.sha256(f"{dataset.fingerprint} {dataset.metadata.pad_id} {split} {shape}".encode())
     for array in packed.plan:
         digest.update(array.tobytes())
@@ -278,7 +290,7 @@ def evaluation_batches(
     steps_per_row: int,
     window: int = 1024,
 ) -> EvaluationBatches:
-    """One pass over a split in the batches of `training_batches`, not shuffled; the last is filled up with padding."""
+    """A single pass over a split in batches as of `training_batches`, not shuffled; the last may have padding rows."""
     dataset = dataset if isinstance(dataset, Dataset) else open_dataset(dataset)
     shape = Shape(rows, length, steps_per_row)
     return EvaluationBatches(_PackedSplit(dataset, split, shape, window=window, epochs=1, seed=None))

@@ -1,10 +1,11 @@
-"""The build as an Apache Beam pipeline, on any runner: the shards are those of the local build, byte for byte.
+"""The build as an Apache Beam pipeline, on any runner. The shards are those of the local build, byte for byte.
 
-Rows are encoded wherever there is room, and equal ones merged into the first of them. A row's place, its file and line,
-is its order: where the shards of a split begin is found from counts of places, and each shard is sorted by itself. No
-worker holds more than a shard, and the process that starts the pipeline some forty bytes a trajectory.
+Rows are encoded on any worker, and equal ones are merged into the first of them. A row's rank is a number made of its
+file and line, and defines the order of the records. The first rank of every shard is computed from counts of ranks,
+and each shard is sorted on its own. A worker holds at most one shard, and the process that starts the pipeline about
+forty bytes per trajectory.
 
-This is the one module that imports Apache Beam.
+This is the only module that imports Apache Beam.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import uuid
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,8 +31,8 @@ from apache_beam.pvalue import AsList, AsSingleton, TaggedOutput
 from data_pipeline import shards as shards_lib
 from data_pipeline.encode import Encoder
 from data_pipeline.errors import MOST_LISTED, DataError, SplitError
-from data_pipeline.metadata import FILE, Metadata, Shard, shard_of
-from data_pipeline.output import check_output, replace
+from data_pipeline.metadata import FILE, Metadata, Shard, check_output, shard_of
+from data_pipeline.output import staged_directory, write_errors
 from data_pipeline.records import (
     Preparation,
     RowCounts,
@@ -46,17 +48,21 @@ from data_pipeline.records import (
 from data_pipeline.splits import Inputs, in_two_splits
 from data_pipeline.trajectory import numbered, parse_line
 
-# A place is the number of a file, and in its lowest bits the line. Places are counted by blocks of lines.
+# A rank is the number of a file, and in its LINE_BITS lowest bits the line. Ranks are counted by blocks of
+# 2**BLOCK_BITS lines, because every worker reads the table of counts.
 LINE_BITS = 40
 BLOCK_BITS = 12
 _SUMMARY, _WRITTEN = "summary", ".written"
 
 Key = tuple[str, int]  # a split, and a block or a shard of it
-Placed = tuple[int, dict[str, Any]]  # a record with its place
+Ranked = tuple[int, dict[str, Any]]  # a record with its rank
 
 
 class _Summary(msgspec.Struct):
-    """What is known of the rows: counts by split, in the order of their first rows, and what is wrong with some."""
+    """Row counts by split, in the order of their first rows; the number of bad rows, the first of them; the first leak.
+
+    Errors are pairs of rank and message.
+    """
 
     counts: list[tuple[str, RowCounts]]
     bad: int
@@ -65,7 +71,7 @@ class _Summary(msgspec.Struct):
 
 
 class _Written(msgspec.Struct):
-    """A shard as it was written: `size` in bytes of records, the arrays of `Sizes` as bytes of 64-bit numbers."""
+    """Description of a written shard: `size` in bytes of records, the arrays of `Sizes` as bytes of 64-bit numbers."""
 
     split: str
     index: int
@@ -80,12 +86,12 @@ class _Written(msgspec.Struct):
 
     @property
     def sizes(self) -> Sizes:
-        integers = (np.frombuffer(one, np.int64) for one in (self.lengths, self.steps, self.weights))
+        integers = (np.frombuffer(field, np.int64) for field in (self.lengths, self.steps, self.weights))
         return Sizes(*integers, np.frombuffer(self.returns, np.float64), self.tasks)
 
 
 class _Layout(NamedTuple):
-    """How many records of a split lie before each block, and the ranks at which its shards begin and the last ends."""
+    """Number of records of the split before each block, and by split the indices where its shards start and end."""
 
     before: dict[Key, int]
     cuts: dict[str, list[int]]
@@ -102,12 +108,12 @@ def build(
     skip_bad: Callable[[DataError], None] | None = None,
     options: Sequence[str] = (),
 ) -> Metadata:
-    """As `data_pipeline.build.build`, with the same arguments, result and errors but for what follows.
+    """As `data_pipeline.build.build`, with these differences.
 
     Args:
-      inputs, output: where Beam's file systems find them (`gs://...`); local paths for runners on this machine.
-        An output elsewhere than in a local directory must not be there yet.
-      skip_bad: called with the first errors alone; how many there are is the metadata's `skipped`.
+      inputs, output: paths in Beam's file systems (`gs://...`), or local ones for runners on this machine. An output
+        that is not local must be absent or empty.
+      skip_bad: called with the first MOST_LISTED errors only; the metadata's `skipped` counts all of them.
       options: of the pipeline (`--runner=...`).
     """
     files = [(split, str(path)) for split, paths in inputs.items() for path in paths]
@@ -120,39 +126,30 @@ def build(
         check_output(Path(output))
     elif FileSystems.match([f"{output}/*"])[0].metadata_list:
         raise DataError(f"{output}: not empty; name another directory or empty this one")
-    folder, name = FileSystems.split(output)
-    beside = FileSystems.join(folder, f".{name}.building")
-    try:
-        _remove(beside)  # of a build that was killed
-        FileSystems.mkdirs(beside)
-        _run(files, encoder, beside, Preparing(max_length, too_long, shards), options)
-        summary = msgspec.msgpack.decode(_read(FileSystems.join(beside, _SUMMARY)), type=_Summary)
+    staged = staged_directory(output, overwrite=True) if local else _staged_remotely(output)
+    with write_errors(output, "the dataset cannot be written"), staged as staging:
+        folder = str(staging)
+        _run(files, encoder, folder, _Settings(max_length, too_long, shards), options)
+        summary = msgspec.msgpack.decode(_read(FileSystems.join(folder, _SUMMARY)), type=_Summary)
         _raise_or_pass(summary, skip_bad)
         settings = {"max_length": max_length, "too_long": too_long, "skipped": summary.bad}
-        metadata = _describe(beside, summary, inputs, encoder, settings)
-        if local:
-            replace(Path(beside), Path(output))
-        else:
-            _move(beside, output)
-    except OSError as error:
-        raise DataError(f"{output}: the dataset cannot be written: {error.strerror or error}") from error
-    finally:
-        _remove(beside)
-    return metadata
+        return _describe(folder, summary, inputs, encoder, settings)
 
 
-class Preparing(NamedTuple):
+class _Settings(NamedTuple):
+    """Arguments of `build` that workers need."""
+
     max_length: int | None
     too_long: TooLong
     shards: int
 
 
 def _run(
-    files: list[tuple[str | None, str]], encoder: Encoder, folder: str, settings: Preparing, options: Sequence[str]
+    files: list[tuple[str | None, str]], encoder: Encoder, folder: str, settings: _Settings, options: Sequence[str]
 ) -> None:
     try:
         pipeline = beam.Pipeline(options=PipelineOptions(list(options)))
-    except ValueError as error:  # a runner that there is not
+    except ValueError as error:  # such as an unknown runner
         raise DataError(f"--beam {' '.join(options)}: {' '.join(str(error).split())}") from None
     prepare = _Prepare(encoder.tokenizer, encoder.source, settings)
     with pipeline:
@@ -166,14 +163,14 @@ def _run(
         merged = (
             prepared.records
             | "Merge" >> beam.CombinePerKey(_merge)
-            | "Place" >> beam.Map(lambda found: (found[0][0], found[1]))
+            | "By split" >> beam.Map(lambda merged: (merged[0][0], merged[1]))
         )
         _summarize(pipeline, prepared, FileSystems.join(folder, _SUMMARY))
         _write(merged, folder, settings.shards)
 
 
 def _rows(numbered_file: tuple[int, tuple[str | None, str]]) -> Iterator[tuple[int, str | None, str, bytes]]:
-    """Place, split, "path:line" and text of every row of a file."""
+    """Rank, split, "path:line" and text of every row of a file."""
     index, (split, path) = numbered_file
     with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
         for number, line in numbered(file):
@@ -181,49 +178,49 @@ def _rows(numbered_file: tuple[int, tuple[str | None, str]]) -> Iterator[tuple[i
 
 
 class _Prepare(beam.DoFn):
-    """Rows to ((split, identity), (place, record)); and their tasks, counts and errors."""
+    """Rows to ((split, identity), (rank, record)), with tagged outputs for their tasks, counts and errors."""
 
-    def __init__(self, tokenizer: Any, source: str, settings: Preparing):
+    def __init__(self, tokenizer: Any, source: str, settings: _Settings):
         self._tokenizer, self._source, self._settings = tokenizer, source, settings
 
     def setup(self) -> None:
         self._encoder = Encoder(self._tokenizer, source=self._source)
 
     def start_bundle(self) -> None:
-        # It remembers what it encoded: for a bundle, not for as long as a worker lives.
+        # It caches conversations without a bound, so it lives as long as a bundle, not as a worker.
         self._preparation = Preparation(self._encoder, self._settings.max_length, self._settings.too_long)
 
     def process(self, row: tuple[int, str | None, str, bytes]) -> Iterator[Any]:
-        place, given, where, line = row
+        rank, file_split, where, line = row
         try:
             trajectory = parse_line(line, where=where)
             name = f"{where} ({trajectory.id})"
-            split = split_of_row(trajectory, given, name)
-            yield TaggedOutput("tasks", (trajectory.task_id, {split: (place, name)}))
-            yield TaggedOutput(
-                "counts", (split, (place, RowCounts()))
-            )  # the split is there, whatever becomes of the row
+            split = split_of_row(trajectory, file_split, name)
+            yield TaggedOutput("tasks", (trajectory.task_id, {split: (rank, name)}))
+            # A split is listed even if all of its rows are bad.
+            yield TaggedOutput("counts", (split, (rank, RowCounts())))
             prepared = self._preparation.prepare(trajectory, name)
         except DataError as error:
-            yield TaggedOutput("bad", (place, str(error)))
+            yield TaggedOutput("bad", (rank, str(error)))
             return
-        yield TaggedOutput("counts", (split, (place, prepared.counts)))
+        yield TaggedOutput("counts", (split, (rank, prepared.counts)))
         if prepared.steps is not None:
-            yield (split, identity(trajectory, prepared.steps)), (place, record_of(trajectory, prepared.steps))
+            yield (split, identity(trajectory, prepared.steps)), (rank, record_of(trajectory, prepared.steps))
 
 
-def _merge(found: Iterable[Placed]) -> Placed:
+def _merge(equal: Iterable[Ranked]) -> Ranked:
     """The first of equal trajectories, with the weight of all."""
-    first: Placed | None = None
+    first: Ranked | None = None
     weight = 0
-    for placed in found:
-        weight += placed[1]["weight"]
-        if first is None or placed[0] < first[0]:
-            first = placed
+    for ranked in equal:
+        weight += ranked[1]["weight"]
+        if first is None or ranked[0] < first[0]:
+            first = ranked
     return first[0], {**first[1], "weight": weight}
 
 
 def _summarize(pipeline: beam.Pipeline, prepared: Any, path: str) -> None:
+    """Stores the `_Summary` of the rows at `path`."""
     counts = prepared.counts | "Count rows" >> beam.CombinePerKey(_add_counts)
     leaks = prepared.tasks | "First rows" >> beam.CombinePerKey(_first_rows) | "Leaks" >> beam.FlatMap(_leaks)
     parts = {
@@ -235,54 +232,55 @@ def _summarize(pipeline: beam.Pipeline, prepared: Any, path: str) -> None:
     pipeline | "Summary" >> beam.Create([path]) | "Summarize" >> beam.Map(_store_summary, **parts)
 
 
-def _add_counts(found: Iterable[tuple[int, RowCounts]]) -> tuple[int, RowCounts]:
+def _add_counts(ranked_counts: Iterable[tuple[int, RowCounts]]) -> tuple[int, RowCounts]:
     first, total = 1 << 62, RowCounts()
-    for place, counts in found:
-        first, total = min(first, place), total + counts
+    for rank, counts in ranked_counts:
+        first, total = min(first, rank), total + counts
     return first, total
 
 
-def _first_rows(found: Iterable[dict[str, tuple[int, str]]]) -> dict[str, tuple[int, str]]:
-    """By split, the first row of a task."""
+def _first_rows(partial_results: Iterable[dict[str, tuple[int, str]]]) -> dict[str, tuple[int, str]]:
+    """The first row of a task, by split."""
     first: dict[str, tuple[int, str]] = {}
-    for rows in found:
+    for rows in partial_results:
         for split, row in rows.items():
             first[split] = min(row, first.get(split, row))
     return first
 
 
-def _leaks(found: tuple[str, dict[str, tuple[int, str]]]) -> Iterator[tuple[int, str]]:
-    """The first row of a task in a second split, where there is one."""
-    task, rows = found
-    (_, known), *others = sorted((row, split) for split, row in rows.items())
-    for (place, name), split in others[:1]:
-        yield place, f"{name}: {in_two_splits(task, known, split)}"
+def _leaks(task_rows: tuple[str, dict[str, tuple[int, str]]]) -> Iterator[tuple[int, str]]:
+    """The first row of a task in a second split, if there is one."""
+    task, rows = task_rows
+    (_, first_split), *others = sorted((row, split) for split, row in rows.items())
+    for (rank, name), split in others[:1]:
+        yield rank, f"{name}: {in_two_splits(task, first_split, split)}"
 
 
 def _store_summary(path: str, counts: list, bad: int, first_bad: list, leak: list) -> None:
-    in_order = [(split, found) for split, (_, found) in sorted(counts, key=lambda one: one[1][0])]
+    # By the rank of the first row: Beam gives them in no order.
+    in_order = [(split, total) for split, (_, total) in sorted(counts, key=lambda item: item[1][0])]
     _store(path, msgspec.msgpack.encode(_Summary(in_order, bad, first_bad, leak)))
 
 
 def _write(merged: beam.PCollection, folder: str, shards: int) -> None:
-    """Writes (split, (place, record)) as shards."""
-    places = merged | "Blocks" >> beam.Map(lambda one: ((one[0], one[1][0] >> BLOCK_BITS), one[1][0]))
+    """Writes (split, (rank, record)) as shards."""
+    ranks = merged | "Blocks" >> beam.Map(lambda item: ((item[0], item[1][0] >> BLOCK_BITS), item[1][0]))
     layout = AsSingleton(
-        places
+        ranks
         | "Count blocks" >> beam.combiners.Count.PerKey()
         | "All blocks" >> beam.combiners.ToList()
         | "Lay out" >> beam.Map(_layout, shards)
     )
-    begins = AsSingleton(
-        places
+    starts = AsSingleton(
+        ranks
         | "Group blocks" >> beam.GroupByKey()
-        | "Find shards" >> beam.FlatMap(_begins, layout)
+        | "Find shards" >> beam.FlatMap(_starts, layout)
         | "All shards" >> beam.combiners.ToList()
         | "Sort shards" >> beam.Map(_sorted_by_split)
     )
     (
         merged
-        | "Choose shard" >> beam.Map(_with_shard, begins)
+        | "Choose shard" >> beam.Map(_with_shard, starts)
         | "Group shards" >> beam.GroupByKey()
         | "Write shard" >> beam.Map(_write_shard, layout, folder)
     )
@@ -298,29 +296,30 @@ def _layout(blocks: list[tuple[Key, int]], shards: int) -> _Layout:
     return _Layout(before, {split: shards_lib.boundaries(total, count) for split, total in totals.items()})
 
 
-def _begins(block: tuple[Key, Iterable[int]], layout: _Layout) -> Iterator[Key]:
-    """The split and the first place of every shard that begins in a block."""
-    key, places = block[0], sorted(block[1])
+def _starts(block: tuple[Key, Iterable[int]], layout: _Layout) -> Iterator[Key]:
+    """The split and the first rank of every shard that starts in a block."""
+    key, ranks = block[0], sorted(block[1])
     for cut in layout.cuts[key[0]][:-1]:
-        if 0 <= cut - layout.before[key] < len(places):
-            yield key[0], places[cut - layout.before[key]]
+        if 0 <= cut - layout.before[key] < len(ranks):
+            yield key[0], ranks[cut - layout.before[key]]
 
 
-def _sorted_by_split(begins: list[Key]) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {}
-    for split, place in sorted(begins):
-        found.setdefault(split, []).append(place)
-    return found
+def _sorted_by_split(starts: list[Key]) -> dict[str, list[int]]:
+    by_split: dict[str, list[int]] = {}
+    for split, rank in sorted(starts):
+        by_split.setdefault(split, []).append(rank)
+    return by_split
 
 
-def _with_shard(one: tuple[str, Placed], begins: dict[str, list[int]]) -> tuple[Key, Placed]:
-    split, placed = one
-    return (split, bisect_right(begins[split], placed[0]) - 1), placed
+def _with_shard(item: tuple[str, Ranked], starts: dict[str, list[int]]) -> tuple[Key, Ranked]:
+    split, ranked = item
+    return (split, bisect_right(starts[split], ranked[0]) - 1), ranked
 
 
-def _write_shard(shard: tuple[Key, Iterable[Placed]], layout: _Layout, folder: str) -> None:
-    (split, index), found = shard
-    records = [record for _, record in sorted(found, key=itemgetter(0))]
+def _write_shard(shard: tuple[Key, Iterable[Ranked]], layout: _Layout, folder: str) -> None:
+    """Writes a shard and, next to it, its description: a `_Written` in a file that `_describe` reads and removes."""
+    (split, index), ranked = shard
+    records = [record for _, record in sorted(ranked, key=itemgetter(0))]
     name = shards_lib.shard_name(split, index, len(layout.cuts[split]) - 1)
     with tempfile.TemporaryDirectory() as here:
         file = Path(here) / name
@@ -333,9 +332,10 @@ def _write_shard(shard: tuple[Key, Iterable[Placed]], layout: _Layout, folder: s
 
 
 def _raise_or_pass(summary: _Summary, skip_bad: Callable[[DataError], None] | None) -> None:
-    """Raises the first error of a row that the local build would stop at; others are given to `skip_bad`."""
-    leaks = [(place, 0, SplitError(message)) for place, message in summary.leak]
-    bad = [(place, 1, DataError(message)) for place, message in summary.first_bad]
+    """Raises the error at which the local build would stop; without one, passes bad rows to `skip_bad`."""
+    # A leak comes before a bad row of the same rank: the local build checks the split first.
+    leaks = [(rank, 0, SplitError(message)) for rank, message in summary.leak]
+    bad = [(rank, 1, DataError(message)) for rank, message in summary.first_bad]
     if fatal := sorted(leaks if skip_bad else [*leaks, *bad], key=itemgetter(0, 1)):
         raise fatal[0][2]
     for _, _, error in bad:
@@ -343,29 +343,29 @@ def _raise_or_pass(summary: _Summary, skip_bad: Callable[[DataError], None] | No
 
 
 def _describe(folder: str, summary: _Summary, inputs: Inputs, encoder: Encoder, settings: dict[str, Any]) -> Metadata:
-    """Adds metadata.json and TFDS's files to the shards, and takes away what lies beside them."""
-    paths = [one.path for one in FileSystems.match([FileSystems.join(folder, "*" + _WRITTEN)])[0].metadata_list]
-    found = [msgspec.msgpack.decode(_read(path), type=_Written) for path in paths]
+    """Adds metadata.json and the files of TFDS to the shards, and removes the descriptions and the summary."""
+    paths = [file.path for file in FileSystems.match([FileSystems.join(folder, "*" + _WRITTEN)])[0].metadata_list]
+    shards = [msgspec.msgpack.decode(_read(path), type=_Written) for path in paths]
     written = {
-        split: sorted((one for one in found if one.split == split), key=lambda one: one.index)
+        split: sorted((shard for shard in shards if shard.split == split), key=lambda shard: shard.index)
         for split, _ in summary.counts
     }
-    totals = {split: sum(len(one.tasks) for one in written[split]) for split in written}
+    totals = {split: sum(len(shard.tasks) for shard in parts) for split, parts in written.items()}
     check_not_empty({split: (counts, totals[split]) for split, counts in summary.counts}, inputs)
     splits = {}
     for split, counts in summary.counts:
-        *arrays, tasks = zip(*(one.sizes for one in written[split]), strict=True)
+        *arrays, tasks = zip(*(shard.sizes for shard in written[split]), strict=True)
         splits[split] = split_metadata(counts, Sizes(*map(np.concatenate, arrays), [t for part in tasks for t in part]))
     metadata = Metadata(
         tokenizer=encoder.fingerprint,
         pad_id=encoder.pad_id,
         **settings,
         splits=splits,
-        shards={one.name: one.shard for one in sorted(found, key=lambda one: one.name)},
+        shards={shard.name: shard.shard for shard in sorted(shards, key=lambda shard: shard.name)},
     )
     with tempfile.TemporaryDirectory() as here:
         lengths = {
-            split: ([len(one.tasks) for one in parts], sum(one.size for one in parts))
+            split: ([len(shard.tasks) for shard in parts], sum(shard.size for shard in parts))
             for split, parts in written.items()
         }
         shards_lib.describe(Path(here), lengths)
@@ -376,17 +376,32 @@ def _describe(folder: str, summary: _Summary, inputs: Inputs, encoder: Encoder, 
     return metadata
 
 
+@contextmanager
+def _staged_remotely(output: str) -> Iterator[str]:
+    """As `staged_directory`, on any of Beam's file systems: files are moved one by one, metadata.json last."""
+    parent, name = FileSystems.split(output)
+    staging = FileSystems.join(parent, f".{name}.building")
+    try:
+        _remove(staging)  # of a build that was killed
+        FileSystems.mkdirs(staging)
+        yield staging
+        _move(staging, output)
+    finally:
+        _remove(staging)
+
+
 def _read(path: str) -> bytes:
     with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
         return file.read()
 
 
 def _store(path: str, content: bytes) -> None:
-    """A file that is there whole, or not at all: a runner may try a thing twice, and at the same time."""
-    beside = f"{path}.{uuid.uuid4().hex}"
-    with FileSystems.create(beside, compression_type=CompressionTypes.UNCOMPRESSED) as file:
+    """Writes a file that is complete or absent."""
+    # A unique staging path, because a runner may do the same work twice, and at the same time.
+    staging = f"{path}.{uuid.uuid4().hex}"
+    with FileSystems.create(staging, compression_type=CompressionTypes.UNCOMPRESSED) as file:
         file.write(content)
-    FileSystems.rename([beside], [path])
+    FileSystems.rename([staging], [path])
 
 
 def _copy(file: Path, path: str) -> None:
@@ -394,8 +409,8 @@ def _copy(file: Path, path: str) -> None:
 
 
 def _move(folder: str, output: str) -> None:
-    """Moves the files of a folder, the one that makes it a dataset last."""
-    paths = [one.path for one in FileSystems.match([FileSystems.join(folder, "*")])[0].metadata_list]
+    """Moves the files of a folder, metadata.json last, because it makes the folder a dataset."""
+    paths = [file.path for file in FileSystems.match([FileSystems.join(folder, "*")])[0].metadata_list]
     names = sorted((FileSystems.split(path)[1] for path in paths), key=lambda name: name == FILE)
     FileSystems.mkdirs(output)
     for name in names:
@@ -403,5 +418,6 @@ def _move(folder: str, output: str) -> None:
 
 
 def _remove(folder: str) -> None:
+    # Object stores have no folders, only files with a common prefix.
     if FileSystems.exists(folder) or FileSystems.match([FileSystems.join(folder, "*")])[0].metadata_list:
         FileSystems.delete([folder])

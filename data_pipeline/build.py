@@ -1,16 +1,15 @@
-"""Trajectories to a TFDS dataset in TFRecord.
+"""Builds a TFDS dataset of TFRecord shards from trajectories.
 
 python -m data_pipeline.build --input train=train.jsonl --input validation=validation.jsonl \
     --tokenizer DIR --output DIR [--chat-template chatml] [--max-length 1024] [--too-long error|drop|window] \
     [--skip-bad] [--beam --runner RUNNER ...]
 
-Duplicates are stored once and carry their number as a weight: dropping them would change the values being estimated.
+Equal trajectories are stored once, with their number as a weight: dropping them would change the estimated values.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
@@ -19,8 +18,8 @@ from typing import Any
 
 from data_pipeline.encode import Encoder
 from data_pipeline.errors import DataError, SplitError, listed
-from data_pipeline.metadata import Metadata, shard_of, verify
-from data_pipeline.output import check_output, replace
+from data_pipeline.metadata import Metadata, check_output, shard_of, verify
+from data_pipeline.output import staged_directory, write_errors
 from data_pipeline.records import Rows, SplitRecords, TooLong, check_not_empty, sizes_of, split_metadata
 from data_pipeline.splits import Inputs, parse_inputs
 from data_pipeline.trajectory import count_rows, read_numbered
@@ -39,19 +38,22 @@ def build(
     progress: Callable[[int, int], None] | None = None,
     skip_bad: Callable[[DataError], None] | None = None,
 ) -> Metadata:
-    """Encodes trajectories and writes the dataset directory `output`, whole or not at all.
+    """Encodes trajectories and writes the dataset directory `output`, completely or not at all.
 
     Args:
-      inputs: JSONL files by split. Under None, every row goes to the split it names, or to "train".
-      encoder: the only encoder; the shards carry its fingerprint.
-      output: a directory that is absent, empty, or a dataset, which is replaced.
-      max_length: tokens a trajectory may have; None for no bound.
-      too_long: what is done with a longer one: an error, dropped, or cut at the last step that fits and closed with the
-        return from there (its Monte Carlo value). What was dropped or cut is counted.
-      shards: TFRecord files per split, fewer when the smallest split has fewer trajectories.
-      progress: called with (rows done, rows in all).
-      skip_bad: called with the error of every bad row, which is then left out and counted as `skipped`; without it the
-        first one is raised. A task in two splits is raised all the same.
+      inputs: JSON Lines files by split. Rows of files under None go to the split they name, or to "train".
+      encoder: encodes every conversation; its fingerprint is stored with the shards.
+      output: a directory that is absent or empty, or an earlier dataset, which is replaced.
+      max_length: most tokens of a trajectory; None for no bound.
+      too_long: what happens to a longer trajectory. "error" raises, "drop" leaves it out, and "window" cuts it after
+        the last step that fits, whose reward becomes the return from there on (its Monte Carlo value).
+      shards: TFRecord files per split; fewer if the smallest split has fewer trajectories.
+      progress: called with (rows done, all rows).
+      skip_bad: called with the error of every bad row, which is then left out and counted as `skipped`. Without it the
+        first error is raised. A task in two splits is always an error.
+
+    Returns:
+      The content of metadata.json.
 
     Raises:
       DataError: names the row, or the directory that cannot be written.
@@ -80,65 +82,66 @@ def build(
                     bad(error)
                 if progress:
                     progress(done, total)
-    check_not_empty({split: (found.counts, len(found.records)) for split, found in rows.splits.items()}, inputs)
+    check_not_empty({name: (split.counts, len(split.records)) for name, split in rows.splits.items()}, inputs)
     settings = {"max_length": max_length, "too_long": too_long, "skipped": skipped}
     return _write(rows.splits, encoder, output, shards=shards, **settings)
 
 
-def _write(splits: Mapping[str, SplitRecords], encoder: Encoder, output: Path, **settings: Any) -> Metadata:
-    from data_pipeline import shards  # imports TensorFlow
+def _write(
+    splits: Mapping[str, SplitRecords], encoder: Encoder, output: Path, *, shards: int, **settings: Any
+) -> Metadata:
+    # It imports TensorFlow, which takes seconds: bad rows are reported before.
+    from data_pipeline import shards as shards_lib
 
-    temporary = output.with_name(f".{output.name}.building")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a build that was killed
-        temporary.mkdir(parents=True)
-        records = {split: found.records for split, found in splits.items()}
-        shards.write(records, temporary, shards=settings.pop("shards"))
+    with write_errors(output, "the dataset cannot be written"), staged_directory(output, overwrite=True) as staging:
+        records = {name: split.records for name, split in splits.items()}
+        shards_lib.write(records, staging, shards=shards)
         metadata = Metadata(
             tokenizer=encoder.fingerprint,
             pad_id=encoder.pad_id,
             **settings,
-            splits={split: split_metadata(one.counts, sizes_of(one.records)) for split, one in splits.items()},
-            shards={file.name: shard_of(file) for file in sorted(temporary.glob("*.tfrecord*"))},
+            splits={name: split_metadata(split.counts, sizes_of(split.records)) for name, split in splits.items()},
+            shards={file.name: shard_of(file) for file in sorted(staging.glob("*.tfrecord*"))},
         )
-        metadata.save(temporary)
-        replace(temporary, output)
-    except OSError as error:
-        raise DataError(f"{output}: the dataset cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        metadata.save(staging)
     return metadata
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m data_pipeline.build", description="Trajectories to TFRecord.")
+    parser = argparse.ArgumentParser(
+        prog="python -m data_pipeline.build", description="Builds a dataset of TFRecord shards from trajectories."
+    )
     parser.add_argument(
         "--input",
         action="append",
         required=True,
         metavar="[SPLIT=]FILE",
-        help="JSONL, may be repeated; without SPLIT every row goes to its own split, or to train",
+        help="JSON Lines, may be repeated; without SPLIT every row goes to the split it names, or to train",
     )
-    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="tokenizer.json and chat template")
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="DIR", help="directory with tokenizer.json and a chat template"
+    )
     parser.add_argument(
         "--chat-template", default="own", metavar="TEMPLATE", help="own (default), chatml, llama3, or a file"
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="dataset directory to write")
-    parser.add_argument("--max-length", type=int, metavar="TOKENS", help="bound on a trajectory (default: none)")
+    parser.add_argument(
+        "--max-length", type=int, metavar="TOKENS", help="most tokens of a trajectory (default: no bound)"
+    )
     parser.add_argument("--too-long", choices=("error", "drop", "window"), default="error")
     parser.add_argument("--shards", type=int, default=4, metavar="N", help="files per split (default: 4)")
-    parser.add_argument("--skip-bad", action="store_true", help="leave bad rows out, show and count them")
+    parser.add_argument("--skip-bad", action="store_true", help="leave bad rows out; they are shown and counted")
     parser.add_argument(
         "--beam",
         nargs=argparse.REMAINDER,
         metavar="OPTION",
-        help="run as an Apache Beam pipeline; what follows is the pipeline's: --runner RUNNER and others",
+        help="run as an Apache Beam pipeline; all options after it go to the pipeline, such as --runner RUNNER",
     )
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; prints the counts of every split. 2 for a user's mistake, 130 for Ctrl-C."""
+    """Command line; prints the counts of every split. Returns 0, 2 for bad input, or 130 for Ctrl-C."""
     options = _arguments(arguments)
     bad: list[DataError] = []
     settings = {
@@ -190,8 +193,8 @@ def _with_beam(
         if error.name != "apache_beam":
             raise
         raise DataError(
-            "--beam needs Apache Beam, which wants older packages than requirements.txt has: install the "
-            "project's `beam` extra in an environment of its own (docs/your-trajectories.md)"
+            "--beam needs Apache Beam, which requires older packages than requirements.txt has: install the "
+            "project's `beam` extra in a separate environment (docs/your-trajectories.md)"
         ) from None
     return beam_build.build(inputs, encoder, output, options=pipeline, **settings)
 

@@ -10,16 +10,17 @@ class DataError(ValueError):
 
 
 class SplitError(DataError):
-    """A task in two splits. That is a fault of the whole file: leaving bad rows out does not mend it."""
+    """A task in two splits. The fault is in the split of the files, so leaving bad rows out does not fix it."""
 
 
 MOST_LISTED = 20
 
 
 def listed(errors: Sequence[object], *, total: int | None = None) -> list[str]:
-    """The lines that tell of bad rows: their number, the first MOST_LISTED of them, how many more there are.
+    """Lines that report bad rows: their number, the first MOST_LISTED errors, and how many more there are.
 
-    total: their number, where `errors` are only the first of them.
+    Args:
+      total: number of bad rows, if `errors` holds only the first of them.
     """
     total = len(errors) if total is None else total
     if not total:

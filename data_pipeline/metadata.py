@@ -1,4 +1,4 @@
-"""What a dataset directory says of itself, and the check that its shards are the ones that were written."""
+"""metadata.json of a dataset directory, and the check of its shards against it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from data_pipeline.errors import DataError
 FILE = "metadata.json"
 FORMAT = "jaxprm-trajectories"
 VERSION = 1
+# Lower bounds of the bins of length histograms. They are part of the format: metadata.json stores counts only.
 LENGTH_EDGES = (0, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192, 16384, 32768)
 
 
@@ -30,10 +31,10 @@ class Shard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class SplitMetadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Counts of one split. rows = errors + dropped + merged + trajectories; the weights sum to merged + trajectories.
 
-    Of the rows read, `errors` ended in an error, `dropped` were too long, `windowed` too long and cut, `merged` equal
-    to one before. What is stored is `trajectories` of `tasks` with `steps` and `tokens`, the longest `longest` tokens
-    or `most_steps` steps. `lengths[i]` trajectories have LENGTH_EDGES[i] <= tokens < LENGTH_EDGES[i + 1].
-    `mean_return` is over rows, so with weights.
+    Of the rows read, `errors` ended in an error, `dropped` were too long and left out, `windowed` too long and cut, and
+    `merged` equal to an earlier row. `trajectories` of `tasks` different tasks are stored, with `steps` and `tokens` in
+    all, and at most `longest` tokens and `most_steps` steps each. `lengths[i]` trajectories have
+    LENGTH_EDGES[i] <= tokens < LENGTH_EDGES[i + 1]. `mean_return` is the mean over rows, so trajectories are weighted.
     """
 
     rows: int
@@ -52,7 +53,7 @@ class SplitMetadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class Metadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """metadata.json of a dataset directory. `skipped` bad rows were left out and are in no split's counts."""
+    """Content of metadata.json. `skipped` is the number of bad rows that were left out; no split counts them."""
 
     format: Literal["jaxprm-trajectories"] = FORMAT
     version: Literal[1] = VERSION
@@ -66,10 +67,12 @@ class Metadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @property
     def fingerprint(self) -> str:
+        """sha256 over all shards."""
         return fingerprint(self.shards)
 
     @classmethod
     def load(cls, directory: str | PathLike[str]) -> Metadata:
+        """Reads metadata.json. Raises DataError if it is missing or malformed."""
         file = Path(directory) / FILE
         try:
             return msgspec.json.decode(file.read_bytes(), type=cls)
@@ -79,36 +82,49 @@ class Metadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise DataError(f"{file}: not the metadata of a dataset: {error}; build it again") from None
 
     def save(self, directory: str | PathLike[str]) -> None:
+        """Writes metadata.json into a directory."""
         (Path(directory) / FILE).write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n")
 
 
+def check_output(output: Path) -> None:
+    """Raises DataError unless a dataset may be written to `output`: it is absent, empty, or a dataset itself."""
+    if output.is_dir():
+        if (output / FILE).is_file():
+            Metadata.load(output)  # raises if another program wrote this metadata.json
+        elif any(output.iterdir()):
+            raise DataError(f"{output}: not empty and not a dataset; name another directory or empty this one")
+    elif output.exists():
+        raise DataError(f"{output}: a file; name a directory")
+
+
 def fingerprint(shards: Mapping[str, Shard]) -> str:
-    """sha256 over shards: equal for equal data."""
+    """sha256 over the shards' names and digests: equal for equal data."""
     lines = [f"{name} {shards[name].sha256}" for name in sorted(shards)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def length_histogram(lengths: np.ndarray) -> dict[str, int]:
-    """Trajectories by length, under the lowest length of their bin; empty bins are left out."""
+    """Number of trajectories by the lower bound of their length bin; empty bins are left out."""
     counts = np.histogram(lengths, [*LENGTH_EDGES, np.inf])[0]
     return {str(edge): int(count) for edge, count in zip(LENGTH_EDGES, counts, strict=True) if count}
 
 
 def length_range(low: str) -> str:
-    """A bin of `length_histogram` in words: "64 to 127"."""
+    """A bin of `length_histogram` as text, such as "64 to 127"."""
     following = LENGTH_EDGES.index(int(low)) + 1
     return f"{low} to {LENGTH_EDGES[following] - 1}" if following < len(LENGTH_EDGES) else f"{low} and more"
 
 
 def shard_of(file: Path) -> Shard:
+    """Size and digest of a file."""
     with file.open("rb") as stream:
         return Shard(bytes=file.stat().st_size, sha256=hashlib.file_digest(stream, "sha256").hexdigest())
 
 
 def verify(directory: str | PathLike[str]) -> Metadata:
-    """Reads every shard once and compares it with what was written.
+    """Reads every shard once and compares it with metadata.json.
 
-    Raises DataError naming the file, and the offset where it ends or its first broken record begins.
+    Raises DataError that names the first broken file, and the offset where it ends or its first broken record begins.
     """
     metadata = Metadata.load(directory)
     for _, error in broken_shards(directory, metadata):
@@ -117,24 +133,25 @@ def verify(directory: str | PathLike[str]) -> Metadata:
 
 
 def broken_shards(directory: str | PathLike[str], metadata: Metadata) -> Iterator[tuple[str, DataError]]:
-    """The shards, by name, that are not what was written, and what is wrong with each. Reads all of them."""
+    """Names of the shards that are missing or changed, each with its error. Reads all shards."""
     for name, recorded in sorted(metadata.shards.items()):
         file = Path(directory) / name
+        # A name with a folder in it would read files outside of the dataset.
         if Path(name).name != name or not file.is_file():
-            wrong = "is missing"
-        elif (found := shard_of(file)).bytes < recorded.bytes:
-            wrong = f"is truncated: it ends at offset {found.bytes}, {recorded.bytes} bytes were written"
-        elif found.bytes > recorded.bytes:
-            wrong = f"is longer than it was: {found.bytes} bytes, {recorded.bytes} were written"
-        elif found.sha256 != recorded.sha256:
-            wrong = f"is corrupt {_first_broken_record(file)}"
+            problem = "is missing"
+        elif (current := shard_of(file)).bytes < recorded.bytes:
+            problem = f"is truncated: it ends at offset {current.bytes}, {recorded.bytes} bytes were written"
+        elif current.bytes > recorded.bytes:
+            problem = f"is longer than it was: {current.bytes} bytes, {recorded.bytes} were written"
+        elif current.sha256 != recorded.sha256:
+            problem = f"is corrupt {_first_broken_record(file)}"
         else:
             continue
-        yield name, DataError(f"{file}: the shard {wrong}; build the dataset again")
+        yield name, DataError(f"{file}: the shard {problem}; build the dataset again")
 
 
 def _first_broken_record(file: Path) -> str:
-    import tensorflow as tf  # six seconds to import, needed only for bad news
+    import tensorflow as tf  # takes six seconds to import, so only when a shard is broken
 
     try:
         for _ in tf.data.TFRecordDataset(str(file)):
@@ -143,4 +160,4 @@ def _first_broken_record(file: Path) -> str:
         offset = re.search(r"record at (\d+)", error.message)
         if offset:
             return f"at offset {offset.group(1)}"
-    return "(every record is whole, but they are not those that were written)"
+    return "(every record is intact, but they are not those that were written)"

@@ -1,60 +1,122 @@
-"""A file that is written whole or not at all, beside where it will be, and never over another."""
+"""Files and directories that appear complete or not at all.
+
+Everything is written to a staging path next to its final one and renamed when it is complete. A killed process leaves
+only the staging path, which the next write of the same output replaces.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import BinaryIO
 
 from data_pipeline.errors import DataError
-from data_pipeline.metadata import FILE, Metadata
 
 
 @contextmanager
-def new_file(path: str | PathLike[str]) -> Iterator[BinaryIO]:
-    """A stream that becomes `path` when its block ends without an error.
+def staged_file(path: str | PathLike[str], *, overwrite: bool = False) -> Iterator[BinaryIO]:
+    """A binary stream whose content becomes `path` when the block ends without an error.
 
-    Raises DataError where `path` exists, or cannot be written.
+    After an error `path` is what it was before, and the staging file is removed.
+
+    Raises:
+      DataError: `path` exists and `overwrite` is false.
     """
     path = Path(path)
-    if path.exists() or path.is_symlink():
-        what = "a directory" if path.is_dir() else "exists already and is not overwritten"
-        raise DataError(f"{path}: {what}; name another file" + ("" if path.is_dir() else ", or remove it"))
-    beside = path.with_name(f".{path.name}.writing")
+    if not overwrite and (path.exists() or path.is_symlink()):
+        problem = "a directory" if path.is_dir() else "exists already and is not overwritten"
+        raise DataError(f"{path}: {problem}; name another file" + ("" if path.is_dir() else ", or remove it"))
+    # Hidden, so that it cannot be a file of the user's own.
+    staging = path.with_name(f".{path.name.removeprefix('.')}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as file:
+        with staging.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(staging, path)
+    except BaseException:
+        # A full disk should not be left fuller.
+        staging.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def staged_directory(
+    path: str | PathLike[str], *, overwrite: bool = False, staging: Path | None = None
+) -> Iterator[Path]:
+    """An empty directory that becomes `path` when the block ends without an error.
+
+    After an error `path` is what it was before, and the staging directory is removed.
+
+    Args:
+      path: the final directory. It is absent or empty, or replaced with `overwrite`.
+      overwrite: the directory that is replaced is renamed first and removed last. If an earlier process was killed
+        between these two steps, that directory is first restored.
+      staging: the staging directory; see `staging_of` for the default.
+
+    Raises:
+      DataError: `path` is not empty and `overwrite` is false.
+    """
+    path = Path(path)
+    staging, backup = staging or staging_of(path), backup_of(path)
+    if overwrite:
+        if backup.exists() and not path.exists():
+            backup.rename(path)
+        shutil.rmtree(backup, ignore_errors=True)
+    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise DataError(f"{path}: exists already and is not overwritten; name another directory, or remove it")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+        _sync(staging)
+        _swap(staging, path, backup)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def staging_of(path: Path) -> Path:
+    """Where `staged_directory` writes what will be `path`."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def backup_of(path: Path) -> Path:
+    """Where `staged_directory` keeps the earlier `path` until the new one has its name."""
+    return path.with_name(f".{path.name}.old")
+
+
+@contextmanager
+def write_errors(path: str | PathLike[str], problem: str = "cannot be written") -> Iterator[None]:
+    """Raises an OSError of the block as a DataError that names `path`."""
+    try:
+        yield
     except OSError as error:
-        raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            beside.unlink()
+        raise DataError(f"{path}: {problem}: {error.strerror or error}") from error
 
 
-def replace(written: Path, output: Path) -> None:
-    """Puts `written` in the place of `output`, an empty directory or a dataset that is removed only afterwards."""
-    previous = output.with_name(f".{output.name}.previous")
-    shutil.rmtree(previous, ignore_errors=True)
-    if output.exists():
-        output.rename(previous)
-    written.rename(output)
-    shutil.rmtree(previous, ignore_errors=True)
+def _sync(directory: Path) -> None:
+    # Without it a power failure after the rename could leave the final name with empty files.
+    for file in directory.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
 
 
-def check_output(output: Path) -> None:
-    """Raises DataError unless `output` is absent, empty, or a dataset."""
-    if output.is_dir():
-        if any(output.iterdir()) and not (output / FILE).is_file():
-            raise DataError(f"{output}: not empty and not a dataset; name another directory or empty this one")
-        if (output / FILE).is_file():
-            Metadata.load(output)  # somebody else's metadata.json is an error
-    elif output.exists():
-        raise DataError(f"{output}: a file; name a directory")
+def _swap(staging: Path, path: Path, backup: Path) -> None:
+    """Renames `staging` to `path`. What `path` was before is removed only when the new directory has its name."""
+    if not path.exists():
+        staging.rename(path)
+        return
+    path.rename(backup)
+    try:
+        staging.rename(path)
+    except BaseException:
+        backup.rename(path)
+        raise
+    shutil.rmtree(backup, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Which trajectories share a row, and the padding token: pure functions of lengths, seed and epoch."""
+"""Packing of trajectories into rows, and the padding token: pure functions of lengths, seed and epoch."""
 
 from __future__ import annotations
 
@@ -10,31 +10,36 @@ import numpy as np
 
 
 class PackingPlan(NamedTuple):
-    """Rows of epochs. Row r holds trajectories members[starts[r]:starts[r + 1]]; epoch e ends before row ends[e]."""
+    """Rows of all epochs. Row r holds the trajectories members[starts[r]:starts[r + 1]].
+
+    Epoch e ends before row ends[e].
+    """
 
     members: np.ndarray  # int32
     starts: np.ndarray  # int64
     ends: np.ndarray  # int64
 
     def row(self, index: int) -> np.ndarray:
+        """Indices of the trajectories in a row."""
         return self.members[self.starts[index] : self.starts[index + 1]]
 
 
 def best_fit(lengths: Sequence[int], steps: Sequence[int], *, capacity: int, slots: int) -> list[list[int]]:
-    """Packs trajectories into rows of `capacity` tokens and `slots` steps; returns indices by row.
+    """Packs trajectories into rows of `capacity` tokens and `slots` steps; returns their indices by row.
 
-    Largest first, each into the fullest row that has room; large means tokens alone, or whichever of tokens and steps
-    is scarcer. Where neither order needs as few rows as all tokens or steps together, each goes into the first row that
-    has room instead. What needs the fewest rows is returned: never more than first-fit decreasing. Every trajectory
-    must fit into an empty row.
+    Best-fit decreasing: the largest trajectory first, each into the fullest row that has room. It is tried with two
+    orders, by tokens and by the scarcer of tokens and steps. If neither reaches the lower bound (all tokens or all
+    steps, divided by what a row holds), first-fit decreasing is tried as well. The plan with the fewest rows is
+    returned, so there are never more rows than with first-fit decreasing. Every trajectory must fit into an empty row.
     """
     by_tokens = np.asarray(lengths) / capacity
     by_scarcer = np.maximum(by_tokens, np.asarray(steps) / slots)
     orders = [np.argsort(-size, kind="stable").tolist() for size in (by_tokens, by_scarcer)]
-    found = min((_best_fit(order, lengths, steps, capacity, slots) for order in orders), key=len)
-    if len(found) > max(-(-sum(lengths) // capacity), -(-sum(steps) // slots)):
-        found = min(found, _first_fit(orders[0], lengths, steps, capacity, slots), key=len)
-    return found
+    rows = min((_best_fit(order, lengths, steps, capacity, slots) for order in orders), key=len)
+    # First fit is quadratic in the number of rows, so it runs only where it can help.
+    if len(rows) > max(-(-sum(lengths) // capacity), -(-sum(steps) // slots)):
+        rows = min(rows, _first_fit(orders[0], lengths, steps, capacity, slots), key=len)
+    return rows
 
 
 def _best_fit(
@@ -83,11 +88,11 @@ def _first_fit(
 def plan_epochs(
     lengths: np.ndarray, steps: np.ndarray, *, capacity: int, slots: int, window: int, epochs: int, seed: int | None
 ) -> PackingPlan:
-    """Packs every trajectory once an epoch, in an order that depends on seed and epoch alone.
+    """Packs every trajectory once per epoch, in an order that depends only on seed and epoch.
 
-    The order is cut into windows of `window` trajectories, each packed by itself and its rows shuffled, since packing
-    sorts by length. The emptiest row of a window is taken apart again and joins the next one, so that only an epoch
-    ends with a row half empty. With seed None nothing is shuffled.
+    The order is cut into windows of `window` trajectories, and each window is packed on its own. Packing sorts by
+    length, so the rows of a window are shuffled afterwards. The trajectories of a window's emptiest row move to the
+    next window, so that only the last row of an epoch is left partly empty. With seed None nothing is shuffled.
     """
     packed: list[list[int]] = []
     ends = []
@@ -130,20 +135,28 @@ def _plan_epoch(
     return packed
 
 
-# Llama 3.1 and later have the first, Qwen the others; both are there for this and stand in no chat.
-_KNOWN = ("<|finetune_right_pad_id|>", "<|endoftext|>", "<|fim_pad|>")
+# Llama 3.1 and later have the first, Qwen the others. They exist for padding and occur in no conversation.
+_PADDING_TOKENS = ("<|finetune_right_pad_id|>", "<|endoftext|>", "<|fim_pad|>")
 
 
 def padding_id(
     specials: Mapping[str, int], *, declared: int | None, used: Collection[int], template: str
 ) -> int | None:
-    """The id to pad with: the declared one where it may, else another special token that no conversation holds.
+    """The id to pad with: the declared one if it is free, else another special token that no conversation contains.
 
-    specials: ids of the tokenizer's special tokens; used: those with a part of their own (bos, eos, unk); a token whose
-    text stands in the chat template is in use too. Returns None where every special token is in use.
+    A token is free if it has no other role and its text does not occur in the chat template.
+
+    Args:
+      specials: ids of the tokenizer's special tokens by text.
+      declared: id of the tokenizer's pad_token.
+      used: ids with a role of their own (bos, eos, unk).
+      template: source of the chat template.
+
+    Returns:
+      None if no special token is free.
     """
     free = {text: id for text, id in specials.items() if id not in used and text not in template}
     if declared in free.values():
         return declared
     by_name = [text for word in ("pad", "reserved") for text in sorted(free, key=free.get) if word in text.lower()]
-    return next((free[text] for text in (*_KNOWN, *by_name) if text in free), None)
+    return next((free[text] for text in (*_PADDING_TOKENS, *by_name) if text in free), None)

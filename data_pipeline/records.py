@@ -1,4 +1,4 @@
-"""Rows of trajectories to the records of a dataset: what is left out, cut and merged is decided and counted here."""
+"""Rows of trajectories to the records of a dataset: which are left out, cut or merged, and the counts of these."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TooLong = Literal["error", "drop", "window"]
 
 
 class _Steps(NamedTuple):
-    """What is stored of a trajectory by token and by step."""
+    """The arrays of a record: tokens int32 [T], and by step [S] positions int32, rewards and labels float32."""
 
     tokens: np.ndarray
     read_positions: np.ndarray
@@ -29,7 +29,7 @@ class _Steps(NamedTuple):
 
 
 class RowCounts(NamedTuple):
-    """Rows of a split, and those of them that ended in an error, were too long and left out, or cut."""
+    """Rows of a split, and how many of them ended in an error, were too long and dropped, or were too long and cut."""
 
     rows: int = 0
     errors: int = 0
@@ -41,7 +41,7 @@ class RowCounts(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What the metadata of a split is made of, by trajectory: [N] each. `tasks` are digests."""
+    """By trajectory, what the metadata of a split is computed from, [N] each. `tasks` are digests."""
 
     lengths: np.ndarray
     steps: np.ndarray
@@ -51,21 +51,21 @@ class Sizes(NamedTuple):
 
 
 class PreparedRow(NamedTuple):
-    """What becomes of a row: what it adds to the counts, and what is stored of it, None where it is left out."""
+    """Contribution of a row: to the counts, and to the records, None if the row is left out."""
 
     counts: RowCounts
     steps: _Steps | None
 
 
 class Preparation:
-    """Rows to what is stored of them, each by itself."""
+    """Turns single rows into records. Equal conversations are encoded once."""
 
     def __init__(self, encoder: Encoder, max_length: int | None, too_long: TooLong):
         self._encoder, self._max_length, self._too_long = encoder, max_length, too_long
         self._encoded: dict[bytes, Encoded] = {}
 
     def prepare(self, trajectory: Trajectory, row: str) -> PreparedRow:
-        """Raises DataError for a row that cannot be trained on."""
+        """Encodes a row. Raises DataError for one that cannot be trained on."""
         if trajectory.ended == "error":
             return PreparedRow(RowCounts(rows=1, errors=1), None)
         steps = _steps(trajectory, self._encode(trajectory, row), row)
@@ -76,7 +76,7 @@ class Preparation:
                 f"{row}: {len(steps.tokens)} tokens, max_length is {self._max_length}; "
                 'raise it, or set too_long to "drop" or "window"'
             )
-        # A window needs one whole step: a prompt that fills it leaves nothing to train on.
+        # A window needs a complete step: a prompt that fills it leaves nothing to train on.
         if self._too_long == "drop" or steps.read_positions[0] >= self._max_length:
             return PreparedRow(RowCounts(rows=1, dropped=1), None)
         return PreparedRow(RowCounts(rows=1, windowed=1), self._window(steps))
@@ -88,9 +88,10 @@ class Preparation:
         return self._encoded[key]
 
     def _window(self, steps: _Steps) -> _Steps:
-        """As many first steps as fit, closed with what the trajectory still earned from the last of them on."""
+        """The first steps that fit. The last of them gets the return from there on as its reward."""
         kept = int(np.searchsorted(steps.read_positions, self._max_length))
         rewards = steps.rewards[:kept].copy()
+        # Its Monte Carlo value, so that the undiscounted return of every kept step stays the same.
         rewards[-1] = steps.rewards[kept - 1 :].sum(dtype=np.float64)
         return _Steps(
             steps.tokens[: steps.read_positions[kept - 1] + 1],
@@ -102,20 +103,22 @@ class Preparation:
 
 
 def identity(trajectory: Trajectory, steps: _Steps) -> bytes:
-    """Equal for trajectories that are merged into one: of the same task and outcome, stored alike but for their id."""
+    """Digest that is equal for trajectories to merge: same task, outcome and stored arrays; the id may differ."""
     digest = hashlib.sha256(f"{trajectory.task_id}\0{trajectory.outcome}".encode())
     for array in steps:
+        # With the lengths, or values could move from one array to the next without changing the digest.
         digest.update(b"%d " % len(array) + array.tobytes())
     return digest.digest()
 
 
 def record_of(trajectory: Trajectory, steps: _Steps) -> dict[str, Any]:
-    """The record of a trajectory that stands for itself alone."""
+    """The record of a trajectory, with weight 1."""
     outcome = np.nan if trajectory.outcome is None else trajectory.outcome
     return {"id": trajectory.id, "task": trajectory.task_id, "outcome": outcome, "weight": 1, **steps._asdict()}
 
 
 def sizes_of(records: Sequence[Mapping[str, Any]]) -> Sizes:
+    """Sizes of records, in their order."""
     return Sizes(
         lengths=np.asarray([len(record["tokens"]) for record in records], np.int64),
         steps=np.asarray([len(record["rewards"]) for record in records], np.int64),
@@ -126,6 +129,7 @@ def sizes_of(records: Sequence[Mapping[str, Any]]) -> Sizes:
 
 
 def split_metadata(counts: RowCounts, sizes: Sizes) -> SplitMetadata:
+    """The entry of a split in metadata.json."""
     count = len(sizes.lengths)
     return SplitMetadata(
         **counts._asdict(),
@@ -142,7 +146,7 @@ def split_metadata(counts: RowCounts, sizes: Sizes) -> SplitMetadata:
 
 
 class SplitRecords:
-    """Collects the records of one split: merges equal ones, counts what is left out."""
+    """Records and row counts of one split; equal trajectories become one record with a weight."""
 
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
@@ -150,6 +154,7 @@ class SplitRecords:
         self._index: dict[bytes, int] = {}
 
     def add(self, trajectory: Trajectory, steps: _Steps) -> None:
+        """Adds a trajectory, or counts it in the weight of an equal record."""
         index = self._index.setdefault(identity(trajectory, steps), len(self.records))
         if index < len(self.records):
             self.records[index]["weight"] += 1
@@ -158,36 +163,31 @@ class SplitRecords:
 
 
 class Rows:
-    """Rows of any split to records; what holds across splits is checked here."""
+    """Records of all splits; checks that every task is in one split."""
 
     def __init__(self, encoder: Encoder, max_length: int | None, too_long: TooLong):
         self.splits: dict[str, SplitRecords] = {}
         self._preparation = Preparation(encoder, max_length, too_long)
         self._splits = Splits()
 
-    def add(self, trajectory: Trajectory, split: str | None, where: str) -> None:
-        """Raises DataError for a row that cannot be trained on, which is then in none of the counts."""
+    def add(self, trajectory: Trajectory, file_split: str | None, where: str) -> None:
+        """Adds a row. Raises DataError for one that cannot be trained on, which is then in none of the counts."""
         row = f"{where} ({trajectory.id})"
-        split = self._split(trajectory, split, row)
+        split = split_of_row(trajectory, file_split, row)
+        try:
+            self._splits.add(trajectory.task_id, split)
+        except SplitError as error:
+            raise SplitError(f"{row}: {error}") from None
         records = self.splits.setdefault(split, SplitRecords())
         prepared = self._preparation.prepare(trajectory, row)
         records.counts += prepared.counts
         if prepared.steps is not None:
             records.add(trajectory, prepared.steps)
 
-    def _split(self, trajectory: Trajectory, split: str | None, row: str) -> str:
-        """The split of a row; a task in two splits would let what is measured leak into what is learnt."""
-        split = split_of_row(trajectory, split, row)
-        try:
-            self._splits.add(trajectory.task_id, split)
-        except SplitError as error:
-            raise SplitError(f"{row}: {error}") from None
-        return split
 
-
-def split_of_row(trajectory: Trajectory, given: str | None, row: str) -> str:
-    """The split that a row names or its file was given for, "train" without either. Raises DataError, see splits."""
-    return named_split(trajectory.split, given, row) or "train"
+def split_of_row(trajectory: Trajectory, file_split: str | None, row: str) -> str:
+    """The split of a row: that of its file, else its own, else "train". Raises DataError as `named_split`."""
+    return named_split(trajectory.split, file_split, row) or "train"
 
 
 def _steps(trajectory: Trajectory, encoded: Encoded, row: str) -> _Steps:
@@ -206,13 +206,15 @@ def _steps(trajectory: Trajectory, encoded: Encoded, row: str) -> _Steps:
 
 
 def check_not_empty(splits: Mapping[str, tuple[RowCounts, int]], inputs: Inputs) -> None:
-    """Raises DataError where a split that was asked for, or has rows, has no trajectory to store."""
+    """Raises DataError if a split of the inputs, or one with rows, has no trajectory to store.
+
+    splits: (row counts, number of records) by split.
+    """
     missing = [split for split in inputs if split is not None and split not in splits]
     if missing or not splits:
         raise DataError(f"no row was given for split {missing[0] if missing else 'train'}")
-    for split, found in splits.items():
-        if not found[1]:
-            counts = found[0]
+    for split, (counts, records) in splits.items():
+        if not records:
             raise DataError(
                 f"split {split}: no trajectory is left of {counts.rows} rows; {counts.errors} ended in an error, "
                 f"{counts.dropped} were too long"

@@ -1,4 +1,4 @@
-"""Encoded trajectories in TFRecord shards, written and read by TensorFlow Datasets."""
+"""Encoded trajectories in TFRecord shards, written and read by TensorFlow Datasets (TFDS)."""
 
 from __future__ import annotations
 
@@ -30,16 +30,21 @@ _NAME = "trajectories"
 
 
 def features() -> tfds.features.FeaturesDict:
-    """Of a record."""
+    """The TFDS features of a record."""
     ragged = {**_TOKEN_FIELDS, **_STEP_FIELDS}
-    found = {name: tfds.features.Tensor(shape=(None,), dtype=dtype) for name, dtype in ragged.items()}
-    return tfds.features.FeaturesDict(found | _SCALARS | {name: tfds.features.Text() for name in _TEXTS})
+    arrays = {name: tfds.features.Tensor(shape=(None,), dtype=dtype) for name, dtype in ragged.items()}
+    return tfds.features.FeaturesDict(arrays | _SCALARS | {name: tfds.features.Text() for name in _TEXTS})
 
 
 def write(splits: Mapping[str, Sequence[Mapping[str, Any]]], directory: Path, *, shards: int) -> None:
-    """Writes records by split into a directory, in order; fewer shards when the smallest split has fewer records.
+    """Writes the records of every split into a directory, in order.
 
-    Raises OSError as of a full disk.
+    Args:
+      splits: records by split, as `data_pipeline.records.record_of` makes them.
+      shards: files per split; fewer if the smallest split has fewer records.
+
+    Raises:
+      OSError: a file cannot be written.
     """
     count = max(1, min(shards, *map(len, splits.values())))
     described = {}
@@ -54,17 +59,17 @@ def write(splits: Mapping[str, Sequence[Mapping[str, Any]]], directory: Path, *,
 
 
 def shard_name(split: str, index: int, count: int) -> str:
-    """The file of one of `count` shards, as TFDS calls it."""
+    """File name of a shard, by the rules of TFDS."""
     return f"{_NAME}-{split}.tfrecord-{index:05d}-of-{count:05d}"
 
 
 def boundaries(records: int, shards: int) -> list[int]:
-    """Where each of `shards` shards begins in a split, and where the last one ends."""
+    """Index of the first record of every shard, and the end of the last: `shards` + 1 numbers."""
     return [round(records * index / shards) for index in range(shards + 1)]
 
 
 def write_shard(records: Iterable[Mapping[str, Any]], file: Path) -> int:
-    """Writes one TFRecord file; returns the bytes of its records. OSError as of a full disk."""
+    """Writes a TFRecord file; returns the bytes of its records. Raises OSError if it cannot be written."""
     _quiet_tensorflow()
     import tensorflow as tf
 
@@ -72,7 +77,7 @@ def write_shard(records: Iterable[Mapping[str, Any]], file: Path) -> int:
     try:
         with tf.io.TFRecordWriter(str(file)) as writer:
             for record in records:
-                # The order of the fields is otherwise that of a hash table, another in every version of protobuf.
+                # Otherwise fields are in the order of a hash table, which differs between versions of protobuf.
                 example = tf.train.Example.FromString(form.serialize_example(record))
                 text = example.SerializeToString(deterministic=True)
                 writer.write(text)
@@ -83,11 +88,14 @@ def write_shard(records: Iterable[Mapping[str, Any]], file: Path) -> int:
 
 
 def describe(directory: Path, splits: Mapping[str, tuple[Sequence[int], int]]) -> None:
-    """Writes what TFDS wants to know of shards: by split, the records of each, and the bytes of all."""
+    """Writes the files in which TFDS describes a dataset.
+
+    splits: by split, the number of records of each shard, and the bytes of all records.
+    """
     identity = tfds.core.DatasetIdentity(
         name=_NAME, version=tfds.core.Version("1.0.0"), data_dir=str(directory), module_name=__name__
     )
-    # Order is kept: a trajectory's index in its split is its place in the input.
+    # Without shuffling: a trajectory's index in its split is its position in the input.
     info = tfds.core.DatasetInfo(builder=identity, features=features(), disable_shuffling=True)
     info.set_file_format("tfrecord")
     infos = []
@@ -103,15 +111,15 @@ def describe(directory: Path, splits: Mapping[str, tuple[Sequence[int], int]]) -
 
 
 class ShardSplit(NamedTuple):
-    """A split in memory, trajectories one after another: N of them, T tokens and S steps in all.
+    """A split in memory: N trajectories, concatenated to T tokens and S steps.
 
     Trajectory n has tokens[token_starts[n]:token_starts[n + 1]] and steps step_starts[n] to step_starts[n + 1].
-    Positions count from the trajectory's first token; labels are NaN where there is none, outcomes likewise.
+    Positions count from the trajectory's first token. Missing labels and outcomes are NaN.
     """
 
     ids: list[str]
     tasks: list[str]
-    weights: np.ndarray  # [N] float32, how many equal trajectories this one stands for
+    weights: np.ndarray  # [N] float32, number of equal trajectories that were merged into this one
     outcomes: np.ndarray  # [N] float32
     tokens: np.ndarray  # [T] int32
     token_starts: np.ndarray  # [N + 1] int64
@@ -123,24 +131,26 @@ class ShardSplit(NamedTuple):
 
     @property
     def lengths(self) -> np.ndarray:
+        """Tokens by trajectory, [N]."""
         return np.diff(self.token_starts)
 
     @property
     def step_counts(self) -> np.ndarray:
+        """Steps by trajectory, [N]."""
         return np.diff(self.step_starts)
 
 
 class Skipped(NamedTuple):
-    """What is left out of a split because its shards are broken."""
+    """Shards of a split that are left out because they are broken, and the trajectories in them."""
 
     shards: int
     trajectories: int
 
 
 class Dataset:
-    """An opened dataset directory. Splits are read when first asked for and stay in memory.
+    """An opened dataset directory. A split is read when it is first used, and stays in memory.
 
-    `broken` shards are left out, as if they had never been written: of them nothing is read.
+    `broken` shards are left out and never read.
     """
 
     def __init__(self, directory: Path, metadata: Metadata, broken: Mapping[str, DataError] | None = None):
@@ -155,11 +165,11 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over the shards that are read: with one left out, it is another dataset."""
+        """sha256 over the shards that are read. It changes when a shard is left out."""
         return fingerprint({name: shard for name, shard in self.metadata.shards.items() if name not in self.broken})
 
     def skipped(self, name: str) -> Skipped:
-        """What is left out of a split."""
+        """Shards and trajectories that are left out of a split."""
         if not self.broken:
             return Skipped(0, 0)
         files = self._files(name)
@@ -169,11 +179,12 @@ class Dataset:
         )
 
     def _files(self, name: str) -> dict[str, int]:
-        """The files of a split, in order, and the records that were written into each."""
+        """Number of records by file of a split, in order."""
         info = self._builder.info.splits[name]
         return dict(zip(info.filenames, info.shard_lengths, strict=True))
 
     def split(self, name: str) -> ShardSplit:
+        """A split by name. Raises DataError if there is none, or if all of its shards are broken."""
         if name not in self.metadata.splits:
             raise DataError(f"{self.directory}: no split {name!r}, only {', '.join(sorted(self.metadata.splits))}")
         if name not in self._splits:
@@ -181,15 +192,17 @@ class Dataset:
         return self._splits[name]
 
     def _read(self, name: str) -> ShardSplit:
-        config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)  # files one after another, in order
+        # One file after the other, which keeps the order of the records.
+        config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
         files = self._files(name)
         kept = [index for index, file in enumerate(files) if file not in self.broken]
         if not kept:
-            raise DataError(f"{self.directory}: no shard of split {name} is whole; build the dataset again")
+            raise DataError(f"{self.directory}: no shard of split {name} is intact; build the dataset again")
         parts = [tfds.core.ReadInstruction(name, from_=index, to=index + 1, unit="shard") for index in kept]
-        chosen = name if len(kept) == len(files) else functools.reduce(operator.add, parts)
-        records = self._builder.as_dataset(split=chosen, shuffle_files=False, read_config=config)
+        instruction = name if len(kept) == len(files) else functools.reduce(operator.add, parts)
+        records = self._builder.as_dataset(split=instruction, shuffle_files=False, read_config=config)
         columns: dict[str, list[np.ndarray]] = {}
+        # Ragged batches are converted a thousand records at a time, not one by one.
         for batch in records.ragged_batch(1024):
             for field, value in batch.items():
                 if field in _TOKEN_FIELDS or field in _STEP_FIELDS:
@@ -197,35 +210,35 @@ class Dataset:
                     columns.setdefault(f"{field} lengths", []).append(value.row_lengths().numpy())
                 else:
                     columns.setdefault(field, []).append(value.numpy())
-        whole = {field: np.concatenate(parts) for field, parts in columns.items()}
+        arrays = {field: np.concatenate(parts) for field, parts in columns.items()}
         expected = self.metadata.splits[name].trajectories - self.skipped(name).trajectories
-        if len(whole["weight"]) != expected:
-            raise DataError(f"{self.directory}: split {name} has {len(whole['weight'])} records, not {expected}")
+        if len(arrays["weight"]) != expected:
+            raise DataError(f"{self.directory}: split {name} has {len(arrays['weight'])} records, not {expected}")
         return ShardSplit(
-            ids=[id.decode() for id in whole["id"]],
-            tasks=[task.decode() for task in whole["task"]],
-            weights=whole["weight"].astype(np.float32),
-            outcomes=whole["outcome"],
-            token_starts=_starts(whole["tokens lengths"]),
-            step_starts=_starts(whole["read_positions lengths"]),
-            tokens=whole["tokens"],
-            **{field: whole[field] for field in _STEP_FIELDS},
+            ids=[id.decode() for id in arrays["id"]],
+            tasks=[task.decode() for task in arrays["task"]],
+            weights=arrays["weight"].astype(np.float32),
+            outcomes=arrays["outcome"],
+            token_starts=_starts(arrays["tokens lengths"]),
+            step_starts=_starts(arrays["read_positions lengths"]),
+            tokens=arrays["tokens"],
+            **{field: arrays[field] for field in _STEP_FIELDS},
         )
 
 
 def open_dataset(
     directory: str | PathLike[str], *, encoder_fingerprint: str | None = None, skip_bad: bool = False
 ) -> Dataset:
-    """Verifies a dataset directory and opens it. Splits are read when they are asked for.
+    """Verifies the shards of a dataset directory and opens it. A split is read when it is first used.
 
     Args:
-      directory: what `data_pipeline.build` wrote.
-      encoder_fingerprint: `Encoder.fingerprint` of the model's tokenizer. Shards of another one are refused.
-      skip_bad: leaves shards out that are missing, truncated or corrupt, in the place of an error. They are in
-        `Dataset.broken`. Which they are is decided here, once, so every epoch is planned without them.
+      directory: a directory that `data_pipeline.build` wrote.
+      encoder_fingerprint: `Encoder.fingerprint` of the model's tokenizer. A dataset of another tokenizer is refused.
+      skip_bad: leaves missing, truncated and corrupt shards out instead of raising. They are in `Dataset.broken`, and
+        every epoch is planned without them.
 
     Raises:
-      DataError: a shard is missing, truncated or corrupt, or the tokenizer is another one.
+      DataError: a shard is missing, truncated or corrupt, or the dataset was built with another tokenizer.
     """
     _quiet_tensorflow()
     metadata = Metadata.load(directory) if skip_bad else verify(directory)
@@ -239,7 +252,7 @@ def open_dataset(
 
 
 def _quiet_tensorflow() -> None:
-    """Keeps TensorFlow, which is about to be imported, from filling the terminal; we read records, not compute."""
+    """Silences the start-up messages of TensorFlow. To be called before it is imported."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 

@@ -1,8 +1,8 @@
-"""The trajectory: one agent episode in OpenAI's chat format, one JSON object a line. Pure Python.
+"""The trajectory format: an agent episode in OpenAI's chat format, as a line of JSON Lines.
 
-An assistant message is one step, one decision, unless it says `"step": false`. An assistant message whose content is a
-list of text parts (mathematics) is one step per part. Everything indexed by step (`rewards`, `step_labels`, scores)
-follows `steps(messages)`.
+An assistant message is a step (one decision), unless it has `"step": false`. An assistant message whose content is a
+list of text parts (mathematics) has one step per part. Everything indexed by step (`rewards`, `step_labels`, scores)
+follows the order of `steps(messages)`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from data_pipeline.errors import DataError
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One chat message; `content` may be null only beside `tool_calls`."""
+    """A chat message; `content` may be null only if there are `tool_calls`."""
 
     role: Literal["system", "user", "assistant", "tool"]
     content: str | list[dict[str, Any]] | None = None
@@ -34,11 +34,12 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     @property
     def is_step(self) -> bool:
+        """Whether the message is a decision of the policy."""
         return self.role == "assistant" and self.step
 
 
 class Trajectory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One episode. Training needs `outcome`, in [0, 1]; `rewards`, when given, replace it in the targets."""
+    """An episode. Training needs an `outcome` in [0, 1]; `rewards`, if present, replace it in the targets."""
 
     id: str
     messages: list[Message]
@@ -69,46 +70,46 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     @property
     def task_id(self) -> str:
-        """The task or, where it has no name, a hash of the prompt: everything before the first step."""
+        """The task's name or, without one, a hash of the prompt: the messages before the first step."""
         if self.task is not None:
             return self.task
-        found = steps(self.messages)
-        prompt = self.messages[: found[0].message] if found else self.messages
+        decisions = steps(self.messages)
+        prompt = self.messages[: decisions[0].message] if decisions else self.messages
         return "prompt/" + hashlib.sha256(msgspec.json.encode([prompt, self.tools])).hexdigest()[:16]
 
 
 class Step(NamedTuple):
-    """Where a step is: the index of its message, and of its part where the content is a list of parts."""
+    """Position of a step: the index of its message, and of its part if the content is a list of parts."""
 
     message: int
     part: int | None
 
 
 def steps(messages: Sequence[Message]) -> list[Step]:
-    """The decisions of a conversation, in order."""
-    found = []
+    """The steps of a conversation, in order."""
+    table: list[Step] = []
     for index, message in enumerate(messages):
         if not message.is_step:
             continue
         if isinstance(message.content, list):
-            found.extend(Step(index, part) for part in range(len(message.content)))
+            table.extend(Step(index, part) for part in range(len(message.content)))
         else:
-            found.append(Step(index, None))
-    return found
+            table.append(Step(index, None))
+    return table
 
 
 def check_steps(messages: Sequence[Message], row: str) -> list[Step]:
-    """The decisions of a conversation; DataError unless there is one, with a state before it."""
-    found = steps(messages)
-    if not found:
+    """The steps of a conversation. Raises DataError unless there is at least one, and a message before the first."""
+    table = steps(messages)
+    if not table:
         raise DataError(f"{row}: no assistant message is a step, so there is nothing to train on or to score")
-    if found[0].message == 0:
+    if table[0].message == 0:
         raise DataError(f"{row}: message 0 is a step; a state must come before the first step, as a user message")
-    return found
+    return table
 
 
 def text_parts(content: str | list[dict[str, Any]] | None) -> list[str]:
-    """The texts a message's content is made of; ValueError where a part is not text."""
+    """The texts of a message's content. Raises ValueError if a part is not text."""
     if content is None:
         return []
     if isinstance(content, str):
@@ -125,7 +126,7 @@ _decoder = msgspec.json.Decoder(Trajectory)
 
 
 def parse_line(line: bytes | str, *, where: str) -> Trajectory:
-    """One line of JSON to a trajectory. Raises DataError("<where>: what is wrong - at `$.field`")."""
+    """Parses a line of JSON. Raises DataError("<where>: what is wrong - at `$.field`")."""
     try:
         return _decoder.decode(line)
     except (msgspec.MsgspecError, UnicodeError) as error:
@@ -135,10 +136,11 @@ def parse_line(line: bytes | str, *, where: str) -> Trajectory:
 
 
 def read(path: str | PathLike[str], *, skip_bad: bool | Callable[[DataError], None] = False) -> Iterator[Trajectory]:
-    """The trajectories of a JSONL file, blank lines left out.
+    """The trajectories of a JSON Lines file; blank lines are ignored.
 
-    The first bad line raises DataError("path:line: ..."). `skip_bad=True` leaves bad lines out instead; a function
-    given as `skip_bad` receives the error of each, so that they can be counted and reported.
+    Args:
+      skip_bad: False to raise the first bad line's DataError("path:line: ..."), True to leave bad lines out, or a
+        function that is called with the error of each bad line, which is then left out.
     """
     for _, trajectory in read_numbered(path, skip_bad=skip_bad):
         yield trajectory
@@ -147,7 +149,7 @@ def read(path: str | PathLike[str], *, skip_bad: bool | Callable[[DataError], No
 def read_numbered(
     path: str | PathLike[str], *, skip_bad: bool | Callable[[DataError], None] = False
 ) -> Iterator[tuple[str, Trajectory]]:
-    """As `read`, each trajectory with its place, "path:line"."""
+    """As `read`, as pairs of "path:line" and trajectory."""
     for where, line in _lines(path):
         try:
             trajectory = parse_line(line, where=where)
@@ -161,12 +163,12 @@ def read_numbered(
 
 
 def count_rows(path: str | PathLike[str]) -> int:
-    """Lines of a file that are not blank. Raises DataError where it cannot be read."""
+    """Number of lines that are not blank. Raises DataError if the file cannot be read."""
     return sum(1 for _ in _lines(path))
 
 
 def to_line(trajectory: Trajectory) -> str:
-    """The trajectory as one line of JSON, without the newline; fields at their default are left out."""
+    """The trajectory as a line of JSON without its newline; fields with default values are left out."""
     return msgspec.json.encode(trajectory).decode()
 
 
@@ -180,5 +182,5 @@ def _lines(path: str | PathLike[str]) -> Iterator[tuple[str, bytes]]:
 
 
 def numbered(file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """The lines of an open file that are not blank, with their numbers."""
+    """The lines of an open file that are not blank, as pairs of line number (from 1) and line."""
     return ((number, line) for number, line in enumerate(file, start=1) if line.strip())

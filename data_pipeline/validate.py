@@ -1,36 +1,31 @@
-"""What is in files of trajectories and which rows are malformed: read once, counted in little memory, shown as text."""
+"""Statistics and malformed rows of trajectory files. Rows are read once and counted in bounded memory."""
 
 from __future__ import annotations
 
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 import numpy as np
 
-from data_pipeline.errors import DataError
-from data_pipeline.metadata import length_histogram
+from data_pipeline.errors import DataError, listed
+from data_pipeline.metadata import length_histogram, length_range
 from data_pipeline.splits import Inputs, named_split
 from data_pipeline.trajectory import Trajectory, check_steps, count_rows, read_numbered
 
 if TYPE_CHECKING:
     from data_pipeline.encode import Encoder
 
-
-from collections.abc import Iterator
-
-from data_pipeline.errors import listed
-from data_pipeline.metadata import length_range
-
 PERCENTILES = (0, 10, 50, 90, 99, 100)
+_BAR_WIDTH = 40
 
 
 class Spread(msgspec.Struct, frozen=True, kw_only=True):
-    """A distribution: its mean and PERCENTILES, by name ("0" is the least, "100" the largest)."""
+    """Summary of a distribution: its mean, and PERCENTILES by name ("0" is the minimum, "100" the maximum)."""
 
     count: int
     mean: float
@@ -38,10 +33,10 @@ class Spread(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SplitCounts(msgspec.Struct, kw_only=True):
-    """Trajectories of one split. `failed`, `partial`, `full` count outcomes of 0, between, and 1.
+    """Counts of one split. `failed`, `partial` and `full` are trajectories with outcome 0, between 0 and 1, and 1.
 
-    `successes` of `with_success` rows that say so; `trainable` rows have an outcome or rewards and did not end in an
-    error.
+    `with_success` trajectories have a `success` field, and it is true in `successes` of them. `trainable` ones have an
+    outcome or rewards and did not end in an error.
     """
 
     trajectories: int = 0
@@ -56,7 +51,7 @@ class SplitCounts(msgspec.Struct, kw_only=True):
 
 
 class Groups(msgspec.Struct, frozen=True, kw_only=True):
-    """Attempts by task: of the `repeated` tasks with several, `differing` differ in outcome, what one learns from."""
+    """Attempts by task. `repeated` tasks have several attempts; in `differing` of these the outcomes differ."""
 
     tasks: int
     repeated: int
@@ -65,10 +60,10 @@ class Groups(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ValidationReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What `validate` found. rows = trajectories + bad; `leaks` names tasks in two splits.
+    """Result of `validate`. rows = trajectories + bad; `leaks` names the tasks that are in two splits.
 
-    `tokens`, `lengths` (metadata.length_histogram) and `too_long` are there with a tokenizer. `equal` counts
-    trajectories that repeat one before in task, conversation and outcome, `repeated_ids` ids that were there before.
+    `tokens`, `lengths` (metadata.length_histogram) and `too_long` need a tokenizer. `equal` counts trajectories with
+    the task, conversation and return of an earlier one, `repeated_ids` those with the id of an earlier one.
     """
 
     files: list[str]
@@ -91,6 +86,8 @@ class ValidationReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Task(NamedTuple):
+    """Attempts at a task so far: their first split, their number, and the range of their returns."""
+
     split: str
     attempts: int
     low: float
@@ -104,10 +101,16 @@ def validate(
     max_length: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ValidationReport:
-    """Reads every row of JSONL files by split; under None, rows name their own or are counted under "".
+    """Reads every row of trajectory files and counts what is in them.
 
-    With an encoder every conversation is encoded and verified as for training, and one that cannot be is a bad row.
-    `progress` is called with (rows done, rows in all). Raises DataError for a file that cannot be read or has no row.
+    Args:
+      inputs: files by split. Rows of files under None are in the split they name, or are counted under "".
+      encoder: if given, every conversation is encoded and verified as for training. A row that fails is bad.
+      max_length: bound in tokens for `too_long`.
+      progress: called with (rows done, all rows).
+
+    Raises:
+      DataError: a file cannot be read, or there is no row.
     """
     counts = _Counts(encoder)
     paths = [Path(path) for files in inputs.values() for path in files]
@@ -137,6 +140,8 @@ def validate(
 
 
 class _Counts:
+    """Collects the counts of a report. Ids, contents and tasks are kept as digests of 12 bytes."""
+
     def __init__(self, encoder: Encoder | None):
         self.rows, self.bad = 0, []
         self._encoder = encoder
@@ -151,7 +156,7 @@ class _Counts:
         self._repeated_ids = self._equal = self._with_labels = 0
 
     def add(self, trajectory: Trajectory, split: str | None, where: str) -> None:
-        """Raises DataError for a row that cannot be used, which is then counted nowhere."""
+        """Counts a row. Raises DataError for a bad one, which is then in none of the counts."""
         row = f"{where} ({trajectory.id})"
         name = named_split(trajectory.split, split, row) or ""
         table = check_steps(trajectory.messages, row)
@@ -185,21 +190,22 @@ class _Counts:
 
     def _group(self, task: str, name: str, returned: float | None, split: SplitCounts, where: str) -> None:
         key = _digest(task.encode())
-        known = self._tasks.get(key)
+        earlier = self._tasks.get(key)
         low, high = (np.inf, -np.inf) if returned is None else (returned, returned)
-        if known is None:
+        if earlier is None:
             split.tasks += 1
             self._tasks[key] = _Task(name, 1, low, high)
             return
-        if known.split != name:
-            both = f"in {known.split or 'no split'} and, in {where}, in {name or 'no split'}"
+        if earlier.split != name:
+            both = f"in {earlier.split or 'no split'} and, in {where}, in {name or 'no split'}"
             self._leaks.setdefault(key, f"task {task} is {both}; split by task")
-        self._tasks[key] = _Task(known.split, known.attempts + 1, min(known.low, low), max(known.high, high))
+        self._tasks[key] = _Task(earlier.split, earlier.attempts + 1, min(earlier.low, low), max(earlier.high, high))
 
     def report(self, files: list[str], max_length: int | None) -> ValidationReport:
+        """The counts of all rows added so far."""
         for name, split in self._splits.items():
-            if known := split.failed + split.partial + split.full:
-                split.mean_outcome = self._outcomes[name] / known
+            if with_outcome := split.failed + split.partial + split.full:
+                split.mean_outcome = self._outcomes[name] / with_outcome
         repeated = [task for task in self._tasks.values() if task.attempts > 1]
         lengths = np.asarray(self._tokens)
         return ValidationReport(
@@ -229,29 +235,26 @@ class _Counts:
 
 
 def _spread(values: Sequence[float] | np.ndarray) -> Spread:
-    found = np.asarray(values, np.float64)
-    if not len(found):
+    array = np.asarray(values, np.float64)
+    if not len(array):
         return Spread(count=0, mean=0.0, percentiles={})
-    at = np.percentile(found, PERCENTILES, method="nearest")
+    at = np.percentile(array, PERCENTILES, method="nearest")
     named = {str(percent): float(value) for percent, value in zip(PERCENTILES, at, strict=True)}
-    return Spread(count=len(found), mean=float(found.mean()), percentiles=named)
+    return Spread(count=len(array), mean=float(array.mean()), percentiles=named)
 
 
 def _digest(text: bytes) -> bytes:
     return hashlib.blake2b(text, digest_size=12).digest()
 
 
-def _is_new(known: set[bytes], text: bytes) -> bool:
-    before = len(known)
-    known.add(_digest(text))
-    return len(known) > before
-
-
-_BAR = 40
+def _is_new(digests: set[bytes], text: bytes) -> bool:
+    before = len(digests)
+    digests.add(_digest(text))
+    return len(digests) > before
 
 
 def to_text(report: ValidationReport) -> str:
-    """What a user wants to know before training, the bad rows at the end."""
+    """The report as lines for a terminal, with the bad rows at the end."""
     return "\n".join(_lines(report))
 
 
@@ -276,8 +279,8 @@ def _split(counts: SplitCounts) -> str:
         )
     if counts.with_success:
         parts.append(f"success {counts.successes / counts.with_success:.1%} of {counts.with_success}")
-    if left := counts.trajectories - counts.trainable:
-        parts.append(f"{left} not to be trained on (no outcome, or ended in an error)")
+    if untrainable := counts.trajectories - counts.trainable:
+        parts.append(f"{untrainable} not to be trained on (no outcome, or ended in an error)")
     return ", ".join(parts)
 
 
@@ -289,10 +292,10 @@ def _about_trajectories(report: ValidationReport) -> Iterator[str]:
         if report.too_long is not None:
             yield f"  longer than {report.max_length} tokens: {report.too_long}"
     yield _groups(report.groups)
-    ended = ", ".join(f"{count} {kind or 'not said'}" for kind, count in sorted(report.ended.items()))
+    ended = ", ".join(f"{count} {kind or 'not given'}" for kind, count in sorted(report.ended.items()))
     yield f"ended: {ended}"
     if report.equal or report.repeated_ids:
-        yield f"repeated: {report.equal} equal trajectories, {report.repeated_ids} ids that were there before"
+        yield f"repeated: {report.equal} equal trajectories, {report.repeated_ids} ids of earlier rows"
     if report.step_labels is not None:
         yield (
             f"step labels: {report.step_labels.count} in {report.with_step_labels} trajectories, "
@@ -316,6 +319,6 @@ def _spread_line(spread: Spread, form: str = ".0f") -> str:
 
 
 def _histogram(lengths: dict[str, int]) -> Iterator[str]:
-    most = max(lengths.values())
+    largest = max(lengths.values())
     for low, count in lengths.items():
-        yield f"  {length_range(low):>16}  {count:>8}  {'#' * max(1, round(_BAR * count / most))}"
+        yield f"  {length_range(low):>16}  {count:>8}  {'#' * max(1, round(_BAR_WIDTH * count / largest))}"

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from jaxprm.api import ActionScore, Model, load
 
 __all__ = ["ActionScore", "Model", "load"]
-_MODULES = ("losses", "targets")
+_MODULES = ("losses", "objectives", "targets")
 
 
 def __getattr__(name: str) -> Any:

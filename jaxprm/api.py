@@ -1,18 +1,23 @@
-"""The Python surface: a reward model in a user's own program.
+"""The Python interface: a trained reward model in a user's own program.
 
-model = jaxprm.load("runs/demo/reward_models/agentprm/seed-0")
-model.score([messages])[0]["steps"]                      # promise and progress of every step of a conversation
-model.score_actions(messages, ["get 2 oak log", ...])    # of what the agent could say next
+    import jaxprm
+
+    model = jaxprm.load("runs/demo/reward_models/agentprm/seed-0")
+    model.score([messages])[0]["steps"]                    # promise and progress of every step of a conversation
+    model.score_actions(messages, ["get 2 oak log", ...])  # of each candidate for the agent's next turn
+
+Shapes: S steps of a conversation, N candidates of a state.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias, TypedDict
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from data_pipeline.chat_template import as_messages
 from data_pipeline.trajectory import Message, Trajectory
@@ -20,15 +25,34 @@ from jaxprm import config as config_lib
 from jaxprm.artifacts.directory import find_model, read_recipe
 from jaxprm.errors import UserError
 from jaxprm.scoring import loading
-from jaxprm.scoring.scorer import PreparedConversation, Scorer
+from jaxprm.scoring.scorer import PreparedCandidates, Scorer
 
-Conversation = Sequence[Message | Mapping[str, Any]]
+Conversation: TypeAlias = Sequence[Message | Mapping[str, Any]]
+Tools: TypeAlias = list[dict[str, Any]]
+
+
+class StepScore(TypedDict):
+    """A step of a conversation. message: index of its message; progress: None for the first step."""
+
+    message: int
+    promise: float
+    progress: float | None
+
+
+class ConversationScore(TypedDict):
+    """Scores of a conversation: its steps [S], and the promise of the last one."""
+
+    steps: list[StepScore]
+    score: float
 
 
 class ActionScore(NamedTuple):
-    """promise: the expected outcome after the action; progress: how much better that is than before it.
+    """Score of an action.
 
-    Progress is None for the first step of a conversation, and for a model whose targets do not define it.
+    Args:
+      promise: expected outcome of the episode after the action, in the units of the training outcomes.
+      progress: promise after the action minus promise before it. None for the first step of a conversation, and for a
+        model with a discount, whose promises do not define it.
     """
 
     promise: float
@@ -36,94 +60,121 @@ class ActionScore(NamedTuple):
 
 
 class Question(NamedTuple):
-    """Candidates of one conversation, encoded; and its last step, whose promise theirs are compared with."""
+    """Encoded candidates of one state, for `Model.answer`. last: the step before them, if progress is defined."""
 
-    candidates: PreparedConversation
-    last: PreparedConversation | None
+    candidates: PreparedCandidates
+    last: PreparedCandidates | None
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest conversation that is to be computed; 0 where all is remembered."""
+        """Tokens of the longest conversation that has to be computed; 0 if all scores are in memory."""
         return max(self.candidates.longest, self.last.longest if self.last else 0)
 
 
 class Model:
-    """A reward model. Not thread-safe: give each thread its own.
+    """A reward model. Made by `load`. Not thread-safe: give each thread its own.
 
-    recipe: what reward_model.json says of it, `value_range` among it.
+    recipe: the content of reward_model.json, such as `value_range` and `max_tokens`; see docs/formats.md.
     """
 
-    def __init__(self, scorer: Scorer, recipe: dict[str, Any]):
+    recipe: dict[str, Any]
+
+    def __init__(self, scorer: Scorer, recipe: dict[str, Any]) -> None:
         self.recipe = recipe
         self._scorer = scorer
-        self._progress = loading.defines_progress(recipe)
+        self._has_progress = loading.defines_progress(recipe)
 
     @property
     def usage(self) -> dict[str, int]:
-        """Tokens so far: `encoded`, and those found in the cache, encoded again and padded; see docs/search.md."""
+        """Tokens so far: `encoded`, `reused` from the cache, encoded `again`, and `slots` with padding.
+
+        docs/search.md defines them.
+        """
         return self._scorer.usage
 
-    def score(self, trajectories: Sequence[Trajectory | Mapping[str, Any] | Conversation]) -> list[dict[str, Any]]:
-        """{"steps": [{"message", "promise", "progress"}], "score"} for each trajectory, in one jitted pass each.
+    def score(self, trajectories: Sequence[Trajectory | Mapping[str, Any] | Conversation]) -> list[ConversationScore]:
+        """Promise and progress of every step of finished conversations.
 
-        A trajectory is a Trajectory, a dictionary with "messages" (and perhaps "tools"), or a list of messages.
-        "message" is the index of the step's message; the score is the promise of the last step.
+        Args:
+          trajectories: each is a Trajectory, a dictionary with "messages" (and perhaps "tools"), or a list of messages.
 
-        Raises UserError or DataError, naming the trajectory, for one that cannot be scored.
+        Returns {"steps": [{"message", "promise", "progress"}], "score"} for each, in order. "message" is the index of
+        the step's message; "score" is the promise of the last step.
+
+        Raises UserError or DataError, naming the trajectory, if it has no step, cannot be encoded or is too long.
+
+        Example:
+
+            messages = [{"role": "user", "content": "Goal: torch"}, {"role": "assistant", "content": "get 1 coal"}]
+            model.score([messages])[0]["steps"]  # [{"message": 1, "promise": 0.27, "progress": None}]
         """
-        if isinstance(trajectories, (Trajectory, Mapping)) or any(_is_message(one) for one in trajectories):
+        if isinstance(trajectories, (Trajectory, Mapping)) or any(_is_message(item) for item in trajectories):
             raise UserError("score takes a list of trajectories; put a single one into a list: score([messages])")
         names, encoded = [], []
         for index, trajectory in enumerate(trajectories):
             messages, tools, name = _parts(trajectory, f"trajectory {index}")
             names.append(name)
             encoded.append(self._scorer.encoder.trajectory(messages, row=name, tools=tools))
-        return [
-            loading.step_table(one.message_indices, promises, progress=self._progress)
-            for one, promises in zip(encoded, self._scorer.score_encoded(encoded, names), strict=True)
+        tables = [
+            loading.step_table(conversation.message_indices, promises, progress=self._has_progress)
+            for conversation, promises in zip(encoded, self._scorer.score_encoded(encoded, names), strict=True)
         ]
+        return [ConversationScore(steps=table["steps"], score=table["score"]) for table in tables]
 
     def score_actions(
-        self, messages: Conversation, candidates: Sequence[str | Mapping[str, Any]], tools: list[dict] | None = None
+        self, messages: Conversation, candidates: Sequence[str | Mapping[str, Any]], tools: Tools | None = None
     ) -> list[ActionScore]:
-        """Promise and progress of each candidate for the next assistant turn.
+        """Promise and progress of each candidate for the next assistant turn: N scores, in order.
 
-        messages: the conversation so far; candidates: texts, or assistant messages with "content" or "tool_calls".
-        Equal to the last step of `score([[*messages, candidate]])`, but the conversation is encoded once, and only
-        what is new since the last call.
+        The result equals the last step of `score([[*messages, candidate]])`, but the conversation is encoded once, and
+        tokens that earlier calls have read come from the cache.
 
-        Raises UserError or DataError for a conversation or a candidate that cannot be encoded.
+        Args:
+          messages: the conversation so far, up to the point where the agent acts.
+          candidates: texts, or assistant messages with "content" or "tool_calls".
+          tools: definitions for the chat template, as the model was trained with.
+
+        Raises UserError or DataError for a conversation or a candidate that cannot be encoded, or is too long.
+
+        Example:
+
+            scores = model.score_actions(messages, ["Action: get 1 coal", "Action: craft torch"])
+            best = max(range(len(scores)), key=lambda index: scores[index].promise)
         """
         return self.answer([self.question(messages, candidates, tools)])[0]
 
     def question(
-        self, messages: Conversation, candidates: Sequence[str | Mapping[str, Any]], tools: list[dict] | None = None
+        self, messages: Conversation, candidates: Sequence[str | Mapping[str, Any]], tools: Tools | None = None
     ) -> Question:
-        """What `score_actions` would compute, encoded, to be computed with others in one `answer`.
+        """Encodes the arguments of `score_actions`, to be computed with others in one call of `answer`.
 
-        Raises as `score_actions`, but for what is too long to be scored: see `Question.longest`.
+        Raises as `score_actions`, except for what is too long: see `Question.longest`.
         """
         if isinstance(candidates, (str, Mapping)):
             raise UserError("score_actions takes a list of candidates; put a single one into a list")
         history = _plain(messages, "messages")
         actions = [_action(candidate, f"candidate {index}") for index, candidate in enumerate(candidates)]
-        last = self._last_step(history, tools) if self._progress and actions else None
+        last = self._last_step(history, tools) if self._has_progress and actions else None
         return Question(self._scorer.prepare(history, actions, tools), last)
 
     def answer(self, questions: Sequence[Question]) -> list[list[ActionScore]]:
-        """Scores of the candidates of several conversations, all computed at once.
+        """Scores of the candidates of several states, computed together: N scores for each question.
 
-        Raises UserError where one is longer than can be scored.
+        Raises UserError for a conversation that is too long.
         """
-        # The last steps first: what follows them then finds their conversations in the cache.
-        before = iter(self._scorer.score_prepared([one.last for one in questions if one.last]))
-        promises = self._scorer.score_prepared([one.candidates for one in questions])
-        lasts = [next(before)[0] if one.last else None for one in questions]
-        return [_scores(found, last) for found, last in zip(promises, lasts, strict=True)]
+        # Last steps first: the candidates then find their conversations in the cache.
+        before = iter(self._scorer.score_prepared([question.last for question in questions if question.last]))
+        promises = self._scorer.score_prepared([question.candidates for question in questions])
+        last = [next(before)[0] if question.last else None for question in questions]
+        return [_action_scores(of_state, baseline) for of_state, baseline in zip(promises, last, strict=True)]
 
-    def _last_step(self, history: list[dict], tools: list[dict] | None) -> PreparedConversation | None:
-        """The last step taken; in an agent's loop it was a candidate once, and its promise is remembered."""
-        steps = [index for index, one in enumerate(history) if one["role"] == "assistant" and one.get("step", True)]
+    def _last_step(self, history: list[dict[str, Any]], tools: Tools | None) -> PreparedCandidates | None:
+        """The last step as a candidate: in an agent's loop it was one, so its score is in memory."""
+        steps = [
+            index
+            for index, message in enumerate(history)
+            if message["role"] == "assistant" and message.get("step", True)
+        ]
         return self._scorer.prepare(history[: steps[-1]], [history[steps[-1]]], tools) if steps else None
 
 
@@ -136,25 +187,44 @@ def load(
     chat_template: str | None = None,
     mesh: Mapping[str, int] | None = None,
 ) -> Model:
-    """A reward model, from its directory, its training output, a run with a single one, or by its name on the hub.
+    """Loads a reward model.
 
-    rows: states whose candidates are scored at once; max_tokens: conversations up to this length are kept in the
-    cache of `score_actions`, longer ones are encoded anew. Memory of the cache grows with both. dtype: "float32" or
-    "bfloat16", of the arithmetic and of the cache. chat_template: in the place of the model's own, for models trained
-    elsewhere whose template rewrites earlier turns: "chatml", "llama3", or a file. mesh: devices of this process to
-    share the work, as in a config: {"tensor": 4} splits parameters and cache four ways; without it the first does all.
+    Args:
+      directory: a model directory, the output or a checkpoint of a training run, a directory with exactly one reward
+        model below it, or a Hub id ("org/name" or "org/name@revision").
+      rows: states whose candidates are scored at once.
+      max_tokens: tokens of the longest conversation that `score_actions` caches; longer ones are encoded in full, each
+        time.
+        The memory of the cache grows with `rows` and `max_tokens`, up to 2 GiB.
+      dtype: of the arithmetic and of the cache, "float32" or "bfloat16".
+      chat_template: used in place of the model's own: "chatml", "llama3", or a file. For models trained elsewhere whose
+        template rewrites earlier turns.
+      mesh: devices of this process that share the work, as in a config: {"tensor": 4} splits parameters and cache four
+        ways. None is the first device alone.
 
-    Raises UserError or DataError where there is no model, or one that cannot be read.
+    Raises UserError or DataError if there is no model or several, if the model or its tokenizer cannot be read, and for
+    a mesh or dtype that does not fit.
+
+    Example:
+
+        model = jaxprm.load("runs/demo", dtype="bfloat16")
     """
     model = find_model(directory)
-    options: dict[str, Any] = {"rows": rows, "max_tokens": max_tokens, "dtype": dtype, "template": chat_template}
-    sizes = None if mesh is None else config_lib.mesh_of_sizes(mesh, where="mesh")
-    scorer = loading.load_scorer(model, **options, mesh=sizes)
+    scorer = loading.load_scorer(
+        model,
+        rows=rows,
+        max_tokens=max_tokens,
+        dtype=dtype,
+        template=chat_template,
+        mesh=None if mesh is None else config_lib.mesh_of_sizes(mesh, where="mesh"),
+    )
     return Model(scorer, read_recipe(model))
 
 
-def _parts(trajectory: Any, name: str) -> tuple[Conversation, list[dict] | None, str]:
-    """(messages, tools, name for errors) of a trajectory in any of its forms."""
+def _parts(
+    trajectory: Trajectory | Mapping[str, Any] | Conversation, name: str
+) -> tuple[Conversation, Tools | None, str]:
+    """(messages, tools, name in error messages) of a trajectory in any of its forms."""
     if isinstance(trajectory, Trajectory):
         return trajectory.messages, trajectory.tools, trajectory.id
     if isinstance(trajectory, Mapping):
@@ -164,25 +234,28 @@ def _parts(trajectory: Any, name: str) -> tuple[Conversation, list[dict] | None,
     return trajectory, None, name
 
 
-def _scores(promises: np.ndarray, before: np.float32 | None) -> list[ActionScore]:
+def _action_scores(promises: NDArray[np.float32], before: np.float32 | None) -> list[ActionScore]:
     return [
-        ActionScore(loading.plain(promise), None if before is None else loading.plain(promise - before))
+        ActionScore(
+            loading.shortest_float(promise), None if before is None else loading.shortest_float(promise - before)
+        )
         for promise in promises
     ]
 
 
-def _is_message(one: Any) -> bool:
-    return isinstance(one, Message) or (isinstance(one, Mapping) and "role" in one and "messages" not in one)
+def _is_message(value: object) -> bool:
+    return isinstance(value, Message) or (isinstance(value, Mapping) and "role" in value and "messages" not in value)
 
 
-def _plain(messages: Conversation, name: str) -> list[dict]:
-    """Messages checked, and in one form whatever they came as, so that equal conversations are found again."""
+def _plain(messages: Conversation, name: str) -> list[dict[str, Any]]:
+    """Checked messages as dictionaries: one form, so that equal conversations have equal hashes."""
     if not messages:
         raise UserError(f"{name}: is empty; a conversation begins with the task, as a user message")
-    return msgspec.to_builtins(as_messages(messages, name))
+    plain: list[dict[str, Any]] = msgspec.to_builtins(as_messages(messages, name))
+    return plain
 
 
-def _action(candidate: str | Mapping[str, Any], name: str) -> str | dict:
+def _action(candidate: str | Mapping[str, Any], name: str) -> str | dict[str, Any]:
     if isinstance(candidate, str):
         return candidate
     (action,) = _plain([candidate], name)

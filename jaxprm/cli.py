@@ -158,9 +158,9 @@ def _score(options) -> int:
 
 
 def _serve(options) -> int:
-    from jaxprm.serving import command
+    from jaxprm.serving import server
 
-    return command.serve_verb(options)
+    return server.serve_verb(options)
 
 
 def _check_scorer(options) -> int:
@@ -169,7 +169,7 @@ def _check_scorer(options) -> int:
     check = check_scorer(options.model, options.input)
     for way in (*check.ways, check.bfloat16):
         print(f"{way.name:<28} {way.scores:>7} scores, largest difference {way.largest:.2e}")
-    print(f"one wrong token in the prompt moves the last score by up to {check.control:.2e}")
+    print(f"one wrong token in the prompt moves the last score by up to {check.sensitivity:.2e}")
     print(f"{'passed' if check.passed else 'FAILED'}: largest difference {check.largest:.2e}, bound {check.bound:.2e}")
     return 0 if check.passed else 1
 

@@ -6,31 +6,31 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-# The exit status of work that was taken away and that the same command goes on with (EX_TEMPFAIL of sysexits.h).
+# Exit status of interrupted work that the same command resumes (EX_TEMPFAIL of sysexits.h).
 RESUMABLE = 75
 
 
 class UserError(ValueError):
-    """A mistake a user can mend. The message is one line: what, where, the value, the bound, the fix.
+    """A mistake that a user can fix. The message is one line: what, where, the value, the bound, the fix.
 
     The command line prints it without a traceback and exits with status 2.
     """
 
 
 def shown(value: object) -> str:
-    """A value as a message shows it: on one line, and cut where it is long."""
+    """A value for a message: on one line, cut at 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 class Interrupted(Exception):
-    """The machine is being taken away, or a part of it is gone. The message is one line; what was done is kept.
+    """The machine is being taken away, or a process of the run is gone. The message is one line; finished work is kept.
 
-    The command line prints it and exits with status 75: the same command goes on where it stopped.
+    The command line prints it and exits with status 75: the same command resumes.
     """
 
 
-# The forms of the keys in use, with a run of letters and digits too long for the names of models and files.
+# Forms of the API keys in use. 20 letters and digits in a row are too many for the name of a model or a file.
 _VALUES = re.compile(
     r"(?:^|[^A-Za-z0-9])(?:sk|pk|rk|gsk|xai|nvapi|pplx|fw|r8|hf|gh[pousr])[-_](?:[A-Za-z0-9]+[-_])*[A-Za-z0-9]{20}"
     r"|AIza[A-Za-z0-9_-]{30,}|eyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}|(?i:\bbearer\s+\S{8,})"
@@ -42,10 +42,10 @@ _FIELDS = re.compile(
 
 
 def secret_field(plain: Any) -> str | None:
-    """The first field of a plain config that holds what looks like a secret, or None.
+    """The first field of a plain config that holds something like a secret, or None.
 
-    A value gives itself away anywhere; the name of a field does so under `policy` only, since what an environment calls
-    a password may be part of its game.
+    A value is checked in every field. The name of a field is checked only under `policy`, because an environment may
+    have a password in its game.
     """
     for field, value in _texts(plain, ""):
         named = field.startswith("policy.") and _FIELDS.search(field.rpartition(".")[2])
@@ -55,7 +55,7 @@ def secret_field(plain: Any) -> str | None:
 
 
 def redact(text: str, secret: str | None) -> str:
-    """The text without the secret, should anybody have repeated it."""
+    """The text with every occurrence of the secret replaced. Servers and libraries repeat keys in their errors."""
     return text.replace(secret, "[key]") if secret else text
 
 

@@ -1,4 +1,4 @@
-"""One progress bar for all long work: rate and time left, quiet when the output is not a terminal."""
+"""Progress bars of all long work, with rate and time left; quiet if stderr is not a terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def bar(label: str, total: int | None, *, initial: int = 0, unit: str = "it", **settings) -> Iterator:
-    """A tqdm bar on stderr. Not on a terminal it writes a line every 20 seconds instead of redrawing."""
+    """A tqdm bar on stderr. If that is not a terminal, a line every 20 seconds instead of a redrawn one."""
     from tqdm import tqdm
 
     terminal = sys.stderr.isatty()
@@ -30,7 +30,7 @@ def bar(label: str, total: int | None, *, initial: int = 0, unit: str = "it", **
 
 @contextmanager
 def absolute(label: str, *, unit: str = "it", **settings) -> Iterator[Callable[[int, int], None]]:
-    """A bar as a function of (done, in all), for work that knows its total only once it has begun."""
+    """A bar as a function of (done, total), for work that learns its total only after it has started."""
     with bar(label, None, unit=unit, **settings) as progress:
 
         def show(done: int, total: int) -> None:
@@ -41,7 +41,7 @@ def absolute(label: str, *, unit: str = "it", **settings) -> Iterator[Callable[[
 
 
 def track(items: Iterable, label: str, total: int | None = None, unit: str = "it") -> Iterator:
-    """Yields the items, showing how many have passed."""
+    """Yields the items and shows how many were yielded."""
     with bar(label, total, unit=unit) as progress:
         for item in items:
             yield item

@@ -1,45 +1,49 @@
-"""What a step's promise is trained towards: TD(lambda), return-to-go and outcome targets.
+"""Targets of a step's promise: TD(lambda), return-to-go and outcome.
 
-Every array is [..., S]. The last axis is a row of steps in which several trajectories may be packed one after the
-other. `is_last` closes each of them; slots where `valid` is false (between or after trajectories) may hold anything,
-NaN included. The steps of one trajectory are contiguous, and its last step is always marked: a trajectory that is not
-closed would be treated as if it ended with nothing.
+Every array is [..., S], with S steps. The last axis is a row in which several trajectories may be packed, one after the
+other. `is_last` marks the last step of each. Slots where `valid` is false (between or after trajectories) may hold
+anything, NaN included. The steps of a trajectory are contiguous. Its last step must be marked: a trajectory without the
+mark would be treated as if it ended with no reward.
+
+jaxprm/objectives.py says which targets an objective uses, docs/method.md (sections 3 to 5) what follows from them.
 """
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-Bootstrap = Literal["action", "next", "state"]
-Objective = Literal["agentprm", "pvm", "orm"]
-BOOTSTRAPS: tuple[str, ...] = get_args(Bootstrap)
-OBJECTIVES: tuple[str, ...] = get_args(Objective)
+from jaxprm.objectives import BOOTSTRAPS, Bootstrap, find_objective
 
 
 def lambda_returns(
     rewards: jax.Array, discounts: jax.Array, next_values: jax.Array, lambda_: jax.Array | float
 ) -> jax.Array:
-    """Mixes one-step bootstraps and full returns, backwards over the last axis (Sutton and Barto, 12.18; as in rlax).
+    """Lambda-returns: one-step bootstraps mixed with full returns (Sutton and Barto, eq. 12.18; as in rlax).
 
-        G_t = r_t + discount_t * ((1 - lambda_t) * v_{t+1} + lambda_t * G_{t+1}),    G_{S} = v_{S}
+    Backwards over t = S-1, ..., 0, with v_{t+1} given at t:
+
+        G_t = r_t + discount_t * ((1 - lambda_t) * v_{t+1} + lambda_t * G_{t+1}),    G_S = v_S
 
     Args:
         rewards: [..., S], r_t.
         discounts: [..., S], 0 at the last step of an episode.
         next_values: [..., S], v_{t+1} stored at t.
-        lambda_: a scalar, or one value per step.
+        lambda_: a scalar, or [..., S].
 
     Returns:
-        [..., S] in the widest dtype of the arguments, at least float32. Gradients are not stopped.
+        G, [..., S], in the widest dtype of the arguments, at least float32. Gradients are not stopped.
+
+    Raises:
+        ValueError: shapes differ.
     """
     rewards, discounts, next_values = _floats(rewards, discounts, next_values)
     _check_shapes(rewards, discounts=discounts, next_values=next_values)
     mixes = jnp.broadcast_to(jnp.asarray(lambda_, rewards.dtype), rewards.shape)
 
-    def backward(following, step):
+    def backward(following: jax.Array, step: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         reward, discount, next_value, mix = step
         current = reward + discount * ((1 - mix) * next_value + mix * following)
         return current, current
@@ -60,15 +64,16 @@ def td_lambda_targets(
     bootstrap: Bootstrap = "action",
     state_values: jax.Array | None = None,
 ) -> jax.Array:
-    """Targets of the promises M_t = M(s_t, a_t), computed from the promises themselves, without gradient.
+    """TD(lambda) targets of the promises M_t = M(s_t, a_t), computed from the promises, without gradient.
 
-    At a trajectory's last step always Q^_T = r_T. Before it,
+    For the steps t = 0, ..., T of each trajectory, Q^_T = r_T, and for t < T
 
         action:  Q^_t = (1 - lambda) M_t + lambda (r_t + gamma Q^_{t+1})
         next:    Q^_t = r_t + gamma ((1 - lambda) M_{t+1} + lambda Q^_{t+1})
         state:   Q^_t = r_t + gamma ((1 - lambda) V(s_{t+1}) + lambda Q^_{t+1})
 
-    "action" is AgentPRM (Xi et al., eq. 12-14, without the M_T that eq. 12 would add to r_T), "next" is SARSA(lambda).
+    "action" is AgentPRM (Xi et al., arXiv 2511.08325, eq. 12-14) without the M_T that eq. 12 would add to r_T: with it
+    the fixed point is 2 r_T before the last step (docs/method.md, section 4). "next" is SARSA(lambda).
 
     Args:
         values: [..., S], M_t.
@@ -83,11 +88,11 @@ def td_lambda_targets(
     Raises:
         ValueError: shapes differ, `bootstrap` is unknown, or `state_values` is missing.
     """
-    rewards, discounts = _closed(rewards, is_last, valid, discount)
+    rewards, discounts = _separated(rewards, is_last, valid, discount)
     values = _masked(values, valid)
     _check_shapes(rewards, values=values)
     if bootstrap == "action":
-        # The bootstrap of step t is known at t: as a part of its reward it leaves nothing to take from the next step.
+        # The bootstrap M_t is known at step t, so it is added to the reward, and nothing is read from the next step.
         mixed = (1 - gae_lambda) * values + gae_lambda * rewards
         rewards, next_values = jnp.where(is_last, rewards, mixed), jnp.zeros_like(values)
     elif bootstrap == "next":
@@ -102,7 +107,7 @@ def td_lambda_targets(
 
 
 def returns_to_go(rewards: jax.Array, is_last: jax.Array, valid: jax.Array, *, discount: float = 1.0) -> jax.Array:
-    """The Monte Carlo return of each step, G_t = r_t + gamma G_{t+1}, without gradient.
+    """Monte Carlo return of each step, without gradient: G_t = r_t + gamma G_{t+1} for t < T, and G_T = r_T.
 
     With gamma = 1 and a reward at the end only, this is the trajectory's outcome at every step.
 
@@ -112,21 +117,21 @@ def returns_to_go(rewards: jax.Array, is_last: jax.Array, valid: jax.Array, *, d
     Returns:
         [..., S] of at least float32, 0 in slots that are not valid.
     """
-    rewards, discounts = _closed(rewards, is_last, valid, discount)
+    rewards, discounts = _separated(rewards, is_last, valid, discount)
     return jax.lax.stop_gradient(lambda_returns(rewards, discounts, jnp.zeros_like(rewards), 1.0))
 
 
 def outcomes(rewards: jax.Array, is_last: jax.Array, valid: jax.Array) -> jax.Array:
-    """The undiscounted sum of each trajectory's rewards at its last step, 0 elsewhere. All arrays [..., S]."""
-    rewards, _ = _closed(rewards, is_last, valid, 1.0)
-    begins = jnp.concatenate([jnp.ones_like(is_last[..., :1]), is_last[..., :-1]], axis=-1)
-    # A running sum from the front is a return-to-go of the reversed row, in which first steps close the trajectories.
-    sums = jnp.flip(returns_to_go(jnp.flip(rewards, -1), jnp.flip(begins, -1), jnp.ones_like(valid)), -1)
+    """Outcome of each trajectory, r_0 + ... + r_T, at its last step; 0 elsewhere. All arrays are [..., S]."""
+    rewards, _ = _separated(rewards, is_last, valid, 1.0)
+    is_first = jnp.concatenate([jnp.ones_like(is_last[..., :1]), is_last[..., :-1]], axis=-1)
+    # A sum from the front is a return-to-go of the reversed row, in which the first step of a trajectory is its last.
+    sums = jnp.flip(returns_to_go(jnp.flip(rewards, -1), jnp.flip(is_first, -1), jnp.ones_like(valid)), -1)
     return jnp.where(valid & is_last, sums, 0)
 
 
 def objective_targets(
-    name: Objective,
+    name: str,
     values: jax.Array,
     rewards: jax.Array,
     is_last: jax.Array,
@@ -140,45 +145,52 @@ def objective_targets(
     """Targets of a training objective, and the steps it trains.
 
     - agentprm: `td_lambda_targets` at every step.
-    - pvm: the return-to-go at every step.
-    - orm: the whole trajectory's outcome, at its last step only.
+    - pvm: `returns_to_go` at every step.
+    - orm: `outcomes`, at the last step only.
+    - any other objective of jaxprm/objectives.py, registered or "module:attribute".
+
+    Args:
+        values, rewards, is_last, valid, gae_lambda, discount, bootstrap, state_values: as in `td_lambda_targets`.
 
     Returns:
-        (targets, mask), both [..., S]; the mask takes the place of `valid` in the loss.
+        (targets, mask), both [..., S]; pass the mask as `valid` to the loss.
+
+    Raises:
+        UserError: there is no such objective.
+        ValueError: shapes differ, or an option of the targets is unknown or missing.
     """
-    if name == "agentprm":
-        targets = td_lambda_targets(
-            values,
-            rewards,
-            is_last,
-            valid,
-            gae_lambda=gae_lambda,
-            discount=discount,
-            bootstrap=bootstrap,
-            state_values=state_values,
-        )
-        return targets, valid
-    if name == "pvm":
-        return returns_to_go(rewards, is_last, valid, discount=discount), valid
-    if name == "orm":
-        return outcomes(rewards, is_last, valid), valid & is_last
-    raise ValueError(f"objective is {name!r}; use one of {', '.join(OBJECTIVES)}")
+    settings = _TargetSettings(name, gae_lambda=gae_lambda, discount=discount, bootstrap=bootstrap)
+    return find_objective(name).targets(values, rewards, is_last, valid, settings, state_values)
 
 
-def _closed(rewards, is_last, valid, discount) -> tuple[jax.Array, jax.Array]:
-    """Rewards and discounts of a packed row: nothing flows out of a trajectory's last step or through an empty slot."""
+class _TargetSettings(NamedTuple):
+    """The arguments of `objective_targets` as the settings of an objective; the other fields are their defaults."""
+
+    objective: str
+    gae_lambda: float
+    discount: float
+    bootstrap: str
+    beta: float = 1.0
+    progress_gradient: str = "both"
+    target_update: str = "online"
+
+
+def _separated(
+    rewards: jax.Array, is_last: jax.Array, valid: jax.Array, discount: float
+) -> tuple[jax.Array, jax.Array]:
+    """(rewards, discounts) of a packed row; a discount of 0 at last steps and empty slots separates trajectories."""
     rewards = _masked(rewards, valid)
     _check_shapes(rewards, is_last=is_last, valid=valid)
     return rewards, discount * (valid & ~is_last).astype(rewards.dtype)
 
 
-def _masked(x, valid) -> jax.Array:
+def _masked(x: jax.Array, valid: jax.Array) -> jax.Array:
     (x,) = _floats(x)
     _check_shapes(x, valid=valid)
     return jnp.where(valid, x, 0)
 
 
-def _floats(*arrays) -> list[jax.Array]:
+def _floats(*arrays: jax.Array) -> list[jax.Array]:
     dtype = jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
     return [jnp.asarray(x, dtype) for x in arrays]
 
@@ -187,7 +199,7 @@ def _shift_left(x: jax.Array) -> jax.Array:
     return jnp.concatenate([x[..., 1:], jnp.zeros_like(x[..., :1])], axis=-1)
 
 
-def _check_shapes(reference: jax.Array, **arrays) -> None:
+def _check_shapes(reference: jax.Array, **arrays: jax.Array) -> None:
     for name, array in arrays.items():
         if jnp.shape(array) != reference.shape:
             raise ValueError(f"{name} has shape {jnp.shape(array)}, expected {reference.shape}: give all as [..., S]")

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_pipeline.output import staged_file
 from notebooks.colab import Session, Stop, on_colab
 
 OURS = "jaxprm"  # a LOG_FORMAT: trajectories already
@@ -132,10 +133,9 @@ def _uploaded() -> Path:
 
 
 def _copy(source: Path, output: Path) -> None:
-    """Whole or not at all, also where the notebook is cut off in the middle."""
-    partial = output.with_name(output.name + ".partial")
-    shutil.copyfile(source, partial)
-    partial.replace(output)
+    """Copies a file; also where the notebook is cut off in the middle, the copy is complete or absent."""
+    with source.open("rb") as file, staged_file(output, overwrite=True) as copy:
+        shutil.copyfileobj(file, copy)
 
 
 def _lines(path: Path) -> Sequence[str]:

@@ -10,9 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+from jaxprm import files
 from jaxprm.export.export import export
 from jaxprm.hf import writer
-from jaxprm.scoring import files as score_files
+from jaxprm.scoring.files import score_file
 
 
 def stop(*_):
@@ -45,8 +46,8 @@ def main(verb: str, *paths: str) -> None:
         writer._write_shard = stop_after(writer._write_shard, 2)
         export(*map(Path, paths), max_shard_size="40KB")
     else:
-        score_files._write = stop_after(score_files._write, 3, half_a_line)
-        score_files.score_file(*map(Path, paths), chunk=4)
+        files.write_all = stop_after(files.write_all, 3, half_a_line)
+        score_file(*map(Path, paths), chunk=4)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The Python surface a user's own agent loop needs."""
+"""The Python interface, as an agent's loop uses it."""
 
 import subprocess
 import sys
@@ -41,7 +41,7 @@ def acted(messages, text) -> list[dict]:
 def test_every_form_of_a_trajectory_gives_the_same_scores(model):
     trajectory = Trajectory(id="row", messages=as_messages(MESSAGES, "test"))
     results = model.score([MESSAGES, {"messages": MESSAGES, "reward": 1}, trajectory, trajectory.messages])
-    for result in results:  # in one call they share a prompt, and rounding with their places in a row
+    for result in results:  # one call: they share a prompt, and rounding depends on the position in a row
         assert [step["message"] for step in result["steps"]] == [1, 3, 5, 7]
         tiny.assert_close([step["promise"] for step in result["steps"]], promises(MESSAGES))
     assert results[0]["score"] == results[0]["steps"][-1]["promise"]
@@ -68,7 +68,7 @@ def test_messages_and_texts_are_the_same_candidates(model):
     assert model.score_actions(MESSAGES[:3], []) == []
 
 
-def test_progress_is_relative_to_the_last_step_that_is_one(model):
+def test_progress_is_relative_to_the_last_message_that_is_a_step(model):
     messages = [*MESSAGES[:3], {"role": "assistant", "content": "Understood.", "step": False}, MESSAGES[4]]
     before, after = promises([*MESSAGES[:2]])[-1], promises(acted(messages, TEXTS[0]))[-1]
     (score,) = model.score_actions(messages, TEXTS[:1])
@@ -83,7 +83,7 @@ def test_an_agents_loop_encodes_only_what_is_new(directory):
         history = [*acted(history, TEXTS[int(np.argmax([score.promise for score in scores]))]), observation]
     before = model.usage["encoded"]
     model.score_actions(history, TEXTS)
-    # The last turn's action and observation, its opening, and the two candidates.
+    # The action and observation of the last turn, the opening of the next, and two candidates.
     assert 0 < model.usage["encoded"] - before < 80
     assert len(tiny.encoder().prompt(history)) > 120
 

@@ -131,7 +131,10 @@ def test_later_overrides_win(recipe):
         ("mesh.data=-2", "mesh.data = -2: expected `int` >= -1"),
         ("reward_models.0.label=A B", "reward_models[0].label = \"A B\": expected `str` matching regex '^[a-z0-9_]+$'"),
         ("data.too_long=cut", 'data.too_long = "cut": must be one of error, drop, window'),
-        ("reward_models.1.objective=mc", 'reward_models[1].objective = "mc": must be one of agentprm, pvm, orm'),
+        (
+            "reward_models.1.objective=mc",
+            "reward_models[1].objective is 'mc': use one of agentprm, pvm, orm, or your own",
+        ),
         # types
         ("search.pool=many", 'search.pool = "many": expected `int`, got `str`'),
         ("search.pool=2.5", "search.pool = 2.5: expected `int`, got `float`"),
@@ -151,7 +154,8 @@ def test_later_overrides_win(recipe):
         ("reward_models.1.label=agentprm", "reward_models: labels must differ, got ['agentprm', 'agentprm']"),
         ("reward_models.1.label=random", "reward_models: label 'random' is a control's"),
         ("reward_models.1.label=policy", "reward_models: label 'policy' is a control's"),
-        ("reward_models.0.discount=0.9", "reward_models[0].discount = 0.9 with beta = 1.0: progress needs discount 1"),
+        ("reward_models.0.discount=0.9", "reward_models[0].beta is 1.0 with discount 0.9: progress needs discount 1"),
+        ("reward_models.0.gae_lambda=0", "reward_models[0].gae_lambda is 0 with bootstrap action"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_bound(recipe, override, wanted):
@@ -217,7 +221,7 @@ MODELS = st.lists(
         label=st.text("abc_019", min_size=1, max_size=8),
         objective=st.sampled_from(["agentprm", "pvm", "orm"]),
         beta=st.floats(0, 10),
-        gae_lambda=st.floats(0, 1),
+        gae_lambda=st.floats(0.01, 1),  # 0 is refused for agentprm
     ),
     max_size=3,
     unique_by=lambda model: model.label,

@@ -2,6 +2,11 @@
 
 import hashlib
 import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -10,30 +15,35 @@ from hypothesis import strategies as st
 from jaxprm import files
 from jaxprm.errors import UserError
 
-# What ends a line for somebody, and must not for us.
+ROOT = Path(__file__).parents[1]
+# Characters that end a line for some readers, and must not for ours.
 TEXT = st.text(st.sampled_from('a\n\r\x0b\x0c\x1c\x85\u2028\u2029é"\\'), max_size=6)
 OBJECTS = st.lists(st.dictionaries(TEXT, TEXT | st.integers() | st.none(), max_size=3), min_size=1, max_size=5)
 
 
-def test_a_file_is_replaced_whole(tmp_path):
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_a_file_is_replaced(tmp_path):
     path = tmp_path / "deep" / "results.json"
     files.write_json(path, {"a": [1, "é"]})
     assert path.read_text(encoding="utf-8") == '{\n  "a": [\n    1,\n    "é"\n  ]\n}\n'
     files.write_atomic(path, "new\n")
     assert path.read_text() == "new\n"
-    assert [found.name for found in path.parent.iterdir()] == ["results.json"]
+    assert names(path.parent) == ["results.json"]
 
 
-def test_a_write_that_fails_leaves_what_was_there(tmp_path):
+def test_a_write_that_fails_leaves_the_earlier_content(tmp_path):
     path = tmp_path / "results.json"
     files.write_atomic(path, "old\n")
     with pytest.raises(UnicodeEncodeError):
         files.write_atomic(path, "new \ud800")
     assert path.read_text() == "old\n"
-    assert [found.name for found in tmp_path.iterdir()] == ["results.json"]
+    assert names(tmp_path) == ["results.json"]
 
 
-def test_a_write_that_is_killed_leaves_what_was_there(tmp_path, monkeypatch):
+def test_a_write_that_is_killed_leaves_the_earlier_content(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
     files.write_atomic(path, "old\n")
 
@@ -41,7 +51,7 @@ def test_a_write_that_is_killed_leaves_what_was_there(tmp_path, monkeypatch):
         assert path.read_text() == "old\n"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files.os, "replace", killed)
+    monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         files.write_atomic(path, "new\n")
     assert path.read_text() == "old\n"
@@ -55,48 +65,181 @@ def test_lines_come_back_as_they_were(objects, tmp_path_factory):
         append(objects[:2])
         append(objects[2:])
     assert list(files.read_lines(path)) == objects
-    assert files.whole_lines(path) == objects
+    assert files.complete_lines(path) == objects
     assert path.read_bytes().count(b"\n") == len(objects)
 
 
 @given(objects=OBJECTS, data=st.data())
 @settings(max_examples=50, deadline=None)
-def test_of_a_torn_file_the_whole_lines_are_left(objects, data, tmp_path_factory):
+def test_a_torn_last_line_is_cut_off_and_written_again(objects, data, tmp_path_factory):
     path = tmp_path_factory.mktemp("torn") / "lines.jsonl"
-    lines = [files.line(one).encode() for one in objects]
+    lines = [files.line(value).encode() for value in objects]
     content = b"".join(lines)
     cut = data.draw(st.integers(0, len(content)))
     path.write_bytes(content[:cut])
-    whole = sum(len(b"".join(lines[: index + 1])) <= cut for index in range(len(lines)))
-    assert files.whole_lines(path) == objects[:whole]
-    # The torn end is gone, so that the next line starts a line.
+    complete = sum(len(b"".join(lines[: index + 1])) <= cut for index in range(len(lines)))
+    assert files.complete_lines(path) == objects[:complete]
     with files.appending(path) as append:
-        append(objects[whole:])
+        append(objects[complete:])
     assert path.read_bytes() == content
 
 
-def test_what_is_appended_is_on_disk_before_the_next(tmp_path):
+def test_appended_lines_are_in_the_file_before_the_next(tmp_path):
     path = tmp_path / "lines.jsonl"
     with files.appending(path) as append:
         append([{"a": 1}])
         assert path.read_text() == '{"a": 1}\n'
         append([])
         append([{"a": 2}, {"a": 3}])
-        assert files.whole_lines(path) == [{"a": 1}, {"a": 2}, {"a": 3}]
+        assert files.complete_lines(path) == [{"a": 1}, {"a": 2}, {"a": 3}]
 
 
-def test_a_file_that_was_never_begun_has_no_lines(tmp_path):
-    assert files.whole_lines(tmp_path / "none.jsonl") == []
+def test_a_missing_file_has_no_lines(tmp_path):
+    assert files.complete_lines(tmp_path / "none.jsonl") == []
 
 
-@pytest.mark.parametrize("read", [files.whole_lines, lambda path: list(files.read_lines(path))])
+def read_partial(path):
+    path.rename(path.with_name(path.name + ".partial"))
+    with files.ResumableLines(path) as resumable:
+        return resumable.read()
+
+
+@pytest.mark.parametrize("read", [files.complete_lines, lambda path: list(files.read_lines(path)), read_partial])
 @pytest.mark.parametrize("broken", [b'{"a": ', b"\xff", b""])
 def test_a_broken_line_is_named(read, broken, tmp_path):
     path = tmp_path / "lines.jsonl"
     path.write_bytes(b'{"a": 1}\n' + broken + b'\n{"a": 2}\n')
-    with pytest.raises(UserError, match=r"lines\.jsonl:2: not JSON") as error:
+    with pytest.raises(UserError, match=r"lines\.jsonl(\.partial)?:2: not JSON") as error:
         read(path)
     assert "\n" not in str(error.value)
+
+
+@given(objects=OBJECTS, data=st.data())
+@settings(max_examples=50, deadline=None)
+def test_lines_resume_after_a_torn_one_and_are_finished_in_the_given_order(objects, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resumed")
+    path, partial = folder / "lines.jsonl", folder / "lines.jsonl.partial"
+    content = b"".join(files.line(value).encode() for value in objects)
+    partial.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    with files.ResumableLines(path) as resumable:
+        assert not resumable.is_finished()
+        complete = resumable.read()
+        assert complete == objects[: len(complete)]
+        resumable.append(objects[len(complete) :])
+        assert partial.read_bytes() == content
+        assert resumable.read() == objects
+        assert b"".join(resumable.raw_lines()) == content
+        resumable.finish(reversed(objects))
+    assert list(files.read_lines(path)) == objects[::-1]
+    assert names(folder) == ["lines.jsonl"]
+
+
+def test_lines_are_finished_as_they_were_appended(tmp_path):
+    path = tmp_path / "deep" / "lines.jsonl"
+    with files.ResumableLines(path) as resumable:
+        assert resumable.is_empty()
+        resumable.append_bytes(b"one\ntwo\nthr")
+        assert not resumable.is_empty()
+        resumable.truncate(4)
+        resumable.append_bytes(b"three\n")
+        resumable.finish()
+    assert path.read_bytes() == b"one\nthree\n"
+    assert names(path.parent) == ["lines.jsonl"]
+
+
+def test_a_kill_after_the_last_rename_leaves_a_finished_file(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    for name in ("lines.jsonl", "lines.jsonl.partial"):
+        (tmp_path / name).write_text("{}\n")
+    assert files.ResumableLines(path).is_finished()
+    assert names(tmp_path) == ["lines.jsonl"]
+
+
+def test_discarded_lines_are_gone(tmp_path):
+    with files.ResumableLines(tmp_path / "lines.jsonl") as resumable:
+        resumable.append([{"a": 1}])
+        resumable.discard()
+    assert names(tmp_path) == []
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from jaxprm import files
+from jaxprm.errors import UserError
+
+try:
+    with files.ResumableLines(Path(sys.argv[1])) as resumable:
+        done = len(resumable.read())
+        resumable.append({{"a": number}} for number in range(done, done + 3))
+        resumable.append_bytes(b'{{"a": ')
+        print("ready", flush=True)
+        time.sleep(600)
+except UserError as error:
+    print(f"refused: {{error}}", flush=True)
+"""
+
+
+def start_writer(path: Path) -> subprocess.Popen:
+    command = [sys.executable, "-c", WRITER.format(root=str(ROOT)), str(path)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def test_one_process_writes_at_a_time_and_the_next_resumes_after_its_death(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    for round_ in range(2):
+        with start_writer(path) as writer:
+            assert writer.stdout.readline() == "ready\n"
+            with start_writer(path) as other:
+                refusal = other.stdout.read()
+            holder = f"process {writer.pid}" if Path("/proc/locks").exists() else "another process"
+            assert refusal.startswith(f"refused: {path}.partial: {holder} is writing this file; wait")
+            assert refusal.count("\n") == 1
+            writer.send_signal(signal.SIGKILL)
+        assert writer.returncode == -signal.SIGKILL
+        partial = path.with_name("lines.jsonl.partial").read_bytes()
+        assert partial.count(b"\n") == 3 * (round_ + 1) and not partial.endswith(b"\n")
+    with files.ResumableLines(path) as resumable:
+        assert resumable.read() == [{"a": number} for number in range(6)]
+        resumable.append([{"a": 6}])
+        resumable.finish(resumable.read())
+    assert list(files.read_lines(path)) == [{"a": number} for number in range(7)]
+    assert names(tmp_path) == ["lines.jsonl"]
+
+
+def test_a_file_that_its_writer_finished_meanwhile_is_not_locked(tmp_path, monkeypatch):
+    """The former holder renames the file between our open and our lock."""
+    path = tmp_path / "lines.jsonl"
+    flock, calls = files.fcntl.flock, []
+
+    def finish_first(file, operation):
+        if not calls:
+            path.with_name("lines.jsonl.partial").rename(path)
+        calls.append(operation)
+        return flock(file, operation)
+
+    monkeypatch.setattr(files.fcntl, "flock", finish_first)
+    with files.ResumableLines(path) as resumable:
+        resumable.append([{"a": 1}])
+        resumable.finish()
+    assert len(calls) == 2
+    assert list(files.read_lines(path)) == [{"a": 1}]
+
+
+def test_short_writes_are_continued():
+    class ShortWriter:
+        """Accepts three bytes at a time, as a nearly full disk may."""
+
+        written = b""
+
+        def write(self, data):
+            self.written += bytes(data[:3])
+            return len(data[:3])
+
+    target = ShortWriter()
+    files.write_all(target, b"0123456789")
+    assert target.written == b"0123456789"
 
 
 def test_sha256_is_that_of_the_content(tmp_path):

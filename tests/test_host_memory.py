@@ -7,7 +7,7 @@ import pytest
 
 from jaxprm import host_memory
 
-FREED_AND_TAKEN_AGAIN = """
+ALLOCATE_AGAIN = """
 import resource, sys
 from pathlib import Path
 from jaxprm import host_memory
@@ -18,22 +18,22 @@ for _ in range(50):
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 """
 
-GIVEN_BACK = """
+TRIM = """
 from pathlib import Path
 from jaxprm import host_memory
-def held():
+def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 assert host_memory.keep_freed(Path("/nowhere"))
 blocks = [b"x" * (64 << 20) for _ in range(4)]
-above = b"y" * (1 << 20)  # what is below it is no end of the heap
-most = held()
+above = b"y" * (1 << 20)  # so the memory below it is not at the end of the heap
+peak = resident()
 del blocks
-kept = held()
+kept = resident()
 host_memory.trim_malloc()
-print(most, kept, held())
+print(peak, kept, resident())
 """
 
-ASKED = """
+ASK = """
 import sys
 from pathlib import Path
 from jaxprm import host_memory
@@ -45,24 +45,24 @@ def answer(code: str, *arguments: str) -> str:
     return subprocess.check_output([sys.executable, "-c", code, *arguments], text=True).strip()
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what is told is glibc's allocator")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="settings of glibc's allocator")
 def test_the_kernel_clears_no_page_twice(tmp_path):
     def faults(way: str) -> int:
-        return int(answer(FREED_AND_TAKEN_AGAIN, way, str(tmp_path)))
+        return int(answer(ALLOCATE_AGAIN, way, str(tmp_path)))
 
     # Every page of a new mapping is written to: once, or fifty times.
     assert faults("keep") < faults("leave") / 5
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what is told is glibc's allocator")
-def test_what_is_free_is_kept_until_it_is_given_back():
-    most, kept, left = map(int, answer(GIVEN_BACK).split())
-    assert kept > most - (32 << 20)
-    assert left < most - (200 << 20)
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="settings of glibc's allocator")
+def test_freed_memory_is_kept_until_it_is_trimmed():
+    peak, kept, left = map(int, answer(TRIM).split())
+    assert kept > peak - (32 << 20)
+    assert left < peak - (200 << 20)
 
 
 @pytest.mark.parametrize("file", ["accel0", "vfio/0", "nvidia0"])
-def test_beside_an_accelerator_nothing_is_changed(tmp_path, monkeypatch, file):
+def test_with_an_accelerator_nothing_is_changed(tmp_path, monkeypatch, file):
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).touch()
@@ -72,7 +72,7 @@ def test_beside_an_accelerator_nothing_is_changed(tmp_path, monkeypatch, file):
 
 
 @pytest.mark.parametrize(("platforms", "cpu"), [("cpu", True), ("tpu,cpu", False), ("cuda", False), ("", True)])
-def test_what_jax_is_told_decides(tmp_path, monkeypatch, platforms, cpu):
+def test_the_platforms_of_jax_decide(tmp_path, monkeypatch, platforms, cpu):
     monkeypatch.setenv("JAX_PLATFORMS", platforms)
-    # Asked of a process of its own if it would do it: this one is to stay as it is.
-    assert answer(ASKED, str(tmp_path)) == str(cpu)
+    # In another process, because it would change this one.
+    assert answer(ASK, str(tmp_path)) == str(cpu)

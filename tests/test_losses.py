@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxprm.errors import UserError
-from jaxprm.losses import LossSums, agent_prm_loss, agent_prm_sums, check_objective
+from jaxprm.losses import LossSums, agent_prm_loss, agent_prm_sums
 from jaxprm.targets import td_lambda_targets
 
 compiled_loss = jax.jit(agent_prm_loss, static_argnames="progress_gradient")
@@ -259,46 +258,6 @@ def test_the_bias_can_flip_actions_of_different_states_at_one_depth():
     # M_t = V + .525 (Q - V), with V the state's value.
     np.testing.assert_allclose(biased[[2, 4]], [0.1 + 0.525 * 0.7, 0.9 - 0.525 * 0.2], atol=1e-9)
     assert truth[2] > truth[4] and biased[2] < biased[4]
-
-
-GOOD = {"beta": 1.0, "gae_lambda": 0.95, "discount": 1.0}
-
-
-@pytest.mark.parametrize(
-    "name, changes",
-    [
-        ("agentprm", {}),
-        ("agentprm", {"beta": 0.0, "discount": 0.9, "dense_rewards": True}),
-        ("agentprm", {"gae_lambda": 0.0, "bootstrap": "next", "progress_gradient": "previous"}),
-        ("pvm", {"beta": 0.0, "gae_lambda": 0.0}),
-        ("orm", {"beta": 0.0}),
-    ],
-)
-def test_settings_that_can_be_trained_pass(name, changes):
-    check_objective(name, **(GOOD | changes))
-
-
-@pytest.mark.parametrize(
-    "name, changes, message",
-    [
-        ("agentprm", {"discount": 0.9}, "beta is 1.0 with discount 0.9.*set beta to 0"),
-        ("agentprm", {"dense_rewards": True}, "beta is 1.0 with rewards before the last step"),
-        ("orm", {}, "beta is 1.0 with objective orm"),
-        ("pvm", {}, "beta is 1.0 with objective pvm"),
-        ("agentprm", {"gae_lambda": 0.0}, "gae_lambda is 0 with bootstrap action"),
-        ("agentprm", {"gae_lambda": 1.2}, r"gae_lambda is 1.2: it must be in \[0, 1\]"),
-        ("agentprm", {"discount": float("nan")}, "discount is nan"),
-        ("agentprm", {"beta": -1.0}, "beta is -1.0"),
-        ("agentprm", {"beta": float("nan")}, "beta is nan"),
-        ("prm", {}, "objective is 'prm': use one of agentprm, pvm, orm"),
-        ("agentprm", {"bootstrap": "none"}, "bootstrap is 'none'"),
-        ("agentprm", {"progress_gradient": "next"}, "progress_gradient is 'next'"),
-    ],
-)
-def test_settings_that_cannot_be_trained_are_refused_in_one_line(name, changes, message):
-    with pytest.raises(UserError, match=message) as refused:
-        check_objective(name, **(GOOD | changes))
-    assert "\n" not in str(refused.value)
 
 
 def test_an_unknown_progress_gradient_is_refused_by_the_loss():

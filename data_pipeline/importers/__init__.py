@@ -1,1 +1,1 @@
-"""Trajectories from elsewhere: chat logs of other tools, in JSON Lines, JSON arrays or Parquet, to our JSON Lines."""
+"""Import of chat logs of other tools, in JSON Lines, JSON arrays or Parquet, as trajectory files."""

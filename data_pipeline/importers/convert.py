@@ -1,6 +1,6 @@
-"""Rows of another format to a file of trajectories: streamed, checked line by line, everything left out counted.
+"""Import of rows in another format as a trajectory file: streamed and checked row by row.
 
-Of every row that was written a few bytes are remembered (which ids there are, which split a task is in), nothing else.
+Only a few bytes per row stay in memory: digests of ids, and the split of every task.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from data_pipeline import splits
 from data_pipeline.errors import DataError, SplitError
 from data_pipeline.importers import fields, openai, sharegpt, trl
 from data_pipeline.importers.source import SourceRow, read_rows
-from data_pipeline.output import new_file
+from data_pipeline.output import staged_file, write_errors
 from data_pipeline.trajectory import Trajectory, check_steps, parse_line, to_line
 
 FormatName = Literal["openai", "sharegpt", "agentgym", "trl-prm"]
-# Fields of our own that a row may bring; what else it holds goes into `meta`.
-_OWN = ("environment", "split", "ended", "rewards", "step_labels", "policy")
+# Trajectory fields that are copied from a row. Its unused fields go into `meta`.
+_COPIED = ("environment", "split", "ended", "rewards", "step_labels", "policy")
 
 
 class Format(NamedTuple):
-    """How a format's rows are parsed, and where they usually keep what we look for."""
+    """Parser of a format's rows, and the usual paths of their messages and outcome."""
 
     parse: Callable[[dict[str, Any], fields.Path, openai.Notes], openai.Parsed]
     messages: str
@@ -43,9 +43,10 @@ FORMATS: dict[FormatName, Format] = {
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """What is read from where. Fields are dotted paths; None takes the format's usual place, where a row has it.
+    """Options of an import. Fields are dotted paths; None is the format's usual path, if a row has it.
 
-    `split_by` groups rows for the split: None for no split, "" for the task. `skip_bad` leaves bad rows out.
+    `split_by` is the field by whose values rows are split: None for no split, "" for the task. `skip_bad` leaves bad
+    rows out.
     """
 
     format: FormatName
@@ -62,10 +63,10 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ImportReport(msgspec.Struct, kw_only=True):
-    """What became of the rows: rows = written + skipped. `bad` says why, for each that was skipped.
+    """Counts of an import. rows = written + skipped; `bad` holds the error of each skipped row.
 
-    `without_outcome` have neither outcome nor rewards. `notes` counts what was changed or left out inside of written
-    rows; `splits` counts trajectories, "" without one.
+    `without_outcome` rows have neither outcome nor rewards. `notes` counts changes and omissions in written rows, and
+    `splits` trajectories by split, "" without one.
     """
 
     rows: int = 0
@@ -86,17 +87,19 @@ def import_trajectories(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> ImportReport:
-    """Writes the trajectories of `inputs` to the new file `output`, JSON Lines, in their order.
+    """Writes the trajectories of `inputs` to the new trajectory file `output`, in their order.
 
-    progress: called with (bytes read, bytes in all).
+    Args:
+      progress: called with (bytes read, all bytes).
 
-    Raises DataError, and leaves no output: for an output that exists, an input that cannot be read, the first bad row
-    unless they are skipped, no row left, or a field that was asked for by name and is in no row.
+    Raises:
+      DataError: the output exists or cannot be written, an input cannot be read, a row is bad and bad rows are not
+        skipped, no row is left, or a field named in `options` is in no row. Then there is no output.
     """
     converter = _Converter(options)
     sizes = [Path(path).stat().st_size if Path(path).is_file() else 0 for path in inputs]
     report, before = converter.report, 0
-    with new_file(output) as file:
+    with write_errors(output), staged_file(output) as file:
         for path, size in zip(inputs, sizes, strict=True):
             for row in read_rows(path):
                 report.rows += 1
@@ -106,7 +109,7 @@ def import_trajectories(
                     raise
                 except DataError as error:
                     if not options.skip_bad:
-                        raise DataError(f"{error}; mend the row, or leave bad rows out with --skip-bad") from None
+                        raise DataError(f"{error}; fix the row, or leave bad rows out with --skip-bad") from None
                     report.skipped += 1
                     report.bad.append(" ".join(str(error).split()))
                 else:
@@ -118,33 +121,33 @@ def import_trajectories(
         if not report.written:
             first = f", all bad, the first: {report.bad[0]}" if report.bad else ""
             raise DataError(f"no trajectory in {', '.join(map(str, inputs))}: {report.rows} rows{first}")
-        converter.check_found()
+        converter.check_fields()
     return report
 
 
 def to_text(report: ImportReport, output: str | PathLike[str]) -> list[str]:
-    """What became of the rows, for a terminal; bad rows not among it."""
+    """The report as lines for a terminal, without the bad rows."""
     lines = [f"{report.written} trajectories of {report.rows} rows written, {report.skipped} left out: {output}"]
     lines += [f"  {count} in {split or 'no split'}" for split, count in sorted(report.splits.items())]
-    for count, what in (
+    for count, description in (
         (report.without_outcome, "without an outcome: to be scored, but not trained on"),
-        (report.repeated_ids, "had an id that was there before, and got a number behind it"),
+        (report.repeated_ids, "had the id of an earlier row, and got a number appended to it"),
         (report.resplit, "named another split before"),
     ):
-        lines += [f"  {count} {what}"] if count else []
-    return lines + [f"  {count} {what}" for what, count in sorted(report.notes.items())]
+        lines += [f"  {count} {description}"] if count else []
+    return lines + [f"  {count} {description}" for description, count in sorted(report.notes.items())]
 
 
 class _Converter:
-    """Converts rows, and keeps what holds across them: ids are unique, tasks in one split."""
+    """Converts rows, and keeps ids unique and every task in one split."""
 
     def __init__(self, options: Options):
         self.report = ImportReport()
         self._options, self._format = options, FORMATS[options.format]
         self._messages = fields.Path.parse(options.messages or self._format.messages)
         self._paths = {
-            name: [fields.Path.parse(one) for one in ([given] if given is not None else usual)]
-            for name, given, usual in (
+            name: [fields.Path.parse(path) for path in ([option] if option is not None else usual)]
+            for name, option, usual in (
                 ("outcome", options.outcome, self._format.outcome),
                 ("success", options.success, ("success",)),
                 ("id", options.id, ("id",)),
@@ -152,7 +155,7 @@ class _Converter:
             )
         }
         self._group = fields.Path.parse(options.split_by) if options.split_by else None
-        self._found: Counter[str] = Counter()
+        self._rows_with: Counter[str] = Counter()
         self._ids: set[bytes] = set()
         self._next: dict[bytes, int] = {}
         self._splits = splits.Splits()
@@ -160,57 +163,59 @@ class _Converter:
             splits.check_share(options.validation_share)
 
     def convert(self, row: SourceRow, source: str) -> Trajectory:
-        """The row's trajectory. Raises DataError, naming the row, and then nothing was counted but the row."""
+        """The trajectory of a row. Raises DataError that names a bad row, which is then in none of the counts."""
         if isinstance(row.value, DataError):
             raise row.value
         notes: openai.Notes = Counter()
         try:
-            made, found = self._parse(row.value, f"{source}:{row.number}", notes)
-            line = msgspec.json.encode(made)
+            converted, present = self._parse(row.value, f"{source}:{row.number}", notes)
+            line = msgspec.json.encode(converted)
         except RecursionError:
             raise DataError(f"{row.where}: nested too deeply") from None
         except (DataError, TypeError, OverflowError, UnicodeError) as error:
             raise DataError(f"{row.where}: {error}") from None
+        # Parsed from its JSON, so that an imported row passes the same checks as a line of a trajectory file.
         trajectory = parse_line(line, where=row.where)
         check_steps(trajectory.messages, row.where)
         splits.named_split(trajectory.split, None, row.where)
         trajectory, resplit = self._split(trajectory, row)
-        self._count(trajectory, found, notes, resplit)
+        self._count(trajectory, present, notes, resplit)
         return self._with_unique_id(trajectory)
 
-    def check_found(self) -> None:
-        """Raises DataError for a field that was asked for by name and is in no row: a typing mistake, most likely."""
+    def check_fields(self) -> None:
+        """Raises DataError if a field named in the options is in no row, which is most likely a typing mistake."""
         for name in ("outcome", "success"):
             path = getattr(self._options, name)
-            if path is not None and not self._found[name]:
+            if path is not None and not self._rows_with[name]:
                 raise DataError(f"--{name}-field {path}: no row has it, of {self.report.written} that could be read")
 
     def _parse(self, row: dict[str, Any], id: str, notes: openai.Notes) -> tuple[dict[str, Any], set[str]]:
         parsed = self._format.parse(row, self._messages, notes)
-        used = {*parsed.used, *_OWN}
-        made = {name: row[name] for name in _OWN if row.get(name) is not None and name not in parsed.used}
-        if not isinstance(made.get("policy", {}), dict):
+        used = {*parsed.used, *_COPIED}
+        converted = {name: row[name] for name in _COPIED if row.get(name) is not None and name not in parsed.used}
+        # A policy that is no object goes into `meta` like an unknown field.
+        if not isinstance(converted.get("policy", {}), dict):
             used.discard("policy")
-            del made["policy"]
-        for name in made.keys() & parsed.fields.keys():
-            if made[name] != parsed.fields[name]:
+            del converted["policy"]
+        for name in converted.keys() & parsed.fields.keys():
+            if converted[name] != parsed.fields[name]:
                 raise DataError(f"`{name}` is given twice, in the row and by its {self._options.format} form; keep one")
-        made |= parsed.fields
-        found = set()
+        converted |= parsed.fields
+        present = set()
         for name, paths in self._paths.items():
             path, value = next(((path, value) for path in paths if (value := path.find(row)) is not None), (None, None))
             if path is not None:
-                made[name] = self._value(name, path.text, value)
-                found.add(name)
+                converted[name] = self._value(name, path.text, value)
+                present.add(name)
                 used.add(path.key)
             elif name in ("id", "task") and getattr(self._options, name) is not None:
-                raise DataError(f"there is no {getattr(self._options, name)}, the field for its {name}")
-        made.setdefault("id", id)
-        made["messages"] = parsed.messages
-        rest = self._messages.without(row)
-        if meta := _meta({key: value for key, value in rest.items() if key not in used and value is not None}):
-            made["meta"] = meta
-        return made, found
+                raise DataError(f"field {getattr(self._options, name)}, which names its {name}, is missing")
+        converted.setdefault("id", id)
+        converted["messages"] = parsed.messages
+        others = self._messages.without(row)
+        if meta := _meta({key: value for key, value in others.items() if key not in used and value is not None}):
+            converted["meta"] = meta
+        return converted, present
 
     def _value(self, name: str, path: str, value: Any) -> Any:
         if name == "outcome":
@@ -218,14 +223,14 @@ class _Converter:
         return fields.success(value, path) if name == "success" else fields.name(value, path)
 
     def _split(self, trajectory: Trajectory, row: SourceRow) -> tuple[Trajectory, bool]:
-        """With its split, and whether that replaces one the row had named."""
+        """The trajectory with its split, and whether that replaces another split the row had named."""
         if self._options.split_by is None:
             return trajectory, False
         group = trajectory.task_id
         if self._group is not None:
             value = self._group.find(row.value)
             if value is None:
-                raise DataError(f"{row.where}: there is no {self._group.text} to split by")
+                raise DataError(f"{row.where}: field {self._group.text}, to split by, is missing")
             group = msgspec.json.encode(value).decode()
         split = splits.split_of(group, validation_share=self._options.validation_share, seed=self._options.seed)
         try:
@@ -234,15 +239,16 @@ class _Converter:
             raise SplitError(f"{row.where}: {error}, or by a field whose values share no task") from None
         return msgspec.structs.replace(trajectory, split=split), trajectory.split not in (None, split)
 
-    def _count(self, trajectory: Trajectory, found: set[str], notes: openai.Notes, resplit: bool) -> None:
-        self._found.update(found)
-        for what, count in notes.items():
-            openai.note(self.report.notes, what, count)
+    def _count(self, trajectory: Trajectory, present: set[str], notes: openai.Notes, resplit: bool) -> None:
+        self._rows_with.update(present)
+        for description, count in notes.items():
+            openai.note(self.report.notes, description, count)
         self.report.without_outcome += trajectory.outcome is None and trajectory.rewards is None
         self.report.resplit += resplit
 
     def _with_unique_id(self, trajectory: Trajectory) -> Trajectory:
-        """Attempts are often logged under their task's name: the second of an id becomes id#2, and so on."""
+        """The trajectory with an id of its own: the second one with the same id gets id#2, and so on."""
+        # Attempts are often logged under the name of their task.
         self.report.splits[trajectory.split or ""] += 1
         key = _digest(trajectory.id)
         if key not in self._ids:
@@ -257,12 +263,12 @@ class _Converter:
         return msgspec.structs.replace(trajectory, id=f"{trajectory.id}#{number}")
 
 
-def _meta(rest: dict[str, Any]) -> dict[str, Any]:
-    """What a row holds besides; a `meta` of its own is opened, unless a field would be lost."""
-    own = rest.get("meta")
-    if isinstance(own, dict) and not own.keys() & (rest.keys() - {"meta"}):
-        return {key: value for key, value in rest.items() if key != "meta"} | own
-    return rest
+def _meta(unused: dict[str, Any]) -> dict[str, Any]:
+    """The unused fields of a row. A `meta` object among them is merged in, unless a field would be lost."""
+    inner = unused.get("meta")
+    if isinstance(inner, dict) and not inner.keys() & (unused.keys() - {"meta"}):
+        return {key: value for key, value in unused.items() if key != "meta"} | inner
+    return unused
 
 
 def _digest(text: str) -> bytes:

@@ -1,4 +1,4 @@
-"""Fields of a row by dotted path, and their values checked: outcomes, success, names."""
+"""Fields of a row by dotted path, and checks of their values: outcomes, success, names."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ _MISSING = object()
 
 
 class Path(NamedTuple):
-    """Where a value is: `info.reward`, `metrics[0].score`, `labels[-1]`. A field of that very name comes first."""
+    """Path to a value: `info.reward`, `metrics[0].score`, `labels[-1]`. A field with that very name has priority."""
 
     text: str
     parts: tuple[str | int, ...]
 
     @classmethod
     def parse(cls, text: str) -> Path:
-        """Raises DataError for what is no path."""
-        parts, at = [], 0
+        """Parses a path. Raises DataError if the text is malformed."""
+        parts: list[str | int] = []
+        at = 0
         while at < len(text):
-            found = _PART.match(text, at)
-            if found is None:
+            part = _PART.match(text, at)
+            if part is None:
                 break
-            parts.append(found[1] if found[1] is not None else int(found[2]))
-            at = found.end()
+            parts.append(part[1] if part[1] is not None else int(part[2]))
+            at = part.end()
         if at < len(text) or not parts or isinstance(parts[0], int):
             raise DataError(f"field {text!r}: not a path; write it as info.reward or metrics[0].score")
         return cls(text, tuple(parts))
 
     def find(self, row: dict[str, Any]) -> Any:
-        """The value, or None where there is none."""
+        """The value in a row, or None if it is missing."""
         if self.text in row:
             return row[self.text]
         value: Any = row
@@ -49,30 +50,30 @@ class Path(NamedTuple):
         return value
 
     def without(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The row without this value, where it is inside of objects alone."""
+        """The row without this value, unless the value is inside a list; then the row itself."""
         if self.text in row:
             return {key: value for key, value in row.items() if key != self.text}
-        first, *rest = self.parts
+        first, *others = self.parts
         inner = row.get(first) if isinstance(first, str) else None
-        if not rest or not isinstance(inner, dict):
+        if not others or not isinstance(inner, dict):
             return row
-        return row | {first: Path(".".join(map(str, rest)), tuple(rest)).without(inner)}
+        return row | {first: Path(".".join(map(str, others)), tuple(others)).without(inner)}
 
     @property
     def key(self) -> str | None:
-        """The row's own field that the path is, where it is one and not inside of it."""
+        """The name of the row's field if the path is a single name, else None."""
         return self.text if len(self.parts) == 1 else None
 
 
 class Scale(NamedTuple):
-    """Outcomes from `low` (0) to `high` (1), linearly."""
+    """Linear scale of outcomes, from `low` (0) to `high` (1)."""
 
     low: float = 0.0
     high: float = 1.0
 
     @classmethod
     def parse(cls, text: str) -> Scale:
-        """ "LOW,HIGH"; DataError unless LOW < HIGH, both finite."""
+        """Parses "LOW,HIGH". Raises DataError unless both are finite and LOW < HIGH."""
         try:
             low, high = map(float, text.split(","))
         except ValueError:
@@ -83,12 +84,12 @@ class Scale(NamedTuple):
 
 
 def outcome(value: Any, name: str, scale: Scale) -> float:
-    """An outcome in [0, 1] of true, false or a number on `scale`. Raises DataError with the value and the bound."""
+    """The outcome in [0, 1] for true, false or a number on `scale`. Raises DataError with the value and the bound."""
     if isinstance(value, bool):
         return float(value)
     if not isinstance(value, (int, float)):
         raise DataError(f"{name} is {kind_of(value)}; an outcome is a number, true or false")
-    if not scale.low <= value <= scale.high:  # NaN neither
+    if not scale.low <= value <= scale.high:  # also true of NaN
         raise DataError(
             f"{name} = {_shown(value)} is outside [{scale.low:g}, {scale.high:g}]; name the range with --outcome-scale "
             "LOW,HIGH"
@@ -97,7 +98,7 @@ def outcome(value: Any, name: str, scale: Scale) -> float:
 
 
 def success(value: Any, name: str) -> bool:
-    """True or false, also written 1 or 0."""
+    """The value of true, false, 1 or 0. Raises DataError for anything else."""
     if isinstance(value, bool) or (isinstance(value, (int, float)) and value in (0, 1)):
         return bool(value)
     shown = f"= {_shown(value)}" if isinstance(value, (int, float)) else f"is {kind_of(value)}"
@@ -105,19 +106,19 @@ def success(value: Any, name: str) -> bool:
 
 
 def name(value: Any, field: str) -> str:
-    """An id or a task: a text with something in it, or a whole number."""
+    """The name for a text that is not empty, or an integer. Raises DataError for anything else."""
     if isinstance(value, str) and value:
         return value
     if isinstance(value, int) and not isinstance(value, bool):
         return _shown(value)
-    what = "an empty text" if value == "" else kind_of(value)
-    raise DataError(f"{field} is {what}; a name is a text or a whole number")
+    kind = "an empty text" if value == "" else kind_of(value)
+    raise DataError(f"{field} is {kind}; a name is a text or an integer")
 
 
 def _shown(value: float) -> str:
-    """A number in an error or a name; Python refuses to print whole numbers of thousands of digits."""
+    """A number as text, shortened."""
     try:
         text = str(value)
-    except ValueError:
+    except ValueError:  # Python refuses to print integers of thousands of digits.
         return "a number of thousands of digits"
     return text if len(text) <= 40 else f"{text[:37]}..."

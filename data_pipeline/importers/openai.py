@@ -1,7 +1,7 @@
-"""OpenAI's chat format, as APIs, SDKs and fine-tuning files write it, to our messages.
+"""Import of OpenAI's chat format, as APIs, SDKs and fine-tuning files write it.
 
-An assistant message is one decision: parts of text are joined. What cannot be kept is counted in `notes` or, where the
-conversation would no longer be the same (images, audio, arguments that are not JSON), an error that names the message.
+An assistant message is one step, so its text parts are joined. Fields that are left out are counted in `notes`. If the
+conversation would change without them (images, audio, arguments that are not JSON), an error names the message.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.importers.fields import Path
 from data_pipeline.importers.source import kind_of
 
-Notes = Counter  # what was changed or left out, by description
+Notes = Counter  # Changes and omissions, by description.
 _ROLES = {
     "system": "system",
     "developer": "system",
@@ -25,14 +25,14 @@ _ROLES = {
     "tool": "tool",
     "function": "tool",
 }
-_KNOWN = {"role", "content", "tool_calls", "function_call", "tool_call_id", "name", "weight", "step"}
+_FIELDS = {"role", "content", "tool_calls", "function_call", "tool_call_id", "name", "weight", "step"}
 _TEXT_TYPES = {"text", "input_text", "output_text"}
 _MEDIA = {"audio", "image", "images", "image_url", "video", "videos", "file", "files", "attachments"}
-_MOST_NOTES = 100
+_MAX_NOTES = 100
 
 
 class Parsed(NamedTuple):
-    """A row's conversation in our format, other fields of ours found in it, and which of the row's fields were used."""
+    """A row's messages in our format, other trajectory fields from it, and the names of the row's used fields."""
 
     messages: list[dict[str, Any]]
     fields: dict[str, Any]
@@ -40,55 +40,55 @@ class Parsed(NamedTuple):
 
 
 def parse(row: dict[str, Any], where: Path, notes: Notes) -> Parsed:
-    """A row with a list of chat messages at `where`, and `tools` or `functions` beside it."""
+    """Parses a row with a list of chat messages at `where`, and `tools` or `functions`."""
     raw = full_list(where.find(row), where.text)
-    messages = [message(one, index, notes) for index, one in enumerate(raw)]
-    found = tools(row)
-    return Parsed(messages, {"tools": found} if found else {}, {where.key, "tools", "functions"} - {None})
+    messages = [message(entry, index, notes) for index, entry in enumerate(raw)]
+    row_tools = tools(row)
+    return Parsed(messages, {"tools": row_tools} if row_tools else {}, {where.key, "tools", "functions"} - {None})
 
 
 def message(raw: Any, index: int, notes: Notes) -> dict[str, Any]:
-    """One chat message; DataError names it."""
+    """A chat message in our format. Raises DataError that names it."""
     if not isinstance(raw, dict):
         raise DataError(f"message {index} is {kind_of(raw)}, not an object")
     hint = "; this looks like ShareGPT, use --format sharegpt" if "from" in raw else ""
     role = role_of(raw, "role", _ROLES, f"message {index}", hint)
     where = f"message {index} ({raw['role']})"
-    made: dict[str, Any] = {"role": role}
+    converted: dict[str, Any] = {"role": role}
     calls = _calls(raw, role, where, notes)
     content = _text(raw.get("content"), where, notes)
     if content is None and not calls:
         if role != "tool":
-            also = "; it has a refusal, which is no action" if raw.get("refusal") else ""
-            raise DataError(f"{where} has neither content nor tool_calls{also}")
+            refusal = "; it has a refusal, which is no action" if raw.get("refusal") else ""
+            raise DataError(f"{where} has neither content nor tool_calls{refusal}")
         note(notes, "tool results without content, taken as empty")
         content = ""
-    made["content"] = content
+    converted["content"] = content
     if calls:
-        made["tool_calls"] = calls
-    # Fine-tuning files say `"weight": 0` of an assistant message that is not learnt from, ours `"step": false`.
+        converted["tool_calls"] = calls
+    # Fine-tuning files mark an assistant message that is not trained on with `"weight": 0`, ours with `"step": false`.
     if role == "assistant" and not (flag(raw, "weight", where) and flag(raw, "step", where)):
-        made["step"] = False
-    made |= {key: raw[key] for key in ("name", "tool_call_id") if raw.get(key) is not None}
+        converted["step"] = False
+    converted |= {key: raw[key] for key in ("name", "tool_call_id") if raw.get(key) is not None}
     for key, value in raw.items():
-        if key not in _KNOWN and value not in (None, [], "", {}):
+        if key not in _FIELDS and value not in (None, [], "", {}):
             if key in _MEDIA:
                 raise DataError(f"{where} has `{key}`; only text can be trained on and scored")
             note(notes, f"message field `{key:.40}`, left out")
-    return made
+    return converted
 
 
 def role_of(raw: dict[str, Any], key: str, roles: Mapping[str, str], where: str, hint: str) -> str:
-    """Our name for the role at `key`; DataError, with `hint`, for one that nobody knows."""
-    given = raw.get(key)
-    role = roles.get(given) if isinstance(given, str) else None
+    """Our name for the role at `key`. Raises DataError, with `hint`, for an unknown one."""
+    value = raw.get(key)
+    role = roles.get(value) if isinstance(value, str) else None
     if role is None:
-        raise DataError(f"{where}: {key} {given!r:.40} is none of {', '.join(roles)}{hint}")
+        raise DataError(f"{where}: {key} {value!r:.40} is none of {', '.join(roles)}{hint}")
     return role
 
 
 def flag(raw: dict[str, Any], key: str, where: str) -> bool:
-    """False where a message says so, or 0; true where it says that, 1 or nothing."""
+    """The value of a flag: true, false, 1 or 0; true if it is missing. Raises DataError for anything else."""
     value = raw.get(key)
     if value is not None and (not isinstance(value, (int, float)) or value not in (0, 1)):
         raise DataError(f"{where}: {key} is {value!r:.40}, not true or false, or 1 or 0")
@@ -96,23 +96,23 @@ def flag(raw: dict[str, Any], key: str, where: str) -> bool:
 
 
 def tools(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The tools of a row: a list, or its JSON; the older `functions` are wrapped."""
+    """The tools of a row, from a list or its JSON; the older `functions` are wrapped as tools."""
     for key in ("tools", "functions"):
-        found = row.get(key)
-        if not found:
+        value = row.get(key)
+        if not value:
             continue
-        if isinstance(found, str):
-            found = json_value(found, key)
-        found = full_list(found, key) if found else []
-        for index, one in enumerate(found):
-            if not isinstance(one, dict):
-                raise DataError(f"{key}[{index}] is {kind_of(one)}, not an object")
-        return found if key == "tools" else [{"type": "function", "function": one} for one in found]
+        if isinstance(value, str):
+            value = json_value(value, key)
+        entries = full_list(value, key) if value else []
+        for index, entry in enumerate(entries):
+            if not isinstance(entry, dict):
+                raise DataError(f"{key}[{index}] is {kind_of(entry)}, not an object")
+        return entries if key == "tools" else [{"type": "function", "function": entry} for entry in entries]
     return []
 
 
 def tool_call(name: Any, arguments: Any, where: str, notes: Notes) -> dict[str, str]:
-    """A function's name and its arguments as the JSON of an object."""
+    """A call in our format: the function's name, and its arguments as the JSON of an object."""
     if not isinstance(name, str) or not name:
         raise DataError(f"{where}: the function's name is {'empty' if name == '' else kind_of(name)}")
     if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
@@ -125,26 +125,27 @@ def tool_call(name: Any, arguments: Any, where: str, notes: Notes) -> dict[str, 
     return {"name": name, "arguments": text}
 
 
-def json_value(text: str, what: str) -> Any:
-    """A value from its JSON inside a text."""
+def json_value(text: str, name: str) -> Any:
+    """The value of JSON in a text. Raises DataError that begins with `name`."""
     try:
         return msgspec.json.decode(text)
     except (msgspec.MsgspecError, UnicodeError) as error:
-        raise DataError(f"{what} are not JSON: {error}: {text[:40]!r}") from None
+        raise DataError(f"{name} are not JSON: {error}: {text[:40]!r}") from None
 
 
-def note(notes: Notes, what: str, count: int = 1) -> None:
-    """Counts it; a file that invents names without end does not fill the memory."""
-    notes[what if what in notes or len(notes) < _MOST_NOTES else "other fields, left out"] += count
+def note(notes: Notes, description: str, count: int = 1) -> None:
+    """Adds to the count of a change or omission."""
+    # Bounded, because descriptions contain field names and a file may have endlessly many.
+    notes[description if description in notes or len(notes) < _MAX_NOTES else "other fields, left out"] += count
 
 
 def full_list(value: Any, name: str) -> list[Any]:
-    """A list with something in it, or its JSON."""
+    """A list that is not empty, from a list or its JSON. Raises DataError for anything else."""
     if isinstance(value, str) and value:
         value = json_value(value, name)
     if not isinstance(value, list) or not value:
-        what = "missing" if value is None else "empty" if value in ([], "") else f"{kind_of(value)}, not a list"
-        raise DataError(f"{name} is {what}")
+        problem = "missing" if value is None else "empty" if value in ([], "") else f"{kind_of(value)}, not a list"
+        raise DataError(f"{name} is {problem}")
     return value
 
 
@@ -167,18 +168,18 @@ def _text(content: Any, where: str, notes: Notes) -> str | None:
 
 
 def _calls(raw: dict[str, Any], role: str, where: str, notes: Notes) -> list[dict[str, Any]]:
-    given, old = raw.get("tool_calls") or [], raw.get("function_call")
-    if not given and not old:
+    calls, older_call = raw.get("tool_calls") or [], raw.get("function_call")
+    if not calls and not older_call:
         return []
     if role != "assistant":
         raise DataError(f"{where} has tool_calls; only an assistant calls tools")
-    if given and old:
+    if calls and older_call:
         raise DataError(f"{where} has both tool_calls and function_call; keep one")
-    if old:
-        given = [{"type": "function", "function": old}]
-    if not isinstance(given, list):
-        raise DataError(f"{where}: tool_calls is {kind_of(given)}, not a list")
-    return [_call(one, f"{where}: tool call {index}", notes) for index, one in enumerate(given)]
+    if older_call:
+        calls = [{"type": "function", "function": older_call}]
+    if not isinstance(calls, list):
+        raise DataError(f"{where}: tool_calls is {kind_of(calls)}, not a list")
+    return [_call(call, f"{where}: tool call {index}", notes) for index, call in enumerate(calls)]
 
 
 def _call(raw: Any, where: str, notes: Notes) -> dict[str, Any]:
@@ -188,6 +189,6 @@ def _call(raw: Any, where: str, notes: Notes) -> dict[str, Any]:
     for key in {*raw} - {"id", "type", "function", "index"}:
         if raw[key] is not None:
             note(notes, f"tool call field `{key:.40}`, left out")
-    made = {"id": raw["id"]} if raw.get("id") is not None else {}
+    call_id = {"id": raw["id"]} if raw.get("id") is not None else {}
     called = tool_call(function.get("name"), function.get("arguments"), where, notes)
-    return made | {"type": "function", "function": called}
+    return call_id | {"type": "function", "function": called}

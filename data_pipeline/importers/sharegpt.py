@@ -1,4 +1,4 @@
-"""ShareGPT's conversations of `from` and `value`, and AgentGym's, which are the same with an `item_id`."""
+"""Import of ShareGPT conversations (`from` and `value`), and of AgentGym's, which also have an `item_id`."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _ROLES = {
     "function": "tool",
     "function_response": "tool",
 }
-_KNOWN = {"from", "value", "loss", "weight"}
+_FIELDS = {"from", "value", "loss", "weight"}
 _ITEM = re.compile(r"(.+)_(\d+)")
 
 
 def parse(row: dict[str, Any], where: Path, notes: Notes) -> Parsed:
-    """A row with turns at `where`; `system` beside them is the first message, `tools` a list or its JSON."""
+    """Parses a row with turns at `where`. `system` becomes the first message; `tools` is a list or its JSON."""
     turns = openai.full_list(where.find(row), where.text)
-    messages = [_turn(one, index, notes) for index, one in enumerate(turns)]
+    messages = [_turn(turn, index, notes) for index, turn in enumerate(turns)]
     used = {where.key, "tools", "functions"} - {None}
     if isinstance(row.get("system"), str):
         used.add("system")
@@ -41,20 +41,20 @@ def parse(row: dict[str, Any], where: Path, notes: Notes) -> Parsed:
             if messages[0]["role"] == "system":
                 raise DataError("`system` is given and the conversation begins with a system turn; keep one")
             messages.insert(0, {"role": "system", "content": row["system"]})
-    found = openai.tools(row)
-    return Parsed(messages, {"tools": found} if found else {}, used)
+    tools = openai.tools(row)
+    return Parsed(messages, {"tools": tools} if tools else {}, used)
 
 
 def parse_agentgym(row: dict[str, Any], where: Path, notes: Notes) -> Parsed:
-    """As ShareGPT; `item_id` names the attempt and, as "webshop_123", the environment and the task webshop/123.
+    """As `parse`, with the id and the task from `item_id`: "webshop_123" is task webshop/123 of environment webshop.
 
-    It is kept in `meta` as it was.
+    `item_id` itself is kept in `meta`.
     """
     messages, fields, used = parse(row, where, notes)
     if row.get("item_id") is not None:
         item = name(row["item_id"], "item_id")
-        known = _ITEM.fullmatch(item)
-        fields |= {"environment": known[1], "task": f"{known[1]}/{known[2]}"} if known else {"task": item}
+        match = _ITEM.fullmatch(item)
+        fields |= {"environment": match[1], "task": f"{match[1]}/{match[2]}"} if match else {"task": item}
         fields["id"] = fields["task"]
     return Parsed(messages, fields, used)
 
@@ -68,25 +68,25 @@ def _turn(raw: Any, index: int, notes: Notes) -> dict[str, Any]:
     value = raw.get("value")
     if not isinstance(value, str):
         raise DataError(f"{where}: value is {kind_of(value)}, not a text")
-    made: dict[str, Any] = {"role": role, "content": value}
+    message: dict[str, Any] = {"role": role, "content": value}
     if raw["from"] == "function_call":
-        made = {"role": role, "content": None, "tool_calls": _calls(value, where, notes)}
-    # `"loss": false` (AgentGym) and `"weight": 0` mark an assistant turn that is no decision, an acknowledgement.
-    learnt = openai.flag(raw, "loss", where) and openai.flag(raw, "weight", where)
-    if role == "assistant" and not learnt:
-        made["step"] = False
-    for key in {*raw} - _KNOWN:
+        message = {"role": role, "content": None, "tool_calls": _calls(value, where, notes)}
+    # `"loss": false` (AgentGym) and `"weight": 0` mark an assistant turn that is no step, such as an acknowledgement.
+    is_step = openai.flag(raw, "loss", where) and openai.flag(raw, "weight", where)
+    if role == "assistant" and not is_step:
+        message["step"] = False
+    for key in {*raw} - _FIELDS:
         if raw[key] not in (None, [], "", {}):
             openai.note(notes, f"turn field `{key:.40}`, left out")
-    return made
+    return message
 
 
 def _calls(value: str, where: str, notes: Notes) -> list[dict[str, Any]]:
-    found = openai.json_value(value, f"{where}: the calls")
+    parsed = openai.json_value(value, f"{where}: the calls")
     calls = []
-    for index, one in enumerate(found if isinstance(found, list) and found else [found]):
-        if not isinstance(one, dict):
-            raise DataError(f'{where}: call {index} is {kind_of(one)}, not {{"name", "arguments"}}')
-        called = openai.tool_call(one.get("name"), one.get("arguments"), f"{where}: call {index}", notes)
+    for index, call in enumerate(parsed if isinstance(parsed, list) and parsed else [parsed]):
+        if not isinstance(call, dict):
+            raise DataError(f'{where}: call {index} is {kind_of(call)}, not {{"name", "arguments"}}')
+        called = openai.tool_call(call.get("name"), call.get("arguments"), f"{where}: call {index}", notes)
         calls.append({"type": "function", "function": called})
     return calls

@@ -1,8 +1,8 @@
-"""Rows of a file in JSON Lines, a JSON array or Parquet, one at a time: what it is, its content says, not its name.
+"""Rows of a file in JSON Lines, a JSON array or Parquet, one at a time. The content decides which of these it is.
 
-A row that cannot be read comes with its error, and the rows after it are read all the same. Where rows can no longer be
-told apart (an array that is never closed, Parquet without its footer) the whole file is an error: nobody could count
-what is lost. A row is bounded, so memory is.
+A row that cannot be read is returned as an error, and the next ones are read as usual. Where the ends of rows cannot be
+found (an array that is never closed, Parquet without its footer) the file is an error, because the lost rows could not
+be counted. The size of a row is bounded, and so is memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from data_pipeline.errors import DataError
 
 MAX_ROW_BYTES = 64 << 20
 _CHUNK = 1 << 20
-_PARQUET_ROWS = 32  # in memory at a time
+_PARQUET_ROWS = 32  # In memory at a time.
+# Bytes that change the depth of nesting outside of a string, and those that matter inside of one.
 _OUTSIDE = re.compile(rb'["\[\]{},]')
 _INSIDE = re.compile(rb'["\\]')
 _BLANK = b" \t\r\n"
@@ -35,9 +36,9 @@ _REFUSED = {
 
 
 class SourceRow(NamedTuple):
-    """One row of a file: `number` counts from 1 and `where` names it; `value` is the error of a row without an object.
+    """A row of a file. `number` counts from 1, `where` names the row, and `value` is its object or its error.
 
-    `bytes_read` is how far into the file its reader is, for a progress bar.
+    `bytes_read` is the position of the reader in the file, for a progress bar.
     """
 
     where: str
@@ -47,9 +48,9 @@ class SourceRow(NamedTuple):
 
 
 def read_rows(path: str | PathLike[str]) -> Iterator[SourceRow]:
-    """The rows of a file, in order, in bounded memory; blank lines are no rows.
+    """The rows of a file, in order and in bounded memory; blank lines are ignored.
 
-    Raises DataError for a file that cannot be read, is empty, or in which rows cannot be told apart.
+    Raises DataError if the file cannot be read, is empty, or the ends of its rows cannot be found.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
@@ -68,13 +69,13 @@ def read_rows(path: str | PathLike[str]) -> Iterator[SourceRow]:
 
 
 def kind_of(value: Any) -> str:
-    """A JSON value's type in words, for errors."""
+    """The type of a JSON value in words, for error messages."""
     names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number" if isinstance(value, (int, float)) else f"of type {type(value).__name__}")
 
 
 def _kind(file: BinaryIO, path: Path) -> str:
-    """ "parquet", "array" or "lines"; the file is left at its first row."""
+    """ "parquet", "array" or "lines", by the first bytes; moves the file to its first row."""
     head = file.read(4)
     for magic, what in _REFUSED.items():
         if head.startswith(magic):
@@ -91,17 +92,18 @@ def _kind(file: BinaryIO, path: Path) -> str:
 
 
 def _lines(file: BinaryIO, path: Path) -> Iterator[SourceRow]:
-    number, place = 0, file.tell()
+    number, position = 0, file.tell()
     while line := file.readline(MAX_ROW_BYTES + 1):
-        number, place, whole = number + 1, place + len(line), len(line) <= MAX_ROW_BYTES
+        number, position, is_complete = number + 1, position + len(line), len(line) <= MAX_ROW_BYTES
         where = f"{path}:{number}"
-        if not whole:
+        if not is_complete:
+            # Skips to the end of the line without keeping it in memory.
             while line and not line.endswith(b"\n"):
                 line = file.readline(_CHUNK)
-                place += len(line)
-            yield SourceRow(where, number, _too_long(where), place)
+                position += len(line)
+            yield SourceRow(where, number, _too_long(where), position)
         elif line.strip(_BLANK):
-            yield SourceRow(where, number, _decode(line, where), place)
+            yield SourceRow(where, number, _decode(line, where), position)
 
 
 def _array(file: BinaryIO, path: Path) -> Iterator[SourceRow]:
@@ -116,9 +118,9 @@ def _array(file: BinaryIO, path: Path) -> Iterator[SourceRow]:
 
 
 def _elements(file: BinaryIO, path: Path) -> Iterator[tuple[bytes, int, int, bool]]:
-    """The elements of the array at the file's place, as (text, line it begins in, place after it, whether the last).
+    """Elements of the array at the file's position, as (text, line of its start, position after it, whether the last).
 
-    The text is what the file holds, so that a broken element costs itself alone.
+    They are not decoded here, so a malformed element does not affect the others.
     """
     line, end = 1, file.tell()
     buffer = bytearray()
@@ -127,13 +129,13 @@ def _elements(file: BinaryIO, path: Path) -> Iterator[tuple[bytes, int, int, boo
         line, end = line + (buffer == b"\n"), end + 1
     buffer, at, depth, quoted, number = bytearray(), 0, 0, False, 1
 
-    def unreadable(what: str) -> DataError:
-        begins = line + _newlines_before(buffer)
-        return DataError(f"{path}: row {number} (line {begins}): {what}; rows cannot be told apart from there on")
+    def unreadable(problem: str) -> DataError:
+        start = line + _newlines_before(buffer)
+        return DataError(f"{path}: row {number} (line {start}): {problem}; the ends of later rows cannot be found")
 
     while True:
-        found = (_INSIDE if quoted else _OUTSIDE).search(buffer, at)
-        if found is None:
+        match = (_INSIDE if quoted else _OUTSIDE).search(buffer, at)
+        if match is None:
             at = max(at, len(buffer))
             if len(buffer) > MAX_ROW_BYTES:
                 raise unreadable(f"more than {MAX_ROW_BYTES >> 20} MiB without an end")
@@ -141,10 +143,10 @@ def _elements(file: BinaryIO, path: Path) -> Iterator[tuple[bytes, int, int, boo
                 raise unreadable("the array is not closed, the file is cut off or a bracket is missing")
             buffer += chunk
             continue
-        at, mark = found.end(), found[0]
+        at, mark = match.end(), match[0]
         if quoted:
             if mark == b"\\":
-                at += 1
+                at += 1  # An escaped quote does not end the string.
             else:
                 quoted = False
         elif mark == b'"':
@@ -181,7 +183,7 @@ def _parquet(path: Path) -> Iterator[SourceRow]:
     except ImportError:
         raise DataError(f"{path}: Parquet is read with pyarrow, which is not installed: pip install pyarrow") from None
     size, number = path.stat().st_size, 0
-    # Else the whole row group, which may be the file, is read ahead.
+    # By default pyarrow reads a complete row group ahead, which may be the complete file.
     streamed = {"pre_buffer": False, "buffer_size": _CHUNK}
     try:
         with parquet.ParquetFile(path, page_checksum_verification=True, **streamed) as file:
@@ -191,7 +193,7 @@ def _parquet(path: Path) -> Iterator[SourceRow]:
                     number += 1
                     where = f"{path}: row {number}"
                     yield SourceRow(where, number, _parquet_row(batch.slice(index, 1), where), size * number // total)
-    except Exception as error:  # of a broken file pyarrow raises this and that
+    except Exception as error:  # pyarrow raises many classes for broken files.
         after = f"after row {number}: " if number else ""
         raise DataError(f"{path}: Parquet that cannot be read: {after}{' '.join(str(error).split())[:200]}") from None
     if number < total:
@@ -202,12 +204,13 @@ def _parquet_row(row: Any, where: str) -> dict[str, Any] | DataError:
     try:
         (plain,) = row.to_pylist(maps_as_pydicts="strict")
         return _without_nulls(plain)
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:  # a text that is not UTF-8, ...
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:  # such as text that is not UTF-8
         return DataError(f"{where}: cannot be read: {' '.join(str(error).split())[:200]}")
 
 
 def _without_nulls(value: Any) -> Any:
-    """Parquet gives every struct of a column the same fields: one that is null was most likely never there."""
+    """The value without the nulls in objects."""
+    # Parquet gives every struct of a column the same fields. A null was most likely a missing field.
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value

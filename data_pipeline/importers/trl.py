@@ -1,4 +1,4 @@
-"""TRL's stepwise supervision: `prompt`, `completions` and their `labels`, to one assistant message of many steps."""
+"""Import of TRL's stepwise supervision: `completions` with `labels` become the steps of one assistant message."""
 
 from __future__ import annotations
 
@@ -12,52 +12,55 @@ from data_pipeline.importers.source import kind_of
 
 
 def parse(row: dict[str, Any], where: Path, notes: Notes) -> Parsed:
-    """The prompt, a text or messages, at `where`; every completion is one text part, one step, with its label.
+    """Parses a row with its prompt, a text or messages, at `where`. Every completion is a text part, and so a step.
 
-    Every part ends with a newline, where a tokenizer ends a token; line breaks a completion begins with end the one
-    before, so that the text stays the same.
+    Every part ends with a newline, where a tokenizer ends a token. Line breaks at the beginning of a completion move to
+    the end of the one before, so that the text stays the same.
     """
     prompt = where.find(row)
     if isinstance(prompt, str):
         messages = [{"role": "user", "content": prompt}]
     else:
-        messages = [openai.message(one, index, notes) for index, one in enumerate(openai.full_list(prompt, where.text))]
+        messages = [openai.message(raw, index, notes) for index, raw in enumerate(openai.full_list(prompt, where.text))]
     texts = _completions(row.get("completions"))
     labels = _labels(row.get("labels"), len(texts))
     messages.append({"role": "assistant", "content": _parts(texts, notes)})
-    found = openai.tools(row)
-    fields = {"step_labels": labels} | ({"tools": found} if found else {})
+    tools = openai.tools(row)
+    fields = {"step_labels": labels} | ({"tools": tools} if tools else {})
     return Parsed(messages, fields, {where.key, "completions", "labels", "tools", "functions"} - {None})
 
 
 def _completions(value: Any) -> list[str]:
     if not isinstance(value, list) or not value:
-        what = "missing" if value is None else "empty" if value == [] else f"{kind_of(value)}, not a list"
-        raise DataError(f"completions is {what}")
+        problem = "missing" if value is None else "empty" if value == [] else f"{kind_of(value)}, not a list"
+        raise DataError(f"completions is {problem}")
     texts = []
-    for index, one in enumerate(value):
-        if isinstance(one, list) and len(one) == 1:
-            (one,) = one
-        if isinstance(one, dict) and one.get("role") == "assistant":
-            one = one.get("content")
-        if not isinstance(one, str):
-            raise DataError(f"completions[{index}] is {kind_of(one)}, not a text or an assistant message")
-        texts.append(one)
+    for index, completion in enumerate(value):
+        # In TRL's conversational form, a completion is a list of one message.
+        if isinstance(completion, list) and len(completion) == 1:
+            (completion,) = completion
+        if isinstance(completion, dict) and completion.get("role") == "assistant":
+            completion = completion.get("content")
+        if not isinstance(completion, str):
+            raise DataError(f"completions[{index}] is {kind_of(completion)}, not a text or an assistant message")
+        texts.append(completion)
     return texts
 
 
 def _labels(value: Any, count: int) -> list[float | None]:
     if not isinstance(value, list):
-        raise DataError(f"labels is {'missing' if value is None else kind_of(value)}; it holds one label a completion")
+        raise DataError(
+            f"labels is {'missing' if value is None else kind_of(value)}; it holds one label per completion"
+        )
     if len(value) != count:
         raise DataError(f"labels has {len(value)} values, completions {count}")
     labels: list[float | None] = []
-    for index, one in enumerate(value):
-        if one is not None and not isinstance(one, (bool, int, float)):
-            raise DataError(f"labels[{index}] is {kind_of(one)}; a label is true, false, a number or null")
-        if one is not None and not abs(one) <= 1e30:  # NaN neither
-            raise DataError(f"labels[{index}] = {'NaN' if one != one else 'a number beyond 1e30'} is no label")
-        labels.append(None if one is None else float(one))
+    for index, label in enumerate(value):
+        if label is not None and not isinstance(label, (bool, int, float)):
+            raise DataError(f"labels[{index}] is {kind_of(label)}; a label is true, false, a number or null")
+        if label is not None and not abs(label) <= 1e30:  # also true of NaN
+            raise DataError(f"labels[{index}] = {'NaN' if label != label else 'a number beyond 1e30'} is no label")
+        labels.append(None if label is None else float(label))
     return labels
 
 

@@ -19,6 +19,7 @@ import msgspec
 from jaxprm import plugins
 from jaxprm.config.schema import EndpointConfig, Experiment, MeshConfig, PolicyConfig, Section
 from jaxprm.errors import UserError, secret_field
+from jaxprm.objectives import check_settings
 
 # A wheel contains configs/ as jaxprm/recipes; a clone has it next to the package. Never look next to an installed
 # package: site-packages/configs would be another project's.
@@ -140,11 +141,12 @@ def from_dict(plain: dict[str, Any], *, where: str) -> Experiment:
     if len(set(experiment.reward_seeds)) != len(experiment.reward_seeds):
         raise UserError(f"config {where}: reward_seeds must differ, got {list(experiment.reward_seeds)}")
     for index, model in enumerate(experiment.reward_models):
-        if model.objective == "agentprm" and model.beta > 0 and model.discount != 1:
-            raise UserError(
-                f"config {where}: reward_models[{index}].discount = {model.discount} with beta = {model.beta}: "
-                "progress needs discount 1; set that, or beta to 0"
-            )
+        if plugins.is_attribute(model.objective):
+            continue  # checked when it is trained: importing the user's module may need JAX
+        try:
+            check_settings(model)
+        except UserError as error:
+            raise UserError(f"config {where}: reward_models[{index}].{error}") from None
     if experiment.search.pool < max(experiment.search.best_of_n + experiment.search.prefix_best_of_n):
         raise UserError(
             f"config {where}: search.pool = {experiment.search.pool} is smaller than the largest best-of-N; "

@@ -138,6 +138,7 @@ class LoraConfig(Section, frozen=True):
 class RewardModelConfig(Section, frozen=True):
     """One reward model: its objective (docs/method.md, sections 3, 5 and 6), its optimizer, and how it is computed.
 
+    `objective` is a registered name or a user's `module:attribute` of a jaxprm.objectives.Objective.
     `dtype` is that of activations and products; parameters, norms, head, targets and loss are float32. `remat` is what
     the backward pass computes again. A batch is computed in `microbatches` parts, with the gradient of the whole.
     `attention` is the splash kernel on TPUs where it takes the shapes (`auto`), or nowhere (`reference`).
@@ -148,7 +149,7 @@ class RewardModelConfig(Section, frozen=True):
     """
 
     label: Annotated[str, msgspec.Meta(pattern="^[a-z0-9_]+$")]
-    objective: Literal["agentprm", "pvm", "orm"] = "agentprm"
+    objective: str = "agentprm"
     beta: NonNegativeFloat = 1.0
     gae_lambda: Fraction = 0.95
     discount: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0

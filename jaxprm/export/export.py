@@ -12,15 +12,16 @@ from typing import Any
 
 from data_pipeline.chat_template import DATE, Messages
 from data_pipeline.encode import Encoder
+from data_pipeline.output import backup_of, staged_directory, staging_of
 from jaxprm import files
 from jaxprm.artifacts.directory import RECIPE, files_of, find_model, read_recipe
 from jaxprm.errors import UserError
 from jaxprm.export import verify as verification
 from jaxprm.export.model_card import model_card, run_results
-from jaxprm.export.verify import sample_conversations
 from jaxprm.hf import reader, writer
 from jaxprm.hf.writer import DTYPES, MAX_SHARD, parse_size
 from jaxprm.scoring import loading
+from jaxprm.scoring.check import sample_conversations
 from jaxprm.scoring.engine import LENGTH_BUCKETS
 
 MARKER = ".jaxprm-export"
@@ -40,7 +41,7 @@ def export(
 ) -> dict[str, Any]:
     """Writes OUTPUT as a sequence or token classifier of its family, with tokenizer, chat template and model card.
 
-    Everything is written beside OUTPUT and renamed into place, after `verify` if that is asked for: then transformers,
+    Everything is written next to OUTPUT and renamed into place, after `verify` if that is asked for: then transformers,
     in a process of its own, scores the conversations of `trajectories` (or a few made-up ones), and every step's value
     must be ours; see `jaxprm.export.verify.verify`. Killed at any moment, it leaves no OUTPUT or the one before.
 
@@ -62,22 +63,14 @@ def export(
     if trajectories is not None and not verify:
         raise UserError("export: trajectories are only read to verify on; add --verify")
     _check_replaceable(output)
-    beside, old = (output.with_name(f".{output.name}.{name}") for name in ("partial", "old"))
-    if _marked(old) and not output.exists():
-        old.rename(output)  # killed between the two renames that swap an export in
-    for leftover in (beside, old):
-        _remove_leftover(leftover)
-    try:
-        beside.mkdir(parents=True)
-        names = _write(model, beside, form, dtype, limit, template)
-        made = {"model": str(model), "output": str(output), "files": names}
+    for leftover in (staging_of(output), backup_of(output)):
+        _check_leftover(leftover)
+    with staged_directory(output, overwrite=True) as staging:
+        names = _write(model, staging, form, dtype, limit, template)
+        report = {"model": str(model), "output": str(output), "files": names}
         if verify:
-            made |= _verified(model, beside, trajectories, dtype, template)
-        _put_in_place(beside, output, old)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
-    return made
+            report |= _verified(model, staging, trajectories, dtype, template)
+    return report
 
 
 def _check_options(form: str, dtype: str, max_shard_size: str) -> int:
@@ -104,15 +97,14 @@ def _check_replaceable(directory: Path) -> None:
         raise UserError(f"output {directory}: holds {others[0]}, which export did not write; name another directory")
 
 
-def _remove_leftover(directory: Path) -> None:
-    """Removes what a killed export left beside its output, and nothing else."""
+def _check_leftover(directory: Path) -> None:
+    """Refuses a directory that would be removed as the leftover of a killed export, and is none."""
     if not directory.exists():
         return
     held = {path.name for path in directory.iterdir()}
     # The marker is the first file of an export, and comes by a rename itself.
     if held and not held & {MARKER, MARKER + ".tmp"}:
         raise UserError(f"{directory}: is in the way and was not made by export; move it")
-    shutil.rmtree(directory)
 
 
 def _marked(directory: Path) -> list[str]:
@@ -194,20 +186,6 @@ def base_name(recipe: dict[str, Any]) -> str:
     """What the model was made from: a name on the Hub, or the last part of a path, which is nobody else's business."""
     base = Path(recipe.get("base") or "unknown")
     return base.name if base.exists() or base.is_absolute() or len(base.parts) != 2 else str(base)
-
-
-def _put_in_place(beside: Path, output: Path, old: Path) -> None:
-    """Swaps the export in; what was there before is gone only when the new one is in its place."""
-    if not output.exists():
-        beside.rename(output)
-        return
-    output.rename(old)
-    try:
-        beside.rename(output)
-    except BaseException:
-        old.rename(output)
-        raise
-    shutil.rmtree(old)
 
 
 _TEMPLATE = "chat_template.jinja"

@@ -7,14 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxprm import files
+from jaxprm.objectives import OBJECTIVES
 from jaxprm.search.methods import SEARCHES
 
-_OBJECTIVES = {
-    "agentprm": "AgentPRM (arXiv 2511.08325): TD(lambda) estimates of the outcome, and a loss on the progress of steps",
-    "pvm": "a process value model: at every step the outcome of its trajectory",
-    "orm": "an outcome reward model: the outcome, at the last step of a trajectory only",
-    "mc": "Monte Carlo: how often sampled continuations of the step reach the outcome (Math-Shepherd)",
-}
 # The words for each search; those of searches from outside the package come with a run's results.
 _METHODS = {kind: method.card for kind, method in SEARCHES.items() if method.card} | {"best_of_n": "best of {}"}
 
@@ -111,11 +106,17 @@ def _range(recipe: Mapping[str, Any], config: Mapping[str, Any]) -> Sequence[flo
     return (0.0, 1.0) if config.get("num_labels", 1) == 2 else recipe.get("value_range")
 
 
+def _target(recipe: Mapping[str, Any]) -> str:
+    """What the model was trained towards. A user's own objective is described in the recipe."""
+    name = recipe.get("objective", "")
+    objective = OBJECTIVES.get(name)
+    return objective.card_text if objective else recipe.get("objective_text") or name or "unknown"
+
+
 def _facts(recipe: Mapping[str, Any], config: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> Iterator[str]:
-    objective = recipe.get("objective")
     yield f"- Base model: {recipe.get('base', 'unknown')}"
     yield f"- Architecture: {config['architectures'][0]}, weights in {config['dtype']}"
-    yield f"- Target: {_OBJECTIVES.get(objective, objective or 'unknown')}"
+    yield f"- Target: {_target(recipe)}"
     settings = ", ".join(f"{name} {value}" for name, value in recipe.get("targets", {}).items())
     if settings:
         yield f"- Settings: {settings}"

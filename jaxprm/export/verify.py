@@ -19,6 +19,7 @@ from data_pipeline.encode import Encoded
 from data_pipeline.trajectory import read_numbered, steps
 from jaxprm.errors import UserError
 from jaxprm.scoring import loading
+from jaxprm.scoring.check import sample_conversations
 
 # Rounding in another order moves a value of a deep model by some 1e-5; a wrong mask, position or tensor by over 1e-2.
 BOUND = 1e-4
@@ -137,16 +138,3 @@ def compare(names: Sequence[str], ours: Sequence[np.ndarray], reply: dict[str, A
 
 def _largest(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.abs(np.asarray(one, np.float64) - other).max())
-
-
-def sample_conversations() -> list[list[dict[str, str]]]:
-    """Conversations of different lengths, to verify on where the user gives none."""
-    conversations = []
-    for turns in (1, 2, 5, 9):
-        messages = [{"role": "user", "content": f"Craft {turns} oak planks. You have {turns + 3} oak logs."}]
-        for turn in range(turns):
-            if turn:
-                messages.append({"role": "user", "content": f"Got {turn} oak log. Inventory: [oak log] ({turn})"})
-            messages.append({"role": "assistant", "content": f"I'd need {turns - turn}:\n\nget {turn + 1}0 oak-log"})
-        conversations.append(messages)
-    return conversations

@@ -1,1 +1,1 @@
-"""What proposes actions, and whole episodes sampled from it."""
+"""Policies, which propose actions, and episodes sampled from them."""

@@ -1,4 +1,4 @@
-"""What a server of chat completions answered, read without trusting it."""
+"""Responses of a chat-completions server, parsed and validated before anything is trusted."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ import msgspec
 
 from jaxprm.errors import redact
 
-Whole = Annotated[int, msgspec.Meta(ge=0)]
-STOPS: dict[str, Literal["end", "length"]] = {"stop": "end", "length": "length"}
-# Of what a server says in an error, as much as fits a line.
-_SHOWN = 300
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+# finish_reason of a usable response -> Action.stop.
+_STOPS: dict[str | None, Literal["end", "length"]] = {"stop": "end", "length": "length"}
+# Characters of a server's error text in our one-line messages.
+_MAX_SHOWN = 300
+# Bytes of a body that is not JSON which are decoded for a message: the body may be megabytes.
+_MAX_DECODED = 1 << 16
 
 
 class Usage(NamedTuple):
-    """Tokens by the server's count; `cached` are those of the prompt that it did not have to encode."""
+    """Tokens by the server's count. `cached` are the prompt tokens that it did not encode again."""
 
     prompt: int = 0
     cached: int = 0
@@ -25,7 +28,7 @@ class Usage(NamedTuple):
 
 
 class Completion(NamedTuple):
-    """One assistant turn."""
+    """One assistant turn. log_probability: of the whole turn, None if the server sent no token probabilities."""
 
     text: str
     stop: Literal["end", "length"]
@@ -33,22 +36,22 @@ class Completion(NamedTuple):
     usage: Usage
 
 
-class BadAnswer(Exception):
-    """An answer that is none; `usage` is what it cost all the same."""
+class InvalidResponse(Exception):
+    """A response of status 200 without a usable completion; `usage` holds the tokens it was billed for."""
 
     def __init__(self, reason: str, usage: Usage = Usage()):
         super().__init__(reason)
         self.usage = usage
 
 
-class _Cached(msgspec.Struct):
-    cached_tokens: Whole | None = None
+class _CachedTokens(msgspec.Struct):
+    cached_tokens: _Count | None = None
 
 
 class _Usage(msgspec.Struct):
-    prompt_tokens: Whole
-    completion_tokens: Whole
-    prompt_tokens_details: _Cached | None = None
+    prompt_tokens: _Count
+    completion_tokens: _Count
+    prompt_tokens_details: _CachedTokens | None = None
 
 
 class _Message(msgspec.Struct):
@@ -82,61 +85,66 @@ class _Body(msgspec.Struct):
 _decoder = msgspec.json.Decoder(_Body)
 
 
-def read(content: bytes, content_type: str, names: tuple[str, ...]) -> Completion:
-    """The completion in an answer of status 200, of a model that goes by one of the names.
+def parse_completion(content: bytes, content_type: str, names: tuple[str, ...]) -> Completion:
+    """The completion in the body of a response of status 200.
 
-    Raises BadAnswer, which says what is wrong with it.
+    Args:
+      names: names of the requested model; a response of another model is invalid.
+
+    Raises InvalidResponse with the reason.
     """
     if "json" not in content_type.lower():
-        raise BadAnswer(f"Content-Type {content_type or 'missing'} in place of JSON")
+        raise InvalidResponse(f"Content-Type {content_type or 'missing'} in place of JSON")
     try:
         body = _decoder.decode(content)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        raise BadAnswer(f"no chat completion ({error})") from None
-    usage = _usage(body.usage)
+        raise InvalidResponse(f"no chat completion ({error})") from None
+    usage = _read_usage(body.usage)
     if body.error is not None:
-        raise BadAnswer("an error with status 200", usage)
+        raise InvalidResponse("an error with status 200", usage)
     if len(body.choices) != 1:
-        raise BadAnswer(f"{len(body.choices)} choices where 1 was asked for", usage)
+        raise InvalidResponse(f"{len(body.choices)} choices where 1 was asked for", usage)
     if body.model and not any(_is_named(body.model, name) for name in names):
-        raise BadAnswer("another model answered; if it is the right one, set served_as to its name", usage)
+        raise InvalidResponse("another model answered; if it is the right one, set served_as to its name", usage)
     (choice,) = body.choices
-    text = _text(choice, usage)
+    text = _read_text(choice, usage)
     if body.usage is None:
-        raise BadAnswer("no usage: the tokens were not counted", usage)
+        raise InvalidResponse("no usage: the tokens were not counted", usage)
     if text and not usage.generated:
-        raise BadAnswer("usage counts no token of a text that is not empty", usage)
+        raise InvalidResponse("usage counts no token of a text that is not empty", usage)
     tokens = choice.logprobs.content if choice.logprobs else None
     log_probability = sum(token.logprob for token in tokens) if tokens else None
-    return Completion(text, STOPS[choice.finish_reason], log_probability, usage)
+    return Completion(text, _STOPS[choice.finish_reason], log_probability, usage)
 
 
-def message(content: bytes, secret: str | None = None) -> str:
-    """What a body says, in one line without the secret: the message in JSON of the usual forms, or its beginning."""
+def error_text(content: bytes, secret: str | None = None) -> str:
+    """The error message in a body, on one line and without the secret: of JSON in the usual forms, or the beginning."""
     try:
-        found = msgspec.json.decode(content)
+        value = msgspec.json.decode(content)
     except (msgspec.MsgspecError, UnicodeError, RecursionError):
-        # What is not shown is not made text of either: it may be megabytes.
-        return _line(content[: 1 << 16].decode("utf-8", "replace"), secret)
+        return _one_line(content[:_MAX_DECODED].decode("utf-8", "replace"), secret)
     for name in ("error", "message", "detail"):
-        if isinstance(found, Mapping) and found.get(name):
-            found = found[name]
-    return _line(found if isinstance(found, str) else msgspec.json.encode(found).decode(), secret)
+        if isinstance(value, Mapping) and value.get(name):
+            value = value[name]
+    return _one_line(value if isinstance(value, str) else msgspec.json.encode(value).decode(), secret)
 
 
-def _text(choice: _Choice, usage: Usage) -> str:
-    said = choice.message
-    if said.tool_calls or said.function_call or choice.finish_reason in ("tool_calls", "function_call"):
-        raise BadAnswer("the answer calls tools; environments take text: have the server leave them as text", usage)
-    if said.content is None:
+def _read_text(choice: _Choice, usage: Usage) -> str:
+    message = choice.message
+    if message.tool_calls or message.function_call or choice.finish_reason in ("tool_calls", "function_call"):
+        raise InvalidResponse(
+            "the answer calls tools; environments take text: have the server leave them as text", usage
+        )
+    if message.content is None:
+        # A reasoning model that reaches the token limit while it thinks has no content.
         cut = " (cut before it began; raise max_action_tokens)" if choice.finish_reason == "length" else ""
-        raise BadAnswer(f"no content{cut}", usage)
-    if choice.finish_reason not in STOPS:
-        raise BadAnswer("finish_reason is neither stop nor length", usage)
-    return said.content
+        raise InvalidResponse(f"no content{cut}", usage)
+    if choice.finish_reason not in _STOPS:
+        raise InvalidResponse("finish_reason is neither stop nor length", usage)
+    return message.content
 
 
-def _usage(counted: _Usage | None) -> Usage:
+def _read_usage(counted: _Usage | None) -> Usage:
     if counted is None:
         return Usage()
     details = counted.prompt_tokens_details
@@ -145,12 +153,13 @@ def _usage(counted: _Usage | None) -> Usage:
 
 
 def _is_named(answered: str, name: str) -> bool:
-    """Whether a model's name is the one asked for, with or without its folders, or a version of it ("-2026-01-01")."""
+    """Whether a response names the requested model: with or without its folders, or a version of it ("-2026-01-01")."""
     last = re.escape(name.rstrip("/").rsplit("/", 1)[-1])
     return answered == name or re.search(rf"(?i)(?:^|/){last}(?:[-@:].*)?$", answered) is not None
 
 
-def _line(text: str, secret: str | None) -> str:
-    text = redact(text, secret)  # before it is cut, or half of the secret would stay
+def _one_line(text: str, secret: str | None) -> str:
+    # Redact before cutting: a cut could leave half of the secret, which no longer matches.
+    text = redact(text, secret)
     line = " ".join("".join(character if character.isprintable() else " " for character in text).split())
-    return line[:_SHOWN] + ("..." if len(line) > _SHOWN else "") or "nothing"
+    return line[:_MAX_SHOWN] + ("..." if len(line) > _MAX_SHOWN else "") or "nothing"

@@ -1,4 +1,8 @@
-"""The embedded policy: our transformer, sampled with cached prefixes, many states at once, in fixed shapes."""
+"""The embedded policy: our transformer, sampled behind cached prefixes, many states at once, in fixed shapes.
+
+Shapes: R rows of a call, one candidate each; G prefixes of a call, each read by R / G rows; T tokens to generate at
+most; V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -16,37 +20,47 @@ import numpy as np
 from flax import nnx
 
 from data_pipeline.encode import Encoder
+from jaxprm.config import PolicyConfig
 from jaxprm.hf import hub, reader
+from jaxprm.model.config import TransformerConfig
 from jaxprm.model.prefix_bank import PrefixBank, rows_of
 from jaxprm.model.transformer import Cache, transformer_graph
 from jaxprm.policies.protocol import Action, DrawKey, State, candidate_seed, draw_keys
 
-# Half of the states each, side by side: one call does not fill two cores, and an accelerator queues them.
+# Threads that sample a half of the states each: one call does not fill two cores, and an accelerator queues them.
 LANES = 2
-# Candidates of one state that read one copy of its prefix. A second number would be a second compilation.
-SHARED = 4
-# A call goes on with this much fewer rows once no more are open.
-FEW = 4
-# Actions that are remembered, the latest; a kilobyte each at most. What is forgotten is drawn again, and the same.
+# Candidates of a state that read one copy of its prefix. Every further number would be another compilation.
+GROUP_SIZE = 4
+# Most turns end early. Once this fraction of the rows is open, a smaller call finishes them.
+TAIL_FRACTION = 4
+# Actions in memory, a kilobyte each at most. The oldest are dropped, and drawn again the same.
 MAX_CACHED = 1 << 18
+
+# A draw, and the tokens of its prompt, int32 [P].
+_Job = tuple[DrawKey, np.ndarray]
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "end_id", "steps", "capacity"))
 def _generate(
     graph, parameters, bank, slots, lengths, last, keys, active, temperature, banned, *, end_id, steps, capacity
 ):
-    """Samples up to `steps` tokens after `last` [R], each R / G rows after a copy of one of `slots` [G].
+    """Samples up to `steps` (T) tokens after `last` [R], each R / G rows behind a copy of one of `slots` [G].
 
-    lengths: int32 [G], filled of the slots; keys: uint32 [R, 2]; active: bool [R], rows to fill; banned: bool [V],
-    never sampled. Returns (tokens int32 [R, steps], counts [R], ended bool [R], log probabilities [R]); the end token
-    counts as generated. Log probabilities are the model's own, at temperature 1.
+    Args:
+      lengths: int32 [G], filled tokens of the slots.
+      keys: uint32 [R, 2], one random key a row.
+      active: bool [R], rows to fill.
+      banned: bool [V], tokens that are never sampled.
+
+    Returns (tokens int32 [R, T], counts int32 [R], ended bool [R], log probabilities float32 [R]). The end token counts
+    as generated. Log probabilities are the model's own, at temperature 1.
     """
     model = nnx.merge(graph, parameters)
-    rows, few = len(last), max(1, len(last) // FEW)
-    shared = rows // len(slots)
+    rows, tail_rows = len(last), max(1, len(last) // TAIL_FRACTION)
+    group_size = rows // len(slots)
 
     def draw(logits, keys, step):
-        # Inverse transform: one uniform number a row, not one a vocabulary entry.
+        # Inverse transform: one uniform number a row, where jax.random.categorical draws one a vocabulary entry.
         scaled = logits / jnp.maximum(temperature, 1e-6)
         probabilities = jax.nn.softmax(scaled, axis=-1)
         uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, step)))(keys)
@@ -56,11 +70,11 @@ def _generate(
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), token[:, None], axis=1)[:, 0]
         return token.astype(jnp.int32), chosen
 
-    def sample(given, state, step, until):
-        """Advances the rows until no more than `until` are open: (state, step)."""
-        # The prefix stays outside the loop's state: what a loop carries, it may copy at every step.
-        prefix = rows_of(bank, given["slots"], given["lengths"], capacity)
-        ones = jnp.ones((len(given["starts"]), 1), jnp.int32)
+    def sample(inputs, state, step, until):
+        """(state, step) after decoding until at most `until` rows are open."""
+        # Outside the loop's carry, which XLA may copy at every step.
+        prefix = rows_of(bank, inputs["slots"], inputs["lengths"], capacity)
+        ones = jnp.ones((len(inputs["starts"]), 1), jnp.int32)
 
         def more(carry):
             state, step = carry
@@ -69,10 +83,10 @@ def _generate(
         def advance(carry):
             state, step = carry
             turn, is_open = state["turn"], state["open"]
-            positions = (given["starts"] + turn.lengths)[:, None]
+            positions = (inputs["starts"] + turn.lengths)[:, None]
             output = model(state["last"][:, None], positions, ones, (prefix, turn))
             logits = jnp.where(banned, -jnp.inf, model.logits(output.hidden[:, 0]))
-            token, log_probability = draw(logits, given["keys"], step)
+            token, log_probability = draw(logits, inputs["keys"], step)
             token = jnp.where(is_open, token, end_id)
             state = {
                 "turn": turn.append(output.keys, output.values, is_open.astype(jnp.int32)),
@@ -86,10 +100,10 @@ def _generate(
 
         return jax.lax.while_loop(more, advance, (state, step))
 
-    given = {
+    inputs = {
         "slots": slots,
         "lengths": lengths,
-        "starts": jnp.repeat(lengths, shared),
+        "starts": jnp.repeat(lengths, group_size),
         "keys": jax.vmap(jax.random.wrap_key_data)(keys),
     }
     state = {
@@ -100,29 +114,36 @@ def _generate(
         "log_probability": jnp.zeros((rows,), jnp.float32),
         "open": active,
     }
-    state, step = sample(given, state, 0, few)
-    # The longest turns end among themselves. Where fewer are left than fit, row 0 stands in, and stays what it is.
-    rest = jnp.nonzero(state["open"], size=few, fill_value=0)[0]
-    given = given | {"slots": jnp.repeat(slots, shared), "lengths": given["starts"]}
-    given, ended = jax.tree.map(lambda leaf: leaf[rest], (given, state))
-    ended, _ = sample(given, ended, step, 0)
-    done = {name: state[name].at[rest].set(ended[name]) for name in ("tokens", "counts", "open", "log_probability")}
+    state, step = sample(inputs, state, 0, tail_rows)
+    # The longest turns finish in a smaller call. Copies of row 0 fill the rows that are left: all of them
+    # compute the same.
+    open_rows = jnp.nonzero(state["open"], size=tail_rows, fill_value=0)[0]
+    inputs = inputs | {"slots": jnp.repeat(slots, group_size), "lengths": inputs["starts"]}
+    inputs, tail = jax.tree.map(lambda leaf: leaf[open_rows], (inputs, state))
+    tail, _ = sample(inputs, tail, step, 0)
+    done = {name: state[name].at[open_rows].set(tail[name]) for name in ("tokens", "counts", "open", "log_probability")}
     return done["tokens"], done["counts"], ~done["open"], done["log_probability"]
 
 
 class LanguageModelPolicy:
     """Samples assistant turns from a causal language model.
 
-    Every candidate is drawn once: asked again for the same (task, conversation, number, temperature), the policy
-    answers from memory, as far as that goes, so that searches that meet in a state share its candidates and its cost.
+    A candidate is drawn once: for the same (task, conversation, number, temperature) the policy answers from memory,
+    so searches that meet in a state share its candidates and their cost. What was dropped from memory is drawn again.
+
+    Args:
+      parameters: of the transformer, with its unembedding.
+      settings: `max_tokens` bounds conversation and action together, `max_action_tokens` the action; `in_flight` is
+        the number of candidates sampled at once.
     """
 
-    def __init__(self, config, parameters: Any, encoder: Encoder, *, seed: int, settings):
+    def __init__(
+        self, config: TransformerConfig, parameters: Any, encoder: Encoder, *, seed: int, settings: PolicyConfig
+    ):
         self._graph = transformer_graph(config)
         self._parameters, self._encoder, self._seed = parameters, encoder, seed
-        self._in_flight = settings.in_flight
         self._rows = -(-settings.in_flight // LANES)
-        self._shared = SHARED if self._rows % SHARED == 0 else 1
+        self._group_size = GROUP_SIZE if self._rows % GROUP_SIZE == 0 else 1
         self._lanes = ThreadPoolExecutor(LANES, thread_name_prefix="sample")
         self._steps = settings.max_action_tokens
         self.max_tokens = settings.max_tokens
@@ -130,12 +151,13 @@ class LanguageModelPolicy:
             self._graph,
             parameters,
             config,
+            # A call holds one slot for every row, and allocate needs twice as many slots as prefixes.
             slots=2 * LANES * self._rows,
             capacity=self.max_tokens,
-            rows=self._in_flight,
+            rows=settings.in_flight,
         )
-        self._memory: dict[DrawKey, Action] = {}
-        # A turn can end, but not open another message or be padding.
+        self._cache: dict[DrawKey, Action] = {}
+        # A turn can end, but it cannot open another message or be padding.
         self._banned = np.zeros(config.vocab_size, bool)
         self._banned[sorted(encoder.special_ids - {encoder.end_id})] = True
         self._banned[encoder.vocabulary_size :] = True
@@ -148,68 +170,71 @@ class LanguageModelPolicy:
 
     @property
     def usage(self) -> dict[str, int]:
-        """Tokens encoded and generated so far; an answer from memory costs nothing."""
+        """Tokens encoded and generated so far; an answer from memory adds none."""
         return {"encoded": self._bank.tokens_encoded, "generated": self.generated}
 
     def propose(self, states: Sequence[State], n: int, temperature: float) -> list[list[Action]]:
-        """n actions for each state; a state too long for the cache gets actions that stop at once, with no text."""
+        """n actions for each state. A state without room for an action gets empty ones with stop "length"."""
         keys = draw_keys(states, n, temperature)
-        pairs = zip(states, keys, strict=True)
-        wanted = {key: state for state, row in pairs for key in row if key not in self._memory}
+        missing = {key: state for state, row in zip(states, keys, strict=True) for key in row if key not in self._cache}
         jobs, prompts = [], {}
-        for key, state in wanted.items():
-            if (name := key[1]) not in prompts:
-                prompts[name] = np.asarray(self._encoder.prompt(state.messages), np.int32)
-            tokens = prompts[name]
+        for key, state in missing.items():
+            if key.prefix not in prompts:
+                prompts[key.prefix] = np.asarray(self._encoder.prompt(state.messages), np.int32)
+            tokens = prompts[key.prefix]
             if len(tokens) + self._steps > self.max_tokens:
-                self._memory[key] = Action("", 0, None, "length")
+                self._cache[key] = Action("", 0, None, "length")
             else:
                 jobs.append((key, tokens))
         self._sample_all(jobs, temperature)
-        found = [[self._memory[key] for key in row] for row in keys]
-        while len(self._memory) > MAX_CACHED:
-            del self._memory[next(iter(self._memory))]
-        return found
+        actions = [[self._cache[key] for key in row] for row in keys]
+        while len(self._cache) > MAX_CACHED:
+            del self._cache[next(iter(self._cache))]
+        return actions
 
-    def count_tokens(self, messages: Sequence[dict]) -> int:
-        """Length of a conversation, with the opening of the next assistant turn."""
+    def count_tokens(self, messages: Sequence[dict[str, Any]]) -> int:
+        """Length of a conversation in tokens, with the opening of the next assistant turn."""
         return len(self._encoder.prompt(messages))
 
-    def _sample_all(self, jobs: list, temperature: float) -> None:
-        """Jobs (key, tokens), those of one prefix in groups as far as they fill groups, alike lengths together."""
-        of_prefix: dict[bytes, list] = {}
+    def _sample_all(self, jobs: list[_Job], temperature: float) -> None:
+        """Samples all jobs: those of one prompt in groups, prompts of similar length in one call."""
+        of_prompt: dict[bytes, list[_Job]] = {}
         for job in jobs:
-            of_prefix.setdefault(job[1].tobytes(), []).append(job)
-        groups: dict[int, list[list]] = {self._shared: [], 1: []}
-        for some in of_prefix.values():
-            # A place left empty costs what a filled one does: a rest goes together only where it nearly fills a group.
-            together = (len(some) + 1) // self._shared * self._shared if self._shared > 1 else 0
-            groups[self._shared] += [some[at : at + self._shared] for at in range(0, together, self._shared)]
-            groups[1] += [[job] for job in some[together:]]
-        for size, found in groups.items():
-            found.sort(key=lambda group: len(group[0][1]))
-            at_once = self._rows // size * LANES
-            for start in range(0, len(found), at_once):
-                self._sample(found[start : start + at_once], size, temperature)
+            of_prompt.setdefault(job[1].tobytes(), []).append(job)
+        groups: dict[int, list[list[_Job]]] = {self._group_size: [], 1: []}
+        for same_prompt in of_prompt.values():
+            # An empty row costs what a filled one does, so a last group is formed only if it misses one job at most.
+            grouped = 0
+            if self._group_size > 1:
+                grouped = (len(same_prompt) + 1) // self._group_size * self._group_size
+            groups[self._group_size] += [
+                same_prompt[at : at + self._group_size] for at in range(0, grouped, self._group_size)
+            ]
+            groups[1] += [[job] for job in same_prompt[grouped:]]
+        for size, of_size in groups.items():
+            of_size.sort(key=lambda group: len(group[0][1]))
+            groups_a_call = self._rows // size * LANES
+            for start in range(0, len(of_size), groups_a_call):
+                self._sample(of_size[start : start + groups_a_call], size, temperature)
 
-    def _sample(self, groups: list[list], size: int, temperature: float) -> None:
-        # The last token is fed to the decoder: its output is the first distribution to draw from.
+    def _sample(self, groups: list[list[_Job]], size: int, temperature: float) -> None:
+        # The last token is not part of the prefix: the decoder reads it to get the first distribution.
         slots = self._bank.allocate([group[0][1][:-1] for group in groups])
-        each = self._rows // size
-        lanes = [slice(start, start + each) for start in range(0, len(groups), each)]
+        groups_a_lane = self._rows // size
+        lanes = [slice(start, start + groups_a_lane) for start in range(0, len(groups), groups_a_lane)]
         for _ in self._lanes.map(lambda lane: self._sample_lane(groups[lane], size, slots[lane], temperature), lanes):
             pass
 
-    def _sample_lane(self, groups: list[list], size: int, placed: np.ndarray, temperature: float) -> None:
+    def _sample_lane(self, groups: list[list[_Job]], size: int, allocated: np.ndarray, temperature: float) -> None:
         rows = self._rows
         slots, lengths = np.zeros((2, rows // size), np.int32)
         last, active, seeds = np.zeros(rows, np.int32), np.zeros(rows, bool), np.zeros((rows, 2), np.uint32)
-        jobs: dict[int, Any] = {}
+        keys: dict[int, DrawKey] = {}
         for number, group in enumerate(groups):
-            slots[number], lengths[number] = placed[number], len(group[0][1]) - 1
+            slots[number], lengths[number] = allocated[number], len(group[0][1]) - 1
             for row, (key, tokens) in enumerate(group, start=number * size):
-                jobs[row], active[row], last[row] = key, True, tokens[-1]
-                seeds[row] = candidate_seed(self._seed, *key[:3])
+                keys[row], active[row], last[row] = key, True, tokens[-1]
+                seeds[row] = candidate_seed(self._seed, key.task, key.prefix, key.number)
         tokens, counts, ended, log_probabilities = jax.device_get(
             _generate(
                 self._graph,
@@ -227,28 +252,31 @@ class LanguageModelPolicy:
                 capacity=self._bank.bucket(int(lengths.max())),
             )
         )
-        for row, key in jobs.items():
+        for row, key in keys.items():
             ids = tokens[row, : counts[row] - int(ended[row])].tolist()
             stop = "end" if ended[row] else "length"
-            self._memory[key] = Action(self._text(ids), int(counts[row]), float(log_probabilities[row]), stop)
+            self._cache[key] = Action(self._text(ids), int(counts[row]), float(log_probabilities[row]), stop)
         with self._lock:
             self.generated += int(counts[active].sum())
 
     def _text(self, ids: list[int]) -> str:
         text = self._encoder.decode(ids)
-        # Plain tokens can still spell a special one, which no conversation may contain.
-        while found := self._encoder.special_in(text):
-            text = text.replace(found, "")
+        # Plain tokens can spell a special one, which no conversation may contain; removing it can form another.
+        while special := self._encoder.special_in(text):
+            text = text.replace(special, "")
         return text
 
 
 def default_directory() -> Path:
-    """The policy that ships with the package."""
+    """The model directory of the policy that ships with the package."""
     return Path(str(resources.files("jaxprm") / "assets" / "textcraft_policy"))
 
 
-def load(path: str, *, seed: int, settings) -> LanguageModelPolicy:
-    """The policy of a model directory or a name on the hub, or the shipped one for "default"."""
+def load(path: str, *, seed: int, settings: PolicyConfig) -> LanguageModelPolicy:
+    """The policy of a model directory or Hub id; "default" is the policy that ships with the package.
+
+    Raises UserError or DataError if the model or its tokenizer cannot be read, or they do not belong together.
+    """
     directory = default_directory() if path == "default" else hub.resolve(path)
     config, parameters = reader.load_transformer(directory)
     encoder = Encoder.load(directory, settings.chat_template)

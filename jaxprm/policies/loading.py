@@ -1,4 +1,4 @@
-"""From a config to its policy, and to the language model that reward models start from."""
+"""Loads the policy of a config, and finds the language model that reward models start from."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ _METHODS = ("propose", "count_tokens")
 
 
 def load(experiment: Experiment) -> protocol.Policy:
-    """The policy of an endpoint, of a user's own "module:attribute", or of a model directory.
+    """The policy of an experiment: a model directory, an endpoint, or a user's own "module:attribute".
 
-    Raises UserError where there is no such thing, or it is not what a policy must be.
+    Raises UserError if it does not exist, or lacks a method of protocol.Policy.
     """
     settings = experiment.policy
+    # The imports are here because each kind brings its own: JAX and a model, or an HTTP client.
     if is_directory(settings):
         from jaxprm.policies import language_model
 
         return language_model.load(str(policy_directory(settings)), seed=experiment.seed, settings=settings)
     if settings.endpoint is not None:
         from data_pipeline.encode import Encoder
-        from jaxprm.policies import openai
+        from jaxprm.policies import endpoint
 
         encoder = None
         if experiment.base_model is not None:
             encoder = Encoder.load(base_directory(experiment), settings.chat_template)
-        return openai.load(settings, seed=experiment.seed, encoder=encoder)
+        return endpoint.load(settings, seed=experiment.seed, encoder=encoder)
     arguments = {"seed": experiment.seed} | settings.arguments
     policy = plugins.make("policy", settings.path, settings.path, arguments, choices="a model directory, default")
     if missing := plugins.missing_methods(policy, _METHODS):
@@ -40,22 +41,22 @@ def load(experiment: Experiment) -> protocol.Policy:
 
 
 def is_directory(settings: PolicyConfig) -> bool:
-    """Whether the policy is a language model on disk, with weights and a tokenizer that others can start from."""
+    """Whether the policy is a language model on disk, whose weights and tokenizer a reward model can start from."""
     return settings.endpoint is None and not is_plugin(settings.path)
 
 
 def policy_directory(settings: PolicyConfig) -> Path:
-    """The directory of a policy that is one. Raises UserError where it holds no model."""
-    return _directory("policy", "policy.path", settings.path)
+    """The model directory of a policy for which `is_directory` holds. Raises UserError if no model is there."""
+    return _model_directory("policy", "policy.path", settings.path)
 
 
 def base_directory(experiment: Experiment) -> Path:
-    """What reward models start from and whose tokenizer they read with: `base_model`, or the policy's directory.
+    """The model that reward models start from and whose tokenizer they use: `base_model`, or the policy's directory.
 
-    Raises UserError where there is none.
+    Raises UserError if there is neither, or no model is there.
     """
     if experiment.base_model is not None:
-        return _directory("base model", "base_model", experiment.base_model)
+        return _model_directory("base model", "base_model", experiment.base_model)
     if not is_directory(experiment.policy):
         raise UserError(
             "base_model is null, and this policy has no directory that reward models could start from; set base_model "
@@ -64,12 +65,12 @@ def base_directory(experiment: Experiment) -> Path:
     return policy_directory(experiment.policy)
 
 
-def _directory(what: str, field: str, path: str) -> Path:
+def _model_directory(kind: str, field: str, path: str) -> Path:
     if path == "default":
         from jaxprm.policies import language_model
 
         return language_model.default_directory()
-    directory = hub.resolve(path, what=what)
+    directory = hub.resolve(path, what=kind)
     if not (directory / "config.json").is_file():
-        raise UserError(f"{what} {directory}: no config.json; set {field} to a model directory, or to default")
+        raise UserError(f"{kind} {directory}: no config.json; set {field} to a model directory, or to default")
     return directory

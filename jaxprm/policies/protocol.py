@@ -1,30 +1,35 @@
-"""What a policy is: something that proposes actions for states, reproducibly."""
+"""The interface of a policy: it proposes actions for states, reproducibly."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 
 class State(NamedTuple):
     """A point of an episode at which the agent acts.
 
-    messages: the conversation so far, ending with a user or tool message. `first` numbers the first candidate drawn
-    here: candidates of equal (seed, task, messages, number) are equal, whatever else is in the batch.
+    Args:
+      messages: the conversation so far; the last message is from the user or a tool.
+      first: number of the first candidate to draw. Candidates of equal (seed, task, messages, number) are equal,
+        whatever else is in the batch.
     """
 
     task: str
-    messages: list[dict]
+    messages: list[dict[str, Any]]
     first: int = 0
 
 
 class Action(NamedTuple):
-    """One assistant turn. tokens: how many were generated; log_probability: of the whole turn, where known.
+    """One assistant turn.
 
-    stop: it ended by itself, was cut at the token limit, or was never obtained; then `error` says why, and there is no
-    text to act on.
+    Args:
+      tokens: number of generated tokens.
+      log_probability: of the whole turn at temperature 1, if known.
+      stop: "end" if the turn ended by itself, "length" if it was cut at the token limit, "error" if there is no turn;
+        then `error` says why, and `text` must not be acted on.
     """
 
     text: str
@@ -35,18 +40,24 @@ class Action(NamedTuple):
 
 
 class DrawKey(NamedTuple):
-    """Names a draw: equal ones are the same draw, of a policy with one seed."""
+    """Identifies a draw of a policy with a given seed.
+
+    Args:
+      prefix: `prefix_hash` of the conversation.
+      number: of the candidate in its state.
+    """
 
     task: str
     prefix: str
-    index: int
+    number: int
     temperature: float
 
 
 class Policy(Protocol):
-    """Batched over states. `usage` counts tokens encoded and generated since the start.
+    """Proposes actions for batches of states.
 
-    A run calls `close()` when it ends, where there is one.
+    `usage` counts the tokens encoded and generated so far. A policy may have a method `close()`; a run calls it at its
+    end.
     """
 
     usage: dict[str, int]
@@ -54,12 +65,12 @@ class Policy(Protocol):
     def propose(self, states: Sequence[State], n: int, temperature: float) -> list[list[Action]]:
         """n actions for each state."""
 
-    def count_tokens(self, messages: Sequence[dict]) -> int:
-        """Length of a conversation in the policy's tokens; an estimate where its tokenizer is not known."""
+    def count_tokens(self, messages: Sequence[dict[str, Any]]) -> int:
+        """Length of a conversation in the policy's tokens, or an estimate if its tokenizer is unknown."""
 
 
-def prefix_hash(messages: Sequence[dict]) -> str:
-    """Names a conversation: whatever a chat template can show, and nothing else."""
+def prefix_hash(messages: Sequence[dict[str, Any]]) -> str:
+    """A hash of everything in a conversation that a chat template can show: 32 hexadecimal digits."""
     plain = [
         [message["role"], message.get("content"), message.get("tool_calls")]
         + [message[field] for field in ("name", "tool_call_id") if message.get(field) is not None]
@@ -69,14 +80,15 @@ def prefix_hash(messages: Sequence[dict]) -> str:
 
 
 def draw_keys(states: Sequence[State], n: int, temperature: float) -> list[list[DrawKey]]:
-    """The n draws asked for in each state, in order."""
+    """Keys of n draws for each state, in order of their numbers."""
     return [
-        [DrawKey(state.task, name, index, temperature) for index in range(state.first, state.first + n)]
-        for state, name in zip(states, [prefix_hash(state.messages) for state in states], strict=True)
+        [DrawKey(state.task, prefix, number, temperature) for number in range(state.first, state.first + n)]
+        for state, prefix in zip(states, [prefix_hash(state.messages) for state in states], strict=True)
     ]
 
 
 def candidate_seed(seed: int, task: str, prefix: str, index: int) -> tuple[int, int]:
-    """Two 32-bit words that depend on nothing but what they are called with."""
+    """Two 32-bit words, a function of the arguments alone: the same in every process and on every machine."""
+    # Separated, so that seed 1 with task "2" is not seed 12 with task "".
     digest = hashlib.sha256(f"{seed}\x1f{task}\x1f{prefix}\x1f{index}".encode()).digest()
     return int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:8], "big")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from html import escape
@@ -15,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from data_pipeline.output import staged_file
 from jaxprm.report import model_sections, panels, run_sections, search_sections
 from jaxprm.report.figures import canvas, draw_on, legend_on, shared_limits
 from jaxprm.report.headline import PREFERRED_BEAM, headline
@@ -172,6 +172,5 @@ def _write_figure(results: RunResults, directory: Path) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    with staged_file(path, overwrite=True) as file:
+        file.write(content)

@@ -1,4 +1,4 @@
-"""Whether a model's scores are the same however they are computed: on a user's own checkpoint and trajectories."""
+"""Checks on a user's own model that its scores do not depend on how they are computed."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ from jaxprm.scoring import loading
 from jaxprm.scoring.engine import Engine
 from jaxprm.scoring.scorer import FINISHED_WIDTHS, Scorer
 
-# Times the root mean square of the scores, where that is above 1.
+# Of a difference; times the root mean square of the scores, if that is above 1.
 BOUND = 1e-5
-STATES_AT_ONCE, OTHERS = 4, 3
+# States scored in one call, and candidates of other conversations that are scored with each.
+STATES_A_CALL, DISTRACTORS = 4, 3
 # Enough for several states in one call of the widest shape.
 ROWS = 16
 
 
 class Comparison(NamedTuple):
-    """One way to compute scores: how many were compared, and the largest difference from each conversation alone."""
+    """One way to compute scores: how many were compared, and their largest difference from the reference."""
 
     name: str
     scores: int
@@ -37,12 +38,18 @@ class Comparison(NamedTuple):
 
 
 class Check(NamedTuple):
-    """The ways that must agree within `bound`; bfloat16, which need not; what one wrong token does to a score."""
+    """Differences of every way from the reference.
+
+    Args:
+      ways: those that must agree within `bound`.
+      bfloat16: differs by rounding, and has no bound.
+      sensitivity: how far one wrong token in the prompt moves a score, for scale.
+    """
 
     ways: list[Comparison]
     bound: float
     bfloat16: Comparison
-    control: float
+    sensitivity: float
 
     @property
     def largest(self) -> float:
@@ -50,7 +57,7 @@ class Check(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        return self.largest <= self.bound  # a NaN is no success either
+        return self.largest <= self.bound  # False for NaN
 
 
 class _Case(NamedTuple):
@@ -60,112 +67,120 @@ class _Case(NamedTuple):
     encoded: Encoded
 
 
-def check_scorer(model: Path, trajectories: Path | None = None, *, most: int = 16) -> Check:
-    """Scores of the first `most` trajectories, or of made-up ones, computed in every way there is.
+def check_scorer(model: Path, trajectories: Path | None = None, *, count: int = 16) -> Check:
+    """Computes the scores of the first `count` trajectories in every way, or those of sample conversations.
 
-    The reference is a forward pass over each conversation alone, without padding, packing or cache. Against it:
-    conversations in padded batches; packed behind prompts that are encoded once; every step as a candidate among others
-    after the cache, states in random order; the same with a cache of two conversations, which drops and encodes again.
+    The reference is a forward pass over each conversation alone, without padding, packing or cache. Compared with it
+    are padded batches of conversations; conversations packed after prompts that are encoded once; every step as one of
+    several candidates after the cache, states in random order; and the same with a cache of two conversations, which
+    keeps dropping and encoding again.
 
-    Raises UserError where there is nothing to score, or a conversation is longer than the scorer takes.
+    Raises UserError if no trajectory has a step, or one is longer than can be scored.
     """
+    # By default accelerators multiply float32 matrices in lower precision, whose rounding would exceed the bound.
     with jax.default_matmul_precision("highest"):
         loaded = loading.load_scorer(find_model(model))
-        cases = _cases(loaded.encoder, trajectories, most)
+        cases = _cases(loaded.encoder, trajectories, count)
         longest = max(len(case.encoded.tokens) for case in cases) + loaded.engine.shapes.packed[-1]
         same = (loaded.config, loaded.parameters, loaded.encoder)
         sizes: dict[str, Any] = {"rows": ROWS, "max_tokens": longest, "shapes": loaded.engine.shapes}
         scorer = Scorer(*same, **sizes)
         engine = scorer.engine
-        small = Scorer(*same, **sizes, cache_bytes=2 * engine.bytes_of_a_slot)
+        evicting = Scorer(*same, **sizes, cache_bytes=2 * engine.bytes_of_a_slot)
         rounded = Scorer(*same, **sizes, dtype="bfloat16")
         tokens, names = [case.encoded.tokens for case in cases], [case.name for case in cases]
-        alone = [engine.score_unbatched(one) for one in tokens]
-        reference = [values[case.encoded.read_positions] for case, values in zip(cases, alone, strict=True)]
+        values = [engine.score_unbatched(sequence) for sequence in tokens]
+        reference = [of_tokens[case.encoded.read_positions] for case, of_tokens in zip(cases, values, strict=True)]
         ways = [
-            _compare("in padded batches", engine.score_full(tokens[::-1], names[::-1])[::-1], alone),
-            _behind_prompts(engine, cases, alone),
-            _searched("candidates after the cache", scorer, cases, reference),
-            _searched("the same, with evictions", small, cases, reference),
+            # In reverse order, so that a row that is mixed up with another is seen.
+            _compare("in padded batches", engine.score_full(tokens[::-1], names[::-1])[::-1], values),
+            _compare_packed(engine, cases, values),
+            _compare_candidates("candidates after the cache", scorer, cases, reference),
+            _compare_candidates("the same, with evictions", evicting, cases, reference),
         ]
-        half = _compare("in bfloat16", rounded.engine.score_full(tokens, names), alone)
+        bfloat16 = _compare("in bfloat16", rounded.engine.score_full(tokens, names), values)
     rms = float(np.sqrt(np.mean(np.concatenate(reference) ** 2)))
-    return Check(ways, BOUND * max(1.0, rms), half, _control(engine, cases, alone))
+    return Check(ways, BOUND * max(1.0, rms), bfloat16, _sensitivity(engine, cases, values))
 
 
-def _compare(name: str, ours: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> Comparison:
-    pairs = zip(ours, reference, strict=True)
-    differences = np.concatenate([np.zeros(0), *(np.abs(own - other) for own, other in pairs)])
-    return Comparison(name, len(differences), float(differences.max(initial=0.0)))
-
-
-def _behind_prompts(engine: Engine, cases: Sequence[_Case], alone: Sequence[np.ndarray]) -> Comparison:
-    """What follows the prompt, packed behind it: conversations that share one read the same keys and values."""
-    jobs, expected = [], []
-    for case, values in zip(cases, alone, strict=True):
-        prompt, rest = np.split(case.encoded.tokens, [case.encoded.state_positions[0] + 1])
-        if len(rest) <= FINISHED_WIDTHS[-1]:
-            jobs.append((prompt, rest))
-            expected.append(values[len(prompt) :])
-    width = bucket(max((len(rest) for _, rest in jobs), default=0), FINISHED_WIDTHS)
-    ours = engine.score_continuations(jobs[::-1], width=width)[::-1]
-    return _compare("packed behind prompts", ours, expected)
-
-
-def _searched(name: str, scorer: Scorer, cases: Sequence[_Case], reference: Sequence[np.ndarray]) -> Comparison:
-    """Every action of every conversation, among actions of others, some states at a time."""
-    questions = [
-        (case, index, float(values[case.encoded.message_indices == index][-1]))
-        for case, values in zip(cases, reference, strict=True)
-        for index in dict.fromkeys(case.encoded.message_indices.tolist())
-    ]
-    rng = random.Random(0)
-    actions = [case.messages[index] for case, index, _ in questions]
-    rng.shuffle(questions)
-    ours = []
-    for start in range(0, len(questions), STATES_AT_ONCE):
-        some = questions[start : start + STATES_AT_ONCE]
-        candidates = [[*rng.choices(actions, k=OTHERS), case.messages[index]] for case, index, _ in some]
-        states, tools = [case.messages[:index] for case, index, _ in some], [case.tools for case, _, _ in some]
-        ours += [values[-1] for values in scorer.score_actions(states, candidates, tools=tools)]
-    return _compare(name, [np.asarray(ours)], [np.asarray([value for _, _, value in questions], np.float32)])
-
-
-def _control(engine: Engine, cases: Sequence[_Case], alone: Sequence[np.ndarray]) -> float:
-    """How far the last score moves, at most, where one token of the prompt is another."""
-    moved = []
-    for case, values in zip(cases, alone, strict=True):
-        changed = case.encoded.tokens.copy()
-        middle = case.encoded.state_positions[0] // 2
-        changed[middle] = changed[middle - 1] if changed[middle - 1] != changed[middle] else changed[0]
-        moved.append(abs(float(engine.score_unbatched(changed)[-1] - values[-1])))
-    return max(moved)
-
-
-def _cases(encoder: Encoder, path: Path | None, most: int) -> list[_Case]:
-    if path is None:
-        given = [(f"made-up conversation {index}", one, None) for index, one in enumerate(_made_up())]
-    else:
-        numbered = ((where, one) for where, one in read_numbered(path) if steps(one.messages))
-        given = [(where, one.messages, one.tools) for (where, one), _ in zip(numbered, range(most), strict=False)]
-    if not given:
-        raise UserError(f"{path}: no trajectory with a step to score")
-    cases = []
-    for name, messages, tools in given:
-        plain = msgspec.to_builtins(as_messages(messages, name))
-        cases.append(_Case(name, plain, tools, encoder.trajectory(plain, row=name, tools=tools)))
-    return cases
-
-
-def _made_up() -> list[list[dict[str, str]]]:
-    """Conversations of different lengths, two with a prompt in common."""
-    found = []
-    for turns in (1, 2, 2, 5, 9):
+def sample_conversations() -> list[list[dict[str, str]]]:
+    """Conversations of different lengths, for checks without trajectories of the user."""
+    conversations = []
+    for turns in (1, 2, 5, 9):
         messages = [{"role": "user", "content": f"Craft {turns} oak planks. You have {turns + 3} oak logs."}]
         for turn in range(turns):
             if turn:
                 messages.append({"role": "user", "content": f"Got {turn} oak log. Inventory: [oak log] ({turn})"})
-            text = f"I need {turns - turn} more. Action: get {len(found) + 1} oak log"
-            messages.append({"role": "assistant", "content": text})
-        found.append(messages)
-    return found
+            messages.append({"role": "assistant", "content": f"I'd need {turns - turn}:\n\nget {turn + 1}0 oak-log"})
+        conversations.append(messages)
+    return conversations
+
+
+def _compare(name: str, ours: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> Comparison:
+    pairs = zip(ours, reference, strict=True)
+    differences = np.concatenate([np.zeros(0), *(np.abs(value - expected) for value, expected in pairs)])
+    return Comparison(name, len(differences), float(differences.max(initial=0.0)))
+
+
+def _compare_packed(engine: Engine, cases: Sequence[_Case], values: Sequence[np.ndarray]) -> Comparison:
+    """What follows the prompts, packed: conversations with equal prompts read the same keys and values."""
+    jobs, expected = [], []
+    for case, of_tokens in zip(cases, values, strict=True):
+        prompt, continuation = np.split(case.encoded.tokens, [case.encoded.state_positions[0] + 1])
+        if len(continuation) <= FINISHED_WIDTHS[-1]:
+            jobs.append((prompt, continuation))
+            expected.append(of_tokens[len(prompt) :])
+    width = bucket(max((len(continuation) for _, continuation in jobs), default=0), FINISHED_WIDTHS)
+    ours = engine.score_continuations(jobs[::-1], width=width)[::-1]
+    return _compare("packed behind prompts", ours, expected)
+
+
+def _compare_candidates(
+    name: str, scorer: Scorer, cases: Sequence[_Case], reference: Sequence[np.ndarray]
+) -> Comparison:
+    """Every action of every conversation, scored among actions of others, some states at a time."""
+    # (case, message, promise): a message of several parts is a step a part, and has the promise of the last.
+    actions = [
+        (case, index, float(promises[case.encoded.message_indices == index][-1]))
+        for case, promises in zip(cases, reference, strict=True)
+        for index in dict.fromkeys(case.encoded.message_indices.tolist())
+    ]
+    rng = random.Random(0)
+    messages = [case.messages[index] for case, index, _ in actions]
+    rng.shuffle(actions)
+    ours = []
+    for start in range(0, len(actions), STATES_A_CALL):
+        chunk = actions[start : start + STATES_A_CALL]
+        candidates = [[*rng.choices(messages, k=DISTRACTORS), case.messages[index]] for case, index, _ in chunk]
+        states, tools = [case.messages[:index] for case, index, _ in chunk], [case.tools for case, _, _ in chunk]
+        ours += [promises[-1] for promises in scorer.score_actions(states, candidates, tools=tools)]
+    return _compare(name, [np.asarray(ours)], [np.asarray([promise for _, _, promise in actions], np.float32)])
+
+
+def _sensitivity(engine: Engine, cases: Sequence[_Case], values: Sequence[np.ndarray]) -> float:
+    """The largest change of a last score when one token in the middle of the prompt is replaced."""
+    changes = []
+    for case, of_tokens in zip(cases, values, strict=True):
+        tokens = case.encoded.tokens.copy()
+        middle = case.encoded.state_positions[0] // 2
+        tokens[middle] = tokens[middle - 1] if tokens[middle - 1] != tokens[middle] else tokens[0]
+        changes.append(abs(float(engine.score_unbatched(tokens)[-1] - of_tokens[-1])))
+    return max(changes)
+
+
+def _cases(encoder: Encoder, path: Path | None, count: int) -> list[_Case]:
+    if path is None:
+        conversations = sample_conversations()
+        # Another end of one of them: two conversations that share a prompt.
+        conversations.append([*conversations[1][:-1], {"role": "assistant", "content": "Action: get 2 oak log"}])
+        rows = [(f"sample conversation {index}", messages, None) for index, messages in enumerate(conversations)]
+    else:
+        numbered = ((where, row) for where, row in read_numbered(path) if steps(row.messages))
+        rows = [(where, row.messages, row.tools) for (where, row), _ in zip(numbered, range(count), strict=False)]
+    if not rows:
+        raise UserError(f"{path}: no trajectory with a step to score")
+    cases = []
+    for name, messages, tools in rows:
+        plain = msgspec.to_builtins(as_messages(messages, name))
+        cases.append(_Case(name, plain, tools, encoder.trajectory(plain, row=name, tools=tools)))
+    return cases

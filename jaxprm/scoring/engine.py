@@ -1,11 +1,15 @@
-"""Values of token sequences, jitted in a few fixed shapes: whole ones in one pass, continuations after a cache.
+"""Values of token sequences, jitted in a few fixed shapes: whole sequences, or continuations of cached prefixes.
 
-A number does not depend on what else is in the batch, but for rounding: a continuation reads its prefix and itself.
+Up to rounding, a value does not depend on what else is in the batch.
+
+Shapes: B rows of whole sequences, T tokens of a sequence or row; R rows of continuations, W their width, P tokens of a
+prefix, N of a continuation.
 """
 
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -21,15 +25,39 @@ from jaxprm.model.prefix_bank import PrefixBank, RingEntry, Shapes, alike, bucke
 from jaxprm.model.sharding import ONE_DEVICE, Layout
 from jaxprm.model.transformer import ForwardOptions, reward_model_graph, transformer_graph
 
+# Padded lengths of whole sequences: beyond 256 tokens at most a third of a row is padding.
 LENGTH_BUCKETS = (256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
+# Tokens of a call with whole sequences, padding included: longer sequences are computed in fewer rows.
 TOKENS_A_CALL = 8192
-# Memory for keys and values of prefixes; what does not fit is encoded again.
+# Memory for keys and values of prefixes. What does not fit is encoded again.
 CACHE_BYTES = 2 << 30
+
+
+class TokenCounts(NamedTuple):
+    """Tokens that an engine has processed.
+
+    Args:
+      encoded_tokens: computed, without padding.
+      cached_tokens: of prefixes, found in the cache.
+      recomputed_tokens: those among the encoded that the cache had dropped.
+      padded_tokens: computed, with padding.
+    """
+
+    encoded_tokens: int = 0
+    cached_tokens: int = 0
+    recomputed_tokens: int = 0
+    padded_tokens: int = 0
+
+    def plus(self, other: TokenCounts) -> TokenCounts:
+        return TokenCounts(*map(operator.add, self, other))
+
+    def minus(self, other: TokenCounts) -> TokenCounts:
+        return TokenCounts(*map(operator.sub, self, other))
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "dtype", "layout"))
 def values_of_rows(graph, parameters, tokens, counts, dtype, layout=ONE_DEVICE):
-    """Values [B, T] of every token of rows [B, T], of which the first counts [B] are real."""
+    """Values [B, T] of every token of rows [B, T], of which the first `counts` [B] are not padding."""
     model, tokens = nnx.merge(graph, parameters), layout.of_rows(tokens)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     segments = (positions < counts[:, None]).astype(jnp.int32)
@@ -37,6 +65,7 @@ def values_of_rows(graph, parameters, tokens, counts, dtype, layout=ONE_DEVICE):
     return model.value(model.transformer(tokens, positions, segments, compute=compute).hidden)
 
 
+# The ring is donated, so that it is updated in place.
 @functools.partial(jax.jit, static_argnames=("graph", "capacity", "layout"), donate_argnames=("ring",))
 def _values_after(
     graph,
@@ -52,9 +81,9 @@ def _values_after(
     capacity,
     layout=ONE_DEVICE,
 ):
-    """Values [R, W] of packed continuations, each after its row's cached prefix and blind to its neighbours.
+    """Values [R, W] of packed continuations. Each attends to its row's cached prefix and to itself, not its neighbours.
 
-    The second result is the ring, where there is one, with their keys and values in `ring_rows` [R].
+    Also returns the ring, with the keys and values of the rows at `ring_rows` [R], or None if `ring` is None.
     """
     model = nnx.merge(graph, parameters)
     cache, dtype = layout.of_rows(rows_of(bank, slots, lengths, capacity)), bank.keys[0].dtype
@@ -62,23 +91,18 @@ def _values_after(
     return model.value(output.hidden), ring and layout.of_slots(ring.write(ring_rows, output.keys, output.values))
 
 
-class _Row(NamedTuple):
-    """Continuations that share a row: after one prefix, (place in the answer, tokens) each."""
-
-    prefix: np.ndarray
-    parts: list[tuple[int, np.ndarray]]
-
-    @property
-    def used(self) -> int:
-        return sum(len(tokens) for _, tokens in self.parts)
-
-
 class Engine:
-    """A reward model over tokens.
+    """A reward model over token sequences, with a cache of prefixes. Not thread-safe.
 
-    rows: rows of the narrowest shape computed at once; max_tokens: the longest sequence that goes through the cache;
-    cache_bytes: what its keys and values may take; layout: on the mesh where the parameters lie. Raises UserError where
-    not even two prefixes fit in there.
+    Args:
+      rows: rows of the narrowest shape that are computed at once.
+      max_tokens: longest sequence that goes through the cache, prefix and continuation together.
+      shapes: lengths to compile for.
+      cache_bytes: bound on the memory of cached keys and values.
+      dtype: of the arithmetic and of the cache, whatever the parameters are stored in.
+      layout: of the mesh that holds the parameters.
+
+    The first use of the cache raises UserError if `cache_bytes` has no room for two prefixes.
     """
 
     def __init__(
@@ -96,23 +120,155 @@ class Engine:
         self._layout = layout
         self.config, self.max_tokens, self.shapes, self._dtype = config, max_tokens, shapes, jnp.dtype(dtype)
         self._graph, self._parameters = reward_model_graph(config), parameters
-        self._cache_bytes, self._wanted_rows = cache_bytes, rows
-        self._encoded = self._slots = 0
-        self._past = dict.fromkeys(("encoded", "reused", "again", "slots"), 0)
+        self._cache_bytes, self._max_rows = cache_bytes, rows
+        # Counts outside the bank, and those of banks that were dropped by `forget`.
+        self._encoded = self._padded = 0
+        self._earlier = TokenCounts()
 
     @property
     def bytes_of_a_slot(self) -> int:
-        """Memory of one conversation in the cache, with room for what is written past its end and a row of the ring."""
+        """Memory of a cached prefix in bytes, with room for a chunk past its end and a row of the ring."""
         config, shapes = self.config, self.shapes
         tokens = self.max_tokens + shapes.growth[-1] + shapes.kept + shapes.packed[-1]
         return 2 * config.layers * config.kv_heads * config.head_dim * self._dtype.itemsize * tokens
 
+    @property
+    def usage(self) -> TokenCounts:
+        """Tokens processed so far, by all calls."""
+        counts = TokenCounts(encoded_tokens=self._encoded, padded_tokens=self._padded)
+        if "_bank" in self.__dict__:
+            bank = self._bank
+            counts = counts.plus(
+                TokenCounts(bank.tokens_encoded, bank.tokens_reused, bank.tokens_again, bank.slots_computed)
+            )
+        return counts.plus(self._earlier)
+
+    def score_full(
+        self, sequences: Sequence[np.ndarray], names: Sequence[str], *, small_batches: bool = False
+    ) -> list[np.ndarray]:
+        """Values of every token of each sequence int32 [T]: float32 [T]. Neither reads nor changes the cache.
+
+        small_batches: use a smaller batch when few rows remain: lower latency, one more compilation a length.
+
+        Raises UserError for a sequence longer than the largest bucket, with its name.
+        """
+        buckets: dict[int, list[int]] = {}
+        for index, (tokens, name) in enumerate(zip(sequences, names, strict=True)):
+            buckets.setdefault(bucket_of(len(tokens), name), []).append(index)
+        values: list[np.ndarray] = [np.empty(0, np.float32)] * len(sequences)
+        for width, indices in sorted(buckets.items()):
+            max_rows, parts = max(1, TOKENS_A_CALL // width), self._layout.parts
+            # Rows are split over the mesh, so their number is a multiple of its parts.
+            max_rows -= max_rows % parts if max_rows > parts else 0
+            while indices:
+                rows = rows_for(len(indices), max_rows, width) if small_batches else max_rows
+                chunk, indices = indices[:rows], indices[rows:]
+                tokens, counts = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
+                for row, index in enumerate(chunk):
+                    counts[row] = len(sequences[index])
+                    tokens[row, : counts[row]] = sequences[index]
+                result = np.asarray(
+                    values_of_rows(self._graph, self._parameters, tokens, counts, self._dtype, self._layout)
+                )
+                self._encoded += int(counts.sum())
+                self._padded += tokens.size
+                for row, index in enumerate(chunk):
+                    values[index] = result[row, : counts[row]]
+        return values
+
+    def score_unbatched(self, tokens: np.ndarray) -> np.ndarray:
+        """Values float32 [T] of one sequence int32 [T], without padding or cache: the reference for all other ways.
+
+        Slow: every length is compiled. Not counted in `usage`.
+        """
+        counts = np.asarray([len(tokens)], np.int32)
+        return np.asarray(values_of_rows(self._graph, self._parameters, tokens[None], counts, self._dtype))[0]
+
+    def fits(self, prefix: np.ndarray, continuation: np.ndarray) -> bool:
+        """Whether `score_continuations` accepts the pair."""
+        return 0 < len(continuation) <= self.shapes.packed[-1] and len(prefix) + len(continuation) <= self.max_tokens
+
+    def score_continuations(
+        self, jobs: Sequence[tuple[np.ndarray, np.ndarray]], *, width: int | None = None
+    ) -> list[np.ndarray]:
+        """Values of every token of continuations (prefix int32 [P], continuation int32 [N]): float32 [N] each.
+
+        Only the parts of prefixes that are not cached are encoded. Continuations are cached too: a later prefix that
+        extends one costs only what follows it.
+
+        width: of the rows, in place of those of `shapes`; rows wider than the cache's are not cached.
+        """
+        widths = self.shapes.packed if width is None else (width,)
+        values: list[np.ndarray] = [np.empty(0, np.float32)] * len(jobs)
+        # A call needs a slot for each of its rows, and `allocate` twice as many slots as prefixes.
+        rows, rows_at_once = _packed(jobs, widths[-1]), self._bank.slots // 2
+        for start in range(0, len(rows), rows_at_once):
+            chunk = rows[start : start + rows_at_once]
+            with_slots = list(zip(chunk, self._bank.allocate([row.prefix for row in chunk]), strict=True))
+            for row_width in widths:
+                if width is None:
+                    max_rows = alike(row_width, widths, self._rows)
+                else:
+                    max_rows = max(1, min(self._rows, TOKENS_A_CALL // 2 // row_width))
+                fitting = [pair for pair in with_slots if bucket(pair[0].used, widths) == row_width]
+                while fitting:
+                    count = rows_for(len(fitting), max_rows, row_width)
+                    self._score(fitting[:count], count, row_width, values)
+                    fitting = fitting[count:]
+        return values
+
+    def forget(self) -> None:
+        """Empties the cache. Compiled programs and the counts of `usage` stay."""
+        self._earlier, self._encoded, self._padded = self.usage, 0, 0
+        self.__dict__.pop("_bank", None)
+
+    def warm_up(self, longest: int, on_program: Callable[[], None] = lambda: None) -> None:
+        """Compiles all that `score_continuations` runs for prefixes of up to `longest` tokens.
+
+        on_program: called before each program; an exception from it ends the warm-up.
+        """
+        self._bank.warm_up(longest, on_program)
+        bank = self._bank
+        for capacity in bank.buckets(longest):
+            for width in self.shapes.packed:
+                max_rows = alike(width, self.shapes.packed, self._rows)
+                for rows in {rows_for(1, max_rows, width), max_rows}:
+                    on_program()
+                    zeros, empty = np.zeros(rows, np.int32), np.zeros((rows, width), np.int32)
+                    _, bank.ring = _values_after(
+                        self._graph,
+                        self._parameters,
+                        bank.bank,
+                        bank.ring,
+                        # Rows out of range are dropped: the warm-up writes nothing.
+                        np.full(rows, bank.slots, np.int32),
+                        zeros,
+                        zeros,
+                        empty,
+                        empty,
+                        empty,
+                        capacity=capacity,
+                        layout=self._layout,
+                    )
+
+    def warm_up_full(self, longest: int, on_program: Callable[[], None] = lambda: None) -> None:
+        """Compiles all that `score_full` runs for sequences of up to `longest` tokens, with small batches.
+
+        on_program: as in `warm_up`. The sequences count in `usage`.
+        """
+        for width in (length for length in LENGTH_BUCKETS if length <= bucket(longest, LENGTH_BUCKETS)):
+            max_rows = max(1, TOKENS_A_CALL // width)
+            for count in {rows_for(1, max_rows, width), max_rows}:
+                on_program()
+                self.score_full([np.zeros(width, np.int32)] * count, ["warm-up"] * count, small_batches=True)
+
     @functools.cached_property
     def _bank(self) -> PrefixBank:
-        """Made when first needed: whole sequences do without."""
+        """The cache, allocated on first use: `score_full` does not need it."""
         config, shapes, size = self.config, self.shapes, self.bytes_of_a_slot
-        # In a search the states of a round and of the one before it: for beams, three times as many as rows of each.
-        slots = min(6 * self._wanted_rows, self._cache_bytes // size)
+        # A search needs the states of a round and of the round before it. For beams that is three times as many slots
+        # as rows of each.
+        slots = min(6 * self._max_rows, self._cache_bytes // size)
         if slots < 2:
             raise UserError(
                 f"cache_bytes = {self._cache_bytes}: two conversations of {self.max_tokens} tokens take {2 * size}; "
@@ -124,7 +280,7 @@ class Engine:
             config,
             slots=slots,
             capacity=self.max_tokens,
-            rows=min(self._wanted_rows, slots // 2),
+            rows=min(self._max_rows, slots // 2),
             dtype=self._dtype,
             shapes=shapes,
             ring=slots,
@@ -133,139 +289,24 @@ class Engine:
 
     @property
     def _rows(self) -> int:
-        return min(self._wanted_rows, self._bank.slots // 2)
-
-    @property
-    def usage(self) -> dict[str, int]:
-        """Tokens so far: `encoded`, padding not counted; `reused`, found in the cache; `again`, encoded because they
-        had been dropped; `slots`, encoded with their padding."""
-        found = {"encoded": self._encoded, "reused": 0, "again": 0, "slots": self._slots}
-        if "_bank" in self.__dict__:
-            bank = self._bank
-            counts = (bank.tokens_encoded, bank.tokens_reused, bank.tokens_again, bank.slots_computed)
-            found = {name: value + count for (name, value), count in zip(found.items(), counts, strict=True)}
-        return {name: value + self._past[name] for name, value in found.items()}
-
-    def forget(self) -> None:
-        """Lets go of everything in the cache; what was compiled stays, and the counts go on."""
-        self._past, self._encoded, self._slots = self.usage, 0, 0
-        self.__dict__.pop("_bank", None)
-
-    def score_full(
-        self, sequences: Sequence[np.ndarray], names: Sequence[str], *, few: bool = False
-    ) -> list[np.ndarray]:
-        """Values of every token of each sequence int32 [T]: float32 [T]. The cache is neither read nor changed.
-
-        few: a call that has few rows to fill is a smaller one, another program to compile, for those who wait for it.
-
-        Raises UserError, with its name, for one longer than the largest bucket.
-        """
-        buckets: dict[int, list[int]] = {}
-        for index, (tokens, name) in enumerate(zip(sequences, names, strict=True)):
-            buckets.setdefault(bucket_of(len(tokens), name), []).append(index)
-        values: list[np.ndarray] = [np.empty(0, np.float32)] * len(sequences)
-        for width, indices in sorted(buckets.items()):
-            rows, parts = max(1, TOKENS_A_CALL // width), self._layout.parts
-            rows -= rows % parts if rows > parts else 0
-            while indices:
-                made = rows_for(len(indices), rows, width) if few else rows
-                chunk, indices = indices[:made], indices[made:]
-                tokens, counts = np.zeros((made, width), np.int32), np.zeros(made, np.int32)
-                for row, index in enumerate(chunk):
-                    counts[row] = len(sequences[index])
-                    tokens[row, : counts[row]] = sequences[index]
-                result = np.asarray(
-                    values_of_rows(self._graph, self._parameters, tokens, counts, self._dtype, self._layout)
-                )
-                self._encoded += int(counts.sum())
-                self._slots += tokens.size
-                for row, index in enumerate(chunk):
-                    values[index] = result[row, : counts[row]]
-        return values
-
-    def score_unbatched(self, tokens: np.ndarray) -> np.ndarray:
-        """Values of every token of one sequence in a row of its own length: what all else is measured by, and slow,
-        as every length is compiled."""
-        counts = np.asarray([len(tokens)], np.int32)
-        return np.asarray(values_of_rows(self._graph, self._parameters, tokens[None], counts, self._dtype))[0]
-
-    def fits(self, prefix: np.ndarray, rest: np.ndarray) -> bool:
-        """Whether `after` takes them."""
-        return 0 < len(rest) <= self.shapes.packed[-1] and len(prefix) + len(rest) <= self.max_tokens
-
-    def score_continuations(
-        self, jobs: Sequence[tuple[np.ndarray, np.ndarray]], *, width: int | None = None
-    ) -> list[np.ndarray]:
-        """Values of every token of continuations (prefix int32 [P], rest int32 [N]): float32 [N] each.
-
-        Prefixes come from the cache as far as they are in it, and continuations stay there: whoever asks next after one
-        of them pays for what follows it alone. With `width` rows have that one, which may be more than the cache keeps.
-        """
-        widths = self.shapes.packed if width is None else (width,)
-        values: list[np.ndarray] = [np.empty(0, np.float32)] * len(jobs)
-        rows, at_once = _packed(jobs, widths[-1]), self._bank.slots // 2
-        for start in range(0, len(rows), at_once):
-            some = rows[start : start + at_once]
-            placed = list(zip(some, self._bank.allocate([row.prefix for row in some]), strict=True))
-            for one in widths:
-                most = max(1, min(self._rows, TOKENS_A_CALL // 2 // one)) if width else alike(one, widths, self._rows)
-                fitting = [pair for pair in placed if bucket(pair[0].used, widths) == one]
-                while fitting:
-                    made = rows_for(len(fitting), most, one)
-                    self._score(fitting[:made], made, one, values)
-                    fitting = fitting[made:]
-        return values
-
-    def warm_up(self, longest: int, each: Callable[[], None] = lambda: None) -> None:
-        """Compiles what `after` runs for prefixes of up to `longest` tokens, so that nothing is compiled later.
-
-        each: called before every program; what it raises ends the warm-up.
-        """
-        self._bank.warm_up(longest, each)
-        bank = self._bank
-        for capacity in bank.buckets(longest):
-            for width in self.shapes.packed:
-                most = alike(width, self.shapes.packed, self._rows)
-                for rows in {rows_for(1, most, width), most}:
-                    each()
-                    none, chunk = np.zeros(rows, np.int32), np.zeros((rows, width), np.int32)
-                    _, bank.ring = _values_after(
-                        self._graph,
-                        self._parameters,
-                        bank.bank,
-                        bank.ring,
-                        np.full(rows, bank.slots, np.int32),
-                        none,
-                        none,
-                        chunk,
-                        chunk,
-                        chunk,
-                        capacity=capacity,
-                        layout=self._layout,
-                    )
-
-    def warm_up_whole(self, longest: int, each: Callable[[], None] = lambda: None) -> None:
-        """As `warm_up`, what `whole` runs for few and many sequences of up to `longest` tokens, which are counted."""
-        for width in (one for one in LENGTH_BUCKETS if one <= bucket(longest, LENGTH_BUCKETS)):
-            rows = max(1, TOKENS_A_CALL // width)
-            for count in {rows_for(1, rows, width), rows}:
-                each()
-                self.score_full([np.zeros(width, np.int32)] * count, ["warm-up"] * count, few=True)
+        return min(self._max_rows, self._bank.slots // 2)
 
     def _score(self, group: list[tuple[_Row, int]], rows: int, width: int, values: list[np.ndarray]) -> None:
-        """Values of rows, each with the slot that begins with its prefix, in one call of that shape."""
+        """Fills `values` from one call of shape [rows, width]. group: rows, and the slots of their prefixes."""
         bank, count = self._bank, len(group)
         slots, lengths = np.zeros((2, rows), np.int32)
         tokens, positions, segments = np.zeros((3, rows, width), np.int32)
-        for row, (one, slot) in enumerate(group):
-            slots[row], lengths[row] = slot, len(one.prefix)
-            for number, (place, part) in enumerate(_places(one), start=1):
-                tokens[row, place], positions[row, place], segments[row, place] = part, np.arange(len(part)), number
+        for number, (row, slot) in enumerate(group):
+            slots[number], lengths[number] = slot, len(row.prefix)
+            for segment, (where, part) in enumerate(row.slices(), start=1):
+                tokens[number, where], positions[number, where] = part, np.arange(len(part))
+                segments[number, where] = segment
+        # The ring has rows of the widest packed shape: wider calls cannot be cached in it.
         keeps = width <= self.shapes.packed[-1]
         ring_rows = np.full(rows, bank.slots, np.int32)
         if keeps:
             ring_rows[:count] = bank.ring_rows(count)
-        found, ring = _values_after(
+        result, ring = _values_after(
             self._graph,
             self._parameters,
             bank.bank,
@@ -279,41 +320,54 @@ class Engine:
             capacity=bank.bucket(int(lengths.max())),
             layout=self._layout,
         )
-        found = np.asarray(found)
+        result = np.asarray(result)
         self._encoded += int((segments > 0).sum())
-        self._slots += tokens.size
+        self._padded += tokens.size
         if keeps:
             bank.ring = ring
-        for row, (one, slot) in enumerate(group):
-            for (at, part), (place, _) in zip(one.parts, _places(one), strict=True):
-                values[at] = found[row, place]
+        for number, (row, slot) in enumerate(group):
+            for index, (where, part) in zip(row.indices, row.slices(), strict=True):
+                values[index] = result[number, where]
                 if keeps:
-                    bank.keep(int(slot), RingEntry(len(one.prefix), part, int(ring_rows[row]), place.start))
+                    bank.keep(int(slot), RingEntry(len(row.prefix), part, int(ring_rows[number]), where.start))
+
+
+class _Row(NamedTuple):
+    """Continuations of one prefix that share a row. indices: of the continuations among the jobs of the call."""
+
+    prefix: np.ndarray
+    indices: list[int]
+    continuations: list[np.ndarray]
+
+    @property
+    def used(self) -> int:
+        return sum(map(len, self.continuations))
+
+    def slices(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """Each continuation with its slice of the row."""
+        start = 0
+        for tokens in self.continuations:
+            yield slice(start, start + len(tokens)), tokens
+            start += len(tokens)
 
 
 def _packed(jobs: Sequence[tuple[np.ndarray, np.ndarray]], width: int) -> list[_Row]:
-    """Rows no wider than that: continuations of equal prefixes together, in order, and rows of alike prefixes too."""
-    order = sorted(range(len(jobs)), key=lambda at: (len(jobs[at][0]), jobs[at][0].tobytes()))
+    """Rows of at most `width` tokens: continuations of equal prefixes together, rows in order of prefix length."""
+    # Prefixes of similar length in one call: its cost is that of the longest.
+    order = sorted(range(len(jobs)), key=lambda index: (len(jobs[index][0]), jobs[index][0].tobytes()))
     rows: list[_Row] = []
-    for at in order:
-        prefix, rest = jobs[at]
+    for index in order:
+        prefix, continuation = jobs[index]
         last = rows[-1] if rows else None
-        if last is None or last.used + len(rest) > width or not np.array_equal(last.prefix, prefix):
-            rows.append(_Row(prefix, []))
-        rows[-1].parts.append((at, rest))
+        if last is None or last.used + len(continuation) > width or not np.array_equal(last.prefix, prefix):
+            rows.append(_Row(prefix, [], []))
+        rows[-1].indices.append(index)
+        rows[-1].continuations.append(continuation)
     return rows
 
 
-def _places(row: _Row) -> Iterator[tuple[slice, np.ndarray]]:
-    """Where each continuation lies in its row."""
-    used = 0
-    for _, tokens in row.parts:
-        yield slice(used, used + len(tokens)), tokens
-        used += len(tokens)
-
-
 def bucket_of(length: int, name: str) -> int:
-    """The padded length a conversation is scored at. Raises UserError, with its name, for one that is too long."""
+    """The padded length at which `score_full` computes a sequence. Raises UserError, with its name, if too long."""
     if length > LENGTH_BUCKETS[-1]:
         raise UserError(f"{name}: {length} tokens, more than the {LENGTH_BUCKETS[-1]} that can be scored; shorten it")
     return bucket(length, LENGTH_BUCKETS)

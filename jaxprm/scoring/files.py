@@ -1,19 +1,19 @@
-"""Scores of a file of trajectories: one line out for each line in, resumable, in bounded memory."""
+"""Scores a file of trajectories: one line of output for each line of input, resumable, in bounded memory."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import itertools
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 
 from data_pipeline.chat_template import read_template
+from data_pipeline.encode import Encoded
 from data_pipeline.errors import DataError
 from data_pipeline.trajectory import Trajectory, parse_line
 from jaxprm import config as config_lib
@@ -29,24 +29,30 @@ FORMAT = 1
 
 
 class LineCounts(NamedTuple):
-    """Lines written: with scores, and with an error in their place."""
+    """Numbers of lines written: with scores, and with an error in place of them."""
 
     scored: int
     errors: int
 
 
 class ScoredLine(NamedTuple):
-    """A line of a file of trajectories with the promise of its steps, or with what is wrong with it."""
+    """A line of a file of trajectories: scored, or with an error.
 
-    number: int  # counts from 1
+    Args:
+      number: of the line in its file, from 1.
+      messages: index of the message of each step, [S].
+      promises: of the steps, float32 [S].
+    """
+
+    number: int
     trajectory: Trajectory | None = None
-    messages: Sequence[int] = ()  # [S], the message of each step
-    promises: np.ndarray | None = None  # float32 [S]
+    messages: Sequence[int] = ()
+    promises: np.ndarray | None = None
     error: str | None = None
 
 
 class _Written(msgspec.Struct):
-    """What is read back of a line of our own."""
+    """The fields of an output line that resuming needs."""
 
     id: str | None
     error: str | None = None
@@ -81,32 +87,27 @@ def score_file(
     run_identity["chat_template"] = read_template(template)
     scorer = loading.load_scorer(model, dtype=dtype, template=template, mesh=mesh)
     progress = loading.defines_progress(read_recipe(model))
-    partial = output.with_name(output.name + ".partial")
-    record = output.with_name(output.name + ".partial.json")
+    target, record = files.ResumableLines(output), output.with_name(output.name + ".partial.json")
     done = errors = 0
     try:
-        done, errors = _resume(partial, record, run_identity, chunk)
-        with (
-            input.open("rb") as lines,
-            partial.open("ab", buffering=0) as target,
-            bar("score", total, initial=done, unit="trajectory") as shown,
-        ):
-            rest = enumerate(itertools.islice(lines, done, None), start=done + 1)
-            while numbered := list(itertools.islice(rest, chunk)):
-                scored = score_lines(scorer, numbered, input.name)
-                results = [_result(one, line, progress) for one, (_, line) in zip(scored, numbered, strict=True)]
-                _write(target, b"".join(msgspec.json.encode(result) + b"\n" for result in results))
-                done, errors = done + len(results), errors + sum("error" in result for result in results)
-                shown.set_postfix(errors=errors, refresh=False)
-                shown.update(len(results))
-            os.fsync(target.fileno())
-        os.replace(partial, output)
+        with target, input.open("rb") as lines:
+            done, errors = _resume(target, record, run_identity, chunk)
+            remaining = enumerate(itertools.islice(lines, done, None), start=done + 1)
+            with bar("score", total, initial=done, unit="trajectory") as shown:
+                while numbered := list(itertools.islice(remaining, chunk)):
+                    scored = score_lines(scorer, numbered, input.name)
+                    results = [_result(item, line, progress) for item, (_, line) in zip(scored, numbered, strict=True)]
+                    target.append_bytes(b"".join(msgspec.json.encode(result) + b"\n" for result in results))
+                    done, errors = done + len(results), errors + sum("error" in result for result in results)
+                    shown.set_postfix(errors=errors, refresh=False)
+                    shown.update(len(results))
+            target.finish()
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(
-            f"{partial}: no space left on the device after {done} of {total} lines; free some and run the same "
-            "command again: it goes on from there"
+            f"{target.partial}: no space left on the device after {done} of {total} lines; free some and run the same "
+            "command again: it resumes there"
         ) from None
     record.unlink(missing_ok=True)
     return LineCounts(done - errors, errors)
@@ -123,7 +124,7 @@ def _check_paths(input: Path, output: Path) -> None:
 
 
 def digest_and_count(path: Path) -> tuple[str, int]:
-    """sha256 and number of lines of a file, in one reading."""
+    """(sha256, number of lines) of a file, read once."""
     digest, count, last = hashlib.sha256(), 0, b"\n"
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -133,30 +134,30 @@ def digest_and_count(path: Path) -> tuple[str, int]:
     return digest.hexdigest(), count + (last != b"\n")
 
 
-def _resume(partial: Path, record: Path, identity: dict[str, Any], chunk: int) -> tuple[int, int]:
-    """(lines, errors among them) that an earlier run of the same identity left; what is torn is cut off.
+def _resume(target: files.ResumableLines, record: Path, identity: dict[str, Any], chunk: int) -> tuple[int, int]:
+    """(lines, errors among them) that an earlier run of the same identity wrote.
 
-    Whole chunks are kept: so every trajectory is scored in the company it would have had, and gets the same bits.
+    Complete chunks are kept and the others cut off. So every trajectory is in the same batch as in an uninterrupted
+    run, and its score is bit-identical.
 
-    Raises UserError where what is left is of another model, input, chunk or dtype.
+    Raises UserError if the lines are from a run with another model, input, chunk or dtype.
     """
-    if not partial.exists():
+    if target.is_empty():
         files.write_atomic(record, msgspec.json.encode(identity).decode())
         return 0, 0
-    _check_record(partial, record, identity)
-    kept = kept_errors = end = lines = errors = place = 0
-    with partial.open("r+b") as file:
-        for line in file:
-            try:
-                written = msgspec.json.decode(line, type=_Written)
-            except msgspec.MsgspecError:
-                break
-            if not line.endswith(b"\n"):
-                break
-            lines, errors, place = lines + 1, errors + (written.error is not None), place + len(line)
-            if lines % chunk == 0:
-                kept, kept_errors, end = lines, errors, place
-        file.truncate(end)
+    _check_record(target.partial, record, identity)
+    kept = kept_errors = end = lines = errors = size = 0
+    for line in target.raw_lines():
+        try:
+            written = msgspec.json.decode(line, type=_Written)
+        except msgspec.MsgspecError:
+            break
+        if not line.endswith(b"\n"):
+            break
+        lines, errors, size = lines + 1, errors + (written.error is not None), size + len(line)
+        if lines % chunk == 0:
+            kept, kept_errors, end = lines, errors, size
+    target.truncate(end)
     return kept, kept_errors
 
 
@@ -176,34 +177,35 @@ def _check_record(partial: Path, record: Path, identity: dict[str, Any]) -> None
 
 
 def score_lines(scorer: Scorer, lines: Sequence[tuple[int, bytes]], source: str) -> list[ScoredLine]:
-    """What each (number, line) of a file named `source` comes to, in order; a bad one holds its error."""
+    """Scores of (number, line) pairs of a file named `source`, in order. A line that cannot be scored has an error."""
     results: list[ScoredLine] = []
-    encoded, places = [], []
+    encoded, indices = [], []
     for number, line in lines:
         where = f"{source}:{number}"
         try:
             trajectory = parse_line(line, where=where)
             encoded.append(_encode(scorer, trajectory, where))
-            places.append(len(results))
+            indices.append(len(results))
             results.append(ScoredLine(number, trajectory=trajectory, messages=encoded[-1].message_indices))
         except (DataError, UserError) as error:
             results.append(ScoredLine(number, error=" ".join(str(error).split())))
-    for place, promises in zip(places, scorer.score_encoded(encoded, [""] * len(encoded)), strict=True):
-        results[place] = results[place]._replace(promises=promises)
+    for index, promises in zip(indices, scorer.score_encoded(encoded, [""] * len(encoded)), strict=True):
+        results[index] = results[index]._replace(promises=promises)
     return results
 
 
 def _result(scored: ScoredLine, line: bytes, progress: bool) -> dict[str, Any]:
-    """The line that `score` writes."""
+    """A line of the output file."""
     if scored.error is not None:
         return _failed(line, scored.number, scored.error)
     return {"id": scored.trajectory.id} | loading.step_table(scored.messages, scored.promises, progress=progress)
 
 
-def _encode(scorer: Scorer, trajectory: Trajectory, where: str):
-    one = scorer.encoder.trajectory(trajectory.messages, row=where, tools=trajectory.tools)
-    bucket_of(len(one.tokens), where)  # refuses one that is too long here, where it costs only its own line
-    return one
+def _encode(scorer: Scorer, trajectory: Trajectory, where: str) -> Encoded:
+    encoded = scorer.encoder.trajectory(trajectory.messages, row=where, tools=trajectory.tools)
+    # Raises for a conversation that is too long. Here it costs one line; while scoring it would cost the chunk.
+    bucket_of(len(encoded.tokens), where)
+    return encoded
 
 
 def _failed(line: bytes, number: int, error: str) -> dict[str, Any]:
@@ -211,12 +213,5 @@ def _failed(line: bytes, number: int, error: str) -> dict[str, Any]:
         id = msgspec.json.decode(line, type=dict[str, Any]).get("id")
     except (msgspec.MsgspecError, UnicodeDecodeError):
         id = None
-    known = {"id": id} if isinstance(id, str) else {"id": None, "line": number}
-    return known | {"error": error}
-
-
-def _write(target: BinaryIO, data: bytes) -> None:
-    """All of it: on a disk that is nearly full, an unbuffered write may take a part only, without an error."""
-    rest = memoryview(data)
-    while rest:
-        rest = rest[target.write(rest) :]
+    identity = {"id": id} if isinstance(id, str) else {"id": None, "line": number}
+    return identity | {"error": error}

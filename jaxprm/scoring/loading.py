@@ -1,4 +1,4 @@
-"""From a directory or a checkpoint to a reward model ready to score, and from promises to the steps a user reads."""
+"""Loads a reward model for scoring, and turns promises into the step tables that users read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from jaxprm.hf.safetensors import open_tensors
 from jaxprm.hf.writer import DTYPES
 from jaxprm.model.config import TransformerConfig
 from jaxprm.model.prefix_bank import Shapes, TurnTokens
-from jaxprm.model.sharding import ONE_DEVICE, Layout
+from jaxprm.model.sharding import ONE_DEVICE, Layout, make_mesh
 from jaxprm.scoring.scorer import Scorer
 
 _Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -54,16 +54,17 @@ def load_reward_model(
 
 
 def load_encoder(model: Path, template: str | None = None) -> Encoder:
-    """A model's encoder, with a chat template that is not its own where one is chosen, as in Encoder.load.
+    """The encoder of a model. template: a chat template in place of the model's own, as in Encoder.load.
 
-    Raises UserError where it is not the one the model was trained with.
+    Raises UserError if it differs from the encoder that the model was trained with.
     """
     encoder = Encoder.load(files_of(model), template)
+    # Models from elsewhere have no recipe, and nothing to compare with.
     trained_with = read_recipe(model).get("fingerprints", {}).get("tokenizer", encoder.fingerprint)
     if trained_with != encoder.fingerprint:
         raise UserError(
-            f"model {model}: trained with tokenizer {trained_with[:12]}, beside it lies "
-            f"{encoder.fingerprint[:12]}; put tokenizer.json and the chat template it was trained with beside it"
+            f"model {model}: trained with tokenizer {trained_with[:12]}, but its directory has "
+            f"{encoder.fingerprint[:12]}; put the tokenizer.json and the chat template of the training run there"
         )
     return encoder
 
@@ -78,69 +79,77 @@ def load_scorer(
     mesh: config_lib.MeshConfig | None = None,
     shapes: Shapes = Shapes(),
 ) -> Scorer:
-    """The scorer of a model that `find_model` found, computing in `dtype`; template: as in `load_encoder`.
+    """The scorer of a model directory or checkpoint, as returned by `find_model`.
 
-    mesh: the devices of this process that share the work; None is the first of them. shapes: what is compiled for, or
-    wider where the model was trained on longer turns.
+    Args:
+      rows, max_tokens, dtype: as in Scorer.
+      template: as in `load_encoder`.
+      mesh: devices of this process that share the work; None is the first device alone.
+      shapes: lengths to compile for, widened if the model was trained on longer turns.
 
-    Raises UserError where model and tokenizer do not belong together.
+    Raises UserError for an unknown dtype, a mesh that does not fit, and a model whose tokenizer is not its own.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype = {dtype!r} is not supported; supported: {', '.join(DTYPES)}")
     encoder = load_encoder(model, template)
     layout = ONE_DEVICE
     if mesh is not None:
-        from jaxprm.model.sharding import make_mesh
-
         layout = Layout(make_mesh(mesh, jax.local_devices()))
     config, parameters = load_reward_model(model, mesh=layout.mesh)
     reader.check_vocabulary(model, config, encoder.vocabulary_size)
+    # Turns longer than the shapes would be encoded again with their whole conversation.
     if turns := read_turn_tokens(model):
         shapes = shapes.for_turns(**turns)
-    options = {"rows": rows, "max_tokens": max_tokens, "dtype": dtype, "shapes": shapes, "layout": layout}
-    return Scorer(config, parameters, encoder, **options)
+    return Scorer(
+        config, parameters, encoder, rows=rows, max_tokens=max_tokens, dtype=dtype, shapes=shapes, layout=layout
+    )
 
 
 def read_turn_tokens(model: Path) -> dict[str, TurnTokens]:
-    """{"action", "observation"} of what a model was trained on; {} where its recipe does not say."""
-    found = read_recipe(model).get("turn_tokens")
-    if found is None:
+    """{"action", "observation"}: lengths of the turns that a model was trained on; {} if its recipe has none.
+
+    Raises UserError if the recipe's `turn_tokens` are malformed.
+    """
+    value = read_recipe(model).get("turn_tokens")
+    if value is None:
         return {}
     try:
-        turns = msgspec.convert(found, dict[Literal["action", "observation"], dict[Literal["median", "most"], _Count]])
+        turns = msgspec.convert(value, dict[Literal["action", "observation"], dict[Literal["median", "most"], _Count]])
         return {name: TurnTokens(**turns[name]) for name in ("action", "observation")}
     except (msgspec.ValidationError, KeyError, TypeError):
         raise UserError(
             f"{files_of(model) / RECIPE}: turn_tokens must have median and most, whole numbers, of action and "
-            f"observation, found {str(found)[:200]}"
+            f"observation, got {str(value)[:200]}"
         ) from None
 
 
 def all_devices() -> config_lib.MeshConfig | None:
-    """The mesh of what computes much and was told no other: rows go to all devices of this process."""
+    """The default mesh of commands: rows are split over all devices of this process. None if there is only one."""
     return config_lib.MeshConfig() if jax.local_device_count() > 1 else None
 
 
 def defines_progress(recipe: dict[str, Any]) -> bool:
-    """Progress is the difference of two neighbouring promises only where nothing is discounted between them."""
+    """Whether a model's progress is the difference of neighbouring promises, which holds without discounting only."""
     return recipe.get("targets", {}).get("discount", 1.0) == 1.0
 
 
-def step_table(messages: Sequence[int], promises: np.ndarray, *, progress: bool) -> dict[str, Any]:
-    """{"steps": [{"message", "promise", "progress"}], "score"} from message indices and promises, [S] each.
+def step_table(messages: Sequence[int] | np.ndarray, promises: np.ndarray, *, progress: bool) -> dict[str, Any]:
+    """{"steps": [{"message", "promise", "progress"}], "score"} from message indices [S] and promises [S].
 
-    Progress is null for the first step, and for all where it is not defined; the score is the last promise.
+    The score is the last promise. Progress is null for the first step, and for all steps without `progress`.
+
+    Raises UserError for promises that are not finite.
     """
     if not np.isfinite(promises).all():
         raise UserError("the model's scores are not finite; its weights are broken")
-    gains = [None, *(plain(gain) for gain in np.diff(promises))] if progress else [None] * len(promises)
+    gains = [None, *(shortest_float(gain) for gain in np.diff(promises))] if progress else [None] * len(promises)
     steps = [
-        {"message": int(message), "promise": plain(promise), "progress": gain}
+        {"message": int(message), "promise": shortest_float(promise), "progress": gain}
         for message, promise, gain in zip(messages, promises, gains, strict=True)
     ]
     return {"steps": steps, "score": steps[-1]["promise"]}
 
 
-def plain(value: np.float32) -> float:
-    """The shortest number that is this float32, not the sixteen digits of its double."""
+def shortest_float(value: np.floating) -> float:
+    """The shortest decimal that is this float32, in place of the sixteen digits of its double."""
     return float(str(np.float32(value)))

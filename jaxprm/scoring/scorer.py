@@ -1,4 +1,7 @@
-"""Promise of every step of conversations: finished ones in one pass, candidates after what is known of their state."""
+"""Promise of every step of conversations, and of candidate actions after cached states.
+
+Shapes: S steps of a conversation, N candidates of a state, T tokens of a conversation.
+"""
 
 from __future__ import annotations
 
@@ -12,47 +15,58 @@ import jax.numpy as jnp
 import numpy as np
 
 from data_pipeline.encode import Encoded, Encoder
+from jaxprm.model.config import TransformerConfig
 from jaxprm.model.prefix_bank import Shapes, bucket
 from jaxprm.model.sharding import ONE_DEVICE, Layout
 from jaxprm.policies.protocol import prefix_hash
 from jaxprm.scoring.engine import CACHE_BYTES, LENGTH_BUCKETS, Engine
 
-# Rows of what follows a shared prompt; a conversation goes into the narrowest that holds it.
+# Row widths for what follows a shared prompt; a conversation goes into the narrowest that holds it.
 FINISHED_WIDTHS = (128, 256, 512, 1024)
-# Scores of candidates, of which the ones used last are remembered; a few hundred bytes each.
+# Scores of candidates in memory, a few hundred bytes each; the least recently used are dropped.
 MAX_CACHED = 1 << 16
 
-# Names of a state and of a candidate.
+# Hashes of a state and of a candidate.
 Key = tuple[str, str]
 
 
-class PreparedConversation(NamedTuple):
-    """Candidates of one state, by key in order: those `known`, those to score `after` their prefix, and `whole`."""
+class PreparedCandidates(NamedTuple):
+    """Encoded candidates of one state. `keys` has one entry a candidate, in order; the others have distinct keys.
+
+    Args:
+      scores: of candidates whose score was in memory.
+      continuations: (prefix [P], continuation [N]) of candidates to score after the cached prefix.
+      conversations: those that have to be encoded in full, since they do not continue their prompt token by token.
+    """
 
     keys: list[Key]
-    known: dict[Key, float]
-    after: dict[Key, tuple[np.ndarray, np.ndarray]]
-    whole: dict[Key, Encoded]
+    scores: dict[Key, float]
+    continuations: dict[Key, tuple[np.ndarray, np.ndarray]]
+    conversations: dict[Key, Encoded]
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest conversation that is to be scored."""
-        lengths = [len(prefix) + len(rest) for prefix, rest in self.after.values()]
-        return max([*lengths, *(len(one.tokens) for one in self.whole.values())], default=0)
+        """Tokens of the longest conversation that has to be computed; 0 if there is none."""
+        lengths = [len(prefix) + len(continuation) for prefix, continuation in self.continuations.values()]
+        return max([*lengths, *(len(encoded.tokens) for encoded in self.conversations.values())], default=0)
 
 
 class Scorer:
-    """A reward model ready to score.
+    """A reward model that scores conversations and candidate actions. Not thread-safe.
 
-    rows: candidates' rows computed at once; max_tokens: the longest conversation for `score_actions`; dtype:
-    "float32" or "bfloat16", of the arithmetic, whatever the parameters are kept in; cache_bytes: memory for
-    conversations that may go on; shapes: lengths to compile for; layout: on the mesh where the parameters lie.
-    `usage` counts tokens, see Engine; the last REMEMBERED scores of candidates are remembered.
+    Args:
+      parameters: of the reward model, transformer and head.
+      rows: rows of candidates computed at once.
+      max_tokens: longest conversation that `score_actions` caches; longer ones are encoded in full every time.
+      dtype: of the arithmetic, "float32" or "bfloat16", whatever the parameters are stored in.
+      cache_bytes: bound on the memory of cached keys and values.
+      shapes: lengths to compile for.
+      layout: of the mesh that holds the parameters.
     """
 
     def __init__(
         self,
-        config,
+        config: TransformerConfig,
         parameters: Any,
         encoder: Encoder,
         *,
@@ -74,22 +88,33 @@ class Scorer:
             dtype=jnp.dtype(dtype),
             layout=layout,
         )
-        self._memory: dict[Key, float] = {}
+        self._cache: dict[Key, float] = {}
 
     @property
     def usage(self) -> dict[str, int]:
-        """Tokens so far, padding not counted, and more: see Engine.usage."""
-        return self.engine.usage
+        """Tokens so far: `encoded`, `reused` from the cache, encoded `again`, and `slots` with padding.
+
+        See docs/search.md; the engine calls them by longer names, see engine.TokenCounts.
+        """
+        counts = self.engine.usage
+        return {
+            "encoded": counts.encoded_tokens,
+            "reused": counts.cached_tokens,
+            "again": counts.recomputed_tokens,
+            "slots": counts.padded_tokens,
+        }
 
     def forget(self) -> None:
-        """Forgets scores and conversations: what is asked next costs, and rounds, as if it were the first."""
-        self._memory.clear()
+        """Empties all caches: the next call costs and rounds as the first one did."""
+        self._cache.clear()
         self.engine.forget()
 
     def score(
         self, trajectories: Sequence[Sequence], *, tools: Sequence | None = None, rows: Sequence[str] | None = None
     ) -> list[np.ndarray]:
-        """Promise of every step of finished conversations: a list of float32 [S].
+        """Promise of every step of finished conversations: float32 [S] each.
+
+        tools: of each conversation; rows: its name in error messages.
 
         Raises DataError for a conversation that cannot be encoded, UserError for one longer than the largest bucket.
         """
@@ -101,31 +126,32 @@ class Scorer:
         ]
         return self.score_encoded(encoded, names)
 
-    def score_encoded(self, encoded: Sequence, names: Sequence[str]) -> list[np.ndarray]:
-        """As `score`, for conversations that are encoded already.
+    def score_encoded(self, encoded: Sequence[Encoded], names: Sequence[str]) -> list[np.ndarray]:
+        """As `score`, for encoded conversations.
 
-        A prompt that several share is encoded once, where their rows are narrower without it.
+        A prompt that several conversations share is encoded once, if their rows are narrower without it.
         """
-        prompts = [one.tokens[: one.state_positions[0] + 1] for one in encoded]
+        prompts = [conversation.tokens[: conversation.state_positions[0] + 1] for conversation in encoded]
         sharing = Counter(prompt.tobytes() for prompt in prompts)
+        # Indices of the conversations by the width of their rows; None: in full, prompt included.
         of_width: dict[int | None, list[int]] = {}
-        for index, (one, prompt) in enumerate(zip(encoded, prompts, strict=True)):
-            rest = len(one.tokens) - len(prompt)
-            width = bucket(rest, FINISHED_WIDTHS)
-            narrower = rest <= width < bucket(len(one.tokens), LENGTH_BUCKETS)
-            shares = narrower and sharing[prompt.tobytes()] > 1 and len(prompt) <= self.max_tokens
+        for index, (conversation, prompt) in enumerate(zip(encoded, prompts, strict=True)):
+            length = len(conversation.tokens) - len(prompt)
+            width = bucket(length, FINISHED_WIDTHS)
+            is_narrower = length <= width < bucket(len(conversation.tokens), LENGTH_BUCKETS)
+            shares = is_narrower and sharing[prompt.tobytes()] > 1 and len(prompt) <= self.max_tokens
             of_width.setdefault(width if shares else None, []).append(index)
         promises: list[np.ndarray] = [np.empty(0, np.float32)] * len(encoded)
         for width, indices in of_width.items():
             starts = [len(prompts[index]) if width else 0 for index in indices]
-            rests = [encoded[index].tokens[start:] for index, start in zip(indices, starts, strict=True)]
+            sequences = [encoded[index].tokens[start:] for index, start in zip(indices, starts, strict=True)]
             if width:
-                jobs = [(prompts[index], rest) for index, rest in zip(indices, rests, strict=True)]
+                jobs = [(prompts[index], tokens) for index, tokens in zip(indices, sequences, strict=True)]
                 values = self.engine.score_continuations(jobs, width=width)
             else:
-                values = self.engine.score_full(rests, [names[index] for index in indices])
-            for index, start, found in zip(indices, starts, values, strict=True):
-                promises[index] = found[encoded[index].read_positions - start]
+                values = self.engine.score_full(sequences, [names[index] for index in indices])
+            for index, start, of_tokens in zip(indices, starts, values, strict=True):
+                promises[index] = of_tokens[encoded[index].read_positions - start]
         return promises
 
     def score_actions(
@@ -135,61 +161,68 @@ class Scorer:
         *,
         tools: Sequence[list[dict] | None] | None = None,
     ) -> list[np.ndarray]:
-        """Promise of candidate actions: for each conversation a float32 [N], the value if that were the next turn.
+        """Promise of candidate actions: float32 [N] for each state, the value after that action.
 
-        A candidate is the text of an assistant message, or the message itself. tools: those of each conversation.
+        A candidate is the text of an assistant message, or the message itself. tools: of each state.
+
+        Raises DataError for a conversation that cannot be encoded, UserError for one longer than the largest bucket.
         """
         tools = tools or [None] * len(states)
-        return self.score_prepared([self.prepare(*one) for one in zip(states, candidates, tools, strict=True)])
+        return self.score_prepared([self.prepare(*job) for job in zip(states, candidates, tools, strict=True)])
 
     def prepare(
         self, state: Sequence[dict], candidates: Sequence[str | dict], tools: list[dict] | None = None
-    ) -> PreparedConversation:
-        """A state's candidates encoded, but for those whose scores are remembered: nothing is computed yet.
+    ) -> PreparedCandidates:
+        """Encodes candidates of a state, except those whose scores are in memory. Computes nothing on the device.
 
-        Raises DataError for what cannot be encoded.
+        Raises DataError for a conversation that cannot be encoded.
         """
-        name = _state_name(state, tools)
+        state_key = _state_hash(state, tools)
         actions = [_as_message(candidate) for candidate in candidates]
-        made = PreparedConversation([(name, prefix_hash([action])) for action in actions], {}, {}, {})
+        prepared = PreparedCandidates([(state_key, prefix_hash([action])) for action in actions], {}, {}, {})
         prefix = None
-        for key, action in zip(made.keys, actions, strict=True):
-            if key in self._memory:
-                made.known[key] = self._memory[key] = self._memory.pop(key)  # used last
-            elif key not in made.after and key not in made.whole:
+        for key, action in zip(prepared.keys, actions, strict=True):
+            if key in self._cache:
+                # Inserted again at the end: the order of the dictionary is that of last use.
+                prepared.scores[key] = self._cache[key] = self._cache.pop(key)
+            elif key not in prepared.continuations and key not in prepared.conversations:
                 if prefix is None:
                     prefix = np.asarray(self.encoder.prompt(state, tools=tools), np.int32)
-                one = self.encoder.trajectory([*state, action], row="candidate", tools=tools)
-                self._sort_out(key, one, prefix, made)
-        return made
+                encoded = self.encoder.trajectory([*state, action], row="candidate", tools=tools)
+                continuation = encoded.tokens[len(prefix) :]
+                # A template may write the prompt of a turn otherwise than the start of the finished turn.
+                continues = np.array_equal(encoded.tokens[: len(prefix)], prefix)
+                if continues and self.engine.fits(prefix, continuation):
+                    prepared.continuations[key] = (prefix, continuation)
+                else:
+                    prepared.conversations[key] = encoded
+        return prepared
 
-    def score_prepared(self, prepared: Sequence[PreparedConversation]) -> list[np.ndarray]:
-        """Promise of the candidates of each, a float32 [N], all computed at once; what several ask for, only once."""
-        known = {key: value for one in prepared for key, value in one.known.items()}
-        whole = {key: one for some in prepared for key, one in some.whole.items()}
-        after = {key: job for some in prepared for key, job in some.after.items()}
-        found = dict(zip(whole, self.score_encoded([*whole.values()], ["candidate"] * len(whole)), strict=True))
-        found |= zip(after, self.engine.score_continuations([*after.values()]), strict=True)
-        new = {key: float(values[-1]) for key, values in found.items()}
-        self._memory |= new
-        while len(self._memory) > MAX_CACHED:
-            del self._memory[next(iter(self._memory))]
-        return [np.asarray([(new if key in new else known)[key] for key in one.keys], np.float32) for one in prepared]
+    def score_prepared(self, prepared: Sequence[PreparedCandidates]) -> list[np.ndarray]:
+        """Promise of the candidates of each state, float32 [N]: all computed at once, equal ones once.
 
-    def _sort_out(self, key: Key, one: Encoded, prefix: np.ndarray, made: PreparedConversation) -> None:
-        """A candidate that continues its prompt token by token goes after the cache; any other is scored whole."""
-        rest = one.tokens[len(prefix) :]
-        if np.array_equal(one.tokens[: len(prefix)], prefix) and self.engine.fits(prefix, rest):
-            made.after[key] = (prefix, rest)
-        else:
-            made.whole[key] = one
+        Raises UserError for a conversation longer than the largest bucket.
+        """
+        cached = {key: value for state in prepared for key, value in state.scores.items()}
+        conversations = {key: encoded for state in prepared for key, encoded in state.conversations.items()}
+        continuations = {key: job for state in prepared for key, job in state.continuations.items()}
+        names = ["candidate"] * len(conversations)
+        values = dict(zip(conversations, self.score_encoded([*conversations.values()], names), strict=True))
+        values |= zip(continuations, self.engine.score_continuations([*continuations.values()]), strict=True)
+        # The last value is the promise after the action.
+        computed = {key: float(of_tokens[-1]) for key, of_tokens in values.items()}
+        self._cache |= computed
+        while len(self._cache) > MAX_CACHED:
+            del self._cache[next(iter(self._cache))]
+        scores = cached | computed
+        return [np.asarray([scores[key] for key in state.keys], np.float32) for state in prepared]
 
 
 def _as_message(candidate: str | dict) -> dict:
     return {"role": "assistant", "content": candidate} if isinstance(candidate, str) else candidate
 
 
-def _state_name(messages: Sequence[dict], tools: list[dict] | None) -> str:
-    """Of one length however long the tools are: many names are remembered."""
+def _state_hash(messages: Sequence[dict], tools: list[dict] | None) -> str:
+    # Tools are hashed too: descriptions of tools are long, and many keys are kept.
     of_tools = hashlib.sha256(json.dumps(tools, sort_keys=True).encode()).hexdigest()[:32] if tools else ""
     return prefix_hash(messages) + of_tools

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -135,38 +136,35 @@ def guided_search(
     Finished tasks are kept in `output`.partial, from which an interrupted search resumes. Raises UserError if the
     search needs branches and the environment cannot fork.
     """
-    if output.exists():
+    resumable = files.ResumableLines(output)
+    if resumable.is_finished():
         return output
-    partial = output.with_name(output.name + ".partial")
-    done = {line["task"] for line in files.whole_lines(partial)}
-    missing = [task for task in tasks if task not in done]
-    with_tree = set(tasks[:: max(1, len(tasks) // settings.trees)][: settings.trees]) if settings.trees else set()
-    limits = SearchLimits(settings.stop_at, settings.budget, prices)
-    runner = BranchRunner(make_environment)
-    try:
+    with closing(BranchRunner(make_environment)) as runner:
         if spec.forks:
             check_can_fork(runner.environment, spec.at)
-        about_trees = {task: about | runner.describe(task) for task in missing if task in with_tree}
-        with bar(label, len(tasks), initial=len(done), unit="task") as progress, files.appending(partial) as append:
-            before = list(files.whole_lines(partial))
+        with resumable:
+            before = resumable.read()
+            done = {line["task"] for line in before}
+            missing = [task for task in tasks if task not in done]
+            spread = tasks[:: max(1, len(tasks) // settings.trees)][: settings.trees] if settings.trees else ()
+            about_trees = {task: about | runner.describe(task) for task in missing if task in set(spread)}
+            limits = SearchLimits(settings.stop_at, settings.budget, prices)
             successes = [line["outcome"] for line in before]
             tokens = sum(line["policy_tokens"] + line["reward_tokens"] for line in before)
             together = min(TASKS_AT_ONCE, max(1, PATHS_AT_ONCE // spec.cached_paths))
-            for start in range(0, len(missing), together):
-                chunk = missing[start : start + together]
-                encoded = scorer.usage["encoded"]
-                trees = spec.method.run(SearchRequest(chunk, runner, policy, scorer, spec, settings, limits))
-                lines = [_line(tree, policy, runner, about_trees.get(tree.task)) for tree in trees]
-                append(_with_encoded(lines, scorer.usage["encoded"] - encoded))
-                successes += [tree.best.branch.outcome or 0.0 for tree in trees]
-                tokens += sum(line["policy_tokens"] + line["reward_tokens"] for line in lines)
-                progress.set_postfix(success=_success_rate(successes), tokens=f"{tokens:,}", refresh=False)
-                progress.update(len(chunk))
-    finally:
-        runner.close()
-    ordered = {line["task"]: line for line in files.whole_lines(partial)}
-    files.write_atomic(output, "".join(files.line(ordered[task]) for task in tasks))
-    partial.unlink()
+            with bar(label, len(tasks), initial=len(done), unit="task") as progress:
+                for start in range(0, len(missing), together):
+                    chunk = missing[start : start + together]
+                    encoded = scorer.usage["encoded"]
+                    trees = spec.method.run(SearchRequest(chunk, runner, policy, scorer, spec, settings, limits))
+                    lines = [_line(tree, policy, runner, about_trees.get(tree.task)) for tree in trees]
+                    resumable.append(_with_encoded(lines, scorer.usage["encoded"] - encoded))
+                    successes += [tree.best.branch.outcome or 0.0 for tree in trees]
+                    tokens += sum(line["policy_tokens"] + line["reward_tokens"] for line in lines)
+                    progress.set_postfix(success=_success_rate(successes), tokens=f"{tokens:,}", refresh=False)
+                    progress.update(len(chunk))
+            ordered = {line["task"]: line for line in resumable.read()}
+            resumable.finish(ordered[task] for task in tasks)
     return output
 
 

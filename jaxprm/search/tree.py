@@ -69,7 +69,7 @@ class Node:
 
     @property
     def progress(self) -> float | None:
-        """A_t = Q_t - Q_{t-1} for t >= 2, and None at the first step (docs/method.md, section 2)."""
+        """A_t = Q_t - Q_{t-1} (docs/method.md, section 2), or None at the first step."""
         if self.promise is None or self.parent is None or self.parent.promise is None:
             return None
         return self.promise - self.parent.promise

@@ -1,4 +1,4 @@
-"""The HTTP endpoints and their metrics: requests go to the batcher, invalid ones get one line of JSON."""
+"""The HTTP endpoints and their metrics: valid requests go to the batcher, others get one line of JSON."""
 
 from __future__ import annotations
 
@@ -24,58 +24,61 @@ from starlette.routing import Route
 
 from jaxprm.serving import requests
 from jaxprm.serving.batcher import Batcher
-from jaxprm.serving.requests import Intake, RequestLimits, RequestRefused, decoded
+from jaxprm.serving.requests import INTERNAL_ERROR, Intake, RequestLimits, RequestRefused
 
+# Buckets of the histograms.
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _REQUESTS = (1, 2, 4, 8, 16, 32)
 
 
 class ServerMetrics:
-    """Counts of one server; `jaxprm_tokens_total` has the kinds of Engine.usage."""
+    """Metrics of one server, see docs/serve.md. The kinds of `jaxprm_tokens_total` are the keys of Scorer.usage."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
-        known = {"registry": self._registry}
-        self._answers = Counter("jaxprm_requests", "Requests by status", ["endpoint", "status"], **known)
+        # A registry of its own: the default one is global, and two servers in a process would share it.
+        registry = {"registry": self._registry}
+        self._answers = Counter("jaxprm_requests", "Requests by status", ["endpoint", "status"], **registry)
         self._seconds = Histogram(
             "jaxprm_request_seconds",
             "From the end of a request's headers to its answer, of those with status 200",
             ["endpoint"],
             buckets=_SECONDS,
-            **known,
+            **registry,
         )
-        self._batches = Histogram("jaxprm_batch_requests", "Requests computed together", buckets=_REQUESTS, **known)
-        self._busy = Counter("jaxprm_model_seconds", "Time spent encoding and computing", **known)
-        self._unanswered = Gauge("jaxprm_unanswered_requests", "Requests accepted and not answered yet", **known)
-        self._ready = Gauge("jaxprm_ready", "1 when the model is warmed up and takes requests", **known)
+        self._batches = Histogram("jaxprm_batch_requests", "Requests computed together", buckets=_REQUESTS, **registry)
+        self._busy = Counter("jaxprm_model_seconds", "Time spent encoding and computing", **registry)
+        self._unanswered = Gauge("jaxprm_unanswered_requests", "Requests accepted and not answered yet", **registry)
+        self._ready = Gauge("jaxprm_ready", "1 when the model is warmed up and takes requests", **registry)
         self._usage: dict[str, int] = {}
         self._registry.register(self)
 
     def watch(self, *, unanswered: Callable[[], int], ready: Callable[[], bool]) -> None:
-        """Where the numbers come from that are looked up when they are asked for."""
+        """Sets the functions that give the two gauges their values."""
         self._unanswered.set_function(unanswered)
         self._ready.set_function(ready)
 
-    def answered(self, endpoint: str, status: int, seconds: float) -> None:
+    def count_answer(self, endpoint: str, status: int, seconds: float) -> None:
         self._answers.labels(endpoint, str(status)).inc()
         if status == 200:
             self._seconds.labels(endpoint).observe(seconds)
 
-    def computed(self, requests: int, seconds: float, usage: dict[str, int]) -> None:
-        """A batch; usage: tokens so far. Called by the thread that computes."""
+    def count_batch(self, requests: int, seconds: float, usage: dict[str, int]) -> None:
+        """Counts a batch. usage: tokens so far. Called by the thread that computes."""
         self._batches.observe(requests)
         self._busy.inc(seconds)
         self._usage = usage
 
     def collect(self) -> Iterator[CounterMetricFamily]:
-        """Tokens, which the engine counts."""
+        """The counters of tokens, for the registry: the scorer counts them, so there is nothing to increment."""
         family = CounterMetricFamily("jaxprm_tokens", "Tokens of the model so far", labels=["kind"])
         for kind, count in self._usage.items():
             family.add_metric([kind], count)
         yield family
 
     def text(self) -> bytes:
+        """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
 
@@ -84,7 +87,7 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 @dataclasses.dataclass(frozen=True)
 class Service:
-    """What the endpoints need. name: the model's, as clients see it; token: who has it may ask, None for anybody."""
+    """What the endpoints need. name: of the model, for clients; token: required of clients, None if it is not."""
 
     batcher: Batcher
     metrics: ServerMetrics
@@ -96,7 +99,7 @@ class Service:
 def make_app(
     service: Service, lifespan: Callable[[Starlette], AbstractAsyncContextManager[None]] | None = None
 ) -> Starlette:
-    """The ASGI application of a service whose batcher somebody starts and closes."""
+    """The ASGI application of a service. The caller starts and closes the batcher."""
     endpoints = _Endpoints(service)
     routes = [
         Route("/health", endpoints.health, methods=["GET"]),
@@ -111,6 +114,7 @@ def make_app(
         ),
     ]
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _no_such_endpoint})
+    # A wrong path gets the JSON of every refusal, not a redirect.
     app.router.redirect_slashes = False
     return app
 
@@ -122,7 +126,7 @@ class _Endpoints:
         self._started = int(time.time())
 
     async def health(self, request: Request) -> Response:
-        """200 when requests are taken, 503 before and after; open to probes, which have no token."""
+        """200 while requests are accepted, 503 before and after. Needs no token, so that probes can use it."""
         state = self._service.batcher.state
         return _json({"status": state}, 200 if state == "ready" else 503)
 
@@ -130,45 +134,45 @@ class _Endpoints:
         return Response(self._service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def models(self, request: Request) -> Response:
-        """The one model, for clients that ask for its name first."""
-        one = {"id": self._service.name, "object": "model", "created": self._started, "owned_by": "jaxprm"}
-        return _json({"object": "list", "data": [one]})
+        """The model's name, in OpenAI's form: many clients look it up first."""
+        model = {"id": self._service.name, "object": "model", "created": self._started, "owned_by": "jaxprm"}
+        return _json({"object": "list", "data": [model]})
 
     async def score_actions(self, request: Request) -> Response:
         limits = self._service.limits
-        _, found = await self._asked(request, lambda value: requests.score_actions(value, limits))
-        return _json(requests.scores(found, self._service.name))
+        _, scores = await self._answer(request, lambda value: requests.parse_score_actions(value, limits))
+        return _json(requests.score_actions_response(scores, self._service.name))
 
     async def classify(self, request: Request) -> Response:
         limits, began = self._service.limits, time.perf_counter()
-        asked, found = await self._asked(request, lambda value: requests.classify(value, limits))
-        return _json(requests.classes(asked, found, self._service.name, time.perf_counter() - began))
+        parsed, values = await self._answer(request, lambda value: requests.parse_classify(value, limits))
+        return _json(requests.classify_response(parsed, values, self._service.name, time.perf_counter() - began))
 
-    async def _asked(self, request: Request, parse: Callable[[Any], Any]) -> tuple[Any, Any]:
-        """A request and its answer."""
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        # Also keeps web pages out: a browser does not send this to another site unasked.
-        if kind != "application/json":
+    async def _answer(self, request: Request, parse: Callable[[Any], Any]) -> tuple[Any, Any]:
+        """(parsed request, answer of the model)."""
+        media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        # Also keeps web pages out: browsers send this type to another site only after asking it (CORS preflight).
+        if media_type != "application/json":
             raise RequestRefused(415, "send JSON, with the header Content-Type: application/json")
         with self._intake.holding() as body:
             await self._intake.read(request, body)
-            asked = parse(decoded(body, self._service.limits.depth))
-            return asked, await self._while_connected(request, self._service.batcher(asked))
+            parsed = parse(requests.parse_json(body, self._service.limits.depth))
+            return parsed, await self._while_connected(request, self._service.batcher(parsed))
 
     async def _while_connected(self, request: Request, answer: Awaitable[Any]) -> Any:
-        """Nobody computes for a client that has gone."""
-        working, gone = asyncio.ensure_future(answer), asyncio.ensure_future(_disconnected(request))
+        """The answer, cancelled if the client disconnects first."""
+        computing, disconnected = asyncio.ensure_future(answer), asyncio.ensure_future(_disconnect(request))
         try:
-            await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not working.done():
+            await asyncio.wait({computing, disconnected}, return_when=asyncio.FIRST_COMPLETED)
+            if not computing.done():
                 raise RequestRefused(400, "the connection was closed before the answer was there")
-            return working.result()
+            return computing.result()
         finally:
-            for task in (working, gone):
+            for task in (computing, disconnected):
                 task.cancel()
 
     def guarded(self, path: str, endpoint: Handler) -> Handler:
-        """For those with the token; counted; and no failure goes further than the request it belongs to."""
+        """An endpoint that checks the token, counts requests, and turns every exception into an error response."""
 
         async def answer(request: Request) -> Response:
             began = time.perf_counter()
@@ -179,8 +183,8 @@ class _Endpoints:
                 response = error_response(refused)
             except Exception:
                 logging.getLogger(__name__).exception("a request to %s failed", path)
-                response = error_response(RequestRefused(500, "internal error; the server's log has more"))
-            self._service.metrics.answered(path, response.status_code, time.perf_counter() - began)
+                response = error_response(RequestRefused(500, INTERNAL_ERROR))
+            self._service.metrics.count_answer(path, response.status_code, time.perf_counter() - began)
             return response
 
         return answer
@@ -188,15 +192,15 @@ class _Endpoints:
     def _check_token(self, request: Request) -> None:
         if self._service.token is None:
             return
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        # Digests are of one length, so the time to compare them tells nothing.
-        same = hmac.compare_digest(_digest(given.strip()), _digest(self._service.token))
-        if scheme.lower() != "bearer" or not same:
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        # In constant time, and of digests, whose length is constant too: timing reveals nothing of the token.
+        matches = hmac.compare_digest(_digest(token.strip()), _digest(self._service.token))
+        if scheme.lower() != "bearer" or not matches:
             message = "send the server's token, with the header Authorization: Bearer ..."
             raise RequestRefused(401, message, WWW_Authenticate="Bearer")
 
 
-async def _disconnected(request: Request) -> None:
+async def _disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
@@ -211,8 +215,8 @@ def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) 
 
 def error_response(refused: RequestRefused) -> Response:
     """{"error": {"message", "type", "code"}}, as OpenAI, vLLM and SGLang have it."""
-    about = {"message": refused.message, "type": refused.status.phrase, "code": refused.status.value}
-    return _json({"error": about}, refused.status, refused.headers)
+    error = {"message": refused.message, "type": refused.status.phrase, "code": refused.status.value}
+    return _json({"error": error}, refused.status, refused.headers)
 
 
 async def _no_such_endpoint(request: Request, error: HTTPException) -> Response:

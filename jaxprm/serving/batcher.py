@@ -20,123 +20,25 @@ from jaxprm.errors import UserError
 from jaxprm.model.prefix_bank import Shapes
 from jaxprm.scoring import loading
 from jaxprm.scoring.scorer import Scorer
-from jaxprm.serving.requests import Classify, RequestLimits, RequestRefused, ScoreActions, Values
+from jaxprm.serving.requests import INTERNAL_ERROR, Classify, RequestLimits, RequestRefused, ScoreActions, Values
 
-# Few, as every shape is compiled before the first answer: a third of those that a search has, for more padding.
+# A third as many as a search has: all are compiled before the first answer, at the price of more padding.
 SHAPES = Shapes(growth=(256,), packed=(256, 1024), kept=256, lengths=(0, 512, 2048, 8192))
+# Weight of the latest batch in the moving average of seconds per request.
+_AVERAGE_WEIGHT = 0.2
 
-Asked = ScoreActions | Classify
+ScoringRequest = ScoreActions | Classify
 Answer = list[ActionScore] | Values | RequestRefused
 
 
-class _Encoded(NamedTuple):
-    """A request ready to be computed: candidates of a conversation, or whole ones as tokens int32 [T] each."""
-
-    question: Question | None
-    sequences: list[np.ndarray]
-
-
-class Answers:
-    """A model that answers requests. To be used by one thread."""
-
-    def __init__(self, scorer: Scorer, model: Model, limits: RequestLimits):
-        self._scorer, self._model, self._limits = scorer, model, limits
-
-    @property
-    def usage(self) -> dict[str, int]:
-        """Tokens so far, see Engine.usage."""
-        return self._scorer.usage
-
-    def warm_up(self, each: Callable[[], None]) -> None:
-        """Compiles what requests need; `each` is called before every program, and what it raises ends the warm-up."""
-        self._scorer.engine.warm_up(self._limits.tokens, each)
-        self._scorer.engine.warm_up_whole(self._limits.tokens, each)
-
-    def __call__(self, asked: Sequence[Asked]) -> list[Answer]:
-        """An answer for each request, in order: scores, values, or why there are none."""
-        answers: list[Answer | _Encoded] = [self._encoded(one) for one in asked]
-        ready = [index for index, one in enumerate(answers) if isinstance(one, _Encoded)]
-        try:
-            found = self._computed([answers[index] for index in ready])
-        except Exception:
-            # One of them, or the machine: those that can be answered are, each by itself and from an empty cache.
-            logging.getLogger(__name__).exception("a batch of %d requests failed; one at a time now", len(ready))
-            found = [self._alone(answers[index]) for index in ready]
-        for index, one in zip(ready, found, strict=True):
-            answers[index] = _finite(one)
-        return answers
-
-    def _encoded(self, asked: Asked) -> _Encoded | RequestRefused:
-        try:
-            one = self._prepared(asked)
-        except (UserError, DataError) as error:
-            return RequestRefused(400, str(error))
-        except Exception:
-            logging.getLogger(__name__).exception("a request could not be encoded")
-            return RequestRefused(500, "internal error; the server's log has more")
-        lengths = [len(tokens) for tokens in one.sequences] + ([one.question.longest] if one.question else [])
-        if max(lengths) > self._limits.tokens:
-            return RequestRefused(
-                400, f"a conversation of {max(lengths)} tokens, more than {self._limits.tokens} (--max-tokens)"
-            )
-        return one
-
-    def _prepared(self, asked: Asked) -> _Encoded:
-        if isinstance(asked, ScoreActions):
-            return _Encoded(self._model.question(asked.messages, asked.candidates, asked.tools), [])
-        encoder = self._scorer.encoder
-        if asked.messages is not None:
-            encoded = encoder.trajectory(asked.messages, row="messages", tools=asked.tools)
-            return _Encoded(None, [encoded.tokens[: encoded.read_positions[-1] + 1]])
-        ids = [encoder.rendered(one) if isinstance(one, str) else one for one in asked.inputs]
-        vocabulary = self._scorer.config.vocab_size
-        for index, one in enumerate(ids):
-            if not one or min(one) < 0 or max(one) >= vocabulary:
-                raise UserError(f"number {index}: must have tokens, of 0 to {vocabulary - 1}")
-        return _Encoded(None, [np.asarray(one, np.int32) for one in ids])
-
-    def _computed(self, requests: Sequence[_Encoded]) -> list[Answer]:
-        sequences = [tokens for one in requests for tokens in one.sequences]
-        values = iter(self._scorer.engine.score_full(sequences, ["input"] * len(sequences), few=True))
-        scores = iter(self._model.answer([one.question for one in requests if one.question]))
-        return [
-            next(scores)
-            if one.question
-            else Values([loading.plain(next(values)[-1]) for _ in one.sequences], [len(each) for each in one.sequences])
-            for one in requests
-        ]
-
-    def _alone(self, one: _Encoded) -> Answer:
-        self._scorer.forget()
-        try:
-            return self._computed([one])[0]
-        except Exception:
-            logging.getLogger(__name__).exception("a request failed")
-            return RequestRefused(500, "internal error; the server's log has more")
-
-
-def _finite(answer: Answer) -> Answer:
-    if isinstance(answer, RequestRefused):
-        return answer
-    numbers = answer.values if isinstance(answer, Values) else [one.promise for one in answer]
-    if np.isfinite(numbers).all():
-        return answer
-    return RequestRefused(500, "the model's scores are not finite; its weights are broken")
-
-
-# Weight of the last batch in the time that a request is expected to take.
-_RECENT = 0.2
-
-
-class _Stopped(Exception):
-    """Raised out of a warm-up that nobody waits for any more."""
-
-
 class Batcher:
-    """Gives what several connections ask to `answer` together, from a thread of its own.
+    """Collects the requests of all connections and gives them to `answer` in batches, from its own thread.
 
-    answer: requests to an answer each, in order, of which one may be a Refused; warm_up: called first, with a function
-    to call now and then, whose failure is kept as `error`; done: told of the requests of each batch and its seconds.
+    Args:
+      answer: maps requests to answers, in order; a RequestRefused is an answer too.
+      warm_up: called first, with a function that it must call regularly: it raises when the batcher is closed. An
+        exception of the warm-up is kept as `error`.
+      on_batch: called after each batch with its number of requests and its seconds.
     """
 
     def __init__(
@@ -145,14 +47,14 @@ class Batcher:
         warm_up: Callable[[Callable[[], None]], None],
         limits: RequestLimits,
         *,
-        done: Callable[[int, float], None] = lambda count, seconds: None,
+        on_batch: Callable[[int, float], None] = lambda count, seconds: None,
     ):
-        self._answer, self._warm_up, self._limits, self._done = answer, warm_up, limits, done
+        self._answer, self._warm_up, self._limits, self._on_batch = answer, warm_up, limits, on_batch
         self._waiting: deque[tuple[Any, asyncio.Future]] = deque()
         self._computing = 0
         self._changed = threading.Condition()
         self._closed = False
-        self._seconds = 0.0
+        self._seconds_a_request = 0.0
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         self.state = "warming up"
         self.error: Exception | None = None
@@ -161,7 +63,7 @@ class Batcher:
         self._thread.start()
 
     def close(self) -> None:
-        """Answers what has been accepted, and ends the thread. A warm-up ends at its next program."""
+        """Answers the accepted requests and ends the thread. A warm-up is aborted before its next program."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -173,10 +75,10 @@ class Batcher:
         """Requests that were accepted and have no answer yet."""
         return len(self._waiting) + self._computing
 
-    async def __call__(self, asked: Any) -> Any:
-        """The answer to a request. Cancelled, it is not computed if it has not been begun.
+    async def __call__(self, request: Any) -> Any:
+        """The answer to a request. If it is cancelled before its batch starts, it is not computed.
 
-        Raises Refused where the model is not ready, where too many are waiting, and where that is the answer.
+        Raises RequestRefused if the model is not ready, if too many requests are waiting, or if that is the answer.
         """
         future = asyncio.get_running_loop().create_future()
         with self._changed:
@@ -186,7 +88,7 @@ class Batcher:
             if self.unanswered >= self._limits.waiting:
                 message = f"{self.unanswered} requests are waiting; try again"
                 raise RequestRefused(429, message, Retry_After=self._retry_after())
-            self._waiting.append((asked, future))
+            self._waiting.append((request, future))
             self._changed.notify()
         answer = await future
         if isinstance(answer, RequestRefused):
@@ -194,62 +96,167 @@ class Batcher:
         return answer
 
     def _retry_after(self) -> str:
-        """When half of those that wait should be through."""
-        return str(min(60, max(1, math.ceil(self._seconds * self.unanswered / 2))))
+        """Seconds until half of the waiting requests should be answered, 1 to 60."""
+        return str(min(60, max(1, math.ceil(self._seconds_a_request * self.unanswered / 2))))
 
     def _run(self) -> None:
         try:
-            self._warm_up(self._go_on)
-        except _Stopped:
+            self._warm_up(self._check_open)
+        except _Closed:
             return
-        except Exception as error:  # whatever it is, the server ends with it
+        except Exception as error:
+            # The server reports it and ends; see server.run.
             self.error = error
             return
         self.state = "ready"
         while batch := self._next():
             began = time.perf_counter()
-            answers = self._answered([asked for asked, _ in batch])
-            # Before the answers are out: who has one may ask again at once.
+            answers = self._answers([request for request, _ in batch])
+            # Before delivery: a client that has its answer may send the next request at once, and must find room.
             self._computing = 0
             self._deliver(batch, answers)
             seconds = time.perf_counter() - began
-            self._seconds += _RECENT * (seconds / len(batch) - self._seconds)
-            self._done(len(batch), seconds)
+            self._seconds_a_request += _AVERAGE_WEIGHT * (seconds / len(batch) - self._seconds_a_request)
+            self._on_batch(len(batch), seconds)
 
-    def _go_on(self) -> None:
+    def _check_open(self) -> None:
         if self._closed:
-            raise _Stopped
+            raise _Closed
 
     def _next(self) -> list[tuple[Any, asyncio.Future]]:
-        """What is waiting, up to a batch, once there is something; nothing when closed and all is answered."""
+        """Waits for requests and returns up to a batch of them; [] if the batcher is closed and all are answered."""
         with self._changed:
             while True:
                 batch: list[tuple[Any, asyncio.Future]] = []
                 while self._waiting and len(batch) < self._limits.batch:
-                    asked, future = self._waiting.popleft()
+                    request, future = self._waiting.popleft()
                     if not future.cancelled():
-                        batch.append((asked, future))
+                        batch.append((request, future))
                 if batch or self._closed:
                     self._computing = len(batch)
                     return batch
                 self._changed.wait()
 
-    def _answered(self, asked: list[Any]) -> Sequence[Any]:
+    def _answers(self, requests: list[Any]) -> Sequence[Any]:
         try:
-            answers = self._answer(asked)
-            if len(answers) == len(asked):
+            answers = self._answer(requests)
+            if len(answers) == len(requests):
                 return answers
-            logging.getLogger(__name__).error("%d answers to %d requests", len(answers), len(asked))
+            logging.getLogger(__name__).error("%d answers to %d requests", len(answers), len(requests))
         except Exception:
-            # The thread must outlive whatever happens in it: who waits now would wait for ever.
+            # The thread must survive any failure: without it every later request would wait forever.
             logging.getLogger(__name__).exception("a batch failed")
-        return [RequestRefused(500, "internal error; the server's log has more")] * len(asked)
+        return [RequestRefused(500, INTERNAL_ERROR)] * len(requests)
 
     def _deliver(self, batch: Sequence[tuple[Any, asyncio.Future]], answers: Sequence[Any]) -> None:
-        def give() -> None:
+        def set_results() -> None:
             for (_, future), answer in zip(batch, answers, strict=True):
                 if not future.done():
                     future.set_result(answer)
 
-        with suppress(RuntimeError):  # told to end at once, the loop is closed already
-            batch[0][1].get_loop().call_soon_threadsafe(give)
+        # Raised if the loop is closed already, after a second Ctrl-C.
+        with suppress(RuntimeError):
+            batch[0][1].get_loop().call_soon_threadsafe(set_results)
+
+
+class _Closed(Exception):
+    """Aborts the warm-up of a batcher that is being closed."""
+
+
+class Answers:
+    """Answers batches of requests with a model. For use by one thread."""
+
+    def __init__(self, scorer: Scorer, model: Model, limits: RequestLimits):
+        self._scorer, self._model, self._limits = scorer, model, limits
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """Tokens so far, see Scorer.usage."""
+        return self._scorer.usage
+
+    def warm_up(self, on_program: Callable[[], None]) -> None:
+        """Compiles all that requests need. on_program: called before each program; its exception ends the warm-up."""
+        self._scorer.engine.warm_up(self._limits.tokens, on_program)
+        self._scorer.engine.warm_up_full(self._limits.tokens, on_program)
+
+    def __call__(self, requests: Sequence[ScoringRequest]) -> list[Answer]:
+        """The answer to each request, in order: scores, values, or a refusal."""
+        encoded = [self._encode_checked(request) for request in requests]
+        ready = [request for request in encoded if isinstance(request, _Encoded)]
+        try:
+            computed = self._compute(ready)
+        except Exception:
+            # Either one request breaks the batch, or the device failed. Retry each alone, so that only the faulty one
+            # fails.
+            logging.getLogger(__name__).exception("a batch of %d requests failed; one at a time now", len(ready))
+            computed = [self._compute_alone(request) for request in ready]
+        answers = map(_checked_finite, computed)
+        return [next(answers) if isinstance(request, _Encoded) else request for request in encoded]
+
+    def _encode_checked(self, request: ScoringRequest) -> _Encoded | RequestRefused:
+        try:
+            encoded = self._encode(request)
+        except (UserError, DataError) as error:
+            return RequestRefused(400, str(error))
+        except Exception:
+            logging.getLogger(__name__).exception("a request could not be encoded")
+            return RequestRefused(500, INTERNAL_ERROR)
+        lengths = [len(tokens) for tokens in encoded.sequences]
+        lengths += [encoded.question.longest] if encoded.question else []
+        if max(lengths) > self._limits.tokens:
+            return RequestRefused(
+                400, f"a conversation of {max(lengths)} tokens, more than {self._limits.tokens} (--max-tokens)"
+            )
+        return encoded
+
+    def _encode(self, request: ScoringRequest) -> _Encoded:
+        if isinstance(request, ScoreActions):
+            return _Encoded(self._model.question(request.messages, request.candidates, request.tools), [])
+        encoder = self._scorer.encoder
+        if request.messages is not None:
+            encoded = encoder.trajectory(request.messages, row="messages", tools=request.tools)
+            return _Encoded(None, [encoded.tokens[: encoded.read_positions[-1] + 1]])
+        vocabulary = self._scorer.config.vocab_size
+        sequences = [encoder.rendered(item) if isinstance(item, str) else item for item in request.inputs]
+        for index, ids in enumerate(sequences):
+            if not ids or min(ids) < 0 or max(ids) >= vocabulary:
+                raise UserError(f"number {index}: must have tokens, of 0 to {vocabulary - 1}")
+        return _Encoded(None, [np.asarray(ids, np.int32) for ids in sequences])
+
+    def _compute(self, requests: Sequence[_Encoded]) -> list[Answer]:
+        sequences = [tokens for request in requests for tokens in request.sequences]
+        values = iter(self._scorer.engine.score_full(sequences, ["input"] * len(sequences), small_batches=True))
+        scores = iter(self._model.answer([request.question for request in requests if request.question]))
+        answers: list[Answer] = []
+        for request in requests:
+            if request.question:
+                answers.append(next(scores))
+            else:
+                last = [loading.shortest_float(next(values)[-1]) for _ in request.sequences]
+                answers.append(Values(last, [len(tokens) for tokens in request.sequences]))
+        return answers
+
+    def _compute_alone(self, request: _Encoded) -> Answer:
+        # The failed call may have left the cache in any state.
+        self._scorer.forget()
+        try:
+            return self._compute([request])[0]
+        except Exception:
+            logging.getLogger(__name__).exception("a request failed")
+            return RequestRefused(500, INTERNAL_ERROR)
+
+
+class _Encoded(NamedTuple):
+    """A request ready to compute: candidates of a conversation, or whole conversations as tokens, int32 [T] each."""
+
+    question: Question | None
+    sequences: list[np.ndarray]
+
+
+def _checked_finite(answer: Answer) -> Answer:
+    if isinstance(answer, RequestRefused):
+        return answer
+    numbers = answer.values if isinstance(answer, Values) else [score.promise for score in answer]
+    if np.isfinite(numbers).all():
+        return answer
+    return RequestRefused(500, "the model's scores are not finite; its weights are broken")

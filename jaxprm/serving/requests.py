@@ -1,4 +1,4 @@
-"""Requests parsed and bounded, and their responses: our own shape, vLLM's and SGLang's."""
+"""Parses and bounds requests, and builds their responses: our own format, vLLM's and SGLang's."""
 
 from __future__ import annotations
 
@@ -16,17 +16,42 @@ from starlette.requests import ClientDisconnect, Request
 
 from jaxprm.api import ActionScore
 
-LONGEST_MESSAGE = 500
+# Characters of an error message: it may quote the request.
+MAX_MESSAGE = 500
+# For failures of ours: details stay in the log, since clients may be strangers.
+INTERNAL_ERROR = "internal error; the server's log has more"
+# Fields of vLLM's and SGLang's requests that would change the answer, with the only value that does not.
+_UNSUPPORTED = {
+    "truncate_prompt_tokens": None,
+    "add_special_tokens": False,
+    "add_generation_prompt": False,
+    "continue_final_message": False,
+    "chat_template": None,
+    "chat_template_kwargs": None,
+    "dimensions": None,
+    "image_data": None,
+    "video_data": None,
+    "audio_data": None,
+    "input_embeds": None,
+    "lora_path": None,
+}
+_INPUT_FIELDS = ("input", "messages", "text", "input_ids")
 
 
 @dataclasses.dataclass(frozen=True)
 class RequestLimits:
-    """Bounds of a server; beyond them a request is refused with the bound in the message.
+    """Bounds of a server. A request beyond one is refused, with the bound in the message.
 
-    body_bytes, depth: of a request's JSON; candidates: of a request, or inputs of a classification; tokens: of a
-    conversation with a candidate; waiting: requests that are accepted and not answered; held_bytes: bodies of all
-    requests together; batch: requests computed at once; body_seconds: to send a body in; idle_seconds: until a
-    connection without a request is closed.
+    Args:
+      body_bytes: size of a request's body.
+      depth: nesting of its JSON.
+      candidates: candidates of a request, or inputs of a classification.
+      tokens: tokens of a conversation with a candidate.
+      waiting: requests that are accepted and not answered.
+      held_bytes: bodies of all requests together.
+      batch: requests computed at once.
+      body_seconds: time for a body to arrive.
+      idle_seconds: time until a connection without a request is closed.
     """
 
     body_bytes: int = 1 << 20
@@ -41,18 +66,18 @@ class RequestLimits:
 
 
 class RequestRefused(Exception):
-    """A request that is not answered: its status, one line that says why, and headers for the response."""
+    """A request without an answer: the status, a message of one line, and headers of the response."""
 
     def __init__(self, status: int, message: str, **headers: str):
         line = " ".join(message.split())
         self.status = HTTPStatus(status)
-        self.message = line if len(line) <= LONGEST_MESSAGE else line[: LONGEST_MESSAGE - 3] + "..."
+        self.message = line if len(line) <= MAX_MESSAGE else line[: MAX_MESSAGE - 3] + "..."
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
         super().__init__(self.message)
 
 
 class Intake:
-    """Reads bodies of requests, and knows how much is held of all of them."""
+    """Reads the bodies of requests and bounds their total size. bytes: of the bodies that are held now."""
 
     def __init__(self, limits: RequestLimits):
         self._limits = limits
@@ -60,7 +85,7 @@ class Intake:
 
     @contextmanager
     def holding(self) -> Iterator[bytearray]:
-        """A buffer for a body; what is in it counts until the end of the block."""
+        """A buffer for a body. Its content counts in `bytes` until the end of the block."""
         body = bytearray()
         try:
             yield body
@@ -68,12 +93,13 @@ class Intake:
             self.bytes -= len(body)
 
     async def read(self, request: Request, body: bytearray) -> None:
-        """Fills the buffer. Raises Refused for a body that is too large, too slow, cut off, or one too many."""
+        """Fills the buffer. Raises RequestRefused if the body is too large, too slow, cut off, or one too many."""
         declared = request.headers.get("content-length", "0")
         if declared.isdecimal() and int(declared) > self._limits.body_bytes:
             raise self._too_large()
         try:
             async with asyncio.timeout(self._limits.body_seconds):
+                # Counted as it arrives: the declared length may be missing or wrong.
                 async for chunk in request.stream():
                     if len(body) + len(chunk) > self._limits.body_bytes:
                         raise self._too_large()
@@ -97,48 +123,31 @@ class Intake:
         )
 
 
-def decoded(body: bytes | bytearray, depth: int) -> Any:
-    """A body's JSON. Raises Refused where it is none, or nested more than `depth` deep."""
+def parse_json(body: bytes | bytearray, depth: int) -> Any:
+    """The value of a body. Raises RequestRefused if it is not JSON, or nested more than `depth` deep."""
     try:
         value = msgspec.json.decode(body)
     except (msgspec.MsgspecError, UnicodeError) as error:
         raise RequestRefused(400, f"the body is not JSON: {error}") from None
     except RecursionError:
         raise RequestRefused(400, f"the body is nested more than {depth} deep") from None
-    layer = [value]
+    # Level by level, without recursion: what follows may recurse as deep as `depth`, not as deep as a client likes.
+    level = [value]
     for _ in range(depth):
-        layer = [inner for one in layer for inner in _inside(one)]
-        if not layer:
+        level = [inner for container in level for inner in _containers_in(container)]
+        if not level:
             return value
     raise RequestRefused(400, f"the body is nested more than {depth} deep")
 
 
-def _inside(value: Any) -> list:
-    """The lists and objects directly inside of one."""
+def _containers_in(value: Any) -> list:
+    """The lists and objects directly inside a value."""
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [one for one in items if isinstance(one, (dict, list))]
-
-
-# Fields of vLLM's and SGLang's requests that would change the answer, with the only value that does not.
-_FIXED = {
-    "truncate_prompt_tokens": None,
-    "add_special_tokens": False,
-    "add_generation_prompt": False,
-    "continue_final_message": False,
-    "chat_template": None,
-    "chat_template_kwargs": None,
-    "dimensions": None,
-    "image_data": None,
-    "video_data": None,
-    "audio_data": None,
-    "input_embeds": None,
-    "lora_path": None,
-}
-_INPUTS = ("input", "messages", "text", "input_ids")
+    return [item for item in items if isinstance(item, (dict, list))]
 
 
 class ScoreActions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`POST /v1/score_actions`: as jaxprm.Model.score_actions. `model` is not looked at, there is one."""
+    """`POST /v1/score_actions`: the arguments of jaxprm.Model.score_actions. `model` is ignored: a server has one."""
 
     messages: list[dict[str, Any]]
     candidates: list[str | dict[str, Any]]
@@ -147,64 +156,68 @@ class ScoreActions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Classify(NamedTuple):
-    """`POST /classify`: conversations as texts or token ids, or one as messages; `one`: not asked for in a list."""
+    """`POST /classify`: conversations as texts or token ids, or one as messages.
+
+    is_single: the input was not in a list, so SGLang's response is not one either.
+    """
 
     form: Literal["vllm", "sglang"]
     inputs: list[str | list[int]]
     messages: list[dict[str, Any]] | None
     tools: list[dict[str, Any]] | None
-    one: bool
+    is_single: bool
 
 
 class Values(NamedTuple):
-    """Values of classified conversations, and their tokens."""
+    """Values of classified conversations, and their lengths in tokens."""
 
     values: list[float]
     tokens: list[int]
 
 
-def score_actions(value: Any, limits: RequestLimits) -> ScoreActions:
-    """Raises Refused for what has another shape, or too many candidates."""
-    asked = _converted(value, ScoreActions)
-    _check_count("candidates", len(asked.candidates), limits)
-    return asked
+def parse_score_actions(value: Any, limits: RequestLimits) -> ScoreActions:
+    """Raises RequestRefused for a wrong shape and for too many candidates."""
+    request = _convert(value, ScoreActions)
+    _check_count("candidates", len(request.candidates), limits)
+    return request
 
 
-def classify(value: Any, limits: RequestLimits) -> Classify:
-    """vLLM's shape (`input` or `messages`) or SGLang's (`text` or `input_ids`).
+def parse_classify(value: Any, limits: RequestLimits) -> Classify:
+    """A request of vLLM's shape (`input` or `messages`) or SGLang's (`text` or `input_ids`).
 
-    Raises Refused for another one, for too many inputs, and for options that would change the answer.
+    Raises RequestRefused for another shape, for too many inputs, and for options that would change the answer.
     """
-    fields = _converted(value, dict[str, Any])
-    given = [name for name in _INPUTS if fields.get(name) is not None]
-    if len(given) != 1:
-        raise RequestRefused(400, f"give one of {', '.join(_INPUTS)}, got {' and '.join(given) or 'none of them'}")
-    for name, only in _FIXED.items():
-        if fields.get(name) not in (None, only):
+    fields = _convert(value, dict[str, Any])
+    present = [name for name in _INPUT_FIELDS if fields.get(name) is not None]
+    if len(present) != 1:
+        got = " and ".join(present) or "none of them"
+        raise RequestRefused(400, f"give one of {', '.join(_INPUT_FIELDS)}, got {got}")
+    for name, harmless in _UNSUPPORTED.items():
+        if fields.get(name) not in (None, harmless):
             raise RequestRefused(400, f"{name} is not supported; leave it out")
-    (name,) = given
+    (name,) = present
     if name == "messages":
-        messages = _converted(fields[name], list[dict[str, Any]], name)
-        tools = _converted(fields.get("tools"), list[dict[str, Any]] | None, "tools")
+        messages = _convert(fields[name], list[dict[str, Any]], name)
+        tools = _convert(fields.get("tools"), list[dict[str, Any]] | None, "tools")
         last = messages[-1] if messages else {}
         if last.get("role") != "assistant" or last.get("step") is False:
             raise RequestRefused(400, "messages: the last one must be the assistant's, whose promise is the answer")
         return Classify("vllm", [], messages, tools, True)
-    one = isinstance(fields[name], str) or (isinstance(fields[name], list) and not _of_lists(fields[name]))
-    inputs = [fields[name]] if one else fields[name]
+    is_single = isinstance(fields[name], str) or (isinstance(fields[name], list) and not _holds_inputs(fields[name]))
+    inputs = [fields[name]] if is_single else fields[name]
     _check_inputs(name, inputs, limits)
-    return Classify("vllm" if name == "input" else "sglang", inputs, None, None, one)
+    return Classify("vllm" if name == "input" else "sglang", inputs, None, None, is_single)
 
 
-def scores(found: Sequence[ActionScore], model: str) -> dict[str, Any]:
+def score_actions_response(scores: Sequence[ActionScore], model: str) -> dict[str, Any]:
     """{"model", "scores": [{"promise", "progress"}]}, in the order of the candidates."""
-    return {"model": model, "scores": [one._asdict() for one in found]}
+    return {"model": model, "scores": [score._asdict() for score in scores]}
 
 
-def classes(asked: Classify, found: Values, model: str, seconds: float) -> Any:
-    """vLLM's ClassificationResponse, or SGLang's object with `embedding`, in a list where a list was asked for."""
+def classify_response(request: Classify, answer: Values, model: str, seconds: float) -> Any:
+    """vLLM's ClassificationResponse, or SGLang's object with `embedding`, in a list if the inputs were."""
     name = f"classify-{uuid.uuid4().hex}"
-    if asked.form == "sglang":
+    if request.form == "sglang":
         items = [
             {
                 "embedding": [value],
@@ -216,27 +229,27 @@ def classes(asked: Classify, found: Values, model: str, seconds: float) -> Any:
                     "e2e_latency": seconds,
                 },
             }
-            for index, (value, tokens) in enumerate(zip(*found, strict=True))
+            for index, (value, tokens) in enumerate(zip(*answer, strict=True))
         ]
-        return items[0] if asked.one else items
+        return items[0] if request.is_single else items
     data = [
         {"index": index, "label": "LABEL_0", "probs": [value], "num_classes": 1}
-        for index, value in enumerate(found.values)
+        for index, value in enumerate(answer.values)
     ]
-    total = sum(found.tokens)
+    total = sum(answer.tokens)
     usage = {"prompt_tokens": total, "total_tokens": total, "completion_tokens": 0, "prompt_tokens_details": None}
     return {"id": name, "object": "list", "created": int(time.time()), "model": model, "data": data, "usage": usage}
 
 
-def _converted(value: Any, kind: Any, name: str = "") -> Any:
+def _convert(value: Any, kind: Any, name: str = "") -> Any:
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
         raise RequestRefused(400, f"{name}: {error}" if name else str(error)) from None
 
 
-def _of_lists(items: list) -> bool:
-    """Whether a list holds inputs, as opposed to the token ids of one."""
+def _holds_inputs(items: list) -> bool:
+    """Whether a list holds several inputs, as opposed to the token ids of one."""
     return bool(items) and isinstance(items[0], (str, list))
 
 
@@ -244,13 +257,14 @@ def _check_inputs(name: str, inputs: Any, limits: RequestLimits) -> None:
     if not isinstance(inputs, list):
         raise RequestRefused(400, f"{name}: must be a text, token ids, or a list of texts or of token ids")
     _check_count(name, len(inputs), limits)
-    for index, one in enumerate(inputs):
-        ids = isinstance(one, list) and all(type(token) is int for token in one)
-        if not (isinstance(one, str) or ids) or type(one) is not type(inputs[0]):
+    for index, item in enumerate(inputs):
+        # type() and not isinstance(): JSON's true is an int to Python.
+        is_ids = isinstance(item, list) and all(type(token) is int for token in item)
+        if not (isinstance(item, str) or is_ids) or type(item) is not type(inputs[0]):
             raise RequestRefused(
                 400, f"{name}: number {index} is neither a text nor a list of token ids as the first one"
             )
-        if not one:
+        if not item:
             raise RequestRefused(400, f"{name}: number {index} is empty")
 
 

@@ -1,7 +1,8 @@
-"""A reward model on a port: who may reach it, start, warm-up, and an end that loses nothing."""
+"""A reward model behind a port: who may connect, start, warm-up, and a shutdown that answers what was accepted."""
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import ipaddress
 import logging
@@ -16,24 +17,50 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from types import FrameType
 
-import h11
-import uvicorn
-from starlette.applications import Starlette
-from uvicorn.protocols.http.h11_impl import H11Protocol
-
 from jaxprm import config as config_lib
 from jaxprm import progress
 from jaxprm.api import Model
 from jaxprm.artifacts.directory import find_model, read_recipe
 from jaxprm.errors import UserError
 from jaxprm.scoring import loading
-from jaxprm.serving.app import ServerMetrics, Service, error_response, make_app
-from jaxprm.serving.batcher import SHAPES, Answers, Batcher
-from jaxprm.serving.requests import RequestLimits, RequestRefused
 
-TOKEN = "JAXPRM_TOKEN"
-# Seconds between looks at the connections, and for which a client may keep a server that is shutting down.
-_LOOK, _LAST = 0.5, 5.0
+# Checked here, because classes below derive from uvicorn's.
+try:
+    import h11
+    import uvicorn
+    from starlette.applications import Starlette
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    from jaxprm.serving.app import ServerMetrics, Service, error_response, make_app
+    from jaxprm.serving.batcher import SHAPES, Answers, Batcher
+    from jaxprm.serving.requests import RequestLimits, RequestRefused
+except ModuleNotFoundError as error:
+    packages = "pip install uvicorn starlette prometheus-client"
+    raise UserError(f"serve needs {error.name}, which is not installed: {packages}") from None
+
+TOKEN_VARIABLE = "JAXPRM_TOKEN"
+# Seconds between checks of the connections, and for which an idle client may delay the shutdown.
+_CHECK_SECONDS, _SHUTDOWN_SECONDS = 0.5, 5.0
+
+
+def serve_verb(options: argparse.Namespace) -> int:
+    """`python -m jaxprm serve`. Raises UserError as `serve`."""
+    serve(
+        options.model,
+        host=options.host,
+        port=options.port,
+        rows=options.rows,
+        dtype=options.dtype,
+        template=options.chat_template,
+        mesh=config_lib.parse_mesh(options.mesh) if options.mesh else loading.all_devices(),
+        limits=RequestLimits(
+            tokens=options.max_tokens,
+            candidates=options.max_candidates,
+            body_bytes=options.max_body,
+            waiting=options.max_waiting,
+        ),
+    )
+    return 0
 
 
 def serve(
@@ -47,31 +74,39 @@ def serve(
     mesh: config_lib.MeshConfig | None = None,
     limits: RequestLimits = RequestLimits(),
 ) -> None:
-    """Serves a reward model until SIGTERM or SIGINT, then answers what was accepted and returns.
+    """Serves a reward model until SIGTERM or SIGINT, then answers the accepted requests and returns.
 
-    mesh: the devices of this process that share the work; None is the first of them.
-    Only who has the token in the environment's JAXPRM_TOKEN is answered, where there is one.
+    Clients must send the token in the environment's JAXPRM_TOKEN, if it is set.
 
-    Raises UserError for a host that others reach without a token, a port that is taken, and as `jaxprm.load`.
+    Args:
+      model: as for `jaxprm.load`.
+      port: 0 for any free port.
+      rows, dtype, template: as in scoring.loading.load_scorer.
+      mesh: devices of this process that share the work; None is the first device alone.
+
+    Raises UserError for a host that other machines can reach without a token, an address that cannot be bound, and a
+    model that `jaxprm.load` refuses.
     """
     token = read_token(os.environ)
+    # Before the model is loaded, which may take minutes: a taken port is reported at once.
     listening = bind(host, port, token)
     try:
-        found = find_model(model)
+        directory = find_model(model)
         scorer = loading.load_scorer(
-            found, rows=rows, max_tokens=limits.tokens, dtype=dtype, template=template, mesh=mesh, shapes=SHAPES
+            directory, rows=rows, max_tokens=limits.tokens, dtype=dtype, template=template, mesh=mesh, shapes=SHAPES
         )
-        answers, metrics = Answers(scorer, Model(scorer, read_recipe(found)), limits), ServerMetrics()
+        answers, metrics = Answers(scorer, Model(scorer, read_recipe(directory)), limits), ServerMetrics()
         batcher = Batcher(
             answers,
-            lambda go_on: _warm_up(answers, go_on),
+            lambda check_open: _warm_up(answers, check_open),
             limits,
-            done=lambda count, seconds: metrics.computed(count, seconds, answers.usage),
+            on_batch=lambda count, seconds: metrics.count_batch(count, seconds, answers.usage),
         )
         metrics.watch(unanswered=lambda: batcher.unanswered, ready=lambda: batcher.state == "ready")
         service = Service(batcher, metrics, limits, str(model), token)
-        shown, at, *_ = listening.getsockname()
-        _say(f"serving {model} on http://{f'[{shown}]' if ':' in shown else shown}:{at}; warming up")
+        address, bound_port, *_ = listening.getsockname()
+        url = f"http://{f'[{address}]' if ':' in address else address}:{bound_port}"
+        _print(f"serving {model} on {url}; warming up")
         run(service, listening)
     finally:
         listening.close()
@@ -82,27 +117,32 @@ def serve(
 
 
 def read_token(environment: Mapping[str, str]) -> str | None:
-    """The token, never shown. Raises UserError for one that no header could carry."""
-    token = environment.get(TOKEN)
+    """The token of JAXPRM_TOKEN. Raises UserError, which does not show it, if no header could carry it."""
+    token = environment.get(TOKEN_VARIABLE)
     if token is not None and not re.fullmatch(r"[\x21-\x7e]{8,}", token):
-        raise UserError(f"{TOKEN}: must be at least 8 printable ASCII characters without spaces; unset it for none")
+        raise UserError(
+            f"{TOKEN_VARIABLE}: must be at least 8 printable ASCII characters without spaces; unset it for none"
+        )
     return token
 
 
 def bind(host: str, port: int, token: str | None) -> socket.socket:
-    """A socket bound to the host's first address; nobody can connect before it listens.
+    """A socket bound to the host's first address. It does not listen yet.
 
-    Raises UserError where others could reach it and need no token, and where the address cannot be had.
+    Raises UserError if other machines could reach it without a token, or the address cannot be bound.
     """
     if not 0 <= port <= 65535:
         raise UserError(f"port {port} of {host}: must be 0 to 65535")
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError, OverflowError) as error:
         raise UserError(f"host {host}: {getattr(error, 'strerror', None) or error}") from None
-    family, kind, _, _, address = found[0]
-    if token is None and not ipaddress.ip_address(address[0].partition("%")[0]).is_loopback:
-        raise UserError(f"host {host}: others can reach it; set {TOKEN} to a secret for clients, or use 127.0.0.1")
+    family, kind, _, _, address = addresses[0]
+    # An IPv6 address may end with its interface, "%eth0".
+    if token is None and not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
+        raise UserError(
+            f"host {host}: others can reach it; set {TOKEN_VARIABLE} to a secret for clients, or use 127.0.0.1"
+        )
     listening = socket.socket(family, kind)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -115,7 +155,7 @@ def bind(host: str, port: int, token: str | None) -> socket.socket:
 
 
 def run(service: Service, listening: socket.socket) -> None:
-    """Serves on a bound socket until told to end. The service's batcher is started and closed."""
+    """Serves on a bound socket until a signal. Starts and closes the service's batcher."""
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -145,15 +185,16 @@ def run(service: Service, listening: socket.socket) -> None:
 
 
 class _Server(uvicorn.Server):
-    """Ends with status 0 when it is told to: uvicorn's own gives itself the signal once more at its end."""
+    """Exits with status 0 after a signal: uvicorn's own server raises the signal again when it has shut down."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # A second Ctrl-C does not wait for the answers.
         self.force_exit = self.should_exit and sig == signal.SIGINT
         self.should_exit = True
 
 
 class _Protocol(H11Protocol):
-    """Refuses what is not HTTP in the form of all other refusals."""
+    """Rejects what is not HTTP with the same JSON as other refusals, where uvicorn sends plain text."""
 
     def send_400_response(self, msg: str) -> None:
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
@@ -164,39 +205,42 @@ class _Protocol(H11Protocol):
 
 
 async def _watch(server: uvicorn.Server, service: Service) -> None:
-    """Says when the model is ready, ends a server without one, and closes connections on which nothing happens.
+    """Reports when the model is ready, ends a server whose warm-up failed, and closes idle connections.
 
-    Those are the ones that send no request, or do not take their answer: uvicorn waits for both without end.
+    Idle connections send no request, or do not read their response. uvicorn waits for both without a limit.
     """
     began, ready = time.monotonic(), False
-    resting: dict[H11Protocol, tuple[object, float]] = {}
+    # Connections without a request in progress: their last request, and the time since when.
+    idle: dict[H11Protocol, tuple[object, float]] = {}
     while True:
-        await asyncio.sleep(_LOOK)
+        await asyncio.sleep(_CHECK_SECONDS)
         if service.batcher.error is not None:
             server.should_exit = True
         if not ready and service.batcher.state == "ready":
             ready = True
-            _say(f"ready after {time.monotonic() - began:.0f} s")
-        now, bound = time.monotonic(), _LAST if server.should_exit else service.limits.idle_seconds
-        before, resting = resting, {}
-        for one in server.server_state.connections:
-            if one.cycle is None or one.cycle.response_complete:
-                cycle, since = before.get(one, (None, now))
-                resting[one] = (one.cycle, since if cycle is one.cycle else now)
-        for one, (_, since) in resting.items():
+            _print(f"ready after {time.monotonic() - began:.0f} s")
+        now = time.monotonic()
+        bound = _SHUTDOWN_SECONDS if server.should_exit else service.limits.idle_seconds
+        before, idle = idle, {}
+        for connection in server.server_state.connections:
+            if connection.cycle is None or connection.cycle.response_complete:
+                cycle, since = before.get(connection, (None, now))
+                # Another request since the last check: the time starts again.
+                idle[connection] = (connection.cycle, since if cycle is connection.cycle else now)
+        for connection, (_, since) in idle.items():
             if now - since > bound:
-                one.transport.abort()
+                connection.transport.abort()
 
 
-def _warm_up(answers: Answers, go_on: Callable[[], None]) -> None:
+def _warm_up(answers: Answers, check_open: Callable[[], None]) -> None:
     with progress.bar("warm-up", None, unit="program") as show:
 
-        def each() -> None:
-            go_on()
+        def on_program() -> None:
+            check_open()
             show.update()
 
-        answers.warm_up(each)
+        answers.warm_up(on_program)
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     print(f"jaxprm: {line}", file=sys.stderr, flush=True)

@@ -1,4 +1,7 @@
-"""Hidden states of a frozen transformer where steps are read: computed once, kept in a file, given to every batch."""
+"""Cached hidden states of a frozen transformer at the read positions, for training the head alone.
+
+Shapes: B rows and S step slots of a batch, D model, N steps of a split (by trajectory, then by step).
+"""
 
 from __future__ import annotations
 
@@ -8,67 +11,66 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from data_pipeline.output import staged_directory
+
 Batch = dict[str, np.ndarray]
-# (features where actions end, features where they begin or None), [B, S, D], of a batch.
+# A batch to (features where actions end, features where they begin or None), both [B, S, D].
 FeaturesOf = Callable[[Mapping[str, np.ndarray]], tuple[jax.Array, jax.Array | None]]
 NAMES = ("read_features", "state_features")
+# Fields of a batch that are not needed with features.
+REPLACED_FIELDS = ("tokens", "positions", "read_positions", "state_positions")
 
 
 class Features:
-    """Hidden states of all steps of a split, [S, D] float32: by trajectory, then by step.
-
-    With them a batch needs none of the fields that they take the place of.
-    """
-
-    replaces = ("tokens", "positions", "read_positions", "state_positions")
+    """Hidden states of all steps of a split: arrays [N, D] float32 by name."""
 
     def __init__(self, arrays: dict[str, np.ndarray], step_starts: np.ndarray):
+        """step_starts: index of each trajectory's first step in the arrays."""
         self._arrays, self._starts = arrays, step_starts
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._arrays)
-
     def attach(self, batch: Batch) -> Batch:
-        """The batch with `read_features`, and `state_features` where there are any, [B, S, D]; 0 in empty slots."""
-        valid = batch["valid"]
-        steps = self._starts[batch["example"][valid]] + batch["step_index"][valid]
-        found = {}
+        """Adds `read_features`, and `state_features` if cached, [B, S, D], to a batch; 0 in empty slots."""
+        valid, steps = batch["valid"], _step_indices(batch, self._starts)
+        features = {}
         for name, array in self._arrays.items():
-            found[name] = np.zeros((*valid.shape, array.shape[1]), np.float32)
-            found[name][valid] = array[steps]
-        return batch | found
+            features[name] = np.zeros((*valid.shape, array.shape[1]), np.float32)
+            features[name][valid] = array[steps]
+        return batch | features
 
 
 def features_of_split(
     compute: FeaturesOf, batches: Iterable[Batch], step_starts: np.ndarray, path: Path, *, width: int, writes: bool
 ) -> Features:
-    """Reads `path`, a folder of NumPy files, or computes every step's features from one pass over `batches`.
+    """Reads the features of a split from a cache, or computes them in one pass over `batches`.
 
-    The file is written whole or not at all, by the process that `writes`; it must be named for everything that the
-    features depend on. Without it the arrays stay in memory.
+    Args:
+        path: cache directory, one NumPy file per name. Its name must depend on everything that the features depend on.
+        width: D.
+        writes: whether this process writes the cache. The other processes keep their arrays in memory.
     """
-    stored = {name: path / f"{name}.npy" for name in NAMES if (path / f"{name}.npy").is_file()}
-    if stored:
-        return Features({name: np.load(file, mmap_mode="r") for name, file in stored.items()}, step_starts)
+    cached = {name: path / f"{name}.npy" for name in NAMES if (path / f"{name}.npy").is_file()}
+    if cached:
+        # Memory-mapped: the features of a large split need not fit in memory.
+        return Features({name: np.load(file, mmap_mode="r") for name, file in cached.items()}, step_starts)
     arrays: dict[str, np.ndarray] = {}
     for batch in batches:
-        valid = batch["valid"]
-        steps = step_starts[batch["example"][valid]] + batch["step_index"][valid]
+        valid, steps = batch["valid"], _step_indices(batch, step_starts)
         for name, values in zip(NAMES, compute(batch), strict=True):
             if values is not None:
-                whole = arrays.setdefault(name, np.zeros((int(step_starts[-1]), width), np.float32))
-                whole[steps] = np.asarray(values)[valid]
+                array = arrays.setdefault(name, np.zeros((int(step_starts[-1]), width), np.float32))
+                array[steps] = np.asarray(values)[valid]
     if writes:
         _write(path, arrays)
     return Features(arrays, step_starts)
 
 
+def _step_indices(batch: Batch, step_starts: np.ndarray) -> np.ndarray:
+    """Index in the split of each valid step of a batch."""
+    valid = batch["valid"]
+    return step_starts[batch["example"][valid]] + batch["step_index"][valid]
+
+
 def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """The folder is renamed into place, so that it is complete if it is there."""
-    beside = path.with_name(path.name + ".partial")
-    beside.mkdir(parents=True, exist_ok=True)
-    for name, array in arrays.items():
-        np.save(beside / f"{name}.npy", array)
-    if not path.exists():
-        beside.rename(path)
+    with staged_directory(path, overwrite=True, staging=path.with_name(path.name + ".partial")) as staging:
+        for name, array in arrays.items():
+            np.save(staging / f"{name}.npy", array)

@@ -1,4 +1,7 @@
-"""FLOPs of training steps and forward passes by formula, and what TPU chips can do."""
+"""FLOPs of a train step and of a forward pass by formula, and the peaks of TPU chips.
+
+tests/planning/test_flops.py compares the formula with a count of every product in the traced step.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,16 @@ from typing import Literal
 
 from jaxprm import config as config_lib
 from jaxprm.errors import UserError
-from jaxprm.model.attention import MAX_QUERY_BLOCKS, MIN_QUERY_BLOCK
+from jaxprm.model.attention import BLOCKS, MAX_QUERY_BLOCKS, MIN_QUERY_BLOCK
 from jaxprm.model.config import TransformerConfig
-from jaxprm.training.step import has_target_network, reads_states
+from jaxprm.objectives import has_target_network, reads_states
+
+Attention = Literal["splash", "reference"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Efficiency:
-    """Model FLOPs by peak FLOPs of published trainings, the lowest and the highest; attention is counted causally."""
+    """Lowest and highest MFU (model FLOPs by peak FLOPs) of published training runs; attention is counted causally."""
 
     low: float
     high: float
@@ -25,8 +30,11 @@ class Efficiency:
 class Chip:
     """Peaks of one chip.
 
-    flops: FLOP/s in bfloat16, which float32 products on a TPU run in too unless they are asked for more. hbm: bytes/s.
-    interconnect: bytes/s that leave it over all its links; vendors count both directions, which is twice that.
+    Attributes:
+        flops: FLOP/s in bfloat16. By default float32 products on a TPU are computed in bfloat16 too.
+        hbm: bytes/s.
+        interconnect: bytes/s sent over all links. Vendors count both directions, which is twice that.
+        source: where the peaks are published.
     """
 
     flops: float
@@ -36,7 +44,7 @@ class Chip:
     efficiency: Efficiency | None = None
 
 
-# By the part of a topology's name that is before the colon.
+# By generation: the part of a topology's name before the colon.
 CHIPS = {
     "v4": Chip(
         275e12,
@@ -89,34 +97,33 @@ CHIPS = {
     "tpu7x": Chip(2307e12 / 2, 7380e9 / 2, 300e9, "cloud.google.com/tpu/docs/tpu7x; a device is half a chip"),
 }
 
-# What JAX calls a device of each generation, where that is not its name after "TPU ".
+# JAX's `device_kind` after "TPU ", where it is not the generation's name.
 _KINDS = {"v5 lite": "v5e", "v5": "v5p", "v6 lite": "v6e", "7x": "tpu7x"}
 
 
 def chip_of_device(kind: str) -> Chip | None:
-    """Of a device's `device_kind`, as "TPU v5 lite"; None where it is no TPU, or one that is unknown."""
+    """The chip of a `device_kind` such as "TPU v5 lite"; None if it is no TPU, or an unknown one."""
     name = kind.removeprefix("TPU").strip()
     return CHIPS.get(_KINDS.get(name, name)) if kind.startswith("TPU") else None
 
 
 def chip_of(topology: str) -> Chip:
-    """Of a topology's name, as v5e:2x4. Raises UserError, naming the generations that are known."""
+    """The chip of a topology such as v5e:2x4. Raises UserError if its generation is unknown."""
     generation = topology.partition(":")[0]
     if generation not in CHIPS:
         raise UserError(f"--topology {topology}: generation {generation!r} is unknown; known: {', '.join(CHIPS)}")
     return CHIPS[generation]
 
 
-Attention = Literal["splash", "reference"]
-
-
 @dataclasses.dataclass(frozen=True)
 class StepFlops:
-    """Of one step over all devices.
+    """FLOPs of one train step over all devices.
 
-    forward, backward: of the trained pass, and what the model's mathematics asks for: attention between T (T + 1) / 2
-    pairs. target: the target network's pass. recomputed: what the backward pass computes again. masked: products with
-    tokens that are not read, in blocks that hold some that are.
+    Attributes:
+        forward, backward: of the trained pass, with causal attention between T (T + 1) / 2 pairs of tokens.
+        target: the forward pass of the target network.
+        recomputed: computed again in the backward pass.
+        masked: attention between pairs that are masked, in blocks where other pairs are not.
     """
 
     forward: float
@@ -127,18 +134,18 @@ class StepFlops:
 
     @property
     def model(self) -> float:
+        """FLOPs of the model's mathematics, the numerator of MFU."""
         return self.forward + self.backward + self.target
 
     @property
     def computed(self) -> float:
+        """FLOPs that the devices execute."""
         return self.model + self.recomputed + self.masked
 
 
 def attended_pairs(length: int, attention: Attention) -> int:
-    """Pairs of a query and a key that are multiplied in a row of `length` tokens, read or not."""
+    """Number of pairs of a query and a key that are multiplied in a row of `length` tokens, masked or not."""
     if attention == "splash":
-        from jaxprm.model.attention import BLOCKS
-
         size = next((block for block in BLOCKS if length % block == 0), length)
     else:
         size = max(MIN_QUERY_BLOCK, -(-length // MAX_QUERY_BLOCKS))
@@ -147,7 +154,7 @@ def attended_pairs(length: int, attention: Attention) -> int:
 
 
 def matrices(config: TransformerConfig) -> dict[str, tuple[int, int]]:
-    """(inputs, outputs) of the matrices of a layer, by name."""
+    """(inputs, outputs) of each matrix of a layer, by name."""
     width, ffn = config.hidden_size, config.intermediate_size
     query, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
     return {
@@ -164,52 +171,53 @@ def matrices(config: TransformerConfig) -> dict[str, tuple[int, int]]:
 def train_step_flops(
     config: TransformerConfig, settings: config_lib.RewardModelConfig, data: config_lib.DataConfig, attention: Attention
 ) -> StepFlops:
-    """Of a batch of full rows. With the head alone trained no transformer is in the step."""
+    """FLOPs of a train step on a batch of full rows. With the head alone trained there is no transformer in it."""
     reads = data.rows * data.steps_per_row * (1 + reads_states(settings))
     head = 2.0 * reads * config.hidden_size
     passes = 1.0 * has_target_network(settings)
     if settings.trainable == "head":
-        return StepFlops(head, head, passes * head, 0.0, 0.0)  # its input has no gradient
+        return StepFlops(head, head, passes * head, 0.0, 0.0)  # the backward pass has no gradient of the input
     tokens, sizes = data.rows * data.length, matrices(config)
     layers, trained_layers = config.layers, settings.last_k if settings.trainable == "last_k" else config.layers
-    products = 2.0 * tokens * sum(inputs * outputs for inputs, outputs in sizes.values())  # of a layer
-    pair = 4.0 * data.rows * config.heads * config.head_dim  # scores and mixing, of a layer
-    read, multiplied = data.length * (data.length + 1) / 2, attended_pairs(data.length, attention)
+    # Of one layer: products with its matrices, and attention (scores and the mixture of values) of one pair per row.
+    products = 2.0 * tokens * sum(inputs * outputs for inputs, outputs in sizes.values())
+    pair = 4.0 * data.rows * config.heads * config.head_dim
+    causal, multiplied = data.length * (data.length + 1) / 2, attended_pairs(data.length, attention)
     adapters = 0.0
     if settings.trainable == "lora":
         adapters = 2.0 * tokens * settings.lora.rank * sum(sum(sizes[name]) for name in settings.lora.targets)
-    # A frozen matrix has a gradient of its input alone; a trained one, of itself too.
+    # A frozen matrix needs the gradient of its input only; a trained one also its own.
     backward_products = (1 if settings.trainable == "lora" else 2) * products + 2 * adapters
-    forward = layers * (products + adapters + pair * read) + head
-    backward = trained_layers * (backward_products + 2 * pair * read) + 2 * head
+    forward = layers * (products + adapters + pair * causal) + head
+    backward = trained_layers * (backward_products + 2 * pair * causal) + 2 * head
 
-    # The reference computes a block's weights and mixture again; the kernel its scores in both backward passes, and
-    # the gradients of its weights twice: three products of the two that a forward pass has.
-    again = 1.0 if attention == "reference" else 1.5
-    repeated = 0.0
-    if settings.remat != "none":  # the output of attention
-        again += 1
-    if settings.remat == "full":  # nothing reads what `down` makes
+    # The reference recomputes a block's weights and mixture. The kernel recomputes its scores in both of its backward
+    # passes, and the gradients of its weights in one: three products, where a forward pass has two.
+    attention_again = 1.0 if attention == "reference" else 1.5
+    products_again = 0.0
+    if settings.remat != "none":  # the output of attention is not kept either
+        attention_again += 1
+    if settings.remat == "full":  # all but `down`, whose output no gradient reads
         inputs, outputs = sizes["down"]
-        repeated = products - 2.0 * tokens * inputs * outputs + adapters
+        products_again = products - 2.0 * tokens * inputs * outputs + adapters
         if settings.trainable == "lora" and "down" in settings.lora.targets:
-            repeated -= 2.0 * tokens * settings.lora.rank * outputs
-    recomputed = trained_layers * (repeated + again * pair * multiplied)
-    masked = (layers * (1 + passes) + 2 * trained_layers) * pair * (multiplied - read)
+            products_again -= 2.0 * tokens * settings.lora.rank * outputs
+    recomputed = trained_layers * (products_again + attention_again * pair * multiplied)
+    masked = (layers * (1 + passes) + 2 * trained_layers) * pair * (multiplied - causal)
     return StepFlops(forward, backward, passes * forward, recomputed, masked)
 
 
 def forward_passes(settings: config_lib.RewardModelConfig) -> float:
-    """How often a step goes through the layers' weights: forward, backward, again, and for the target network."""
+    """Number of times that a step reads the layers' weights: forward, backward, recomputation, target network."""
     if settings.trainable == "head":
         return 0.0
     return 2.0 + (settings.remat == "full") + has_target_network(settings)
 
 
 def flops_per_token(config: TransformerConfig, context: int = 0) -> float:
-    """FLOPs of one token's forward pass: two per weight of the blocks, plus attention over `context` tokens.
+    """FLOPs of the forward pass of one token: two per weight of the blocks, plus attention over `context` tokens.
 
-    Embedding look-ups cost nothing; the scalar head is too small to count.
+    Embedding look-ups cost nothing, and the scalar head is too small to count.
     """
     width, head_width = config.hidden_size, config.head_dim
     attention = width * head_width * (2 * config.heads + 2 * config.kv_heads)

@@ -1,4 +1,7 @@
-"""Behaviour cloning: a small language model and its tokenizer, trained from scratch on an environment's expert."""
+"""Behaviour cloning: a small language model and its tokenizer, trained from scratch on an environment's expert.
+
+Shapes: B rows, T tokens, D model.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,11 @@ from jaxprm.policies.rollouts import rollouts
 from jaxprm.progress import bar
 from jaxprm.training.optimizer import make_optimizer
 
+LOOKAHEAD = 3  # episodes that may fit in no row before a batch is full
+LOG_EVERY = 20  # steps
+FINGERPRINT_STEPS = 16
+MEASURED_TASKS = 100  # per split, at most
+
 USER, ASSISTANT, END, PAD = "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
 
 # One token opens a message and one ends it: at 30-token turns ChatML's five would be a sixth of all tokens.
@@ -43,13 +51,106 @@ CHAT_TEMPLATE = (
 )
 
 
+def imitate(experiment: config_lib.Experiment, workdir: Path) -> Path:
+    """Trains a policy by imitation, measures it, and returns its directory. A killed run resumes when called again.
+
+    Raises UserError if the environment has no expert, or the work directory holds checkpoints of another recipe.
+    """
+    settings, seed = experiment.imitation, experiment.seed
+    environment = environments.create(experiment.environment.name, experiment.environment.arguments)
+    if not hasattr(environment, "demonstration"):
+        raise UserError(
+            f"environment {experiment.environment.name}: has no demonstration(rng), so there is nothing to imitate; "
+            "set policy.path to a policy instead"
+        )
+
+    # Tokenizer and model
+    tokenizer = _tokenizer(experiment, environment, workdir / "tokenizer")
+    encoder = Encoder.load(tokenizer)
+    plain = config_lib.to_dict(experiment)
+    model_config = TransformerConfig(**plain["model"])
+    optimizer = make_optimizer(
+        learning_rate=settings.learning_rate,
+        steps=settings.steps,
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        clip=1.0,
+    )
+    init, train_step = _programs(model_config, optimizer, seed)
+
+    # Restore
+    state, start = init(), 0
+    recipe = {name: plain[name] for name in ("environment", "model", "imitation", "seed")}
+    recipe["environment"] = {name: plain["environment"][name] for name in ("name", "arguments")}
+    identity = {"recipe": config_lib.fingerprint(recipe), "tokenizer": encoder.fingerprint}
+    checkpoints = Checkpoints(workdir / "checkpoints", identity)
+    if (restored := checkpoints.restore(abstract(state))) is not None:
+        start, state, _ = restored
+
+    # Loop: a thread packs the next batch while the device computes this step
+    metrics_path = workdir / "metrics.jsonl"
+    earlier = [line for line in files.complete_lines(metrics_path) if line["step"] <= start]
+    files.write_atomic(metrics_path, "".join(map(files.line, earlier)))
+    with (
+        ThreadPoolExecutor(1) as pool,
+        files.appending(metrics_path) as append,
+        bar("imitate", settings.steps, initial=start, unit="step") as progress,
+    ):
+
+        def batch_of(step: int) -> dict:
+            return episode_rows(environment, encoder, settings, seed, step)
+
+        next_batch = pool.submit(batch_of, start)
+        for step in range(start, settings.steps):
+            batch, next_batch = next_batch.result(), pool.submit(batch_of, step + 1)
+            state, metrics = train_step(state, batch)
+            is_last = step + 1 == settings.steps
+            if is_last or (step + 1) % LOG_EVERY == 0:
+                line = {"step": step + 1} | {name: float(value) for name, value in metrics.items()}
+                if not np.isfinite(line["loss"]):
+                    raise UserError(
+                        f"imitation: loss is {line['loss']} at step {step + 1}; the last good checkpoint is step "
+                        f"{checkpoints.latest_step()}; lower imitation.learning_rate"
+                    )
+                append([line])
+                progress.set_postfix(loss=f"{line['loss']:.3f}", accuracy=f"{line['accuracy']:.3f}", refresh=False)
+            progress.update()
+            if is_last or (step + 1) % settings.checkpoint_every == 0:
+                checkpoints.save(step + 1, state, {})
+    checkpoints.close()
+
+    # Output
+    output = workdir / "policy"
+    write_policy(output, model_config, state["parameters"], encoder, tokenizer, experiment)
+    description = {
+        "recipe": recipe,
+        "tokenizer": encoder.fingerprint,
+        "data": _fingerprint(environment, encoder, experiment),
+        "numbers": measure(experiment, output),
+    }
+    files.write_json(output / "recipe.json", description)
+    return output
+
+
+def _tokenizer(experiment: config_lib.Experiment, environment, directory: Path) -> Path:
+    """Directory of the tokenizer, which is trained on demonstrations if it is missing."""
+    if not (directory / "tokenizer.json").exists():
+        settings, rng = experiment.imitation, random.Random(f"tokenizer/{experiment.seed}")
+        episodes = (
+            environment.demonstration(rng, **settings.demonstrations) for _ in range(settings.tokenizer_episodes)
+        )
+        texts = (message["content"] for episode in episodes for message in episode)
+        train_tokenizer(texts, experiment.model.vocab_size, directory)
+    return directory
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> None:
-    """Trains on `texts` and writes tokenizer.json, tokenizer_config.json and chat_template.jinja."""
+    """Trains a byte-level BPE tokenizer and writes tokenizer.json, tokenizer_config.json and chat_template.jinja."""
     import tokenizers
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast  # slow to import
 
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    # GPT-2's words, which keep the space before a number: Qwen2's would make every count two tokens.
+    # GPT-2's pre-tokenizer keeps the space before a number; with Qwen2's every count would be two tokens.
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
@@ -66,17 +167,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> N
     fast.save_pretrained(directory)
 
 
-LOOKAHEAD = 3
-LOG_EVERY = 20
-FINGERPRINT_STEPS = 16
-MEASURED_TASKS = 100
-
-
 def episode_rows(environment, encoder: Encoder, settings: config_lib.ImitationConfig, seed: int, step: int) -> dict:
-    """The batch of one step: expert episodes packed into rows [B, T] until three in a row fit nowhere.
+    """The batch of one step: expert episodes packed into rows until three of them in sequence fit into no row.
 
-    tokens, positions, segments int32 and weights float32, all [B, T]; weights are 1 where the next token is the
-    expert's own. An episode longer than a row is cut at its end.
+    A function of `seed` and `step` alone, so a resumed run needs no data position. An episode longer than a row is cut.
+
+    Returns:
+        {"tokens", "positions", "segments"} int32 and {"weights"} float32, all [B, T]. A weight is 1 where the next
+        token is the expert's own.
     """
     rng = random.Random(f"imitation/{seed}/{step}")
     shape = (settings.rows, settings.length)
@@ -101,112 +199,8 @@ def episode_rows(environment, encoder: Encoder, settings: config_lib.ImitationCo
     return batch
 
 
-def imitation_loss(model: Transformer, batch: dict) -> tuple[jax.Array, jax.Array]:
-    """Mean cross-entropy of the expert's tokens, and the share predicted right. Logits exist for one row at a time."""
-    hidden = model(batch["tokens"], batch["positions"], batch["segments"]).hidden
-    following = jnp.roll(batch["tokens"], -1, axis=-1)
-
-    @jax.checkpoint
-    def row_sums(row):
-        hidden, targets, weights = row
-        logits = model.logits(hidden)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-        return (losses * weights).sum(), ((logits.argmax(-1) == targets) * weights).sum()
-
-    losses, right = jax.lax.map(row_sums, (hidden, following, batch["weights"]))
-    total = batch["weights"].sum()
-    return losses.sum() / total, right.sum() / total
-
-
-def imitate(experiment: config_lib.Experiment, workdir: Path) -> Path:
-    """Trains a policy by imitation, measures it, and returns its directory; resumes by itself after a kill.
-
-    Raises UserError where the environment has no expert, or the work directory holds another recipe's checkpoints.
-    """
-    settings, seed = experiment.imitation, experiment.seed
-    environment = environments.create(experiment.environment.name, experiment.environment.arguments)
-    if not hasattr(environment, "demonstration"):
-        raise UserError(
-            f"environment {experiment.environment.name}: has no demonstration(rng), so there is nothing to imitate; "
-            "bring a policy instead (policy.path)"
-        )
-    # Tokenizer and model
-    tokenizer = _tokenizer(experiment, environment, workdir / "tokenizer")
-    encoder = Encoder.load(tokenizer)
-    plain = config_lib.to_dict(experiment)
-    model_config = TransformerConfig(**plain["model"])
-    optimizer = make_optimizer(
-        learning_rate=settings.learning_rate,
-        steps=settings.steps,
-        warmup_steps=settings.warmup_steps,
-        weight_decay=settings.weight_decay,
-        clip=1.0,
-    )
-    init, train_step = _programs(model_config, optimizer, seed)
-
-    # Restore
-    state, start = init(), 0
-    recipe = {name: plain[name] for name in ("environment", "model", "imitation", "seed")}
-    recipe["environment"] = {name: plain["environment"][name] for name in ("name", "arguments")}
-    identity = {"recipe": config_lib.fingerprint(recipe), "tokenizer": encoder.fingerprint}
-    checkpoints = Checkpoints(workdir / "checkpoints", identity)
-    if (restored := checkpoints.restore(abstract(state))) is not None:
-        start, state, _ = restored
-
-    # Loop: the next batch is made while the device works on this one
-    metrics_path = workdir / "metrics.jsonl"
-    kept = [line for line in files.whole_lines(metrics_path) if line["step"] <= start]
-    files.write_atomic(metrics_path, "".join(map(files.line, kept)))
-    with (
-        ThreadPoolExecutor(1) as pool,
-        files.appending(metrics_path) as append,
-        bar("imitate", settings.steps, initial=start, unit="step") as progress,
-    ):
-
-        def batch_of(step: int) -> dict:
-            return episode_rows(environment, encoder, settings, seed, step)
-
-        ahead = pool.submit(batch_of, start)
-        for step in range(start, settings.steps):
-            batch, ahead = ahead.result(), pool.submit(batch_of, step + 1)
-            state, metrics = train_step(state, batch)
-            last = step + 1 == settings.steps
-            if last or (step + 1) % LOG_EVERY == 0:
-                line = {"step": step + 1} | {name: float(value) for name, value in metrics.items()}
-                if not np.isfinite(line["loss"]):
-                    raise UserError(
-                        f"imitation: loss is {line['loss']} at step {step + 1}; the last good checkpoint is step "
-                        f"{checkpoints.latest_step()}; lower imitation.learning_rate"
-                    )
-                append([line])
-                progress.set_postfix(loss=f"{line['loss']:.3f}", accuracy=f"{line['accuracy']:.3f}", refresh=False)
-            progress.update()
-            if last or (step + 1) % settings.checkpoint_every == 0:
-                checkpoints.save(step + 1, state, {})
-    checkpoints.close()
-
-    # Output
-    output = workdir / "policy"
-    write_policy(output, model_config, state["parameters"], encoder, tokenizer, experiment)
-    about = {"recipe": recipe, "tokenizer": encoder.fingerprint, "data": _fingerprint(environment, encoder, experiment)}
-    files.write_json(output / "recipe.json", about | {"numbers": measure(experiment, output)})
-    return output
-
-
-def _tokenizer(experiment: config_lib.Experiment, environment, directory: Path) -> Path:
-    """Trained once, on demonstrations."""
-    if not (directory / "tokenizer.json").exists():
-        settings, rng = experiment.imitation, random.Random(f"tokenizer/{experiment.seed}")
-        episodes = (
-            environment.demonstration(rng, **settings.demonstrations) for _ in range(settings.tokenizer_episodes)
-        )
-        texts = (message["content"] for episode in episodes for message in episode)
-        train_tokenizer(texts, experiment.model.vocab_size, directory)
-    return directory
-
-
 def _programs(model_config: TransformerConfig, optimizer, seed: int):
-    """(init() -> state, train_step(state, batch) -> (state, metrics)), both jitted, the state donated."""
+    """The jitted functions init() -> state and train_step(state, batch) -> (state, metrics); the state is donated."""
     graph = transformer_graph(model_config)
 
     @jax.jit
@@ -227,8 +221,26 @@ def _programs(model_config: TransformerConfig, optimizer, seed: int):
     return init, train_step
 
 
+def imitation_loss(model: Transformer, batch: dict) -> tuple[jax.Array, jax.Array]:
+    """(mean cross-entropy of the expert's tokens, share of them predicted right), scalars."""
+    hidden = model(batch["tokens"], batch["positions"], batch["segments"]).hidden
+    next_tokens = jnp.roll(batch["tokens"], -1, axis=-1)
+
+    # Row by row and recomputed in the backward pass: the logits of all rows [B, T, V] are never in memory together.
+    @jax.checkpoint
+    def row_sums(row):
+        hidden, targets, weights = row
+        logits = model.logits(hidden)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        return (losses * weights).sum(), ((logits.argmax(-1) == targets) * weights).sum()
+
+    losses, correct = jax.lax.map(row_sums, (hidden, next_tokens, batch["weights"]))
+    total = batch["weights"].sum()
+    return losses.sum() / total, correct.sum() / total
+
+
 def write_policy(output: Path, model_config, parameters, encoder: Encoder, tokenizer: Path, experiment) -> None:
-    """The policy in Hugging Face format, with its tokenizer."""
+    """Writes the policy in Hugging Face format, with its tokenizer."""
     output.mkdir(parents=True, exist_ok=True)
     for source in tokenizer.iterdir():
         (output / source.name).write_bytes(source.read_bytes())
@@ -237,7 +249,7 @@ def write_policy(output: Path, model_config, parameters, encoder: Encoder, token
 
 
 def _fingerprint(environment, encoder: Encoder, experiment: config_lib.Experiment) -> str:
-    """sha256 over the first batches: the data are a function of seed and step, so these stand for all."""
+    """sha256 of the first batches, which identify the others: all are a function of seed and step."""
     digest = hashlib.sha256()
     for step in range(FINGERPRINT_STEPS):
         batch = episode_rows(environment, encoder, experiment.imitation, experiment.seed, step)
@@ -246,9 +258,9 @@ def _fingerprint(environment, encoder: Encoder, experiment: config_lib.Experimen
 
 
 def measure(experiment: config_lib.Experiment, policy_directory: Path) -> dict:
-    """Success of a policy on training and validation tasks, sampled at temperature 1 and 0.7, and greedy.
+    """Success of a policy on training and validation tasks: {split: {"greedy", "0.7", "1.0": estimate over tasks}}.
 
-    The environment is the config's; test tasks are not looked at. Each entry is an estimate over tasks.
+    0.7 and 1.0 are sampling temperatures. Test tasks are not used.
     """
     policy = language_model.load(str(policy_directory), seed=experiment.seed, settings=experiment.policy)
     make = functools.partial(environments.create, experiment.environment.name, experiment.environment.arguments)
@@ -264,5 +276,6 @@ def measure(experiment: config_lib.Experiment, policy_directory: Path) -> dict:
                 for episode in rollouts(make, policy, jobs, **options):
                     outcomes.setdefault(episode.task, []).append(episode.outcome or 0.0)
                     progress.update()
-            numbers.setdefault(split, {})[name] = bootstrap([float(np.mean(one)) for one in outcomes.values()])
+            means = [float(np.mean(task_outcomes)) for task_outcomes in outcomes.values()]
+            numbers.setdefault(split, {})[name] = bootstrap(means)
     return numbers

@@ -1,4 +1,4 @@
-"""AdamW or Adafactor with a schedule, gradient clipping, and a faster head; all of them optax's."""
+"""Optimizers from optax: AdamW or Adafactor, with a schedule, gradient clipping and a higher rate for the head."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from typing import Any, Literal
 import jax
 import optax
 
-FINAL_RATE = 0.1  # of the learning rate, at the end of a schedule that decays
+from jaxprm import config as config_lib
+
+FINAL_RATE = 0.1  # last rate of a decaying schedule, as a fraction of the learning rate
 
 
 def make_schedule(
     name: Literal["cosine", "linear", "constant"], learning_rate: float, *, steps: int, warmup_steps: int
 ) -> optax.Schedule:
-    """Linear warmup to `learning_rate`, then to a tenth of it along a cosine or a line, or nowhere."""
+    """Linear warmup from 0 to `learning_rate`, then cosine or linear decay to a tenth of it, or a constant rate."""
+    # optax refuses a decay of no steps, so a run of one step has a schedule of two.
     warmup, steps = min(warmup_steps, max(steps - 1, 1)), max(steps, 2)
     if name == "cosine":
         return optax.warmup_cosine_decay_schedule(
@@ -23,9 +26,23 @@ def make_schedule(
             decay_steps=steps,
             end_value=FINAL_RATE * learning_rate,
         )
-    last = learning_rate if name == "constant" else FINAL_RATE * learning_rate
-    after = optax.linear_schedule(learning_rate, last, steps - warmup)
-    return optax.join_schedules([optax.linear_schedule(0.0, learning_rate, warmup), after], [warmup])
+    final_rate = learning_rate if name == "constant" else FINAL_RATE * learning_rate
+    decay = optax.linear_schedule(learning_rate, final_rate, steps - warmup)
+    return optax.join_schedules([optax.linear_schedule(0.0, learning_rate, warmup), decay], [warmup])
+
+
+def reward_model_optimizer(settings: config_lib.RewardModelConfig, steps: int) -> optax.GradientTransformation:
+    """The optimizer of a reward model's training run of `steps` steps."""
+    return make_optimizer(
+        learning_rate=settings.learning_rate,
+        steps=steps,
+        warmup_steps=round(settings.warmup_fraction * steps),
+        weight_decay=settings.weight_decay,
+        clip=settings.gradient_clip,
+        head_multiplier=settings.head_multiplier,
+        optimizer=settings.optimizer,
+        schedule=settings.schedule,
+    )
 
 
 def make_optimizer(
@@ -39,11 +56,11 @@ def make_optimizer(
     optimizer: Literal["adamw", "adafactor"] = "adamw",
     schedule: Literal["cosine", "linear", "constant"] = "cosine",
 ) -> optax.GradientTransformation:
-    """Decays matrices only: no norm, bias or head. Vectors under `blocks` have a layer axis; they are still vectors.
+    """Gradient clipping by global norm, AdamW or Adafactor, and updates of the head times `head_multiplier`.
 
-    Updates of the value head are multiplied by `head_multiplier`. Adafactor keeps row and column means of a matrix's
-    squared gradients in place of two moments, and no momentum; its learning rate is absolute, as AdamW's, not relative
-    to the size of a parameter.
+    Only matrices are decayed: no norm, bias or head. Adafactor keeps row and column means of a matrix's squared
+    gradients instead of two moments, and no momentum. Its learning rate is absolute, like AdamW's, not relative to the
+    size of a parameter.
     """
     rates = make_schedule(schedule, learning_rate, steps=steps, warmup_steps=warmup_steps)
 
@@ -52,12 +69,13 @@ def make_optimizer(
 
     def matrices(parameters: Any) -> Any:
         def is_matrix(path, leaf):
+            # Arrays of `blocks` have a layer axis in front: a stack of vectors is no matrix.
             stacked = any(getattr(key, "key", None) == "blocks" for key in path)
             return leaf.ndim - stacked >= 2 and not is_head(path)
 
         return jax.tree_util.tree_map_with_path(is_matrix, parameters)
 
-    def speed_up(updates, state, parameters=None):
+    def scale_head(updates, state, parameters=None):
         del parameters
         scaled = jax.tree_util.tree_map_with_path(
             lambda path, leaf: leaf * head_multiplier if is_head(path) else leaf, updates
@@ -76,5 +94,5 @@ def make_optimizer(
     return optax.chain(
         optax.clip_by_global_norm(clip),
         update,
-        optax.GradientTransformation(lambda _: optax.EmptyState(), speed_up),
+        optax.GradientTransformation(lambda _: optax.EmptyState(), scale_head),
     )

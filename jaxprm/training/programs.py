@@ -1,4 +1,7 @@
-"""The jitted functions of a training run, built from shapes alone: training runs them, `plan` compiles them."""
+"""The functions of step.py, jitted for a mesh: training runs them, `plan` compiles them from shapes alone.
+
+Shapes: B rows, T tokens and S step slots of a row, D model.
+"""
 
 from __future__ import annotations
 
@@ -14,68 +17,39 @@ from jax.sharding import Mesh
 from jaxprm import config as config_lib
 from jaxprm.errors import UserError
 from jaxprm.model import sharding
-from jaxprm.model.attention import packed_attention
+from jaxprm.model.attention import BLOCKS, HEAD_DIMS, fits, packed_attention, splash_attention
 from jaxprm.model.config import TransformerConfig
 from jaxprm.model.sharding import RULES, Rules
 from jaxprm.model.transformer import ForwardOptions, reward_model_graph
+from jaxprm.objectives import reads_states
 from jaxprm.training import features, reward_model, trainable
-from jaxprm.training.optimizer import make_optimizer
+from jaxprm.training.optimizer import reward_model_optimizer
 from jaxprm.training.step import (
     FIELDS,
-    hidden_states,
+    NO_PARAMETERS,
     initial_state,
     make_evaluation_step,
+    make_features_step,
     make_train_step,
-    reads_states,
 )
 
-
-def make_forward_options(
-    settings: config_lib.RewardModelConfig, config: TransformerConfig, mesh: Mesh, length: int, rules: Rules = RULES
-) -> ForwardOptions:
-    """dtype, rematerialisation, attention and layout for rows of `length` tokens."""
-    return ForwardOptions(
-        dtype=jnp.dtype(settings.dtype),
-        remat=settings.remat,
-        attend=_attention(settings.attention, config, mesh, length, rules),
-        constrain=sharding.constraints(mesh, rules),
-        frozen_layers=config.layers - settings.last_k if settings.trainable == "last_k" else 0,
-    )
-
-
-def _attention(name: str, config: TransformerConfig, mesh: Mesh, length: int, rules: Rules):
-    """`auto` is splash attention on TPUs where it takes the shapes. Raises UserError where `splash` cannot be."""
-    platform = mesh.devices.flat[0].platform
-    if name == "reference" or (name == "auto" and platform != "tpu"):
-        return packed_attention
-    from jaxprm.model.attention import BLOCKS, HEAD_DIMS, fits, splash_attention
-
-    if platform != "tpu":
-        raise UserError(f'attention = "splash" needs a TPU, the devices are {platform}; use "auto" or "reference"')
-    shards = mesh.shape["sequence"]
-    if not fits(length, config.head_dim, shards):
-        if name == "auto":
-            return packed_attention
-        raise UserError(
-            f'attention = "splash" needs data.length = {length} to be a multiple of {BLOCKS[-1] * shards} and the '
-            f'model\'s head_dim = {config.head_dim} of {HEAD_DIMS}; use "auto" or "reference"'
-        )
-    axes = {name: getattr(rules, name) for name in ("batch", "heads", "kv_heads", "length")}
-    return splash_attention(mesh, **axes)
-
-
 _TOKEN_FIELDS = ("tokens", "segments", "positions")
-_TYPES = {"rewards": jnp.float32, "weights": jnp.float32} | dict.fromkeys(("is_first", "is_last", "valid"), jnp.bool_)
+_DTYPES = {"rewards": jnp.float32, "weights": jnp.float32} | dict.fromkeys(("is_first", "is_last", "valid"), jnp.bool_)
 
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """Jitted functions with their shardings, and the shapes that they are called with; nothing is on a device.
+    """Jitted functions of a training run, and the shapes of their arguments. Nothing is on a device.
 
-    split: (parameters) -> (trained, frozen); init: (trained) -> state; train_step: (state, batch, frozen) ->
-    (state, metrics); evaluation_step: (trained, batch, frozen) -> (promises, returns); features_step: (parameters,
-    batch) -> hidden states, for the head alone. The first three donate their first argument where they can.
-    parameters: of the whole model; state, frozen: as train_step takes them; all ShapeDtypeStructs with shardings.
+    Attributes:
+        graph, compute: the model, and how its forward pass is computed.
+        split: (parameters) -> (trained, frozen); donates its argument unless `trainable` is last_k.
+        init: (trained) -> state; donates its argument.
+        train_step: (state, batch, frozen) -> (state, metrics); donates the state.
+        evaluation_step: (trained, batch, frozen) -> (promises, returns-to-go), both [B, S].
+        features_step: (parameters, batch) -> hidden states [B, S, D], for training the head alone.
+        parameters: shapes of all parameters of the model; state, frozen: shapes of the arguments of `train_step`. All
+            are trees of ShapeDtypeStructs with shardings.
     """
 
     graph: nnx.GraphDef
@@ -93,93 +67,117 @@ class Programs:
 def make_programs(
     settings: config_lib.RewardModelConfig, config: TransformerConfig, mesh: Mesh, *, length: int, steps: int, seed: int
 ) -> Programs:
-    """Of a reward model on a mesh, of devices that are there or only described.
+    """The programs of a reward model on a mesh, whose devices may be described only.
 
-    length: tokens of a row; steps: of the learning rate's schedule; seed: of adapters.
+    Args:
+        length: T.
+        steps: length of the learning rate's schedule.
+        seed: initializes adapters.
 
-    Raises UserError where the model does not divide over the mesh or cannot be trained or computed as asked.
+    Raises:
+        UserError: the model does not divide over the mesh, or cannot be trained or computed as the settings say.
     """
     sharding.check_model(mesh, config)
     trainable.check_trainable(settings, config)
     graph = reward_model_graph(config)
     compute = make_forward_options(settings, config, mesh, length)
-    rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    optimizer = reward_model_optimizer(settings, steps)
 
     def split(parameters: Any) -> tuple[Any, Any]:
         return trainable.split(settings, parameters, jax.random.key(seed))
 
-    parameters = sharding.with_shardings(mesh, reward_model.abstract(config))
-    trained, frozen = sharding.with_shardings(mesh, jax.eval_shape(split, parameters))
-    # Layers that are cut in two fit into no buffer of the whole.
-    donated = () if settings.trainable == "last_k" else 0
-    jitted_split = jax.jit(split, donate_argnums=donated, out_shardings=sharding.shardings((trained, frozen)))
-    if settings.trainable == "head":  # batches bring what the frozen transformer said
-        frozen = nnx.State({})
-    optimizer = make_optimizer(
-        learning_rate=settings.learning_rate,
-        steps=steps,
-        warmup_steps=round(settings.warmup_fraction * steps),
-        weight_decay=settings.weight_decay,
-        clip=settings.gradient_clip,
-        head_multiplier=settings.head_multiplier,
-        optimizer=settings.optimizer,
-        schedule=settings.schedule,
-    )
-
     def init(trained: Any) -> Any:
         return initial_state(trained, optimizer, settings)
 
-    def features_step(parameters: Any, batch: dict[str, jax.Array]) -> Any:
-        model = nnx.merge(graph, parameters)
-        found = hidden_states(model, batch, states=reads_states(settings), compute=compute)
-        return jax.tree.map(lambda x: x.astype(jnp.float32), found)
-
+    # Shapes with shardings, by the names of the parameters.
+    parameters = sharding.with_shardings(mesh, reward_model.abstract(config))
+    trained, frozen = sharding.with_shardings(mesh, jax.eval_shape(split, parameters))
+    split_shardings = sharding.shardings((trained, frozen))
+    if settings.trainable == "head":
+        frozen = NO_PARAMETERS  # batches bring the hidden states of the frozen transformer
     state = sharding.with_shardings(mesh, jax.eval_shape(init, trained))
-    places, frozen_at = sharding.shardings(state), sharding.shardings(frozen)
+    state_shardings, frozen_shardings = sharding.shardings(state), sharding.shardings(frozen)
+    batch_sharding, replicated = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     return Programs(
         graph=graph,
         compute=compute,
-        split=jitted_split,
-        init=jax.jit(init, donate_argnums=0, out_shardings=places),
+        # A layer stack that is cut in two cannot reuse the buffer of the uncut one.
+        split=jax.jit(split, donate_argnums=() if settings.trainable == "last_k" else 0, out_shardings=split_shardings),
+        init=jax.jit(init, donate_argnums=0, out_shardings=state_shardings),
         # Pinned on both sides: left to the compiler, a parameter's sharding can drift, and the step compiles again.
         train_step=jax.jit(
             make_train_step(graph, optimizer, settings, compute),
             donate_argnums=0,
-            in_shardings=(places, rows, frozen_at),
-            out_shardings=(places, whole),
+            in_shardings=(state_shardings, batch_sharding, frozen_shardings),
+            out_shardings=(state_shardings, replicated),
         ),
         evaluation_step=jax.jit(
             make_evaluation_step(graph, settings, compute),
-            in_shardings=(places["parameters"], rows, frozen_at),
-            out_shardings=whole,
+            in_shardings=(state_shardings["parameters"], batch_sharding, frozen_shardings),
+            out_shardings=replicated,
         ),
-        features_step=jax.jit(features_step, out_shardings=whole),
+        features_step=jax.jit(make_features_step(graph, settings, compute), out_shardings=replicated),
         parameters=parameters,
         state=state,
         frozen=frozen,
     )
 
 
+def make_forward_options(
+    settings: config_lib.RewardModelConfig, config: TransformerConfig, mesh: Mesh, length: int, rules: Rules = RULES
+) -> ForwardOptions:
+    """dtype, rematerialisation, attention and sharding of a forward pass over rows of `length` tokens.
+
+    Raises UserError if the attention that is asked for cannot be computed.
+    """
+    return ForwardOptions(
+        dtype=jnp.dtype(settings.dtype),
+        remat=settings.remat,
+        attend=_attention(settings.attention, config, mesh, length, rules),
+        constrain=sharding.constraints(mesh, rules),
+        frozen_layers=config.layers - settings.last_k if settings.trainable == "last_k" else 0,
+    )
+
+
 def batch_fields(settings: config_lib.RewardModelConfig) -> tuple[str, ...]:
-    """What the step functions read of a batch: with a frozen transformer its hidden states instead of tokens."""
+    """Fields of a batch that the step functions read: hidden states replace tokens if the transformer is frozen."""
     if settings.trainable != "head":
         return FIELDS
-    kept = tuple(field for field in FIELDS if field not in features.Features.replaces)
-    return kept + features.NAMES[: 1 + reads_states(settings)]
+    fields = tuple(field for field in FIELDS if field not in features.REPLACED_FIELDS)
+    return fields + features.NAMES[: 1 + reads_states(settings)]
 
 
 def batch_shapes(
     fields: Sequence[str], data: config_lib.DataConfig, config: TransformerConfig, mesh: Mesh
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """These fields of a batch of `data.rows` rows, as `sharding.put_batch` makes it."""
-    place = sharding.batch_sharding(mesh)
+    """Shapes of these fields of a batch of `data.rows` rows, sharded as by `sharding.put_batch`."""
+    placed = sharding.batch_sharding(mesh)
 
     def shape(field: str) -> jax.ShapeDtypeStruct:
         if field in features.NAMES:
             size, dtype = (data.rows, data.steps_per_row, config.hidden_size), jnp.float32
         else:
             size = (data.rows, data.length if field in _TOKEN_FIELDS else data.steps_per_row)
-            dtype = _TYPES.get(field, jnp.int32)
-        return jax.ShapeDtypeStruct(size, dtype, sharding=place)
+            dtype = _DTYPES.get(field, jnp.int32)
+        return jax.ShapeDtypeStruct(size, dtype, sharding=placed)
 
     return {field: shape(field) for field in fields}
+
+
+def _attention(name: str, config: TransformerConfig, mesh: Mesh, length: int, rules: Rules) -> Callable:
+    """The attention function; `auto` is splash attention on TPUs if it supports the shapes, else the reference."""
+    platform = mesh.devices.flat[0].platform
+    if name == "reference" or (name == "auto" and platform != "tpu"):
+        return packed_attention
+    if platform != "tpu":
+        raise UserError(f'attention = "splash" needs a TPU, the devices are {platform}; use "auto" or "reference"')
+    shards = mesh.shape["sequence"]
+    if not fits(length, config.head_dim, shards):
+        if name == "auto":
+            return packed_attention
+        raise UserError(
+            f'attention = "splash" needs data.length = {length} to be a multiple of {BLOCKS[-1] * shards} and the '
+            f'model\'s head_dim = {config.head_dim} of {HEAD_DIMS}; use "auto" or "reference"'
+        )
+    axes = {name: getattr(rules, name) for name in ("batch", "heads", "kv_heads", "length")}
+    return splash_attention(mesh, **axes)

@@ -1,6 +1,19 @@
-"""One training step of a reward model, and one evaluation step, as pure functions of state and batch.
+"""The train step and the evaluation step of a reward model: pure functions of state, batch and frozen parameters.
 
-A state is {"step": int32, "parameters", "optimizer"} and, where targets come from a target network, "target".
+Shapes: B rows, T tokens, S steps of a row, D model. A batch is a dict of the arrays in `FIELDS`. A train state is a
+dict {"step": int32, "parameters", "optimizer"}, and "target" if targets are computed from a target network.
+
+For the steps t = 0, ..., T of every trajectory in the batch, with the promises M_t = M(s_t, a_t), the state values
+V_t = V(s_t), the targets Q^_t (jaxprm/targets.py) and the weights w_t (how often the trajectory was sampled):
+
+    L = L_Q + beta L_A + L_V                                                                    (10) and (F)
+
+    L_Q = sum_{t >= 0} w_t 1/2 (M_t - Q^_t)^2 / sum_{t >= 0} w_t                                (4)
+    L_A = sum_{t >= 1} w_t 1/2 ((M_t - M_{t-1}) - (Q^_t - Q^_{t-1}))^2 / sum_{t >= 0} w_t       (9)
+    L_V = sum_{t >= 0} w_t 1/2 (V_t - Q^_t)^2 / sum_{t >= 0} w_t                                (F)
+
+Numbers are those of Xi et al., arXiv 2511.08325; (F) is in docs/method.md, section 5. L_V is there with bootstrap
+"state" only. Targets and loss are those of AgentPRM; an objective may have its own (jaxprm/objectives.py).
 """
 
 from __future__ import annotations
@@ -15,9 +28,10 @@ import optax
 from flax import nnx
 
 from jaxprm import config as config_lib
-from jaxprm.losses import LossSums, agent_prm_sums
+from jaxprm.losses import LossSums
 from jaxprm.model.transformer import ForwardOptions, RewardModel, head_values
-from jaxprm.targets import objective_targets, returns_to_go
+from jaxprm.objectives import find_objective, has_target_network, progress_beta, reads_states
+from jaxprm.targets import returns_to_go
 from jaxprm.training.trainable import join
 
 Batch = dict[str, jax.Array]
@@ -25,9 +39,9 @@ TrainState = dict[str, Any]
 
 PLAIN = ForwardOptions()
 NO_ADAPTERS: Any = MappingProxyType({})
-NOTHING = nnx.State({})
+NO_PARAMETERS = nnx.State({})
 
-# What the step functions read of a batch; tokens, segments, positions are [B, T], the others [B, S].
+# The arrays of a batch that the step functions read: tokens, segments, positions are [B, T], the others [B, S].
 FIELDS = (
     "tokens",
     "segments",
@@ -42,25 +56,10 @@ FIELDS = (
 )
 
 
-def reads_states(settings: config_lib.RewardModelConfig) -> bool:
-    """Whether V(s_t) is read, and therefore trained."""
-    return settings.objective == "agentprm" and settings.bootstrap == "state"
-
-
-def has_target_network(settings: config_lib.RewardModelConfig) -> bool:
-    """Whether the bootstrap comes from older parameters. Only AgentPRM bootstraps."""
-    return settings.objective == "agentprm" and settings.target_update != "online"
-
-
-def progress_beta(settings: config_lib.RewardModelConfig) -> float:
-    """beta of eq. 10; the baselines have no progress loss."""
-    return settings.beta if settings.objective == "agentprm" else 0.0
-
-
 def hidden_states(
     model: RewardModel, batch: Batch, *, states: bool, compute: ForwardOptions = PLAIN, adapters: Any = NO_ADAPTERS
 ) -> tuple[jax.Array, jax.Array | None]:
-    """What the head reads: hidden states [B, S, D] where actions end and, if asked for, before they begin."""
+    """Inputs of the head: hidden states [B, S, D] where actions end and, if `states`, before they begin."""
     tokens, positions, segments = batch["tokens"], batch["positions"], batch["segments"]
     hidden = model.transformer(tokens, positions, segments, compute=compute, adapters=adapters).hidden
 
@@ -73,7 +72,7 @@ def hidden_states(
 def readouts(
     model: RewardModel, batch: Batch, *, states: bool, compute: ForwardOptions = PLAIN, adapters: Any = NO_ADAPTERS
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Promises M_t and, if asked for, state values V(s_t), [B, S] in float32, from one forward pass."""
+    """Promises M_t and, if `states`, state values V_t, both [B, S] float32, from one forward pass."""
     actions, before = hidden_states(model, batch, states=states, compute=compute, adapters=adapters)
     return model.value(actions), model.value(before) if states else None
 
@@ -88,36 +87,36 @@ def trained_readouts(
     *,
     states: bool,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """`readouts` of a model in its trained and its frozen part.
+    """`readouts` of a model whose parameters are split into trained and frozen ones (trainable.py).
 
-    A batch that brings its hidden states, `read_features` and `state_features` [B, S, D], needs the head alone.
+    A batch with `read_features` and `state_features`, hidden states [B, S, D], needs the head only.
     """
     if "read_features" in batch:
         head = trained["head"][...]
         values = head_values(batch["read_features"], head)
         return values, head_values(batch["state_features"], head) if states else None
-    whole, adapters = join(settings, trained, frozen)
-    return readouts(nnx.merge(graph, whole), batch, states=states, compute=compute, adapters=adapters)
+    parameters, adapters = join(settings, trained, frozen)
+    return readouts(nnx.merge(graph, parameters), batch, states=states, compute=compute, adapters=adapters)
 
 
-class Sums(NamedTuple):
-    """What a loss is made of: of microbatches they add up, and so do their gradients."""
+class RewardSums(NamedTuple):
+    """Sums of a loss over steps. Those of microbatches add up to those of the batch, and so do their gradients."""
 
-    steps: LossSums
-    states: LossSums | None  # of the state values, where they are trained
-    values: jax.Array  # sum of w_t M_t over the steps that are trained
-    targets: jax.Array  # sum of w_t Q^_t over them
+    promises: LossSums
+    states: LossSums | None  # None where no state value is trained
+    values: jax.Array  # sum of w_t M_t over the trained steps
+    targets: jax.Array  # sum of w_t Q^_t over the trained steps
 
     def total(self, beta: float) -> jax.Array:
-        """The loss before it is divided by the weight."""
-        total = self.steps.value + beta * self.steps.progress
+        """The loss before the division by the weight."""
+        total = self.promises.value + beta * self.promises.progress
         return total if self.states is None else total + self.states.value
 
     def means(self, beta: float) -> tuple[jax.Array, dict[str, jax.Array]]:
         """(loss, {"value_loss", "progress_loss", "state_loss"?, "weight", "value_mean", "target_mean"}), float32."""
-        loss, metrics = self.steps.means(beta)
-        total = jnp.where(self.steps.weight > 0, self.steps.weight, 1)
-        metrics |= {"value_mean": self.values / total, "target_mean": self.targets / total}
+        loss, metrics = self.promises.means(beta)
+        weight = jnp.where(self.promises.weight > 0, self.promises.weight, 1)
+        metrics |= {"value_mean": self.values / weight, "target_mean": self.targets / weight}
         if self.states is not None:
             state_loss, _ = self.states.means(0.0)
             loss, metrics = loss + state_loss, metrics | {"state_loss": state_loss}
@@ -131,40 +130,29 @@ def reward_sums(
     batch: Batch,
     settings: config_lib.RewardModelConfig,
     compute: ForwardOptions = PLAIN,
-    frozen: Any = NOTHING,
-) -> Sums:
-    """The sums behind `reward_loss`, of the same arguments."""
-    states = reads_states(settings)
+    frozen: Any = NO_PARAMETERS,
+) -> RewardSums:
+    """The sums of `reward_loss`, for a caller that divides later. Same arguments."""
+    objective, states = find_objective(settings.objective), reads_states(settings)
 
+    # Forward pass, and a second one where targets come from a target network.
     def read(trained: Any) -> tuple[jax.Array, jax.Array | None]:
         return trained_readouts(graph, trained, frozen, batch, settings, compute, states=states)
 
     values, state_values = read(parameters)
-    bootstrap_values, bootstrap_states = (values, state_values) if target is None else read(target)
-    targets, mask = objective_targets(
-        settings.objective,
-        bootstrap_values,
-        batch["rewards"],
-        batch["is_last"],
-        batch["valid"],
-        gae_lambda=settings.gae_lambda,
-        discount=settings.discount,
-        bootstrap=settings.bootstrap,
-        state_values=bootstrap_states,
+    target_values, target_states = (values, state_values) if target is None else read(target)
+
+    # Targets [B, S], and the steps that are trained.
+    targets, mask = objective.targets(
+        target_values, batch["rewards"], batch["is_last"], batch["valid"], settings, target_states
     )
 
+    # Loss. State values have the targets of the promises: V(s_t) is the mean of Q(s_t, a) over the policy's actions.
     def sums(values: jax.Array) -> LossSums:
-        return agent_prm_sums(
-            values,
-            targets,
-            batch["is_first"],
-            mask,
-            weights=batch["weights"],
-            progress_gradient=settings.progress_gradient,
-        )
+        return objective.loss(values, targets, batch["is_first"], mask, batch["weights"], settings)
 
     weights = jnp.where(mask, batch["weights"], 0)
-    return Sums(
+    return RewardSums(
         sums(values),
         sums(state_values) if states else None,
         values=jax.lax.stop_gradient(jnp.sum(weights * jnp.where(mask, values, 0))),
@@ -179,13 +167,13 @@ def reward_loss(
     batch: Batch,
     settings: config_lib.RewardModelConfig,
     compute: ForwardOptions = PLAIN,
-    frozen: Any = NOTHING,
+    frozen: Any = NO_PARAMETERS,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss of one batch, L = L_Q + beta L_A (eq. 10), + L_V if state values are read (docs/method.md, section 5).
+    """The loss L of one batch, as in the head of this file.
 
     Args:
-        parameters: those that are trained; with `frozen` they are the whole model's, see trainable.py.
-        target: parameters of the target network; None takes the targets from the pass that is trained.
+        parameters: the trained ones; together with `frozen` they are those of the model (trainable.py).
+        target: parameters of the target network, like `parameters`; None takes the targets from the trained pass.
 
     Returns:
         (loss, {"value_loss", "progress_loss", "state_loss"?, "weight", "value_mean", "target_mean"}), float32 scalars.
@@ -194,7 +182,8 @@ def reward_loss(
 
 
 def microbatches_of(batch: Batch, count: int) -> Batch:
-    """A batch [B, ...] as [count, B / count, ...]; every microbatch takes of every device's rows its share."""
+    """Splits a batch [B, ...] into [count, B / count, ...]."""
+    # Strided: every microbatch has its share of each device's rows, so that no row moves to another device.
     return {name: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0) for name, x in batch.items()}
 
 
@@ -205,12 +194,12 @@ def loss_and_gradients(
     batch: Batch,
     settings: config_lib.RewardModelConfig,
     compute: ForwardOptions = PLAIN,
-    frozen: Any = NOTHING,
+    frozen: Any = NO_PARAMETERS,
 ) -> tuple[jax.Array, dict[str, jax.Array], Any]:
-    """(loss, metrics, gradients) of a batch, in `settings.microbatches` passes.
+    """(loss, metrics, gradients) of `reward_loss`, computed in `settings.microbatches` passes.
 
-    Gradients of sums are added and divided once by the weight of the whole batch: it is the large batch's gradient,
-    however the valid steps fall to the microbatches.
+    The result is that of the large batch, however its valid steps are spread over the microbatches: gradients of sums
+    are added, and divided once by the weight of the batch.
     """
     beta = progress_beta(settings)
     if settings.microbatches == 1:
@@ -221,33 +210,34 @@ def loss_and_gradients(
         (loss, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(parameters)
         return loss, metrics, gradients
 
-    def total_of(parameters, part):
-        sums = reward_sums(graph, parameters, target, part, settings, compute, frozen)
+    def total_of(parameters, microbatch):
+        sums = reward_sums(graph, parameters, target, microbatch, settings, compute, frozen)
         return sums.total(beta), sums
 
-    def add(carry, part):
-        (_, sums), gradients = jax.value_and_grad(total_of, has_aux=True)(parameters, part)
+    def add(carry, microbatch):
+        (_, sums), gradients = jax.value_and_grad(total_of, has_aux=True)(parameters, microbatch)
         return jax.tree.map(jnp.add, carry, (sums, gradients)), None
 
-    parts = microbatches_of(batch, settings.microbatches)
-    shapes = jax.eval_shape(lambda: total_of(parameters, jax.tree.map(lambda x: x[0], parts))[1])
+    microbatches = microbatches_of(batch, settings.microbatches)
+    shapes = jax.eval_shape(lambda: total_of(parameters, jax.tree.map(lambda x: x[0], microbatches))[1])
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes, parameters))
-    (sums, gradients), _ = jax.lax.scan(add, zeros, parts)
-    weight = jnp.where(sums.steps.weight > 0, sums.steps.weight, 1)
+    # A scan, not a sum over a list: only one microbatch's activations are in memory at a time.
+    (sums, gradients), _ = jax.lax.scan(add, zeros, microbatches)
+    weight = jnp.where(sums.promises.weight > 0, sums.promises.weight, 1)
     return *sums.means(beta), jax.tree.map(lambda leaf: leaf / weight, gradients)
 
 
 def initial_state(
     parameters: Any, optimizer: optax.GradientTransformation, settings: config_lib.RewardModelConfig
 ) -> TrainState:
-    """The state before the first step; the target network starts as a copy."""
+    """The train state before the first step; the target network starts as a copy of the trained parameters."""
     state = {
         "step": jnp.zeros((), jnp.int32),
         "parameters": parameters,
         "optimizer": optimizer.init(parameters),
     }
     if has_target_network(settings):
-        state["target"] = jax.tree.map(jnp.copy, parameters)
+        state["target"] = jax.tree.map(jnp.copy, parameters)  # copied, because the state is donated
     return state
 
 
@@ -257,22 +247,28 @@ def make_train_step(
     settings: config_lib.RewardModelConfig,
     compute: ForwardOptions = PLAIN,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """(state, batch, frozen) -> (state, metrics): the metrics are of the parameters before the update."""
+    """The function (state, batch, frozen) -> (state, metrics).
 
-    def train_step(state: TrainState, batch: Batch, frozen: Any = NOTHING) -> tuple[TrainState, dict[str, jax.Array]]:
+    Metrics are float32 scalars of the parameters before the update: "loss", those of `reward_loss`, "gradient_norm"
+    (before clipping) and "tokens" (int32).
+    """
+
+    def train_step(
+        state: TrainState, batch: Batch, frozen: Any = NO_PARAMETERS
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         loss, metrics, gradients = loss_and_gradients(
             graph, state["parameters"], state.get("target"), batch, settings, compute, frozen
         )
         updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["parameters"])
-        new = {
+        new_state = {
             "step": state["step"] + 1,
             "parameters": optax.apply_updates(state["parameters"], updates),
             "optimizer": optimizer_state,
         }
         if "target" in state:
-            new["target"] = _follow(state["target"], new["parameters"], new["step"], settings)
+            new_state["target"] = _updated_target(state["target"], new_state["parameters"], new_state["step"], settings)
         tokens = jnp.sum(batch["segments"] > 0)
-        return new, {"loss": loss, **metrics, "gradient_norm": optax.tree.norm(gradients), "tokens": tokens}
+        return new_state, {"loss": loss, **metrics, "gradient_norm": optax.tree.norm(gradients), "tokens": tokens}
 
     return train_step
 
@@ -280,9 +276,9 @@ def make_train_step(
 def make_evaluation_step(
     graph: nnx.GraphDef, settings: config_lib.RewardModelConfig, compute: ForwardOptions = PLAIN
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """(parameters, batch, frozen) -> (promises, returns-to-go), both [B, S]."""
+    """The function (parameters, batch, frozen) -> (promises, returns-to-go), both [B, S]."""
 
-    def evaluation_step(parameters: Any, batch: Batch, frozen: Any = NOTHING) -> tuple[jax.Array, jax.Array]:
+    def evaluation_step(parameters: Any, batch: Batch, frozen: Any = NO_PARAMETERS) -> tuple[jax.Array, jax.Array]:
         values, _ = trained_readouts(graph, parameters, frozen, batch, settings, compute, states=False)
         returns = returns_to_go(batch["rewards"], batch["is_last"], batch["valid"], discount=settings.discount)
         return values, returns
@@ -290,7 +286,20 @@ def make_evaluation_step(
     return evaluation_step
 
 
-def _follow(target: Any, parameters: Any, step: jax.Array, settings: config_lib.RewardModelConfig) -> Any:
+def make_features_step(
+    graph: nnx.GraphDef, settings: config_lib.RewardModelConfig, compute: ForwardOptions = PLAIN
+) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array | None]]:
+    """The function (parameters, batch) -> `hidden_states` in float32, for training the head only."""
+
+    def features_step(parameters: Any, batch: Batch) -> Any:
+        model = nnx.merge(graph, parameters)
+        features = hidden_states(model, batch, states=reads_states(settings), compute=compute)
+        return jax.tree.map(lambda x: x.astype(jnp.float32), features)
+
+    return features_step
+
+
+def _updated_target(target: Any, parameters: Any, step: jax.Array, settings: config_lib.RewardModelConfig) -> Any:
     """The target network after an update: a moving average, or a copy every `target_every` steps."""
     if settings.target_update == "ema":
         decay = settings.target_decay

@@ -75,7 +75,7 @@ def check(run: Run, until: str) -> None:
     if _includes(until, "train"):
         from jaxprm.training import metrics
 
-        metrics.check(run.experiment.logging)
+        metrics.check_wandb(run.experiment.logging)
     if _includes(until, "search"):
         from jaxprm.workflow import search_stage
 

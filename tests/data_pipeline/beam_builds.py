@@ -1,7 +1,7 @@
 """Builds with Apache Beam, one after another: python beam_builds.py JOBS.json RESULTS.json
 
 A job: arguments of `beam_build.build` with `tokenizer`, a directory, `skip_bad` true or false, and `block_bits`. Its
-result: {"bad": [messages]} or {"error": [class, message]}. Paths that begin with fake:// lie below FAKE_ROOT.
+result: {"bad": [messages]} or {"error": [class, message]}. Paths that begin with fake:// are below FAKE_ROOT.
 """
 
 import json
@@ -24,7 +24,7 @@ def here(path: str) -> str:
 
 
 class FakeFileSystem(LocalFileSystem):
-    """A file system with a scheme, as those of clouds."""
+    """A file system with a scheme, like those of clouds."""
 
     @classmethod
     def scheme(cls):
@@ -41,9 +41,9 @@ class FakeFileSystem(LocalFileSystem):
         super().mkdirs(here(path))
 
     def _list(self, dir_or_prefix):
-        for found in super()._list(here(dir_or_prefix)):
-            path = found.path.replace(os.environ["FAKE_ROOT"] + "/", PREFIX)
-            yield FileMetadata(path, found.size_in_bytes, found.last_updated_in_seconds)
+        for file in super()._list(here(dir_or_prefix)):
+            path = file.path.replace(os.environ["FAKE_ROOT"] + "/", PREFIX)
+            yield FileMetadata(path, file.size_in_bytes, file.last_updated_in_seconds)
 
     def create(self, path, *arguments, **options):
         return super().create(here(path), *arguments, **options)

@@ -1,4 +1,4 @@
-"""An environment with Apache Beam: it wants older packages than the project's lock, so it lies over the project's."""
+"""An environment with Apache Beam, which needs older packages than requirements.txt has, on top of this one."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from tempfile import mkdtemp
 from uv import find_uv_bin
 
 ROOT = Path(__file__).parents[2]
-# Of what is pinned, what Beam wants older.
+# Pinned packages of which Beam needs an older version.
 OLDER = {"numpy", "pyarrow"}
 
 
 @cache
 def python() -> Path:
-    """The interpreter of an environment in which Beam and what it needs come before the packages of this one.
+    """The interpreter of an environment in which Beam's packages precede those of this one.
 
-    Made once, removed when the tests end.
+    Made once, and removed when the tests end.
     """
     folder = Path(mkdtemp(prefix="beam-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -32,12 +32,22 @@ def python() -> Path:
     pins = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.split("==")[0] not in OLDER]
     (folder / "pins.txt").write_text("\n".join(pins))
     run(find_uv_bin(), "venv", "--quiet", "--python", sys.executable, folder / "venv")
-    found = folder / "venv/bin/python"
-    wanted = project["optional-dependencies"]["beam"]
-    run(find_uv_bin(), "pip", "install", "--quiet", "--python", found, "--constraints", folder / "pins.txt", *wanted)
-    below = next((folder / "venv/lib").glob("python*/site-packages")) / "project.pth"
-    below.write_text(sysconfig.get_path("purelib") + "\n")
-    return found
+    interpreter = folder / "venv/bin/python"
+    packages = project["optional-dependencies"]["beam"]
+    run(
+        find_uv_bin(),
+        "pip",
+        "install",
+        "--quiet",
+        "--python",
+        interpreter,
+        "--constraints",
+        folder / "pins.txt",
+        *packages,
+    )
+    project_path = next((folder / "venv/lib").glob("python*/site-packages")) / "project.pth"
+    project_path.write_text(sysconfig.get_path("purelib") + "\n")
+    return interpreter
 
 
 def run(*command: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess:

@@ -115,7 +115,7 @@ def write_rows() -> Callable[[Path, Iterable[Trajectory]], Path]:
 
 @pytest.fixture(scope="session")
 def dataset_directory(tmp_path_factory, plain_encoder, make_trajectory, write_rows) -> Path:
-    """A dataset of forty training and five validation trajectories; train.jsonl is beside it. Not to be changed."""
+    """A dataset of forty training and five validation trajectories; train.jsonl is next to it. Not to be changed."""
     directory = tmp_path_factory.mktemp("dataset")
     train = [make_trajectory(seed, rounds=1 + seed % 5, outcome=seed / 40) for seed in range(40)]
     held_out = [make_trajectory(seed, rounds=2, id=f"held-{seed}") for seed in range(100, 105)]

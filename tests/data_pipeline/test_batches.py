@@ -45,14 +45,14 @@ def make_dataset(steps_of: list[list[int]], seed: int = 0) -> Dataset:
         shards={"shard": Shard(bytes=0, sha256=str(seed))},
     )
     dataset = Dataset(Path("memory"), metadata)
-    dataset.metadata.splits["train"] = None  # so that the name is known
+    dataset.metadata.splits["train"] = None  # so that the split exists
     dataset._splits["train"] = split
     return dataset
 
 
 def unpack(batch, split):
-    """Every trajectory of a batch as (example, tokens, steps), with what must hold inside a row checked on the way."""
-    found = []
+    """Every trajectory of a batch as (example, tokens, steps); checks the layout of its row."""
+    unpacked = []
     for row in range(len(batch["tokens"])):
         view = {name: array[row] for name, array in batch.items()}
         used = view["segments"] > 0
@@ -71,9 +71,9 @@ def unpack(batch, split):
             for name in ("read_positions", "state_positions"):
                 assert (view["segments"][view[name][slots]] == segment).all()
                 steps[name] = view["tokens"][view[name][slots]]
-            found.append((example, view["tokens"][at].tolist(), steps))
+            unpacked.append((example, view["tokens"][at].tolist(), steps))
         assert (view["trajectory"] >= 0).sum() == view["valid"].sum()
-    return found
+    return unpacked
 
 
 def assert_is_example(split, example, tokens, steps):
@@ -93,14 +93,16 @@ episodes = st.lists(st.lists(st.integers(1, 15), min_size=1, max_size=8), min_si
 
 @settings(deadline=None, max_examples=60)
 @given(episodes, st.integers(1, 4), st.integers(1, 3), st.integers(0, 3))
-def test_no_trajectory_is_split_crossed_lost_or_doubled_and_reads_point_at_the_same_tokens(steps, rows, epochs, seed):
+def test_every_trajectory_is_in_one_row_unchanged_and_positions_point_at_the_same_tokens(steps, rows, epochs, seed):
     dataset = make_dataset(steps)
     batches = training_batches(dataset, rows=rows, length=122, steps_per_row=8, epochs=epochs, seed=seed, window=6)
-    found = [item for number in range(len(batches)) for item in unpack(batches._packed.gather(number), batches.split)]
-    for example, tokens, table in found:
+    unpacked = [
+        item for number in range(len(batches)) for item in unpack(batches._packed.gather(number), batches.split)
+    ]
+    for example, tokens, table in unpacked:
         assert_is_example(batches.split, example, tokens, table)
-    assert sorted(example for example, _, _ in found) == sorted(list(range(len(steps))) * epochs)
-    used = sum(len(tokens) for _, tokens, _ in found)
+    assert sorted(example for example, _, _ in unpacked) == sorted(list(range(len(steps))) * epochs)
+    used = sum(len(tokens) for _, tokens, _ in unpacked)
     assert batches.fill == pytest.approx(used / (len(batches) * rows * 122))
 
 
@@ -138,8 +140,8 @@ def many(count=60, seed=0):
     return make_dataset([random.integers(1, 12, random.integers(1, 7)).tolist() for _ in range(count)], seed)
 
 
-def equal(one, other):
-    return all(np.array_equal(one[name], other[name], equal_nan=one[name].dtype.kind == "f") for name in one)
+def equal(left, right):
+    return all(np.array_equal(left[name], right[name], equal_nan=left[name].dtype.kind == "f") for name in left)
 
 
 def test_stream_is_the_planned_batches_in_order_and_len_counts_them():
@@ -150,20 +152,20 @@ def test_stream_is_the_planned_batches_in_order_and_len_counts_them():
         assert equal(batch, batches._packed.gather(number))
 
 
-@pytest.mark.parametrize("taken", [0, 1, 7])
-def test_a_restored_iterator_goes_on_with_the_same_batches(taken):
+@pytest.mark.parametrize("position", [0, 1, 7])
+def test_a_restored_iterator_resumes_with_the_same_batches(position):
     dataset = many()
     original = training_batches(dataset, epochs=3, seed=1, **SHAPE)
-    for _ in islice(original, taken):
+    for _ in islice(original, position):
         pass
     state = json.loads(json.dumps(original.save_state()))
-    rest = list(original)
+    remaining = list(original)
     restored = training_batches(many(), epochs=3, seed=1, **SHAPE)
     next(restored)
     restored.restore_state(state)
     again = list(restored)
-    assert len(rest) == len(again) == len(original) - taken
-    assert all(equal(one, other) for one, other in zip(rest, again, strict=True))
+    assert len(remaining) == len(again) == len(original) - position
+    assert all(equal(left, right) for left, right in zip(remaining, again, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -184,7 +186,7 @@ def test_epochs_differ_and_evaluation_repeats():
     assert order[: training.epoch_ends[0]] != order[training.epoch_ends[0] :]
     evaluation = evaluation_batches(dataset, "train", **SHAPE)
     first, second = list(evaluation), list(evaluation)
-    assert len(first) == len(evaluation) and all(equal(one, two) for one, two in zip(first, second, strict=True))
+    assert len(first) == len(evaluation) and all(equal(left, right) for left, right in zip(first, second, strict=True))
     examples = [example for batch in first for example, _, _ in unpack(batch, evaluation.split)]
     assert sorted(examples) == list(range(60))
 
@@ -201,7 +203,7 @@ def test_trajectory_that_fits_no_row_is_named(change, reason):
         training_batches(make_dataset([[3, 2], [19]]), epochs=1, seed=0, **{**SHAPE, **change})
 
 
-def test_from_file_to_batch_the_numbers_stay_what_they_were(dataset_directory, plain_encoder):
+def test_tokens_and_steps_are_the_same_from_file_to_batch(dataset_directory, plain_encoder):
     rows = {row.id: row for row in read(dataset_directory.parent / "train.jsonl")}
     dataset = open_dataset(dataset_directory, encoder_fingerprint=plain_encoder.fingerprint)
     batches = training_batches(dataset, "train", rows=2, length=512, steps_per_row=32, epochs=1, seed=0)
@@ -219,29 +221,29 @@ def test_from_file_to_batch_the_numbers_stay_what_they_were(dataset_directory, p
     assert seen == Metadata.load(dataset_directory).splits["train"].steps
 
 
-def test_a_directory_may_be_given_and_an_unknown_split_is_an_error(dataset_directory):
+def test_a_dataset_may_be_a_directory_and_an_unknown_split_is_an_error(dataset_directory):
     assert len(evaluation_batches(dataset_directory, "validation", rows=2, length=512, steps_per_row=32)) == 1
     with pytest.raises(DataError, match="no split 'test', only train, validation"):
         evaluation_batches(dataset_directory, "test", **SHAPE)
 
 
-def test_hosts_that_hold_rows_make_up_the_whole_batch():
-    """Each gets its rows of every batch, the padding of the last one included, and goes on where it is told to."""
+def test_the_rows_of_all_hosts_make_up_the_batch():
+    """Each gets its rows of every batch, with the padding of the last one, and resumes at any position."""
     random = np.random.default_rng(1)
     dataset = make_dataset([random.integers(3, 30, random.integers(1, 5)).tolist() for _ in range(23)])
     options = dict(SHAPE, epochs=2, seed=4)
-    whole = list(training_batches(dataset, **options))
-    assert len(whole) > 3 and not whole[-1]["valid"][-1].any()
+    complete = list(training_batches(dataset, **options))
+    assert len(complete) > 3 and not complete[-1]["valid"][-1].any()
     for rows in ([0, 2], [1], [0, 1, 2]):
         stream = training_batches(dataset, **options)
-        stream.hold(np.array(rows))
-        held = list(islice(stream, 2))
+        stream.set_local_rows(np.array(rows))
+        of_host = list(islice(stream, 2))
         resumed = training_batches(dataset, **options)
         resumed.restore_state(stream.save_state())
-        resumed.hold(np.array(rows))
-        held += list(resumed)
-        assert len(held) == len(whole)
-        for part, batch in zip(held, whole, strict=True):
+        resumed.set_local_rows(np.array(rows))
+        of_host += list(resumed)
+        assert len(of_host) == len(complete)
+        for part, batch in zip(of_host, complete, strict=True):
             for name in batch:
                 np.testing.assert_array_equal(part[name], batch[name][rows], err_msg=name)
 

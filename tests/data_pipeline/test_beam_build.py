@@ -23,7 +23,7 @@ THREADS = [*DIRECT, "--direct_running_mode=multi_threading", "--direct_num_worke
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, plain_tokenizer, make_trajectory, write_rows) -> Path:
-    """Files of rows: good ones with equal and long ones among them, bad ones, and tasks in two splits."""
+    """Files of good rows, some of them equal or long, of bad rows, and of tasks in two splits."""
     folder, rng = tmp_path_factory.mktemp("beam"), random.Random(0)
     plain_tokenizer.save_pretrained(folder / "tokenizer")
 
@@ -75,28 +75,28 @@ JOBS = [
 
 @pytest.fixture(scope="module")
 def results(folder) -> dict[str, dict]:
-    """What Beam makes of the jobs, all in one process; and of one whose paths are on a file system with a scheme."""
+    """Results of Beam for all jobs, run in one process, and for one on a file system with a scheme."""
     jobs = []
-    for given in [*JOBS, job("cloud", JOBS[0]["inputs"]), job("cloud", JOBS[0]["inputs"])]:
-        root = "fake:/" if given["name"] == "cloud" else str(folder)
-        inputs = {split: [f"{root}/{path}" for path in paths] for split, paths in given["inputs"].items()}
-        output = f"{root}/beam/{given['name']}"
+    for case in [*JOBS, job("cloud", JOBS[0]["inputs"]), job("cloud", JOBS[0]["inputs"])]:
+        root = "fake:/" if case["name"] == "cloud" else str(folder)
+        inputs = {split: [f"{root}/{path}" for path in paths] for split, paths in case["inputs"].items()}
+        output = f"{root}/beam/{case['name']}"
         tokenizer = str(folder / "tokenizer")
-        settings = {name: value for name, value in given.items() if name not in ("name", "inputs")}
+        settings = {name: value for name, value in case.items() if name not in ("name", "inputs")}
         jobs.append({"inputs": inputs, "output": output, "tokenizer": tokenizer, **settings})
     (folder / "jobs.json").write_text(json.dumps(jobs))
     script = Path(__file__).with_name("beam_builds.py")
     command = [beam_environment.python(), script, folder / "jobs.json", folder / "results.json"]
     beam_environment.run("env", f"FAKE_ROOT={folder}", *command)
-    found = json.loads((folder / "results.json").read_text())
-    return {given["name"]: one for given, one in zip(JOBS, found, strict=False)} | {"cloud": found[-2:]}
+    outcomes = json.loads((folder / "results.json").read_text())
+    return {case["name"]: result for case, result in zip(JOBS, outcomes, strict=False)} | {"cloud": outcomes[-2:]}
 
 
-def build_here(folder: Path, given: dict) -> tuple[dict, Path]:
-    output, bad = folder / "local" / given["name"], []
-    inputs = {split or None: [folder / path for path in paths] for split, paths in given["inputs"].items()}
-    settings = {name: given[name] for name in ("max_length", "too_long", "shards")}
-    skip_bad = (lambda error: bad.append(str(error))) if given["skip_bad"] else None
+def build_here(folder: Path, case: dict) -> tuple[dict, Path]:
+    output, bad = folder / "local" / case["name"], []
+    inputs = {split or None: [folder / path for path in paths] for split, paths in case["inputs"].items()}
+    settings = {name: case[name] for name in ("max_length", "too_long", "shards")}
+    skip_bad = (lambda error: bad.append(str(error))) if case["skip_bad"] else None
     try:
         local.build(inputs, Encoder.load(folder / "tokenizer"), output, skip_bad=skip_bad, **settings)
     except DataError as error:
@@ -109,25 +109,25 @@ def files_of(directory: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("given", JOBS[:4], ids=lambda given: given["name"])
-def test_beam_writes_the_bytes_of_the_local_build(folder, results, given):
-    expected, output = build_here(folder, given)
-    ours = results[given["name"]]
-    assert ours["bad"] == expected["bad"][:20] and len(expected["bad"]) == (17 if given["skip_bad"] else 0)
-    assert files_of(folder / "beam" / given["name"]) == files_of(output)
+@pytest.mark.parametrize("case", JOBS[:4], ids=lambda case: case["name"])
+def test_beam_writes_the_bytes_of_the_local_build(folder, results, case):
+    expected, output = build_here(folder, case)
+    ours = results[case["name"]]
+    assert ours["bad"] == expected["bad"][:20] and len(expected["bad"]) == (17 if case["skip_bad"] else 0)
+    assert files_of(folder / "beam" / case["name"]) == files_of(output)
     assert sum(counts.merged for counts in open_dataset(output).metadata.splits.values()) > 3
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("given", JOBS[4:-2], ids=lambda given: given["name"])
-def test_beam_stops_at_what_stops_the_local_build(folder, results, given):
-    expected, output = build_here(folder, given)
-    assert results[given["name"]] == expected and len(expected["error"]) == 2
-    assert not (folder / "beam" / given["name"]).exists() and not output.exists()
+@pytest.mark.parametrize("case", JOBS[4:-2], ids=lambda case: case["name"])
+def test_beam_raises_the_error_of_the_local_build(folder, results, case):
+    expected, output = build_here(folder, case)
+    assert results[case["name"]] == expected and len(expected["error"]) == 2
+    assert not (folder / "beam" / case["name"]).exists() and not output.exists()
 
 
 @pytest.mark.slow
-def test_what_beam_is_given_wrong_is_one_line(folder, results):
+def test_wrong_arguments_of_beam_are_one_line_of_error(folder, results):
     for name, said in (("no file", "nowhere.jsonl: cannot be read: no such file"), ("no runner", "Nobody")):
         kind, message = results[name]["error"]
         assert kind == "DataError" and said in message and "\n" not in message
@@ -154,7 +154,7 @@ sys.exit(status)
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=beam_environment.ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and (folder / "plain/metadata.json").is_file(), done.stderr
-    wanted = [*command, "--beam", "--runner", "DirectRunner"]
-    refused = subprocess.run(wanted, cwd=beam_environment.ROOT, capture_output=True, text=True, check=False)
+    without_beam = [*command, "--beam", "--runner", "DirectRunner"]
+    refused = subprocess.run(without_beam, cwd=beam_environment.ROOT, capture_output=True, text=True, check=False)
     errors = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
     assert refused.returncode == 2 and len(errors) == 1 and "--beam needs Apache Beam" in errors[0]

@@ -79,9 +79,11 @@ def test_duplicates_are_stored_once_with_their_count_as_weight(build_rows, make_
 
 
 def test_equal_tokens_with_other_steps_are_not_duplicates(build_rows, make_trajectory, tmp_path):
-    whole = make_trajectory(1)
-    first_ignored = [msgspec.structs.replace(message, step=index != 1) for index, message in enumerate(whole.messages)]
-    build_rows([whole, make_trajectory(1, id="b", messages=first_ignored)])
+    trajectory = make_trajectory(1)
+    first_ignored = [
+        msgspec.structs.replace(message, step=index != 1) for index, message in enumerate(trajectory.messages)
+    ]
+    build_rows([trajectory, make_trajectory(1, id="b", messages=first_ignored)])
     assert open_dataset(tmp_path / "data").split("train").step_counts.tolist() == [2, 1]
 
 
@@ -151,14 +153,14 @@ def test_a_window_too_small_for_the_first_step_drops_and_counts(build_rows, make
     assert (counts.rows, counts.dropped, counts.windowed, counts.trajectories) == (2, 1, 0, 1)
 
 
-def test_nothing_left_is_an_error_with_the_counts(build_rows, make_trajectory):
+def test_a_split_without_trajectories_is_an_error_with_the_counts(build_rows, make_trajectory):
     with pytest.raises(DataError, match="no trajectory is left of 2 rows; 1 ended in an error, 1 were too long"):
         build_rows([make_trajectory(0, ended="error"), make_trajectory(1)], max_length=3, too_long="drop")
     with pytest.raises(DataError, match="no row was given for split train"):
         build_rows([])
 
 
-def test_metadata_is_read_back_by_us_and_by_tfds(dataset_directory, plain_encoder):
+def test_metadata_can_be_read_back_also_by_tfds(dataset_directory, plain_encoder):
     metadata = Metadata.load(dataset_directory)
     train = metadata.splits["train"]
     assert metadata.tokenizer == plain_encoder.fingerprint and metadata.pad_id == plain_encoder.pad_id
@@ -186,7 +188,7 @@ def test_shards_of_another_tokenizer_are_refused(dataset_directory, plain_encode
         open_dataset(dataset_directory, encoder_fingerprint=chatml_encoder.fingerprint)
 
 
-def test_a_directory_that_is_not_ours_is_left_alone(build_rows, make_trajectory, tmp_path):
+def test_a_directory_that_is_no_dataset_is_left_alone(build_rows, make_trajectory, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
     build_rows([make_trajectory(0)])  # an empty directory is fine
@@ -205,9 +207,7 @@ def test_a_directory_that_is_not_ours_is_left_alone(build_rows, make_trajectory,
         build({"train": []}, None, data / "thesis.tex", max_length=None)
 
 
-def test_a_build_that_fails_leaves_the_dataset_before_it_and_nothing_else(
-    build_rows, make_trajectory, tmp_path, monkeypatch
-):
+def test_a_failed_build_leaves_the_earlier_dataset_and_nothing_else(build_rows, make_trajectory, tmp_path, monkeypatch):
     before = build_rows([make_trajectory(0)])
     with pytest.raises(DataError):
         build_rows([make_trajectory(1, outcome=None)])
@@ -218,7 +218,7 @@ def test_a_build_that_fails_leaves_the_dataset_before_it_and_nothing_else(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "rows.jsonl"]
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(plain_encoder, make_trajectory, write_rows, tmp_path):
+def test_a_full_disk_is_one_line_of_error_and_leaves_nothing(plain_encoder, make_trajectory, write_rows, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     inputs = {"train": [write_rows(tmp_path / "rows.jsonl", [make_trajectory(i, rounds=8) for i in range(200)])]}
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
@@ -285,14 +285,14 @@ def test_bad_rows_are_left_out_counted_and_shown_when_asked(
     assert (counts.rows, counts.errors, counts.trajectories, metadata.skipped) == (2, 1, 1, 3)
 
 
-def test_skipping_mends_no_leak_between_splits(tmp_path, plain_encoder, make_trajectory, write_rows):
+def test_a_leak_between_splits_is_an_error_also_with_skip_bad(tmp_path, plain_encoder, make_trajectory, write_rows):
     rows = [make_trajectory(7, id=split, split=split) for split in ("train", "validation")]
     inputs = {None: [write_rows(tmp_path / "rows.jsonl", rows)]}
     with pytest.raises(SplitError, match="task textcraft/7 is in train and in validation"):
         build(inputs, plain_encoder, tmp_path / "data", max_length=None, skip_bad=lambda error: None)
 
 
-def test_metadata_of_before_rows_could_be_skipped_is_still_read(dataset_directory, tmp_path):
+def test_metadata_without_the_skipped_field_is_still_read(dataset_directory, tmp_path):
     plain = json.loads((dataset_directory / "metadata.json").read_text())
     assert plain.pop("skipped") == 0
     (tmp_path / "metadata.json").write_text(json.dumps(plain))

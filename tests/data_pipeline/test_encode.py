@@ -17,7 +17,7 @@ CHAT = [
     {"role": "user", "content": "Got 2 oak log"},
     {"role": "assistant", "content": "craft oak sign"},
 ]
-# As Qwen3's: what an assistant thought is printed in the last turn only.
+# As Qwen3's: the thoughts of an assistant are printed in the last turn only.
 FORGETS_THOUGHTS = (
     "{% for m in messages %}{% set text = m['content'] %}"
     "{% if not loop.last and '</think>' in text %}{% set text = text.split('</think>')[1] %}{% endif %}"
@@ -33,7 +33,7 @@ MOVES_SYSTEM = (
 
 
 def naive_ids(encoder: Encoder, messages, generation=False):
-    """What transformers itself makes of the conversation."""
+    """The ids that transformers itself gives for the conversation."""
     text = encoder.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
     return encoder.tokenizer.encode(text, add_special_tokens=False)
 
@@ -58,12 +58,12 @@ def test_chatml_is_read_at_the_newline_after_the_turn(chatml_encoder):
 
 
 def test_prefixes_of_a_trajectory_are_the_prompts_and_the_shorter_trajectories(encoder):
-    whole = encoder.trajectory(CHAT, row="x")
+    encoded = encoder.trajectory(CHAT, row="x")
     for step, count in enumerate((2, 4)):
-        assert encoder.prompt(CHAT[: count - 1]) == whole.tokens[: whole.action_starts[step]].tolist()
+        assert encoder.prompt(CHAT[: count - 1]) == encoded.tokens[: encoded.action_starts[step]].tolist()
         shorter = encoder.trajectory(CHAT[:count], row="x")
-        assert shorter.tokens.tolist() == whole.tokens[: whole.read_positions[step] + 1].tolist()
-        assert shorter.read_positions.tolist() == whole.read_positions[: step + 1].tolist()
+        assert shorter.tokens.tolist() == encoded.tokens[: encoded.read_positions[step] + 1].tolist()
+        assert shorter.read_positions.tolist() == encoded.read_positions[: step + 1].tolist()
 
 
 # hypothesis tries the strings of the project's own source, special tokens among them.
@@ -88,8 +88,8 @@ def test_messages_may_be_structs_or_dictionaries(encoder):
     assert encoder.trajectory(structs, row="x").tokens.tolist() == encoder.trajectory(CHAT, row="x").tokens.tolist()
 
 
-def test_state_falls_back_to_the_message_before_where_the_prompt_is_no_prefix(chatml_encoder):
-    # as for a template that asks for a thought which the turns then lack
+def test_state_ends_with_the_message_before_where_the_prompt_is_no_prefix(chatml_encoder):
+    # As with a template that opens a thought which the finished turns lack.
     template = chatml_encoder.tokenizer.chat_template.replace("assistant\n", "assistant\n<think>")
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=chatml_encoder.tokenizer.backend_tokenizer,
@@ -140,7 +140,7 @@ def test_template_that_rewrites_earlier_turns_is_refused_by_name(with_template, 
         with_template(template).trajectory(messages, row="t.jsonl:9")
 
 
-def test_rewriting_without_changing_any_message_is_found_at_the_prefix(with_template):
+def test_rewriting_that_changes_no_message_is_detected_by_the_prefix(with_template):
     template = "{% for m in messages %}{{ (messages | length) ~ m['role'] + m['content'] + '<|im_end|>' }}{% endfor %}"
     with pytest.raises(DataError, match=r"rewrites earlier turns; the rendering up to message 0 is no prefix"):
         with_template(template).trajectory(CHAT, row="x")
@@ -178,7 +178,9 @@ def test_special_token_in_the_arguments_of_a_call_is_refused(chatml_encoder):
         chatml_encoder.prompt([CHAT[0], {"role": "assistant", "content": "", "tool_calls": [call]}])
 
 
-def test_tool_calls_reach_the_template_as_objects_and_are_missed_when_dropped(with_template, chatml_encoder):
+def test_tool_calls_reach_the_template_as_objects_and_a_template_that_drops_them_is_refused(
+    with_template, chatml_encoder
+):
     template = chatml_encoder.tokenizer.chat_template.replace(
         "message['content'] +",
         "message['content'] + (message['tool_calls'] | tojson if message['tool_calls'] else '') +",
@@ -205,10 +207,12 @@ def test_conversations_that_cannot_be_scored_name_the_row(encoder, messages, rea
         encoder.trajectory(messages, row="t.jsonl:1")
 
 
-def test_template_that_fails_is_one_line(with_template):
+def test_template_that_fails_is_one_line_of_error(with_template):
     encoder = with_template("{{ raise_exception('roles must\nalternate') }}")
-    said = r"^x: the chat template of test/template fails at message 0 \(user\): roles must alternate; .* chatml .*\)$"
-    with pytest.raises(DataError, match=said):
+    message = (
+        r"^x: the chat template of test/template fails at message 0 \(user\): roles must alternate; .* chatml .*\)$"
+    )
+    with pytest.raises(DataError, match=message):
         encoder.trajectory(CHAT, row="x")
 
 
@@ -221,7 +225,7 @@ def test_text_that_does_not_survive_the_tokenizer_is_refused(with_template):
 
 
 @pytest.mark.parametrize("flags", [{"lstrip": True}, {"rstrip": True}, {"single_word": True}, {"normalized": True}])
-def test_special_tokens_that_take_in_their_surroundings_are_encoded_as_a_whole(with_template, chatml_encoder, flags):
+def test_special_tokens_that_absorb_their_surroundings_are_not_cut_at(with_template, chatml_encoder, flags):
     mark = AddedToken("<|mark|>", special=True, **{"normalized": False, **flags})
     template = chatml_encoder.tokenizer.chat_template.replace("'<|im_end|>", "' <|mark|> a<|mark|>s<|im_end|>")
     encoder = with_template(template, (mark,))
@@ -230,7 +234,7 @@ def test_special_tokens_that_take_in_their_surroundings_are_encoded_as_a_whole(w
     assert encoder.trajectory(CHAT, row="x").tokens.tolist() == naive_ids(encoder, CHAT)
 
 
-def test_step_without_a_token_of_its_own_is_refused(with_template):
+def test_step_without_a_token_is_refused(with_template):
     messages = [*CHAT[:3], {"role": "assistant", "content": ""}]
     with pytest.raises(DataError, match="x: a step of message 3 adds no token"):
         with_template("{% for m in messages %}{{ m['content'] }}{% endfor %}").trajectory(messages, row="x")
@@ -240,11 +244,11 @@ def test_token_that_reaches_from_content_into_the_template_is_refused(with_templ
     reaching = AddedToken("sign<|im_end|>", special=False, normalized=False)
     encoder = with_template(chatml_encoder.tokenizer.chat_template, (reaching,))
     assert encoder.trajectory(CHAT[:3], row="x")
-    with pytest.raises(DataError, match=r"^x: test/template encodes the conversation otherwise than its turns one by"):
+    with pytest.raises(DataError, match=r"^x: test/template encodes the full conversation differently from its turns"):
         encoder.trajectory(CHAT, row="x")
 
 
-def test_tokenizers_that_mark_the_start_of_a_text_are_encoded_as_a_whole_text_would_be():
+def test_pieces_of_tokenizers_that_mark_the_start_of_a_text_are_encoded_as_in_the_full_text():
     backend = Tokenizer(models.BPE(unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     backend.decoder = decoders.Metaspace(prepend_scheme="first")
@@ -259,7 +263,7 @@ def test_tokenizers_that_mark_the_start_of_a_text_are_encoded_as_a_whole_text_wo
     assert encoder.prompt(CHAT) == naive_ids(encoder, CHAT)
 
 
-def test_loading_what_was_saved_keeps_fingerprint_and_ids(encoder, tmp_path):
+def test_saving_and_loading_keep_fingerprint_and_ids(encoder, tmp_path):
     encoder.tokenizer.save_pretrained(tmp_path)
     loaded = Encoder.load(tmp_path)
     assert loaded.fingerprint == encoder.fingerprint
@@ -271,7 +275,7 @@ def test_loading_what_was_saved_keeps_fingerprint_and_ids(encoder, tmp_path):
     assert loaded.trajectory(CHAT, row="x").tokens.tolist() == encoder.trajectory(CHAT, row="x").tokens.tolist()
 
 
-def test_fingerprint_tells_tokenizers_and_templates_apart(plain_encoder, chatml_encoder, with_template):
+def test_fingerprints_of_tokenizers_and_templates_differ(plain_encoder, chatml_encoder, with_template):
     other = with_template(chatml_encoder.tokenizer.chat_template + " ")
     assert len({plain_encoder.fingerprint, chatml_encoder.fingerprint, other.fingerprint}) == 3
 
@@ -287,7 +291,7 @@ def test_truncation_and_padding_left_in_a_tokenizer_are_ignored(chatml_tokenizer
     assert Encoder.load(tmp_path).fingerprint == plain.fingerprint
 
 
-def test_code_beside_a_tokenizer_is_never_run(chatml_tokenizer, tmp_path):
+def test_code_next_to_a_tokenizer_is_never_run(chatml_tokenizer, tmp_path):
     chatml_tokenizer.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     config |= {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, "tokenizer_class": "Evil"}
@@ -299,7 +303,7 @@ def test_code_beside_a_tokenizer_is_never_run(chatml_tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda path: (path / "tokenizer.json").unlink(), "there is no tokenizer.json in it"),
+        (lambda path: (path / "tokenizer.json").unlink(), "tokenizer.json is missing"),
         (lambda path: (path / "tokenizer.json").write_text("{"), "tokenizer.json: cannot be read"),
         (lambda path: (path / "tokenizer_config.json").write_text("{"), "tokenizer_config.json: "),
         (lambda path: (path / "tokenizer_config.json").unlink(), "needs a pad_token and an eos_token"),
@@ -307,7 +311,7 @@ def test_code_beside_a_tokenizer_is_never_run(chatml_tokenizer, tmp_path):
         (lambda path: (path / "chat_template.jinja").write_text("{% if %}"), "is not valid Jinja"),
     ],
 )
-def test_broken_tokenizer_directory_is_one_line(chatml_tokenizer, tmp_path, change, reason):
+def test_broken_tokenizer_directory_is_one_line_of_error(chatml_tokenizer, tmp_path, change, reason):
     chatml_tokenizer.save_pretrained(tmp_path)
     change(tmp_path)
     with pytest.raises(DataError, match=reason) as error:
@@ -315,7 +319,7 @@ def test_broken_tokenizer_directory_is_one_line(chatml_tokenizer, tmp_path, chan
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
-def test_growing_conversation_is_encoded_at_the_cost_of_what_is_new(chatml_encoder, monkeypatch):
+def test_growing_conversation_is_encoded_at_the_cost_of_its_new_turns(chatml_encoder, monkeypatch):
     calls = []
     original = Encoder._encode_piece
     monkeypatch.setattr(Encoder, "_encode_piece", lambda self, *piece: calls.append(piece) or original(self, *piece))

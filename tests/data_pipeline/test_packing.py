@@ -25,14 +25,14 @@ def rows_of(plan):
 
 @st.composite
 def loads(draw):
-    """Lengths and steps of up to eighty trajectories, and a row that holds the largest of them."""
+    """Lengths and steps of up to eighty trajectories, and the size of a row that holds the largest of them."""
     capacity, slots = draw(st.integers(1, 100)), draw(st.integers(1, 12))
     items = draw(st.lists(st.tuples(st.integers(1, capacity), st.integers(1, slots)), min_size=1, max_size=80))
     return [length for length, _ in items], [steps for _, steps in items], capacity, slots
 
 
 def test_best_fit_by_hand():
-    # 6 goes first, 5 and 5 share a row, 4 fills the row of 6, 3 does not fit any more
+    # 6 goes first, 5 and 5 share a row, 4 fills the row of 6, and 3 fits into none of them.
     rows = best_fit([3, 5, 6, 4, 5], [1, 1, 1, 1, 1], capacity=10, slots=9)
     assert sorted(map(sorted, rows)) == [[0], [1, 4], [2, 3]]
     # by tokens all would share a row, but it has two step slots
@@ -41,7 +41,7 @@ def test_best_fit_by_hand():
 
 @settings(deadline=None)
 @given(loads())
-def test_every_trajectory_is_in_one_row_and_every_row_holds_what_it_can(load):
+def test_every_trajectory_is_in_one_row_and_no_row_is_too_full(load):
     lengths, steps, capacity, slots = load
     rows = best_fit(lengths, steps, capacity=capacity, slots=slots)
     assert sorted(item for row in rows for item in row) == list(range(len(lengths)))
@@ -52,13 +52,13 @@ def test_every_trajectory_is_in_one_row_and_every_row_holds_what_it_can(load):
 
 @settings(deadline=None, max_examples=300)
 @given(loads())
-def test_no_rows_are_more_than_first_fit_decreasing_makes(load):
+def test_there_are_no_more_rows_than_with_first_fit_decreasing(load):
     lengths, steps, capacity, slots = load
     ours = best_fit(lengths, steps, capacity=capacity, slots=slots)
     assert len(ours) <= len(first_fit_decreasing(lengths, steps, capacity, slots))
 
 
-def test_first_fit_where_the_fullest_row_is_the_wrong_one():
+def test_first_fit_is_used_where_best_fit_needs_more_rows():
     """By best fit 4 joins 12 and 12, where 2 are lost; the last 3 finds 2 free there, 2 next to 19, and no room."""
     lengths = [19, 15, 15, 12, 12, 4, 3, 3, 3, 3]
     rows = best_fit(lengths, [1] * len(lengths), capacity=30, slots=99)
@@ -140,16 +140,16 @@ def plan_of(count=500, **changes):
     return plan_epochs(random.integers(60, 290, count), np.full(count, 5), **settings)
 
 
-def test_order_depends_on_seed_and_epoch_alone():
+def test_order_depends_only_on_seed_and_epoch():
     plan, again, other = plan_of(), plan_of(), plan_of(seed=2)
     first, second = rows_of(plan)[: plan.ends[0]], rows_of(plan)[plan.ends[0] :]
     assert rows_of(plan) == rows_of(again)
     assert first != second and rows_of(plan) != rows_of(other)
     assert rows_of(plan_of(epochs=1)) == first  # further epochs change nothing before them
-    assert plan_of(seed=None).members[:40].max() < 64  # without a seed, window after window as the data lies
+    assert plan_of(seed=None).members[:40].max() < 64  # without a seed, window after window in the order of the data
 
 
-def test_row_order_does_not_follow_length_and_windows_leave_no_tails():
+def test_row_order_does_not_follow_length_and_windows_leave_no_partly_empty_rows():
     random = np.random.default_rng(0)
     lengths = random.integers(60, 290, 4000)
     plan = plan_epochs(lengths, np.full(4000, 5), capacity=1024, slots=99, window=256, epochs=1, seed=1)

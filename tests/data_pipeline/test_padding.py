@@ -1,4 +1,4 @@
-"""What a batch is padded with never ends a message: tokenizers as Qwen and Llama ship them."""
+"""The padding token never ends a message, with tokenizers as those of Qwen and Llama."""
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -26,7 +26,7 @@ LLAMA_31 = LLAMA_3 | {"<|finetune_right_pad_id|>": 7}
 
 
 @pytest.mark.parametrize(
-    ("specials", "declared", "used", "template", "chosen"),
+    ("specials", "declared", "used", "template", "expected"),
     [
         (QWEN, 0, {2}, CHATML, "<|endoftext|>"),  # Qwen2.5-Instruct
         (QWEN, 0, {0}, CHATML, "<|fim_pad|>"),  # Qwen2.5, a base model: pad is eos
@@ -34,37 +34,37 @@ LLAMA_31 = LLAMA_3 | {"<|finetune_right_pad_id|>": 7}
         (QWEN, 1, {2}, CHATML, "<|endoftext|>"),  # pad begins messages
         (LLAMA_31, None, {0, 3}, LLAMA, "<|finetune_right_pad_id|>"),
         (LLAMA_31, 3, {0, 3}, LLAMA, "<|finetune_right_pad_id|>"),
-        (LLAMA_3, None, {0, 3}, LLAMA, "<|reserved_special_token_0|>"),  # Llama 3 has no token for it
-        (LLAMA_3, 6, {0, 3}, LLAMA, "<|reserved_special_token_1|>"),  # somebody's choice stands
+        (LLAMA_3, None, {0, 3}, LLAMA, "<|reserved_special_token_0|>"),  # Llama 3 has no padding token
+        (LLAMA_3, 6, {0, 3}, LLAMA, "<|reserved_special_token_1|>"),  # the user's choice is kept
         ({"[PAD]": 5, "</s>": 1}, 1, {1}, "{{ eos_token }}", "[PAD]"),
         ({"<s>": 0, "</s>": 1, "<unk>": 2}, 1, {0, 1, 2}, "{{ eos_token }}", None),
     ],
 )
-def test_a_special_token_that_no_conversation_holds_is_chosen(specials, declared, used, template, chosen):
-    found = padding_id(specials, declared=declared, used=used, template=template)
-    assert found == (None if chosen is None else specials[chosen])
+def test_a_special_token_that_no_conversation_contains_is_chosen(specials, declared, used, template, expected):
+    id = padding_id(specials, declared=declared, used=used, template=template)
+    assert id == (None if expected is None else specials[expected])
 
 
 def encoder(specials, template, end, pad) -> Encoder:
-    made = make_tokenizer(template, specials, end)
+    base = make_tokenizer(template, specials, end)
     named = {"eos_token": end} | ({"pad_token": pad} if pad else {})
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made.backend_tokenizer, chat_template=template, **named)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=base.backend_tokenizer, chat_template=template, **named)
     return Encoder(tokenizer, source="the model")
 
 
-def test_an_encoder_pads_with_it_and_reads_elsewhere():
-    one = encoder(("<|im_start|>", "<|im_end|>", "<|endoftext|>"), CHATML, "<|im_end|>", "<|im_end|>")
-    assert one.decode([one.pad_id]) == "<|endoftext|>"
+def test_an_encoder_pads_with_it_and_reads_at_another_token():
+    padded = encoder(("<|im_start|>", "<|im_end|>", "<|endoftext|>"), CHATML, "<|im_end|>", "<|im_end|>")
+    assert padded.decode([padded.pad_id]) == "<|endoftext|>"
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "get 1 log"}]
-    encoded = one.trajectory(messages, row="x")
-    # ChatML ends a message with a newline of its own.
-    assert one.decode([encoded.tokens[encoded.read_positions[-1]]]) == "\n"
-    assert one.pad_id not in encoded.tokens
+    encoded = padded.trajectory(messages, row="x")
+    # ChatML ends a message with a newline.
+    assert padded.decode([encoded.tokens[encoded.read_positions[-1]]]) == "\n"
+    assert padded.pad_id not in encoded.tokens
     other = encoder(("<|eot_id|>", "<|reserved_special_token_0|>"), LLAMA[len("{{ bos_token }}") :], "<|eot_id|>", None)
     assert other.decode([other.pad_id]) == "<|pad|>"
 
 
-def test_where_every_special_token_is_in_use_the_tokenizers_own_stands_or_is_missed():
+def test_without_a_free_special_token_the_declared_one_is_kept_or_an_error():
     template = "{% for m in messages %}{{ m['content'] + '<|pad|>' + '<|im_end|>' }}{% endfor %}"
     assert encoder(("<|im_end|>",), template, "<|im_end|>", "<|pad|>").pad_id == 0
     with pytest.raises(DataError, match="the model needs a pad_token and an eos_token"):

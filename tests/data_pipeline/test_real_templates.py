@@ -1,4 +1,4 @@
-"""Chat templates in the manner of well-known models: what they do to a trajectory is told, with what to do about it."""
+"""Chat templates like those of well-known models: they keep a trajectory, or an error says how to choose another."""
 
 import pytest
 
@@ -27,7 +27,7 @@ DROPS_THOUGHTS = (
     "{% set text = text.split('</think>')[-1].lstrip('\n') %}{% endif %}"
     "{{ '<|im_start|>' + m.role + '\n' + text + '<|im_end|>\n' }}{% endfor %}" + REPLY
 )
-# As Qwen2.5's: what tools answer in a row is one user turn, closed when the row ends.
+# As Qwen2.5's: consecutive tool results are printed as a single user turn.
 MERGES_TOOLS = (
     "{% if tools %}{{ '<|im_start|>system\n' }}{% for t in tools %}{{ t | tojson }}{% endfor %}"
     "{{ '<|im_end|>\n' }}{% endif %}"
@@ -39,7 +39,7 @@ MERGES_TOOLS = (
     "{{ '\n<tool_call>' + c.function.name + (c.function.arguments | tojson) }}{% endfor %}{{ '<|im_end|>\n' }}"
     "{% else %}" + TURN + "{% endif %}{% endfor %}" + REPLY
 )
-# As Gemma's and older Mistral's: no system role, and strictly in turns.
+# As Gemma's and older Mistral's: no system role, and roles must alternate.
 IN_TURNS = (
     "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
@@ -48,14 +48,14 @@ IN_TURNS = (
     + "{% endfor %}"
     + REPLY
 )
-# As Llama 2's: a role it does not know is left out without a word.
+# As Llama 2's: messages of an unknown role are silently left out.
 NO_TOOLS = "{% for m in messages %}{% if m.role != 'tool' %}" + TURN + "{% endif %}{% endfor %}" + REPLY
 PRINTS_DATE = (
     "{{ '<|im_start|>system\nToday: ' + strftime_now('%d %b %Y') + '<|im_end|>\n' }}{% for m in messages %}"
     + TURN
     + "{% endfor %}"
 )
-# As Llama 3.2's: a date only where none is given.
+# As Llama 3.2's: today's date unless one is passed.
 DATE_UNLESS_GIVEN = (
     "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
     "{{ '<|im_start|>system\nToday: ' + date_string + '<|im_end|>\n' }}{% for m in messages %}"
@@ -111,7 +111,7 @@ def test_templates_keep_every_message_or_the_error_names_template_row_message_an
     assert "\n" not in str(error.value)
 
 
-def test_a_template_that_only_fails_for_the_reply_says_so(with_template):
+def test_the_error_of_a_template_that_fails_only_for_the_reply_says_so(with_template):
     encoder = with_template(
         "{% for m in messages %}" + TURN + "{% endfor %}{% if add_generation_prompt %}{{ none + 1 }}{% endif %}"
     )
@@ -120,11 +120,11 @@ def test_a_template_that_only_fails_for_the_reply_says_so(with_template):
 
 
 @pytest.mark.parametrize("messages", [TALK, CALLING, [{"role": "system", "content": "rules"}, *CALLING]])
-def test_the_template_that_is_advised_renders_what_the_others_do_not(with_template, tmp_path, messages):
+def test_the_advised_template_renders_what_the_others_do_not(with_template, tmp_path, messages):
     from data_pipeline.encode import Encoder
 
     with_template(DROPS_THOUGHTS).tokenizer.save_pretrained(tmp_path)
     encoder = Encoder.load(tmp_path, "chatml")
     encoded = encoder.trajectory(messages, row="x", tools=TOOLS)
     assert len(encoded.read_positions) == 2
-    assert encoder.fingerprint != Encoder.load(tmp_path).fingerprint  # shards are told apart by it
+    assert encoder.fingerprint != Encoder.load(tmp_path).fingerprint  # so shards of the two are not confused

@@ -26,7 +26,7 @@ def changed(**fields) -> str:
     return json.dumps({**ROW, **fields})
 
 
-def test_steps_are_assistant_messages_and_parts_but_not_those_that_say_no():
+def test_steps_are_assistant_messages_and_parts_without_step_false():
     trajectory = parse_line(json.dumps(ROW), where="x")
     assert steps(trajectory.messages) == [Step(4, None), Step(6, 0), Step(6, 1)]
 
@@ -55,7 +55,7 @@ def test_soft_outcome_is_kept():
         ('{"id": "a", "messages": [{"role": "user", "content": "x"}], "outcome": NaN}', "malformed"),
     ],
 )
-def test_bad_line_is_one_line_that_names_the_place_and_the_field(line, reason):
+def test_the_error_of_a_bad_line_names_location_and_field(line, reason):
     with pytest.raises(DataError, match=reason) as error:
         parse_line(line, where="trajectories.jsonl:17")
     assert str(error.value).startswith("trajectories.jsonl:17: ")
@@ -72,20 +72,20 @@ def test_file_errors_carry_the_line_number_and_can_be_collected(tmp_path):
     errors = []
     assert [row.id for row in read(path, skip_bad=errors.append)] == ["1", "2"]
     assert len(errors) == 1 and "t.jsonl:3" in str(errors[0])
-    assert [place for place, _ in read_numbered(path, skip_bad=True)] == [f"{path}:1", f"{path}:4"]
+    assert [where for where, _ in read_numbered(path, skip_bad=True)] == [f"{path}:1", f"{path}:4"]
 
 
-def test_missing_file_is_one_line():
+def test_missing_file_is_one_line_of_error():
     with pytest.raises(DataError, match=r"nowhere\.jsonl: cannot be read: No such file"):
         next(read("nowhere.jsonl"))
 
 
 def test_task_defaults_to_the_prompt():
-    one, same = (parse_line(changed(id=id), where="x") for id in "ab")
+    first, same = (parse_line(changed(id=id), where="x") for id in "ab")
     answer = {"role": "assistant", "content": "another action"}
     later = parse_line(changed(messages=[*ROW["messages"][:4], answer]), where="x")
     other = parse_line(changed(messages=[{"role": "user", "content": "else"}, answer]), where="x")
-    assert one.task_id == same.task_id == later.task_id != other.task_id
+    assert first.task_id == same.task_id == later.task_id != other.task_id
     assert parse_line(changed(task="textcraft/3"), where="x").task_id == "textcraft/3"
 
 
@@ -113,7 +113,7 @@ def trajectories(draw) -> Trajectory:
 
 @settings(deadline=None)
 @given(trajectories())
-def test_a_line_reads_back_as_it_was_written(trajectory):
+def test_a_written_line_is_read_back_equal(trajectory):
     line = to_line(trajectory)
     assert "\n" not in line
     assert parse_line(line, where="x") == trajectory

@@ -1,4 +1,4 @@
-"""What validate counts, checked by hand on a small file, and what it finds wrong."""
+"""Counts of validate by hand, and the errors it reports."""
 
 import json
 
@@ -65,7 +65,7 @@ def test_lengths_are_those_of_the_encoder(check, make_trajectory, plain_encoder)
         )
 
 
-def test_what_the_encoder_refuses_is_a_bad_row_with_its_place(check, make_trajectory, plain_encoder):
+def test_a_row_that_the_encoder_refuses_is_bad_and_named(check, make_trajectory, plain_encoder):
     messages = [{"role": "user", "content": "<|end|>"}, {"role": "assistant", "content": "x"}]
     line = json.loads(to_line(make_trajectory(0))) | {"messages": messages}
     report = check([make_trajectory(1)], extra=json.dumps(line) + "\n", encoder=plain_encoder)
@@ -73,7 +73,7 @@ def test_what_the_encoder_refuses_is_a_bad_row_with_its_place(check, make_trajec
     assert "rows.jsonl:2 (row-0): message 0 (user) has the special token <|end|>" in report.bad[0]
 
 
-def test_a_task_in_two_splits_is_found_once(check, make_trajectory):
+def test_a_task_in_two_splits_is_reported_once(check, make_trajectory):
     rows = [make_trajectory(1, id=str(n), split=("train", "validation")[n % 2]) for n in range(4)]
     report = check(rows)
     assert len(report.leaks) == 1
@@ -87,7 +87,7 @@ def test_rows_without_a_name_for_their_task_are_grouped_by_prompt(check, make_tr
     assert (groups.tasks, groups.repeated, groups.differing) == (1, 1, 1)
 
 
-def test_files_are_given_by_split_as_to_build(tmp_path, write_rows, make_trajectory):
+def test_files_are_passed_by_split_as_to_build(tmp_path, write_rows, make_trajectory):
     inputs = {
         split: [write_rows(tmp_path / split, [make_trajectory(7, split=None)])] for split in ("train", "validation")
     }
@@ -104,14 +104,14 @@ def test_files_without_rows_are_errors(tmp_path):
         validate({None: [tmp_path / "none"]})
 
 
-def test_the_text_shows_twenty_bad_rows_and_counts_the_rest(check, make_trajectory):
+def test_the_text_shows_twenty_bad_rows_and_counts_the_others(check, make_trajectory):
     text = to_text(check([make_trajectory(1)], extra="{broken\n" * 25))
     assert text.splitlines()[0] == "26 rows, 1 trajectories, 25 bad"
     assert sum("rows.jsonl:" in line for line in text.splitlines()) == 20
     assert text.splitlines()[-1] == "  ... and 5 more"
 
 
-def test_nothing_good_is_still_a_report(check):
+def test_a_file_of_bad_rows_gives_a_report(check):
     report = check([], extra="{broken\n" * 2)
     assert (report.rows, report.trajectories) == (2, 0) and to_text(report).startswith("2 rows, 0 trajectories, 2 bad")
 

@@ -23,9 +23,10 @@ def documented(heading: str) -> set[str]:
 
 
 def test_the_usage_table_names_every_count():
-    from jaxprm.scoring.engine import Engine
+    from jaxprm.scoring.scorer import Scorer
 
-    assert documented("`Scorer.usage`") == set(Engine(tiny.CONFIG, tiny.reward_model(), rows=1, max_tokens=8).usage)
+    scorer = Scorer(tiny.CONFIG, tiny.reward_model(), tiny.encoder(), rows=1, max_tokens=8)
+    assert documented("`Scorer.usage`") == set(scorer.usage)
 
 
 @pytest.mark.slow

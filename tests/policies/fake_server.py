@@ -1,4 +1,4 @@
-"""A server of chat completions on the loopback that follows a script, and can misbehave in every way a server can."""
+"""A scripted server of chat completions on the loopback interface, which can misbehave in many ways."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TEXTS = ("up", "down", "wait", "Got 1 stick")
 
 
 def answer(body: dict) -> dict:
-    """A completion whose text depends on the conversation and the seed alone."""
+    """A completion whose text is a function of the conversation and the seed."""
     digest = hashlib.sha256(json.dumps([body["messages"], body.get("seed")]).encode()).digest()
     return completion(TEXTS[digest[0] % len(TEXTS)], tokens=1 + digest[1] % 5)
 
@@ -34,7 +34,7 @@ def completion(text: str | None = "up", *, tokens: int = 2, finish: str | None =
 
 
 class Reply:
-    """Status, headers and body as they are sent; a dict or list is sent as JSON."""
+    """Sends a status, headers and a body; a dict or list is sent as JSON."""
 
     def __init__(self, status: int, body: Any = b"", **headers: str):
         self.status, self.headers = status, {name.replace("_", "-"): value for name, value in headers.items()}
@@ -51,7 +51,7 @@ class Reply:
 
 
 def raw(*chunks: bytes, pause: float = 0.0, times: int = 1) -> Callable:
-    """Sends bytes as they are, over and over, and closes the connection."""
+    """A reply that sends the bytes `times` times, pausing after each chunk, and closes the connection."""
 
     def send(handler: BaseHTTPRequestHandler) -> None:
         handler.close_connection = True
@@ -64,7 +64,7 @@ def raw(*chunks: bytes, pause: float = 0.0, times: int = 1) -> Callable:
 
 
 def hang(handler: BaseHTTPRequestHandler) -> None:
-    """Says nothing until the other side goes away."""
+    """A reply that sends nothing until the client disconnects."""
     handler.close_connection = True
     handler.connection.settimeout(20)
     assert handler.connection.recv(1) == b""
@@ -72,7 +72,7 @@ def hang(handler: BaseHTTPRequestHandler) -> None:
 
 
 def reset(handler: BaseHTTPRequestHandler) -> None:
-    """Begins an answer and resets the connection."""
+    """A reply that starts a response and resets the connection."""
     handler.close_connection = True
     handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 500\r\n\r\n{")
     handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -80,18 +80,21 @@ def reset(handler: BaseHTTPRequestHandler) -> None:
 
 
 class FakeServer:
-    """`script` maps a text in the last message to the replies its requests get in turn, the last of them for good;
-    all other requests get what `answers` makes of their body, a reply or a completion, one at a time where `serial`.
-    `requests` are the bodies, `headers` their headers, `times` when they came."""
+    """A chat-completions server in a thread.
+
+    script: maps a text to the replies to requests whose last message contains it, in turn; the last reply repeats.
+    answers: maps the body of any other request to a reply or a completion; serial: one such request at a time.
+    requests, headers, times: bodies, headers and arrival times of the requests; max_in_flight: most at once.
+    """
 
     def __init__(self, *, delay: float = 0.0, model: str = MODEL):
         self.model, self.answers, self.serial = model, answer, False
-        self._one = threading.Lock()
+        self._serial_lock = threading.Lock()
         self.script: dict[str, list] = {}
         self.requests: list[dict] = []
         self.headers: list[dict] = []
         self.times: list[float] = []
-        self.delay, self.most, self._now = delay, 0, 0
+        self.delay, self.max_in_flight, self._in_flight = delay, 0, 0
         self._lock = threading.Lock()
         fake = self
 
@@ -104,18 +107,18 @@ class FakeServer:
                     fake.requests.append(body | {"path": self.path})
                     fake.headers.append(dict(self.headers))
                     fake.times.append(time.monotonic())
-                    fake._now += 1
-                    fake.most = max(fake.most, fake._now)
+                    fake._in_flight += 1
+                    fake.max_in_flight = max(fake.max_in_flight, fake._in_flight)
                     reply = fake._scripted(body)
-                with fake._one if fake.serial else contextlib.nullcontext():
+                with fake._serial_lock if fake.serial else contextlib.nullcontext():
                     reply = reply or fake._answer(body)
                 try:
                     time.sleep(fake.delay)
                     with fake._lock:
-                        fake._now -= 1
+                        fake._in_flight -= 1
                     reply(self)
                 except OSError:
-                    self.close_connection = True  # the other side had enough
+                    self.close_connection = True  # the client has disconnected
 
             def log_message(self, *arguments):
                 pass
@@ -138,8 +141,8 @@ class FakeServer:
         return None
 
     def _answer(self, body: dict) -> Callable:
-        made = self.answers(body)
-        return made if callable(made) else Reply(200, made | {"model": self.model})
+        reply = self.answers(body)
+        return reply if callable(reply) else Reply(200, reply | {"model": self.model})
 
     def close(self) -> None:
         self._server.shutdown()

@@ -1,4 +1,4 @@
-"""Sampling: a candidate depends on seed, task, conversation and number alone, and follows the model's distribution."""
+"""Candidates depend on seed, task, conversation and number alone, and follow the model's distribution."""
 
 import json
 
@@ -44,7 +44,7 @@ def _hidden(parameters, sequences) -> list[np.ndarray]:
 
 
 PARAMETERS = make_parameters()
-# The prompts have 1 to 5 turns behind them: their lengths lie in both buckets of the cache.
+# Prompts of 1 to 5 turns: their lengths use both buckets of the cache.
 TURNS = (1, 2, 5, 3, 1)
 STATES = [State(f"task/{seed}", tiny.conversation(seed, turns=turns)[:-1]) for seed, turns in enumerate(TURNS)]
 
@@ -66,7 +66,7 @@ def log_softmax(logits) -> np.ndarray:
 
 
 def without_log_probability(actions) -> list:
-    return [[action._replace(log_probability=None) for action in some] for some in actions]
+    return [[action._replace(log_probability=None) for action in candidates] for candidates in actions]
 
 
 @pytest.fixture(scope="module")
@@ -76,31 +76,31 @@ def sampled() -> list[list[Action]]:
 
 
 def test_these_candidates_end_differently_and_differ(sampled):
-    stops = [action.stop for some in sampled for action in some]
+    stops = [action.stop for candidates in sampled for action in candidates]
     assert {"end", "length"} == set(stops)
-    assert len({action.text for some in sampled for action in some}) > 15
+    assert len({action.text for candidates in sampled for action in candidates}) > 15
 
 
 def test_candidates_are_the_same_whatever_batch_they_are_in(sampled):
     alone = [new_policy().propose([state], 4, 1.0)[0] for state in STATES]
     assert without_log_probability(alone) == without_log_probability(sampled)
-    # The longest turns of a call end in a smaller one: of 2 rows here, of 1 elsewhere.
+    # The longest turns of a call end in a smaller call: of 2 rows here, of 1 row elsewhere.
     wide = new_policy(in_flight=8).propose(STATES, 4, 1.0)
     assert without_log_probability(wide) == without_log_probability(sampled)
     policy = new_policy()
     backwards = policy.propose(STATES[::-1], 2, 1.0)[::-1]
-    assert without_log_probability(backwards) == without_log_probability([some[:2] for some in sampled])
+    assert without_log_probability(backwards) == without_log_probability([candidates[:2] for candidates in sampled])
     later = policy.propose([state._replace(first=1) for state in STATES], 3, 1.0)
-    assert without_log_probability(later) == without_log_probability([some[1:] for some in sampled])
+    assert without_log_probability(later) == without_log_probability([candidates[1:] for candidates in sampled])
 
 
 def test_candidates_of_a_state_share_a_copy_of_its_prefix(monkeypatch, sampled):
-    """Seven make two groups of four, one with an empty place; single ones of two states have a copy each."""
+    """Seven candidates make two groups of four, one with an empty row; single candidates have a copy each."""
     calls, generate = [], language_model._generate
 
-    def spy(graph, parameters, bank, slots, lengths, last, *rest, **options):
-        calls.append((len(last), len(slots), int(rest[1].sum())))
-        return generate(graph, parameters, bank, slots, lengths, last, *rest, **options)
+    def spy(graph, parameters, bank, slots, lengths, last, *arguments, **options):
+        calls.append((len(last), len(slots), int(arguments[1].sum())))
+        return generate(graph, parameters, bank, slots, lengths, last, *arguments, **options)
 
     monkeypatch.setattr(language_model, "_generate", spy)
     policy = new_policy(in_flight=8)
@@ -138,7 +138,7 @@ def test_seed_task_conversation_and_number_each_change_the_draw(sampled):
 
 
 def test_greedy_equals_an_uncached_argmax_loop():
-    actions = [some[0] for some in new_policy().propose(STATES, 1, 0.0)]
+    actions = [candidates[0] for candidates in new_policy().propose(STATES, 1, 0.0)]
     sequences = [ENCODER.prompt(state.messages) for state in STATES]
     log_probabilities, ended = np.zeros(len(STATES)), np.zeros(len(STATES), bool)
     written: list[list[int]] = [[] for _ in STATES]
@@ -187,22 +187,22 @@ def test_a_special_token_spelled_by_plain_ones_is_left_out():
     assert policy._text(ids) == "ab"
 
 
-def test_asked_again_it_answers_from_memory():
+def test_equal_draws_are_sampled_once():
     policy = new_policy()
     first = policy.propose(STATES[:2], 2, 1.0)
     usage = policy.usage
-    assert usage["generated"] == sum(action.tokens for some in first for action in some)
+    assert usage["generated"] == sum(action.tokens for candidates in first for action in candidates)
     assert policy.propose(STATES[:2], 2, 1.0) == first
     assert policy.usage == usage
     assert policy.propose(STATES[:1], 3, 1.0)[0][:2] == first[0]
     assert policy.usage["generated"] > usage["generated"]
 
 
-def test_what_is_forgotten_is_drawn_again_and_the_same(monkeypatch):
-    monkeypatch.setattr(language_model, "REMEMBERED", 2)
+def test_dropped_candidates_are_drawn_again_the_same(monkeypatch):
+    monkeypatch.setattr(language_model, "MAX_CACHED", 2)
     policy = new_policy()
     first = policy.propose(STATES, 2, 1.0)
-    assert len(policy._memory) == 2
+    assert len(policy._cache) == 2
     cost = policy.generated
     assert without_log_probability(policy.propose(STATES, 2, 1.0)) == without_log_probability(first)
     assert policy.generated > cost

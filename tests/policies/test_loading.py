@@ -1,4 +1,4 @@
-"""From a config to a policy: a directory, a user's own class or an endpoint, and what reward models start from."""
+"""Loading the policy of a config: a directory, a user's class or an endpoint; and the base of reward models."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 from jaxprm.config import EndpointConfig, Experiment, PolicyConfig
 from jaxprm.errors import UserError
 from jaxprm.policies import language_model, loading
-from jaxprm.policies.openai import OpenAIPolicy
+from jaxprm.policies.endpoint import EndpointPolicy
 from jaxprm.policies.protocol import State
 from jaxprm.workflow import workdir
 from jaxprm.workflow.context import Run
@@ -71,7 +71,7 @@ def test_a_users_own_class_gets_the_seed_and_its_arguments(own):
         ("own_policy:Parrot", {"voice": 1}, "unexpected keyword argument 'voice'; fix the config's policy arguments"),
     ],
 )
-def test_what_is_no_policy_is_one_line(own, path, arguments, says):
+def test_a_policy_that_cannot_be_loaded_is_one_line(own, path, arguments, says):
     with pytest.raises(UserError) as error:
         loading.load(experiment(path=path, arguments=arguments))
     assert says in str(error.value)
@@ -82,10 +82,10 @@ def test_an_endpoint_reads_its_key_from_the_environment_before_anything_is_asked
     with pytest.raises(UserError, match="JAXPRM_TEST_KEY is not set"):
         loading.load(experiment(endpoint=served))
     monkeypatch.setenv("JAXPRM_TEST_KEY", "something")
-    assert isinstance(loading.load(experiment(endpoint=served)), OpenAIPolicy)
+    assert isinstance(loading.load(experiment(endpoint=served)), EndpointPolicy)
 
 
-def test_an_endpoint_counts_with_the_base_models_tokenizer_where_there_is_one():
+def test_an_endpoint_counts_with_the_base_models_tokenizer_if_there_is_one():
     messages = [{"role": "user", "content": "Goal: craft oak planks."}]
     counted = loading.load(experiment(endpoint=ENDPOINT, base="default")).count_tokens(messages)
     assert counted == len(language_model.Encoder.load(language_model.default_directory()).prompt(messages))
@@ -117,7 +117,7 @@ def inputs(tmp_path: Path, until="build", **changed):
     return stage_inputs(Run(experiment(**changed), workdir.WorkDirectory(tmp_path / "work")), until)
 
 
-def test_where_a_server_stands_and_how_it_is_asked_does_not_change_a_stage_and_its_model_does(tmp_path):
+def test_a_stage_depends_on_the_model_of_an_endpoint_and_not_on_how_it_is_reached(tmp_path):
     moved = EndpointConfig(
         model="m",
         base_url="https://elsewhere/v1",
@@ -131,8 +131,8 @@ def test_where_a_server_stands_and_how_it_is_asked_does_not_change_a_stage_and_i
     before = inputs(tmp_path, endpoint=ENDPOINT, base="default")
     assert inputs(tmp_path, endpoint=moved, base="default", in_flight=3) == before
     for other in (EndpointConfig(model="n"), EndpointConfig(model="m", extra_body={"top_p": 0.5})):
-        found = inputs(tmp_path, endpoint=other, base="default")
-        assert found["collect"] != before["collect"] and found["build"] != before["build"]
+        fingerprints = inputs(tmp_path, endpoint=other, base="default")
+        assert fingerprints["collect"] != before["collect"] and fingerprints["build"] != before["build"]
 
 
 def test_the_base_model_changes_shards_but_not_trajectories(tmp_path, own):
@@ -146,13 +146,13 @@ def test_the_base_model_changes_shards_but_not_trajectories(tmp_path, own):
     assert changed["collect"] != first["collect"]
 
 
-def test_a_run_closes_its_policy_and_tells_what_was_tried_again(own, tmp_path, capsys):
-    state = Run(experiment(path="own_policy:Parrot"), workdir.WorkDirectory(tmp_path / "work"))
-    state.close()
-    assert "policy" not in vars(state)  # it was never made
-    policy = state.policy
-    state.close()
+def test_a_run_closes_its_policy_and_prints_its_retries(own, tmp_path, capsys):
+    run = Run(experiment(path="own_policy:Parrot"), workdir.WorkDirectory(tmp_path / "work"))
+    run.close()
+    assert "policy" not in vars(run)  # never loaded
+    policy = run.policy
+    run.close()
     assert (policy.closed, capsys.readouterr().err) == (1, "")
     policy.usage = {"encoded": 3, "retries": 2}
-    state.close()
+    run.close()
     assert capsys.readouterr().err == "policy: 3 encoded, 2 retries\n"

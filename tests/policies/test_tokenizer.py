@@ -1,4 +1,4 @@
-"""The embedded tokenizer: small, reversible, and the same for everybody who reads it."""
+"""The embedded tokenizer: small, reversible, and the same in every process."""
 
 import pytest
 

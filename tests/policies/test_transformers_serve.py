@@ -1,4 +1,4 @@
-"""A real server that nobody here wrote: `transformers serve` with the shipped policy, asked as any endpoint is."""
+"""An endpoint policy against a real server, `transformers serve` with the shipped policy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from data_pipeline.trajectory import parse_line
 from jaxprm import environments
 from jaxprm.config import EndpointConfig, PolicyConfig
 from jaxprm.errors import UserError
-from jaxprm.policies import language_model, openai
+from jaxprm.policies import endpoint as endpoint_module
+from jaxprm.policies import language_model
 from jaxprm.policies.protocol import State
 from jaxprm.policies.rollouts import collect
 
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 SEED, TOKENS = 0, 48
 SERVE = "from transformers.cli.transformers import main; main()"
-# Any Qwen2's tokenizer is rebuilt by Qwen2's rules, and its answers are taken for ChatML, unless it says otherwise.
+# Without these fields the server rebuilds the tokenizer by Qwen2's rules, and parses its answers as ChatML.
 TOKENIZER = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "auto_map": {"AutoTokenizer": [None, "PreTrainedTokenizerFast"]},
@@ -42,14 +43,14 @@ TOKENIZER = {
 
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory):
-    """The shipped policy as it is, and made ready for this server."""
+    """The shipped policy unchanged, and prepared for this server."""
     folder = tmp_path_factory.mktemp("served")
     plain, ready = folder / "plain", folder / "textcraft-policy"
     for directory in (plain, ready):
         shutil.copytree(language_model.default_directory(), directory)
     path = ready / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | TOKENIZER))
-    # This server samples only where the model's own settings say so, whatever temperature is asked for.
+    # This server samples only if the model's generation config says so, whatever the requested temperature.
     (ready / "generation_config.json").write_text(json.dumps({"do_sample": True, "eos_token_id": 1, "pad_token_id": 0}))
     return plain, ready
 
@@ -90,17 +91,17 @@ def _is_up(port: int) -> bool:
 
 @pytest.fixture
 def make(base_url):
-    made = []
+    policies = []
 
     def make(directory: Path, *, encoder=True, **endpoint):
         options = {"base_url": base_url, "model": str(directory), "retries": 1} | endpoint
         settings = PolicyConfig(endpoint=EndpointConfig(**options), max_action_tokens=TOKENS, max_tokens=896)
         tokenizer = Encoder.load(directory) if encoder else None
-        made.append(openai.load(settings, seed=SEED, encoder=tokenizer))
-        return made[-1]
+        policies.append(endpoint_module.load(settings, seed=SEED, encoder=tokenizer))
+        return policies[-1]
 
     yield make
-    for policy in made:
+    for policy in policies:
         policy.close()
 
 
@@ -132,11 +133,14 @@ def test_greedy_episodes_are_those_of_the_same_model_embedded(make, embedded, di
     policy = make(directories[1], requests_in_flight=4)
     served, ours = sample(policy, tmp_path / "served.jsonl"), sample(embedded, tmp_path / "ours.jsonl")
     assert sum(len(line.messages) // 2 for line in ours) > 8
-    for one, other in zip(served, ours, strict=True):
-        assert one.messages == other.messages
-        # Token counts too, by two programs that know nothing of each other.
-        assert (one.meta["tokens"], one.meta["actions_cut"]) == (other.meta["tokens"], other.meta["actions_cut"])
-        assert (one.outcome, one.ended) == (other.outcome, other.ended)
+    for served_line, our_line in zip(served, ours, strict=True):
+        assert served_line.messages == our_line.messages
+        # Token counts too, by two independent programs.
+        assert (served_line.meta["tokens"], served_line.meta["actions_cut"]) == (
+            our_line.meta["tokens"],
+            our_line.meta["actions_cut"],
+        )
+        assert (served_line.outcome, served_line.ended) == (our_line.outcome, our_line.ended)
     usage = policy.usage
     assert (usage["retries"], usage["failures"]) == (0, 0)
     assert usage["generated"] == sum(line.meta["tokens"] for line in served)
@@ -146,23 +150,23 @@ def test_greedy_episodes_are_those_of_the_same_model_embedded(make, embedded, di
 
 
 def test_samples_are_drawn_by_their_seeds(make, directories, states):
-    # Seeds are the whole server's: with several requests at work they would mix.
+    # The server has one random state: requests in parallel would mix their seeds.
     first, again = (make(directories[1], requests_in_flight=1).propose(states, 3, 1.5) for _ in range(2))
     assert first == again
-    assert len({action.text for some in first for action in some}) > 3
+    assert len({action.text for actions in first for action in actions}) > 3
 
 
 def test_an_answer_is_cut_at_the_token_limit(make, embedded, directories, states):
     short = make(directories[1], extra_body={"max_completion_tokens": 5})
     ((action,),) = short.propose(states[:1], 1, 0.0)
     assert (action.tokens, action.stop) == (5, "length")
-    ((whole,),) = embedded.propose(states[:1], 1, 0.0)
-    assert whole.text.startswith(action.text) and len(action.text) > 5
+    ((uncut,),) = embedded.propose(states[:1], 1, 0.0)
+    assert uncut.text.startswith(action.text) and len(action.text) > 5
 
 
 @pytest.mark.parametrize("encoder", [True, False])
 def test_a_server_that_gives_the_prompt_back_is_found_out(encoder, make, directories, states):
-    """What this server really does to a template that it cannot take apart."""
+    """This server returns the prompt with the answer if it cannot parse the template."""
     policy = make(directories[0], encoder=encoder)
     with pytest.raises(UserError, match=r"the answer spells <\|user\|>, which no message may contain"):
         policy.propose(states[:1], 1, 0.0)

@@ -112,7 +112,7 @@ def test_writes_the_page_and_a_figure_for_a_readme(built: Path) -> None:
     assert built.with_name("figure.png").read_bytes().startswith(b"\x89PNG")
     figure = built.with_name("figure.svg").read_text()
     assert "<text" in figure and "prefers-color-scheme: dark" in figure
-    assert not list(built.parent.glob("*.partial"))
+    assert not list(built.parent.glob("*.tmp"))
 
 
 def test_every_estimate_of_the_results_is_on_the_page(page: Page, results: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
-"""Scores and what they cost on meshes of eight virtual devices, beside those of one. Run by test_mesh.py.
+"""Scores and costs on meshes of eight virtual devices, compared with one device. Run by test_mesh.py.
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python on_meshes.py MODEL
 
-Prints a JSON line a mesh: the largest difference, tokens, programs compiled twice, and the layout of cache and weights.
+Prints one JSON line a mesh: largest difference, tokens, programs compiled again, and the layout of cache and weights.
 """
 
 import json
@@ -19,7 +19,7 @@ MESHES = [None, {"tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 8}]
 
 
 def searched(model):
-    """A small search: two conversations, three turns of four candidates, and finished ones at the end."""
+    """Scores of a small search: two conversations, three turns of four candidates, then the finished conversations."""
     states = [tiny.conversation(seed)[:1] for seed in (1, 2)]
     scores = []
     for turn in range(3):
@@ -37,7 +37,7 @@ def searched(model):
 
 
 def layout_of(array):
-    """Mesh axes by the axis of the array."""
+    """Mesh axis of each axis of the array."""
     spec = getattr(array.sharding, "spec", ())
     return [part if part is None or isinstance(part, str) else list(part) for part in spec]
 
@@ -47,15 +47,15 @@ def main(directory):
     for mesh in MESHES:
         jax.clear_caches()
         model = jaxprm.load(directory, rows=8, max_tokens=256, mesh=mesh)
-        found = searched(model)
-        reference = found if reference is None else reference
+        scores_of_mesh = searched(model)
+        reference = scores_of_mesh if reference is None else reference
         compiled = _values_after._cache_size()
         again = searched(jaxprm.load(directory, rows=8, max_tokens=256, mesh=mesh))
         bank = model._scorer.engine._bank
         report = {
             "mesh": mesh,
-            "difference": float(np.abs(found - reference).max()),
-            "repeat": float(np.abs(again - found).max()),
+            "difference": float(np.abs(scores_of_mesh - reference).max()),
+            "repeat": float(np.abs(again - scores_of_mesh).max()),
             "encoded": model.usage["encoded"],
             "compiled_again": _values_after._cache_size() - compiled,
             "cache": layout_of(bank.bank.keys[0]),

@@ -1,4 +1,4 @@
-"""`check-scorer` on a user's checkpoint: passes what is right, fails what is not, and says how far off."""
+"""`check-scorer` passes a sound model and fails a faulty cache, with the difference."""
 
 import json
 import re
@@ -19,7 +19,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trajectories(tmp_path_factory):
-    """Three conversations, two with a prompt in common, and one without a step, which is passed over."""
+    """Three conversations, two of which share a prompt, and one without a step, which is skipped."""
     first, second = tiny.conversation(1, turns=3), tiny.conversation(2, turns=2)
     lines = [first, [*first[:3], {"role": "assistant", "content": "Action: craft stick"}], first[:1], second]
     path = tmp_path_factory.mktemp("input") / "trajectories.jsonl"
@@ -33,7 +33,7 @@ def test_a_sound_model_passes_in_every_way(model, trajectories, capsys):
     assert cli.main(["check-scorer", "--model", str(model), "--input", str(trajectories)]) == 0
     printed = capsys.readouterr().out
     ways = dict(re.findall(r"^(.+?) +(\d+) scores, largest", printed, re.MULTILINE))
-    # 3 + 2 + 2 steps; whole conversations are compared at every token, those behind prompts at all but these.
+    # 3 + 2 + 2 steps. Whole conversations are compared at every token, packed ones without their prompts.
     assert 50 < int(ways["packed behind prompts"]) < int(ways["in padded batches"])
     assert ways["candidates after the cache"] == ways["the same, with evictions"] == "7"
     assert int(ways["in padded batches"]) == int(ways["in bfloat16"]) > 300
@@ -42,8 +42,8 @@ def test_a_sound_model_passes_in_every_way(model, trajectories, capsys):
 
 @pytest.mark.slow
 def test_a_cache_that_mixes_up_its_slots_fails(model, monkeypatch, capsys):
-    place = PrefixBank.place
-    monkeypatch.setattr(PrefixBank, "place", lambda bank, prefixes: place(bank, prefixes)[::-1])
+    allocate = PrefixBank.allocate
+    monkeypatch.setattr(PrefixBank, "allocate", lambda bank, prefixes: allocate(bank, prefixes)[::-1])
     assert cli.main(["check-scorer", "--model", str(model)]) == 1
     assert float(re.search(r"^FAILED: largest difference (\S+), ", capsys.readouterr().out, re.MULTILINE)[1]) > 1e-2
 

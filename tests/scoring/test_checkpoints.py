@@ -1,4 +1,4 @@
-"""A training that is still running, or was killed: its checkpoints are scored and exported as models are."""
+"""Checkpoints of an unfinished training run are scored and exported like models."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from jaxprm.scoring import loading
 from jaxprm.training import reward_model
 from tests.model import tiny
 
-# Of a base with an unembedding, which a reward model has not.
+# Of a base with an unembedding; a reward model has none.
 STATES = {step: tiny.reward_model(seed=step) for step in (20, 40)}
 CONVERSATION = tiny.conversation(5, turns=4)
 LOG = [
@@ -31,7 +31,7 @@ LOG = [
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    """The output of a training that has two checkpoints and no model."""
+    """The output of a training run that has two checkpoints and no model."""
     base = tmp_path_factory.mktemp("base")
     reader.write_model(base, tiny.UNTIED, tiny.transformer(tiny.UNTIED), pad_id=0, end_id=1, max_length=777)
     for file in tiny.tokenizer_directory().iterdir():
@@ -69,14 +69,14 @@ def expected(step: int) -> np.ndarray:
     return tiny.values(STATES[step], encoded.tokens[None])[0, encoded.read_positions]
 
 
-def test_the_newest_checkpoint_stands_for_a_model_that_is_not_there_yet(output):
+def test_without_a_finished_model_the_newest_checkpoint_is_used(output):
     for path in (output, output.parent, output / "checkpoints"):
         assert find_model(path) == output / "checkpoints" / "40"
     tiny.assert_close(promises(output), expected(40))
     tiny.assert_close(promises(output / "checkpoints" / "20"), expected(20))
 
 
-def test_a_checkpoint_may_be_named_from_where_it_lies(output, monkeypatch):
+def test_a_checkpoint_may_be_named_from_its_own_directory(output, monkeypatch):
     monkeypatch.chdir(output / "checkpoints" / "20")
     assert read_recipe(find_model("."))["steps"] == 20
     monkeypatch.chdir(output / "checkpoints")
@@ -89,10 +89,10 @@ def test_a_finished_model_comes_first_and_checkpoints_by_name(output):
     assert find_model(output / "checkpoints" / "40") == output / "checkpoints" / "40"
 
 
-def test_its_recipe_tells_how_far_it_was_trained(output):
+def test_its_recipe_has_the_steps_and_the_last_validation(output):
     recipe = read_recipe(output / "checkpoints" / "40")
     assert (recipe["label"], recipe["steps"], recipe["unfinished"]) == ("agentprm", 40, True)
-    assert recipe["validation"] == {"loss": 0.5, "auroc": 0.6}  # of step 20: the next one is of step 60
+    assert recipe["validation"] == {"loss": 0.5, "auroc": 0.6}  # of step 20: the next evaluation is of step 60
 
 
 def test_a_checkpoint_is_exported_with_the_config_of_its_base(output, tmp_path):
@@ -105,8 +105,8 @@ def test_a_checkpoint_is_exported_with_the_config_of_its_base(output, tmp_path):
     assert described["architectures"] == ["Qwen2ForTokenClassification"]
 
 
-def test_reading_touches_nothing_of_a_training_that_is_writing(output):
-    """A checkpoint that is being written is neither taken nor tidied up."""
+def test_reading_changes_nothing_of_a_running_training(output):
+    """A checkpoint that is being written is neither used nor removed."""
     half = output / "checkpoints" / "60.orbax-checkpoint-tmp-1"
     (half / "state").mkdir(parents=True)
     (output / "checkpoints" / "60" / "state").mkdir(parents=True)
@@ -121,7 +121,7 @@ def test_every_checkpoint_is_another_model(output):
     assert first != second and first["config.json"] == second["config.json"]
 
 
-def test_a_checkpoint_without_what_lies_beside_it_is_refused(output):
+def test_a_checkpoint_without_its_model_files_is_refused(output):
     shutil.rmtree(output / DESCRIPTION)
     with pytest.raises(UserError, match=r"checkpoint .*/40: .*model-files is missing, .* give the training's output"):
         find_model(output)

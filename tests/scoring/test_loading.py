@@ -1,4 +1,4 @@
-"""From a path a user gives to the one model it means."""
+"""Loading a model from a path, its encoder, and shapes for its turns."""
 
 import json
 
@@ -54,7 +54,7 @@ def test_a_tokenizer_that_is_not_the_models_is_refused(tmp_path):
         loading.load_scorer(directory)
 
 
-def test_a_recipe_is_read_where_there_is_one(tmp_path):
+def test_a_model_may_have_no_recipe(tmp_path):
     assert read_recipe(tmp_path) == {}
     (tmp_path / "reward_model.json").write_text(json.dumps({"label": "pvm"}))
     assert read_recipe(tmp_path) == {"label": "pvm"}
@@ -70,26 +70,28 @@ def test_turns_as_long_as_those_of_the_training_data_are_encoded_once(tmp_path):
     assert scorer.engine.shapes == Shapes(growth=(16, 128, 512), packed=(128, 256, 512, 1024), kept=512)
     encoder, state = scorer.encoder, tiny.conversation(1)[:1]
     long = [f"Action: get {number} stick" + " and then the lantern" * 25 for number in (1, 2)]
-    rests = [len(encoder.trajectory([*state, {"role": "assistant", "content": text}], row="").tokens) for text in long]
-    assert all(256 < rest - len(encoder.prompt(state)) <= 512 for rest in rests)
+    lengths = [
+        len(encoder.trajectory([*state, {"role": "assistant", "content": text}], row="").tokens) for text in long
+    ]
+    assert all(256 < length - len(encoder.prompt(state)) <= 512 for length in lengths)
 
-    def whole(texts):
+    def after_state(texts):
         return [[*state, {"role": "assistant", "content": text}] for text in texts]
 
-    found = scorer.score_actions([state], [long])[0]
-    tiny.assert_close(found, [steps[-1] for steps in scorer.score(whole(long))])
+    promises = scorer.score_actions([state], [long])[0]
+    tiny.assert_close(promises, [steps[-1] for steps in scorer.score(after_state(long))])
     before = scorer.usage["encoded"]
-    kept = len(encoder.trajectory(whole(long)[1], row="").tokens)
-    state = [*whole(long)[1], {"role": "user", "content": "Got 2 stick"}]
+    kept = len(encoder.trajectory(after_state(long)[1], row="").tokens)
+    state = [*after_state(long)[1], {"role": "user", "content": "Got 2 stick"}]
     scorer.score_actions([state], [["Action: get 1 stick"]])
-    (last,) = whole(["Action: get 1 stick"])
+    (last,) = after_state(["Action: get 1 stick"])
     assert scorer.usage["encoded"] - before == len(encoder.trajectory(last, row="").tokens) - kept
 
 
 @pytest.mark.parametrize(
     "broken", [[], 3, {"action": {"median": 1, "most": 2}}, {"action": {"median": -1, "most": 2}, "observation": {}}]
 )
-def test_turns_that_are_no_numbers_are_refused(tmp_path, broken):
+def test_malformed_turn_lengths_are_refused(tmp_path, broken):
     (tmp_path / "reward_model.json").write_text(json.dumps({"turn_tokens": broken}))
     with pytest.raises(UserError, match=r"reward_model\.json: turn_tokens must have median and most"):
         loading.read_turn_tokens(tmp_path)

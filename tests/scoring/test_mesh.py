@@ -38,10 +38,10 @@ def test_scores_do_not_depend_on_the_mesh(tmp_path):
     assert alone["cache"] == []
     for report in others:
         if "tensor" in report["mesh"]:
-            # Slots are whole everywhere, kv heads are split; of a matrix [L, D, H * E] the heads are, and D over fsdp.
+            # Slots are replicated, kv heads split. Of a matrix [L, D, H * E] the heads are split, and D over fsdp.
             assert report["cache"] == report["ring"] == [None, "tensor"], report
             assert report["query"] == [None, "fsdp", "tensor"], report
-    # The command too: over all devices by rows where it is told nothing, and as it is told.
+    # The command too: rows over all devices by default, or as --mesh says.
     lines = [{"id": str(seed), "messages": tiny.conversation(seed)} for seed in range(5)]
     (tmp_path / "in.jsonl").write_text("".join(map(files.line, lines)))
     scores = {}

@@ -1,4 +1,4 @@
-"""A score is a function of the conversation alone: not of the batch, the padding, the cache or earlier questions."""
+"""A score depends on the conversation alone: not on the batch, the padding, the cache or earlier calls."""
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,13 @@ from jaxprm.scoring.scorer import Scorer
 from tests.model import tiny
 
 STATE = tiny.reward_model()
-# From a prompt and one turn to beyond the first bucket of 256 tokens.
+# From one turn to more than the first bucket of 256 tokens.
 CONVERSATIONS = [tiny.conversation(seed, turns=turns) for seed, turns in enumerate((1, 2, 7, 3, 13, 5))]
 CANDIDATES = ["Action: get 3 stick", "Action: craft oak planks", "x", "Action: get 3 sticks, and then the lantern"]
 
 
 def new_scorer(encoder: Encoder | None = None) -> Scorer:
-    """Two rows and a short cache: every search in these tests drops prefixes and packs several candidates a row."""
+    """A scorer with two rows and a short cache: every test drops prefixes and packs several candidates a row."""
     return Scorer(tiny.CONFIG, STATE, encoder or tiny.encoder(), rows=2, max_tokens=480)
 
 
@@ -39,8 +39,8 @@ def references() -> list[np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def whole() -> dict[tuple[int, str], float]:
-    """Score of every candidate after every state of every conversation, by `score`; keys (conversation, turn, text)."""
+def full_scores() -> dict[tuple[int, str], float]:
+    """Scores by `score` of every candidate after every state, by (conversation, turn, text)."""
     scorer, keys, conversations = new_scorer(), [], []
     for number, messages in enumerate(CONVERSATIONS):
         for end in range(1, len(messages), 2):
@@ -74,7 +74,7 @@ def test_more_conversations_than_rows_come_back_in_order(references, monkeypatch
 
 
 def test_a_pool_encodes_the_prompt_that_its_conversations_share_once(references):
-    """Conversations with a prompt in common, and one with another."""
+    """Conversations that share a prompt, and one with another prompt."""
     pool = [with_action(CONVERSATIONS[2][:5], text) for text in CANDIDATES]
     pool = [*pool[::2], CONVERSATIONS[1], *pool[1::2]]
     scorer = new_scorer()
@@ -82,31 +82,31 @@ def test_a_pool_encodes_the_prompt_that_its_conversations_share_once(references)
         tiny.assert_close(steps, reference(messages))
     encoded = [tiny.encoder().trajectory(messages, row="") for messages in pool]
     prompt = len(encoded[0].tokens[: encoded[0].state_positions[0] + 1])
-    assert scorer.usage["encoded"] == sum(len(one.tokens) for one in encoded) - 3 * prompt
+    assert scorer.usage["encoded"] == sum(len(conversation.tokens) for conversation in encoded) - 3 * prompt
 
 
-def test_candidates_equal_the_whole_conversations_for_growing_and_forking_states(whole):
+def test_candidates_equal_the_whole_conversations_for_growing_and_forking_states(full_scores):
     scorer = new_scorer()
     for end in (1, 3, 1, 5, 9):
         states = [number for number, messages in enumerate(CONVERSATIONS) if end < len(messages)]
         scores = scorer.score_actions([CONVERSATIONS[number][:end] for number in states], [CANDIDATES] * len(states))
         for number, values in zip(states, scores, strict=True):
-            tiny.assert_close(values, [whole[number, end, text] for text in CANDIDATES])
+            tiny.assert_close(values, [full_scores[number, end, text] for text in CANDIDATES])
 
 
-def test_order_company_and_repetition_of_candidates_do_not_matter(whole):
+def test_order_and_repetition_of_candidates_do_not_matter(full_scores):
     scorer = new_scorer()
     messages = CONVERSATIONS[2][:5]
     for texts in (CANDIDATES[::-1], [CANDIDATES[1]] * 3, CANDIDATES * 2, []):
         (values,) = new_scorer().score_actions([messages], [texts])
-        expected = [whole[2, 5, text] for text in texts]
+        expected = [full_scores[2, 5, text] for text in texts]
         if expected:
             tiny.assert_close(values, expected)
         (again,) = scorer.score_actions([messages], [texts])
         np.testing.assert_allclose(again, values, atol=1e-5)
 
 
-def test_what_was_scored_is_remembered_and_only_new_tokens_are_encoded():
+def test_scores_are_cached_and_only_new_tokens_are_encoded():
     scorer = new_scorer()
     messages = CONVERSATIONS[3]
     scorer.score_actions([messages[:1]], [CANDIDATES])
@@ -119,31 +119,31 @@ def test_what_was_scored_is_remembered_and_only_new_tokens_are_encoded():
     assert scorer.usage["encoded"] == encoded + longer - prompt + action
 
 
-def test_what_is_remembered_is_bounded_and_what_was_used_last_stays(monkeypatch):
-    monkeypatch.setattr("jaxprm.scoring.scorer.REMEMBERED", 3)
+def test_the_cache_of_scores_is_bounded_and_drops_the_least_recently_used(monkeypatch):
+    monkeypatch.setattr("jaxprm.scoring.scorer.MAX_CACHED", 3)
     scorer, state = new_scorer(), CONVERSATIONS[0][:1]
     texts = [f"Action: get {number} stick" for number in range(5)]
     (first,) = scorer.score_actions([state], [texts])
-    assert len(scorer._memory) == 3
+    assert len(scorer._cache) == 3
     before = scorer.usage["encoded"]
     assert scorer.score_actions([state], [texts[2:]])[0].tolist() == first[2:].tolist()
     assert scorer.usage["encoded"] == before
     scorer.score_actions([state], [[texts[2]]])
-    scorer.score_actions([state], [texts[:2]])  # two are forgotten for them, and not the one used last
+    scorer.score_actions([state], [texts[:2]])  # two are dropped for them, but not the one used last
     before = scorer.usage["encoded"]
     assert scorer.score_actions([state], [[texts[2]]])[0].tolist() == first[2:3].tolist()
     assert scorer.usage["encoded"] == before
 
 
-def test_questions_prepared_before_any_is_scored_are_scored_as_alone():
-    """Others may be forgotten in between: what was known then is part of the question."""
+def test_candidates_prepared_together_are_scored_as_alone():
+    """Cached scores may be dropped in between: those that were cached are part of the prepared candidates."""
     scorer, state = new_scorer(), CONVERSATIONS[0][:1]
-    (known,) = scorer.score_actions([state], [["Action: get 1 stick"]])
+    (cached,) = scorer.score_actions([state], [["Action: get 1 stick"]])
     questions = [scorer.prepare(state, ["Action: get 1 stick", "Action: get 2 stick"]) for _ in range(2)]
     questions.append(scorer.prepare(CONVERSATIONS[1][:3], ["Action: get 1 stick"]))
     scorer.forget()
     first, second, third = scorer.score_prepared(questions)
-    assert first[0] == known[0] and first.tolist() == second.tolist()
+    assert first[0] == cached[0] and first.tolist() == second.tolist()
     tiny.assert_close(first[1:], reference(with_action(state, "Action: get 2 stick"))[-1:])
     tiny.assert_close(third, reference(with_action(CONVERSATIONS[1][:3], "Action: get 1 stick"))[-1:])
     assert questions[2].longest == len(
@@ -221,7 +221,9 @@ def test_parameters_in_bfloat16_are_computed_with_in_either_precision():
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), STATE)
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half)
     conversations = CONVERSATIONS[:2]
-    exact, rounded = (Scorer(tiny.CONFIG, half, tiny.encoder(), rows=2, dtype=one) for one in ("float32", "bfloat16"))
+    exact, rounded = (
+        Scorer(tiny.CONFIG, half, tiny.encoder(), rows=2, dtype=dtype) for dtype in ("float32", "bfloat16")
+    )
     for messages, ours in zip(conversations, exact.score(conversations), strict=True):
         encoded = tiny.encoder().trajectory(messages, row="reference")
         tiny.assert_close(ours, tiny.values(wide, encoded.tokens[None])[0, encoded.read_positions])

@@ -1,4 +1,4 @@
-"""A model without a model: answers that tell what they answer, and that can be made to wait or to fail."""
+"""A stand-in for the model: answers that identify their requests, and that can be delayed or made to fail."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MESSAGES = [{"role": "user", "content": "Goal: torch"}]
 
 
 class Model:
-    """promise = the length of a candidate or an input; `going` cleared, it waits; `fail`, raised once a batch."""
+    """Answers with the lengths of candidates or inputs. It waits while `going` is cleared, and raises `fail` if set."""
 
     def __init__(self) -> None:
         self.going, self.begun = threading.Event(), threading.Event()
@@ -26,18 +26,18 @@ class Model:
         self.batches: list[int] = []
         self.fail: Exception | None = None
 
-    def __call__(self, asked: Sequence[ScoreActions | Classify]) -> list:
-        self.batches.append(len(asked))
+    def __call__(self, requests: Sequence[ScoreActions | Classify]) -> list:
+        self.batches.append(len(requests))
         self.begun.set()
         assert self.going.wait(30)
         if self.fail:
             raise self.fail
-        return [self._answer(one) for one in asked]
+        return [self._answer(request) for request in requests]
 
-    def _answer(self, one):
-        if isinstance(one, ScoreActions):
-            return [ActionScore(float(len(candidate)), None) for candidate in one.candidates]
-        inputs = one.inputs or [one.messages]
+    def _answer(self, request):
+        if isinstance(request, ScoreActions):
+            return [ActionScore(float(len(candidate)), None) for candidate in request.candidates]
+        inputs = request.inputs or [request.messages]
         return Values([float(len(each)) for each in inputs], [len(each) for each in inputs])
 
 
@@ -46,7 +46,7 @@ def batcher(model, limits: RequestLimits = RequestLimits(), warm_up=lambda go_on
 
 
 async def ready(batcher: Batcher) -> None:
-    """Started, and its warm-up over."""
+    """Starts a batcher and waits for the end of its warm-up."""
     batcher.start()
     async with asyncio.timeout(10):
         while batcher.state != "ready":
@@ -65,9 +65,9 @@ def client(
 
 
 def error(response) -> dict:
-    """What a refusal says; it is one line of JSON."""
+    """The error of a response, checked to be one line of JSON."""
     assert response.text.endswith("\n") and response.text.count("\n") == 1
     assert response.headers["content-type"] == "application/json"
-    found = response.json()["error"]
-    assert found["code"] == response.status_code
-    return found
+    details = response.json()["error"]
+    assert details["code"] == response.status_code
+    return details

@@ -1,4 +1,4 @@
-"""An error of one request is its own, whatever is computed together with it."""
+"""An error of one request does not affect the requests that are computed with it."""
 
 from types import SimpleNamespace
 
@@ -11,14 +11,14 @@ from jaxprm.serving.requests import Classify, RequestLimits, ScoreActions, Value
 
 
 class Stub:
-    """Scorer and model in one: values are last tokens, promises are lengths; token 13 breaks what it is part of."""
+    """Scorer and model in one. Values are tokens, promises are lengths; token 13 raises, token 14 gives NaN."""
 
     config, encoder, usage = SimpleNamespace(vocab_size=100), None, {}
 
     def __init__(self):
         self.engine, self.calls, self.forgotten = self, [], 0
 
-    def whole(self, sequences, names, few):
+    def score_full(self, sequences, names, small_batches):
         self.calls.append(len(sequences))
         if any(13 in tokens for tokens in sequences):
             raise RuntimeError("broken")
@@ -30,7 +30,9 @@ class Stub:
         return SimpleNamespace(longest=len(candidates), candidates=candidates)
 
     def answer(self, questions):
-        return [[ActionScore(float(len(one)), None) for one in question.candidates] for question in questions]
+        return [
+            [ActionScore(float(len(candidate)), None) for candidate in question.candidates] for question in questions
+        ]
 
     def forget(self):
         self.forgotten += 1
@@ -50,25 +52,25 @@ def answered(*asked):
 
 
 def test_all_is_computed_at_once_and_in_order():
-    found, stub = answered(ids(1, 2), actions("abc", "a"), ids(7))
-    assert found == [Values([2.0], [2]), [ActionScore(3.0, None), ActionScore(1.0, None)], Values([7.0], [1])]
+    answers, stub = answered(ids(1, 2), actions("abc", "a"), ids(7))
+    assert answers == [Values([2.0], [2]), [ActionScore(3.0, None), ActionScore(1.0, None)], Values([7.0], [1])]
     assert stub.calls == [2] and stub.forgotten == 0
 
 
-def test_what_cannot_be_encoded_or_is_too_long_is_refused_before():
+def test_what_cannot_be_encoded_or_is_too_long_is_refused_before_the_batch():
     asked = (actions("a", messages=()), ids(100), ids(-1), ids(1, 2, 3, 4), actions("a", "b", "c", "d"), ids(5))
-    found, stub = answered(*asked)
-    assert [one.status for one in found[:-1]] == [400] * 5 and found[-1] == Values([5.0], [1])
-    assert "4 tokens, more than 3 (--max-tokens)" in found[3].message and stub.calls == [1]
+    answers, stub = answered(*asked)
+    assert [answer.status for answer in answers[:-1]] == [400] * 5 and answers[-1] == Values([5.0], [1])
+    assert "4 tokens, more than 3 (--max-tokens)" in answers[3].message and stub.calls == [1]
 
 
 def test_one_that_breaks_the_batch_fails_alone():
-    found, stub = answered(ids(1), ids(13), actions("ab"), ids(2))
-    assert (found[0], found[2], found[3]) == (Values([1.0], [1]), [ActionScore(2.0, None)], Values([2.0], [1]))
-    assert found[1].status == 500 and "broken" not in found[1].message
+    answers, stub = answered(ids(1), ids(13), actions("ab"), ids(2))
+    assert (answers[0], answers[2], answers[3]) == (Values([1.0], [1]), [ActionScore(2.0, None)], Values([2.0], [1]))
+    assert answers[1].status == 500 and "broken" not in answers[1].message
     assert stub.forgotten == 4
 
 
 def test_a_score_that_is_no_number_is_an_error():
-    found, _ = answered(ids(14), ids(2))
-    assert found[0].status == 500 and "not finite" in found[0].message and found[1] == Values([2.0], [1])
+    answers, _ = answered(ids(14), ids(2))
+    assert answers[0].status == 500 and "not finite" in answers[0].message and answers[1] == Values([2.0], [1])

@@ -1,4 +1,4 @@
-"""The endpoints, without a socket: what is answered, what is refused and how, and who may ask."""
+"""The endpoints, without a socket: answers, refusals and tokens."""
 
 import asyncio
 import logging
@@ -35,11 +35,11 @@ def served(
 
 def test_questions_are_answered():
     async def test(client, model):
-        found = await client.post("/v1/score_actions", json=ACTIONS)
+        response = await client.post("/v1/score_actions", json=ACTIONS)
         scores = [{"promise": 3.0, "progress": None}, {"promise": 1.0, "progress": None}]
-        assert found.status_code == 200 and found.json() == {"model": "some-model", "scores": scores}
-        found = (await client.post("/classify", json={"input": ["abc", "de"]})).json()
-        assert [one["probs"] for one in found["data"]] == [[3.0], [2.0]] and found["model"] == "some-model"
+        assert response.status_code == 200 and response.json() == {"model": "some-model", "scores": scores}
+        response = (await client.post("/classify", json={"input": ["abc", "de"]})).json()
+        assert [item["probs"] for item in response["data"]] == [[3.0], [2.0]] and response["model"] == "some-model"
         assert (await client.post("/classify", json={"input_ids": [5, 6]})).json()["embedding"] == [2.0]
         assert (await client.get("/v1/models")).json()["data"][0]["id"] == "some-model"
         assert (await client.get("/health")).json() == {"status": "ready"}
@@ -66,8 +66,8 @@ def test_questions_are_answered():
 )
 def test_every_refusal_is_a_line_of_json(method, path, body, headers, status):
     async def test(client, model):
-        found = await client.request(method, path, content=body, headers=headers)
-        assert found.status_code == status and error(found)["message"]
+        response = await client.request(method, path, content=body, headers=headers)
+        assert response.status_code == status and error(response)["message"]
         assert model.batches == []
         assert (await client.post("/classify", json={"input": "abc"})).status_code == 200
 
@@ -80,23 +80,23 @@ def test_a_full_queue_is_a_429_with_the_time_to_come_back():
         asked = [asyncio.create_task(client.post("/classify", json={"input": "a" * n})) for n in (1, 2)]
         await asyncio.to_thread(model.begun.wait, 10)
         await asyncio.sleep(0.05)
-        found = await client.post("/classify", json={"input": "abc"})
-        assert found.status_code == 429 and error(found) and int(found.headers["retry-after"]) >= 1
+        response = await client.post("/classify", json={"input": "abc"})
+        assert response.status_code == 429 and error(response) and int(response.headers["retry-after"]) >= 1
         model.going.set()
-        assert [one.json()["data"][0]["probs"] for one in await asyncio.gather(*asked)] == [[1.0], [2.0]]
+        assert [item.json()["data"][0]["probs"] for item in await asyncio.gather(*asked)] == [[1.0], [2.0]]
 
     served(test, limits=RequestLimits(waiting=2))
 
 
-def test_only_who_has_the_token_is_answered(caplog):
+def test_requests_without_the_token_are_refused(caplog):
     async def test(client, model):
         wrong = ("", SECRET, f"Basic {SECRET}", "Bearer", "Bearer \xe9", f"Bearer {SECRET}x", f"Bearer {SECRET[:-1]}")
         guarded = (("POST", "/classify"), ("POST", "/v1/score_actions"), ("GET", "/metrics"), ("GET", "/v1/models"))
-        for given in wrong:
+        for header in wrong:
             for method, path in guarded:
-                found = await client.request(method, path, headers={"Authorization": given.encode("latin-1")})
-                assert found.status_code == 401 and found.headers["www-authenticate"] == "Bearer"
-                assert SECRET not in error(found)["message"]
+                response = await client.request(method, path, headers={"Authorization": header.encode("latin-1")})
+                assert response.status_code == 401 and response.headers["www-authenticate"] == "Bearer"
+                assert SECRET not in error(response)["message"]
         right = {"Authorization": f"Bearer {SECRET}"}
         assert (await client.post("/classify", json={"input": "abc"}, headers=right)).status_code == 200
         assert (await client.get("/metrics", headers=right)).status_code == 200
@@ -109,22 +109,22 @@ def test_only_who_has_the_token_is_answered(caplog):
     assert SECRET not in caplog.text and "broken" in caplog.text
 
 
-def test_a_failure_of_ours_is_a_500_that_tells_nothing():
+def test_an_internal_failure_is_a_500_without_details():
     async def test(client, model):
         model.fail = RuntimeError("/secret/path")
-        found = await client.post("/classify", json={"input": "abc"})
-        assert found.status_code == 500 and "secret" not in error(found)["message"]
+        response = await client.post("/classify", json={"input": "abc"})
+        assert response.status_code == 500 and "secret" not in error(response)["message"]
         model.fail = None
         assert (await client.post("/classify", json={"input": "abc"})).status_code == 200
 
     served(test)
 
 
-def test_metrics_count_what_happened():
+def test_metrics_count_requests_batches_and_tokens():
     async def test(client, model):
         for body in ({"input": "abc"}, {"input": "ab"}, {"input": 1}):
             await client.post("/classify", json=body)
-        metrics.computed(2, 0.5, {"encoded": 7, "reused": 3})
+        metrics.count_batch(2, 0.5, {"encoded": 7, "reused": 3})
         lines = (await client.get("/metrics")).text.splitlines()
         for line in (
             'jaxprm_requests_total{endpoint="/classify",status="200"} 2.0',
@@ -142,13 +142,13 @@ def test_metrics_count_what_happened():
     served(test, metrics=metrics)
 
 
-def test_before_the_warm_up_health_says_so_and_nobody_is_answered():
+def test_before_the_warm_up_health_says_so_and_requests_are_refused():
     async def run():
         batcher = fakes.batcher(fakes.Model())  # not started
         async with fakes.client(batcher) as client:
-            found = await client.get("/health")
-            assert (found.status_code, found.json()["status"]) == (503, "warming up")
-            found = await client.post("/classify", json={"input": "abc"})
-            assert found.status_code == 503 and error(found) and "retry-after" in found.headers
+            response = await client.get("/health")
+            assert (response.status_code, response.json()["status"]) == (503, "warming up")
+            response = await client.post("/classify", json={"input": "abc"})
+            assert response.status_code == 503 and error(response) and "retry-after" in response.headers
 
     asyncio.run(run())

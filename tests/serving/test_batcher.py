@@ -1,4 +1,4 @@
-"""One thread, many askers: who gets what, who is turned away, and what is left at the end."""
+"""The batcher: answers go to their requests, refusals when it is full, and a shutdown that answers everything."""
 
 import asyncio
 import time
@@ -11,7 +11,7 @@ from tests.serving import fakes
 
 
 def echo(asked):
-    return [f"answer to {one}" for one in asked]
+    return [f"answer to {request}" for request in asked]
 
 
 async def begun(model) -> None:
@@ -23,14 +23,14 @@ class Slow:
 
     def __init__(self):
         self.model = fakes.Model()
-        self.model._answer = lambda one: f"answer to {one}"
+        self.model._answer = lambda request: f"answer to {request}"
         self.going, self.begun, self.batches = self.model.going, self.model.begun, self.model.batches
 
     def __call__(self, asked):
         return self.model(asked)
 
 
-def test_everybody_gets_his_own_answer_and_what_waits_is_computed_together():
+def test_every_request_gets_its_own_answer_and_waiting_requests_are_batched():
     async def ask():
         model = Slow()
         model.going.clear()
@@ -51,7 +51,7 @@ def test_everybody_gets_his_own_answer_and_what_waits_is_computed_together():
     asyncio.run(ask())
 
 
-def test_one_too_many_is_told_when_to_come_back():
+def test_a_full_queue_refuses_with_a_time_to_retry():
     async def ask():
         model = Slow()
         model.going.clear()
@@ -70,7 +70,7 @@ def test_one_too_many_is_told_when_to_come_back():
     asyncio.run(ask())
 
 
-def test_who_went_away_costs_nothing():
+def test_a_cancelled_request_is_not_computed():
     async def ask():
         model = Slow()
         model.going.clear()
@@ -81,7 +81,7 @@ def test_who_went_away_costs_nothing():
         gone, stays = (asyncio.create_task(batcher(name)) for name in ("gone", "stays"))
         await asyncio.sleep(0)
         gone.cancel()
-        first.cancel()  # its answer is being computed, and is nobody's
+        first.cancel()  # cancelled while its answer is computed
         model.going.set()
         assert await stays == "answer to stays"
         assert model.batches == [1, 1]
@@ -90,7 +90,7 @@ def test_who_went_away_costs_nothing():
     asyncio.run(ask())
 
 
-def test_the_end_comes_after_the_last_answer():
+def test_closing_waits_for_the_last_answer():
     async def ask():
         model = Slow()
         model.going.clear()
@@ -110,7 +110,7 @@ def test_the_end_comes_after_the_last_answer():
     asyncio.run(ask())
 
 
-def test_a_failure_is_of_its_batch_alone():
+def test_a_failure_affects_its_batch_only():
     async def ask():
         def answer(asked):
             if "bad" in asked:
@@ -119,9 +119,9 @@ def test_a_failure_is_of_its_batch_alone():
 
         batcher = fakes.batcher(answer)
         await fakes.ready(batcher)
-        for one in ("bad", "lost"):
+        for request in ("bad", "lost"):
             with pytest.raises(RequestRefused) as caught:
-                await batcher(one)
+                await batcher(request)
             assert caught.value.status == 500
         assert await batcher("good") == "answer to good"
         await asyncio.to_thread(batcher.close)
@@ -133,10 +133,10 @@ def test_an_answer_may_be_a_refusal_to_one_of_them():
     async def ask():
         model = Slow()
         model.going.clear()
-        model.model._answer = lambda one: RequestRefused(400, "no") if one == "bad" else one
+        model.model._answer = lambda request: RequestRefused(400, "no") if request == "bad" else request
         batcher = fakes.batcher(model)
         await fakes.ready(batcher)
-        tasks = [asyncio.create_task(batcher(one)) for one in ("good", "bad", "better")]
+        tasks = [asyncio.create_task(batcher(request)) for request in ("good", "bad", "better")]
         await asyncio.sleep(0.05)
         model.going.set()
         good, bad, better = await asyncio.gather(*tasks, return_exceptions=True)
@@ -146,7 +146,7 @@ def test_an_answer_may_be_a_refusal_to_one_of_them():
     asyncio.run(ask())
 
 
-def test_nobody_is_answered_before_the_warm_up_and_it_can_be_ended():
+def test_requests_are_refused_during_the_warm_up_which_can_be_aborted():
     async def ask():
         programs = []
 

@@ -1,4 +1,4 @@
-"""The shapes of vLLM's and SGLang's requests and answers, from their documentation and source."""
+"""Requests and responses of vLLM's and SGLang's shapes, from their documentation and source."""
 
 import pytest
 
@@ -11,10 +11,10 @@ CHAT = [{"role": "user", "content": "Goal"}, {"role": "assistant", "content": "g
 
 
 def test_actions_are_scored_in_the_order_of_the_candidates():
-    asked = requests.score_actions({"messages": CHAT[:1], "candidates": ["a", CHAT[1]], "tools": [{}]}, LIMITS)
+    asked = requests.parse_score_actions({"messages": CHAT[:1], "candidates": ["a", CHAT[1]], "tools": [{}]}, LIMITS)
     assert (asked.messages, asked.candidates, asked.tools) == (CHAT[:1], ["a", CHAT[1]], [{}])
-    found = requests.scores([ActionScore(0.5, None), ActionScore(0.25, -0.125)], "m")
-    assert found == {
+    response = requests.score_actions_response([ActionScore(0.5, None), ActionScore(0.25, -0.125)], "m")
+    assert response == {
         "model": "m",
         "scores": [{"promise": 0.5, "progress": None}, {"promise": 0.25, "progress": -0.125}],
     }
@@ -35,13 +35,13 @@ def test_actions_are_scored_in_the_order_of_the_candidates():
 )
 def test_other_shapes_of_actions_are_refused(value, words):
     with pytest.raises(RequestRefused, match=words) as caught:
-        requests.score_actions(value, LIMITS)
+        requests.parse_score_actions(value, LIMITS)
     assert caught.value.status == 400
 
 
 @pytest.mark.parametrize(("name", "form"), [("input", "vllm"), ("text", "sglang"), ("input_ids", "sglang")])
 @pytest.mark.parametrize(
-    ("given", "inputs", "one"),
+    ("value", "inputs", "is_single"),
     [
         ("ab", ["ab"], True),
         (["ab"], ["ab"], False),
@@ -49,13 +49,15 @@ def test_other_shapes_of_actions_are_refused(value, words):
         ([[1, 2], [3]], [[1, 2], [3]], False),
     ],
 )
-def test_texts_and_token_ids_are_taken_alone_and_in_lists(name, form, given, inputs, one):
-    asked = requests.classify({"model": "m", name: given, "user": "me", "rid": "1", "use_activation": True}, LIMITS)
-    assert (asked.form, asked.inputs, asked.messages, asked.one) == (form, inputs, None, one)
+def test_texts_and_token_ids_are_accepted_alone_and_in_lists(name, form, value, inputs, is_single):
+    asked = requests.parse_classify(
+        {"model": "m", name: value, "user": "me", "rid": "1", "use_activation": True}, LIMITS
+    )
+    assert (asked.form, asked.inputs, asked.messages, asked.is_single) == (form, inputs, None, is_single)
 
 
 def test_messages_are_vllms_chat_form():
-    asked = requests.classify({"messages": CHAT, "add_generation_prompt": False, "text": None}, LIMITS)
+    asked = requests.parse_classify({"messages": CHAT, "add_generation_prompt": False, "text": None}, LIMITS)
     assert (asked.form, asked.messages, asked.inputs) == ("vllm", CHAT, [])
 
 
@@ -87,17 +89,17 @@ def test_messages_are_vllms_chat_form():
         ("a", "Expected `object`"),
     ],
 )
-def test_what_would_be_answered_otherwise_is_refused(value, words):
+def test_options_that_would_change_the_answer_are_refused(value, words):
     with pytest.raises(RequestRefused, match=words) as caught:
-        requests.classify(value, LIMITS)
+        requests.parse_classify(value, LIMITS)
     assert caught.value.status == 400
 
 
 def test_vllms_answer():
-    asked = requests.classify({"input": ["ab", "c"]}, LIMITS)
-    found = requests.classes(asked, Values([0.5, 0.25], [2, 1]), "m", 0.1)
-    assert found.pop("id").startswith("classify-") and found.pop("created") > 1.7e9
-    assert found == {
+    asked = requests.parse_classify({"input": ["ab", "c"]}, LIMITS)
+    response = requests.classify_response(asked, Values([0.5, 0.25], [2, 1]), "m", 0.1)
+    assert response.pop("id").startswith("classify-") and response.pop("created") > 1.7e9
+    assert response == {
         "object": "list",
         "model": "m",
         "data": [
@@ -109,9 +111,11 @@ def test_vllms_answer():
 
 
 def test_sglangs_answer_is_an_object_or_a_list_as_asked():
-    for given, several in (("ab", False), (["ab"], True)):
-        found = requests.classes(requests.classify({"text": given}, LIMITS), Values([0.5], [2]), "m", 0.1)
-        (one,) = found if several else [found]
-        assert one["embedding"] == [0.5]
-        assert {"id", "prompt_tokens", "e2e_latency"} <= one["meta_info"].keys()
-        assert one["meta_info"]["prompt_tokens"] == 2
+    for value, several in (("ab", False), (["ab"], True)):
+        response = requests.classify_response(
+            requests.parse_classify({"text": value}, LIMITS), Values([0.5], [2]), "m", 0.1
+        )
+        (item,) = response if several else [response]
+        assert item["embedding"] == [0.5]
+        assert {"id", "prompt_tokens", "e2e_latency"} <= item["meta_info"].keys()
+        assert item["meta_info"]["prompt_tokens"] == 2

@@ -1,4 +1,4 @@
-"""Who can reach a server, and what it says when it cannot start."""
+"""Addresses and tokens of a server, and its messages when it cannot start."""
 
 import socket
 import sys
@@ -13,12 +13,12 @@ SECRET = "a-long-secret"
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])
-def test_others_cannot_reach_a_server_without_a_token(host):
+def test_a_host_that_others_can_reach_needs_a_token(host):
     with pytest.raises(UserError, match=f"host {host}: others can reach it; set JAXPRM_TOKEN"):
         server.bind(host, 0, None)
 
 
-def test_with_a_token_they_can():
+def test_with_a_token_others_can_reach_it():
     with server.bind("0.0.0.0", 0, SECRET) as listening:
         assert listening.getsockname()[0] == "0.0.0.0"
 
@@ -29,7 +29,7 @@ def test_this_machine_needs_no_token(host):
         assert listening.getsockname()[0].startswith("127.") or listening.getsockname()[0] == "::1"
 
 
-def test_a_port_that_is_taken_is_said():
+def test_a_port_in_use_is_one_line():
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -39,7 +39,7 @@ def test_a_port_that_is_taken_is_said():
 
 
 @pytest.mark.parametrize(("host", "port"), [("no such host", 0), ("127.0.0.1", 65536), ("127.0.0.1", -1)])
-def test_an_address_that_cannot_be_had_is_said(host, port):
+def test_an_address_that_cannot_be_bound_is_one_line(host, port):
     with pytest.raises(UserError, match=host):
         server.bind(host, port, None)
 

@@ -1,9 +1,9 @@
-"""One of the processes of a training on eight virtual devices.
+"""One process of a training run on eight virtual devices.
 
     python hosts.py ARGUMENTS.json PROCESS
 
-Arguments: experiment, shards, base, output, coordinator, processes; kill: {"process", "before"}, the batch at which
-that process is killed. Exits as the command line does.
+Arguments: experiment, shards, base, output, coordinator, processes, and kill: {"process", "before"}, a process and the
+batch before which it is killed. Exits with the status of the command line.
 """
 
 import json
@@ -34,14 +34,14 @@ def train(options: object) -> int:
 
 
 def main() -> None:
-    kill, take = arguments.get("kill"), batches.TrainingBatches.__next__
+    kill, next_batch = arguments.get("kill"), batches.TrainingBatches.__next__
 
-    def take_or_die(self):
+    def next_batch_or_die(self):
         if kill and (kill["process"], kill["before"]) == (process, self.position):
             os.kill(os.getpid(), signal.SIGKILL)
-        return take(self)
+        return next_batch(self)
 
-    batches.TrainingBatches.__next__ = take_or_die
+    batches.TrainingBatches.__next__ = next_batch_or_die
     cli.VERBS["inspect"] = train
     sys.exit(cli.main(["inspect", "."]))
 

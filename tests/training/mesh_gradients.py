@@ -72,15 +72,15 @@ def run(sizes: tuple[int, ...], parameters, batches) -> tuple[dict, dict, int]:
 
 
 def restored(parameters) -> dict:
-    """A state saved by one mesh and restored onto another, and what is said of both when the other saves it again."""
+    """Saves a state on one mesh, restores and saves it on another, and compares the two checkpoints."""
     folder = Path(tempfile.mkdtemp())
-    found = []
+    saved = []
     for sizes in ((2, 2, 2, 1), (1, 8, 1, 1)):
         mesh = sharding.make_mesh(config_lib.MeshConfig(**dict(zip(sharding.AXES, sizes, strict=True))))
         shapes = sharding.with_shardings(
             mesh, jax.eval_shape(lambda p: initial_state(p, OPTIMIZER, SETTINGS), parameters)
         )
-        if not found:
+        if not saved:
             init = jax.jit(lambda p: initial_state(p, OPTIMIZER, SETTINGS), out_shardings=sharding.shardings(shapes))
             state = init(parameters)
         else:
@@ -89,14 +89,19 @@ def restored(parameters) -> dict:
             checkpoints.close()
             assert (step, position) == (5, {"batches": 5})
             assert jax.tree.all(jax.tree.map(lambda leaf, shape: leaf.sharding == shape.sharding, state, shapes))
-        checkpoints = Checkpoints(folder / str(len(found)), {})
+        checkpoints = Checkpoints(folder / str(len(saved)), {})
         checkpoints.save(5, state, {"batches": 5})
         checkpoints.close()
-        found.append((jax.device_get(state), inspect(folder / str(len(found)))))
-    (first, told), (second, told_again) = found
+        saved.append((jax.device_get(state), inspect(folder / str(len(saved)))))
+    (first, inspection), (second, later_inspection) = saved
     same = jax.tree.all(jax.tree.map(lambda a, b: a.tobytes() == b.tobytes(), first, second))
-    placed = [one["shardings"]["parameters/transformer/blocks/query/value"]["split"] for one in (told, told_again)]
-    return {"restored": same, "fingerprints": told["fingerprints"] == told_again["fingerprints"], "split": placed}
+    inspections = (inspection, later_inspection)
+    splits = [result["shardings"]["parameters/transformer/blocks/query/value"]["split"] for result in inspections]
+    return {
+        "restored": same,
+        "fingerprints": inspection["fingerprints"] == later_inspection["fingerprints"],
+        "split": splits,
+    }
 
 
 def splash_difference() -> float:
@@ -105,12 +110,12 @@ def splash_difference() -> float:
     keys = jax.random.split(jax.random.key(0), 3)
     arrays = [jax.random.normal(key, (2, count, 256, 64)) for key, count in zip(keys, (4, 2, 2), strict=True)]
     segments = jnp.asarray(np.repeat([[1, 2, 3], [1, 2, 4]], [100, 60, 96], axis=1), jnp.int32)
-    found = jax.jit(splash_attention(mesh, **rules, interpret=True))(*arrays, segments)
-    return float(np.abs(found - jax.jit(packed_attention)(*arrays, segments)).max())
+    splash = jax.jit(splash_attention(mesh, **rules, interpret=True))(*arrays, segments)
+    return float(np.abs(splash - jax.jit(packed_attention)(*arrays, segments)).max())
 
 
-def difference(found, expected) -> float:
-    return float(optax.tree.norm(jax.tree.map(lambda a, b: a - b, found, expected)) / optax.tree.norm(expected))
+def difference(actual, expected) -> float:
+    return float(optax.tree.norm(jax.tree.map(lambda a, b: a - b, actual, expected)) / optax.tree.norm(expected))
 
 
 def spread_model():
@@ -128,11 +133,11 @@ def main() -> None:
     gradients, final, _ = results[MESHES[0]]
     report = {
         "x".join(map(str, mesh)): {
-            "gradient": difference(found[0], gradients),
-            "parameters": difference(found[1], final),
-            "split": found[2],
+            "gradient": difference(result[0], gradients),
+            "parameters": difference(result[1], final),
+            "split": result[2],
         }
-        for mesh, found in results.items()
+        for mesh, result in results.items()
     }
     print(json.dumps(report))
     print(json.dumps(restored(spread_model())))

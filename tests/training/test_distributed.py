@@ -1,9 +1,10 @@
-"""What a process makes of its machine before it joins others, and what it does when one of them goes."""
+"""Checks of the machine before processes are joined, and what a process does when another one is lost."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import socket
 import threading
 from pathlib import Path
@@ -14,8 +15,7 @@ import pytest
 
 from jaxprm.errors import RESUMABLE, UserError
 from jaxprm.training import distributed
-from jaxprm.training import distributed as peers
-from jaxprm.training.distributed import Preemption, Timer
+from jaxprm.training.distributed import FAREWELL, SECRET_BYTES, Peers, Preemption, Timer
 
 
 def plug(folder: Path, *devices: tuple[str, str]) -> Path:
@@ -40,24 +40,24 @@ def test_tpu_chips_are_counted_and_google_network_cards_are_not(tmp_path):
         (1, {"MEGASCALE_COORDINATOR_ADDRESS": "a", "MEGASCALE_NUM_SLICES": "2"}, True),
     ],
 )
-def test_what_another_run_left_in_the_environment_is_cleared(slices, environment, cleared):
-    found = environment | {"HOME": "/root"}
-    distributed.clear_stale(found, slices)
-    assert found == ({"HOME": "/root"} if cleared else environment | {"HOME": "/root"})
+def test_variables_of_an_earlier_multi_slice_run_are_removed(slices, environment, cleared):
+    variables = environment | {"HOME": "/root"}
+    distributed.clear_stale(variables, slices)
+    assert variables == ({"HOME": "/root"} if cleared else environment | {"HOME": "/root"})
 
 
 @pytest.mark.parametrize(
-    "chips, found, message",
+    "chips, devices, message",
     [
         (4, ("cpu", 1, 1), r"has 4 TPU chips, but JAX computes on cpu: install jax\[tpu\]"),
-        (4, ("tpu", 1, 1), r"4 TPU chips, but JAX sees 1: another process holds the rest"),
+        (4, ("tpu", 1, 1), r"4 TPU chips, but JAX sees 1: another process uses the others"),
         (0, ("cpu", 4, 7), r"sees 4 devices of 7 in 1 processes"),
     ],
 )
-def test_a_wrong_platform_or_count_is_refused(chips, found, message, monkeypatch):
+def test_a_wrong_platform_or_count_is_refused(chips, devices, message, monkeypatch):
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     with pytest.raises(UserError, match=message) as raised:
-        distributed.check_devices(chips, **dict(zip(("platform", "local", "total"), found, strict=True)))
+        distributed.check_devices(chips, **dict(zip(("platform", "local", "total"), devices, strict=True)))
     assert "\n" not in str(raised.value)
 
 
@@ -74,19 +74,20 @@ def test_a_connection_that_breaks_ends_the_process_and_a_farewell_does_not(farew
     ended = []
     monkeypatch.setattr(os, "_exit", ended.append)
     ours, theirs = socket.socketpair()
-    listening = peers.Peers()
+    listening = Peers()
     if farewell:
-        theirs.sendall(peers.FAREWELL)
+        theirs.sendall(FAREWELL)
     theirs.close()
     listening._listen(ours, 3)
     assert ended == ([] if farewell else [RESUMABLE])
-    told = capsys.readouterr().err
-    assert told.strip().count("\n") == 0 and told.startswith("\njaxprm: process 0 of 1: process 3 is gone") != farewell
+    printed = capsys.readouterr().err
+    assert (
+        printed.strip().count("\n") == 0
+        and printed.startswith("\njaxprm: process 0 of 1: process 3 is gone") != farewell
+    )
 
 
-def test_sigterm_is_a_notice_within_and_what_it_was_after():
-    import signal
-
+def test_sigterm_is_a_flag_inside_the_context_and_has_its_handler_back_after_it():
     before = signal.getsignal(signal.SIGTERM)
     with Preemption() as preemption:
         assert not preemption.should_stop(1)
@@ -97,10 +98,8 @@ def test_sigterm_is_a_notice_within_and_what_it_was_after():
 
 
 def test_minutes_since_the_last_save(monkeypatch):
-    from jaxprm.training import distributed as preemption
-
     now = [100.0]
-    monkeypatch.setattr(preemption.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(distributed.time, "monotonic", lambda: now[0])
     timer = Timer(2.0)
     now[0] += 119
     assert not timer.due(1)
@@ -110,18 +109,18 @@ def test_minutes_since_the_last_save(monkeypatch):
     assert not timer.due(3) and not Timer(None).due(10**9)
 
 
-def test_a_stranger_is_not_taken_for_a_process_of_the_run(monkeypatch):
-    monkeypatch.setattr(peers.jax, "process_count", lambda: 2)
-    secret = b"s" * peers.SECRET_BYTES
+def test_a_connection_without_the_secret_is_refused(monkeypatch):
+    monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
+    secret = b"s" * SECRET_BYTES
     watched = []
-    group = peers.Peers()
+    group = Peers()
     monkeypatch.setattr(group, "_watch", lambda connection, process: watched.append((connection, process)))
     with socket.create_server(("127.0.0.1", 0)) as server:
         waiting = threading.Thread(target=group._accept, args=(server, secret))
         waiting.start()
         address = server.getsockname()
         with socket.create_connection(address) as stranger:
-            stranger.sendall(b"x" * peers.SECRET_BYTES + (1).to_bytes(4, "big"))
+            stranger.sendall(b"x" * SECRET_BYTES + (1).to_bytes(4, "big"))
             stranger.settimeout(10)
             assert stranger.recv(1) == b"" and not watched
         with socket.create_connection(address) as process:
@@ -131,12 +130,12 @@ def test_a_stranger_is_not_taken_for_a_process_of_the_run(monkeypatch):
             watched[0][0].close()
 
 
-def test_processes_that_read_other_shards_say_so_in_each(monkeypatch):
+def test_processes_that_read_different_shards_all_raise(monkeypatch):
     distributed.check_equal("alone", "shards")
     monkeypatch.setattr(distributed.jax, "process_count", lambda: 3)
     others = {"same": ("same", "same"), "mine": ("mine", "broken")}
     for text, (first, third) in others.items():
-        digests = [np.frombuffer(hashlib.sha256(one.encode()).digest(), np.uint8) for one in (first, third)]
+        digests = [np.frombuffer(hashlib.sha256(other.encode()).digest(), np.uint8) for other in (first, third)]
         gathered = lambda mine, digests=digests: np.stack([digests[0], mine, digests[1]])
         monkeypatch.setattr(distributed.multihost_utils, "process_allgather", gathered)
         if third == text:

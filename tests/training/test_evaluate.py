@@ -55,9 +55,9 @@ def test_a_value_that_is_not_finite_is_an_error():
 
 def test_the_summary_is_the_weighted_statistics_of_all_steps():
     records = step_values(lambda batch: (VALUES, RETURNS), batches([1.0, 0.0, 0.0]))
-    found = summary(records)
+    numbers = summary(records)
     weights, errors = records.weights, records.values - records.targets
-    assert found["loss"] == pytest.approx((weights * errors**2).sum() / 2 / weights.sum(), rel=1e-6)
+    assert numbers["loss"] == pytest.approx((weights * errors**2).sum() / 2 / weights.sum(), rel=1e-6)
     # The successful steps (0.1, 0.2) are below every other: no pair is ranked rightly.
-    assert found["auroc"] == 0.0
-    assert set(found) == {"loss", "explained_variance", "auroc", "auroc_within_task"}
+    assert numbers["auroc"] == 0.0
+    assert set(numbers) == {"loss", "explained_variance", "auroc", "auroc_within_task"}

@@ -1,4 +1,4 @@
-"""Two processes with four devices each: the losses of one, a killed one told of in a line, and a rerun that resumes."""
+"""Two processes train as one; when one is killed the other says so in one line, and a rerun resumes."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ SECONDS = 400
 
 
 def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
 def start(toy, tmp_path_factory):
-    """start(output, processes, kill): [(exit status, stderr)] of every process; none of them may hang."""
+    """start(output, processes, kill) -> (output, [(exit status, stderr)] of every process); none may hang."""
     folder = tmp_path_factory.mktemp("hosts")
     mesh = config_lib.MeshConfig(data=2, fsdp=4)
     experiment = msgspec.structs.replace(toy.experiment, mesh=mesh, reward_models=(toy.settings(**CHANGES),))
@@ -58,11 +58,11 @@ def start(toy, tmp_path_factory):
             for process in range(processes)
         ]
         try:
-            said = [one.communicate(timeout=SECONDS)[1] for one in running]
+            errors = [host.communicate(timeout=SECONDS)[1] for host in running]
         finally:
-            for one in running:
-                one.kill()
-        return folder / output, [(one.returncode, text) for one, text in zip(running, said, strict=True)]
+            for host in running:
+                host.kill()
+        return folder / output, [(host.returncode, text) for host, text in zip(running, errors, strict=True)]
 
     return run
 
@@ -73,19 +73,19 @@ def losses(output: Path) -> dict[int, float]:
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_and_survive_the_loss_of_one(start):
-    whole, ((status, said),) = start("whole", 1)
-    assert status == 0, said[-3000:]
+    single, ((status, stderr),) = start("single", 1)
+    assert status == 0, stderr[-3000:]
 
     lost, ended = start("two", 2, kill={"process": 1, "before": 8})
     assert [status for status, _ in ended] == [RESUMABLE, -signal.SIGKILL], ended[0][1][-3000:]
-    told = [line for line in ended[0][1].splitlines() if line.startswith("jaxprm: ")]
-    assert len(told) == 1 and "process 0 of 2: process 1 is gone" in told[0]
+    reports = [line for line in ended[0][1].splitlines() if line.startswith("jaxprm: ")]
+    assert len(reports) == 1 and "process 0 of 2: process 1 is gone" in reports[0]
     assert "Traceback" not in ended[0][1] and not (lost / "model").exists()
-    # It goes on from the last checkpoint, and metrics written past it are not doubled.
+    # The rerun resumes from the last checkpoint, and metrics written past it are not doubled.
     resumed, ended = start("two", 2)
     assert [status for status, _ in ended] == [0, 0], ended[0][1][-3000:]
-    expected, found = losses(whole), losses(resumed)
-    assert list(found) == list(expected) == list(range(1, len(expected) + 1))
-    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-4)
+    expected, actual = losses(single), losses(resumed)
+    assert list(actual) == list(expected) == list(range(1, len(expected) + 1))
+    np.testing.assert_allclose(list(actual.values()), list(expected.values()), rtol=1e-4)
     assert np.ptp(list(expected.values())) > 0.01
-    assert (resumed / "model/model.safetensors").stat().st_size == (whole / "model/model.safetensors").stat().st_size
+    assert (resumed / "model/model.safetensors").stat().st_size == (single / "model/model.safetensors").stat().st_size

@@ -25,11 +25,11 @@ def test_gradients_do_not_depend_on_the_mesh(toy):
     assert done.returncode == 0, done.stderr[-3000:]
     report, checkpoint, attention = map(json.loads, done.stdout.splitlines()[-3:])
     assert set(report) == {"1x1x1x1", "8x1x1x1", "1x8x1x1", "2x2x2x1", "1x2x2x2"}
-    for mesh, found in report.items():
-        assert found["gradient"] < 1e-5, (mesh, found)
-        assert found["parameters"] < 1e-4, (mesh, found)
-    # Matrices and biases are split over fsdp or tensor, norms and the head are whole; data splits no parameter.
-    split = {mesh: found["split"] for mesh, found in report.items()}
+    for mesh, differences in report.items():
+        assert differences["gradient"] < 1e-5, (mesh, differences)
+        assert differences["parameters"] < 1e-4, (mesh, differences)
+    # Matrices and biases are split over fsdp or tensor, norms and the head are not; data splits no parameter.
+    split = {mesh: differences["split"] for mesh, differences in report.items()}
     assert split == {"1x1x1x1": 0, "8x1x1x1": 0, "1x8x1x1": 8, "2x2x2x1": 11, "1x2x2x2": 11}
     # A checkpoint goes from one mesh to another: the same values, the same fingerprints, another layout.
     assert checkpoint["restored"] and checkpoint["fingerprints"]

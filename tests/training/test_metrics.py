@@ -1,4 +1,4 @@
-"""What is logged: read back with TensorFlow's own reader, cut at a checkpoint, timed by a clock that is set by hand."""
+"""Metrics read back with TensorFlow's own reader, cut at a checkpoint, and timed by a fake clock."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import tensorflow as tf
 from jaxprm import files
 from jaxprm.evaluation.value_metrics import StepRecords
 from jaxprm.training import metrics as metrics_lib
-from jaxprm.training.metrics import Metrics, not_finite, numbers, seconds_at_peak
+from jaxprm.training.metrics import Metrics, first_not_finite, numbers, seconds_at_peak
 
 
 def events(directory) -> list:
-    found = []
+    all_events = []
     for path in sorted((directory / "tensorboard").iterdir()):
-        found += list(tf.compat.v1.train.summary_iterator(str(path)))
-    return found
+        all_events += list(tf.compat.v1.train.summary_iterator(str(path)))
+    return all_events
 
 
 def records() -> StepRecords:
@@ -51,7 +51,7 @@ def test_scalars_and_histograms_are_events_that_tensorflow_reads(tmp_path):
     assert histogram.bucket[5] == 2 and values["validation/returns"].histo.sum == 5
 
 
-def test_what_lies_past_the_checkpoint_is_forgotten(tmp_path):
+def test_lines_past_the_checkpoint_are_cut_off(tmp_path):
     with Metrics(tmp_path, 0, writes=True) as metrics:
         for step in range(1, 25):
             metrics.step({"step": step, "loss": 1.0, "tokens": 1})
@@ -101,7 +101,7 @@ def test_mfu_is_the_share_of_all_devices_peak(tmp_path, monkeypatch, kind, peak)
 
 
 @pytest.mark.parametrize("kind", ["cpu", "NVIDIA H100", "TPU v2", "TPU v4 lite", "v4"])
-def test_where_the_peak_is_not_known_there_is_no_mfu(tmp_path, kind):
+def test_without_a_known_peak_there_is_no_mfu(tmp_path, kind):
     seconds = seconds_at_peak(1e12, [Device(kind)])
     with Metrics(tmp_path, 0, writes=True, peak_seconds=seconds) as metrics:
         for step in range(1, 11):
@@ -110,33 +110,35 @@ def test_where_the_peak_is_not_known_there_is_no_mfu(tmp_path, kind):
     assert seconds is None and "mfu" not in line
 
 
-def test_one_more_sink_gets_what_tensorboard_gets(tmp_path):
-    said = []
+def test_an_extra_sink_gets_what_tensorboard_gets(tmp_path):
+    calls = []
 
     class Other:
         def scalars(self, numbers, step):
-            said.append((step, dict(numbers)))
+            calls.append((step, dict(numbers)))
 
         def histogram(self, name, values, step, *, weights):
-            said.append((step, name, float(values.sum()), float(weights.sum())))
+            calls.append((step, name, float(values.sum()), float(weights.sum())))
 
         def close(self, *, failed):
-            said.append(failed)
+            calls.append(failed)
 
-    with Metrics(tmp_path / "whole", 0, writes=True, also=Other) as metrics:
+    with Metrics(tmp_path / "whole", 0, writes=True, extra_sink=Other) as metrics:
         metrics.step({"step": 1, "loss": 0.5})
         metrics.validation(1, {"auroc": None}, records())
-    assert said == [
+    assert calls == [
         (1, {"training/loss": 0.5}),
         (1, {"validation/auroc": None}),
         (1, "validation/values", 1.75, 5.0),
         (1, "validation/returns", 4.0, 5.0),
         False,
     ]
-    with pytest.raises(RuntimeError), Metrics(tmp_path / "failed", 0, writes=True, also=Other):
+    with pytest.raises(RuntimeError), Metrics(tmp_path / "failed", 0, writes=True, extra_sink=Other):
         raise RuntimeError
-    assert said[-1] is True
-    with Metrics(tmp_path / "other", 0, writes=False, also=lambda: pytest.fail("opened where nothing is written")):
+    assert calls[-1] is True
+    with Metrics(
+        tmp_path / "other", 0, writes=False, extra_sink=lambda: pytest.fail("opened in a process that does not write")
+    ):
         pass
 
 
@@ -148,9 +150,9 @@ def test_a_process_that_does_not_write_leaves_nothing(tmp_path):
 
 
 def test_numbers_keep_float32_and_the_first_that_is_not_finite_is_named():
-    found = numbers({"loss": np.float32(1 / 3), "norm": np.float32(np.nan)})
-    assert found["loss"] == 0.3333333 and not_finite(found) == "norm"
-    assert not_finite({"loss": 1.0}) is None and not_finite({"a": 1.0, "b": float("inf")}) == "b"
+    rounded = numbers({"loss": np.float32(1 / 3), "norm": np.float32(np.nan)})
+    assert rounded["loss"] == 0.3333333 and first_not_finite(rounded) == "norm"
+    assert first_not_finite({"loss": 1.0}) is None and first_not_finite({"a": 1.0, "b": float("inf")}) == "b"
 
 
 @pytest.mark.parametrize("last, stops", [(2, [3]), (9, [])])

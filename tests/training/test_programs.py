@@ -1,4 +1,4 @@
-"""The programs are made of shapes alone: those shapes are the ones that training calls them with."""
+"""The shapes that programs are built from are those of the arrays that training passes to them."""
 
 from __future__ import annotations
 

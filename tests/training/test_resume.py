@@ -10,10 +10,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from benchmarks.crash_runs import KILLED, Trainer
+from benchmarks.killed_training import NAMED
 from jaxprm.artifacts.checkpoints import inspect
 from jaxprm.errors import RESUMABLE
-from tests.training.crashes import KILLED, Trainer
-from tests.training.killed_training import NAMED
 
 pytestmark = pytest.mark.slow
 
@@ -24,15 +24,15 @@ def start(toy, tmp_path_factory) -> Trainer:
 
 
 @pytest.fixture(scope="module")
-def whole(start) -> Path:
-    output, status, *_ = start("whole")
+def undisturbed(start) -> Path:
+    output, status, *_ = start("undisturbed")
     assert status == 0
     return output
 
 
 def final_checkpoint(output: Path) -> tuple[int, dict, dict]:
     """The last step, every array of its state by name, and the data position with the identity."""
-    step = max(int(one.name) for one in (output / "checkpoints").iterdir() if one.name.isdigit())
+    step = max(int(path.name) for path in (output / "checkpoints").iterdir() if path.name.isdigit())
     folder = output / "checkpoints" / str(step)
     arrays = flatten(ocp.StandardCheckpointer().restore(folder / "state"))
     return step, arrays, json.loads((folder / "meta" / "metadata").read_text())
@@ -46,24 +46,26 @@ def flatten(tree, prefix: str = "") -> dict[str, np.ndarray]:
     return {} if tree is None else {prefix: np.asarray(tree)}
 
 
-def assert_same_bits(found: Path, whole: Path) -> None:
+def assert_same_bits(actual: Path, undisturbed: Path) -> None:
     """Model, every array of the last checkpoint, data position, identity, and what was logged."""
-    digests = [hashlib.sha256((run / "model/model.safetensors").read_bytes()).hexdigest() for run in (whole, found)]
+    digests = [
+        hashlib.sha256((run / "model/model.safetensors").read_bytes()).hexdigest() for run in (undisturbed, actual)
+    ]
     assert digests[0] == digests[1]
-    step, arrays, meta = final_checkpoint(whole)
-    found_step, found_arrays, found_meta = final_checkpoint(found)
-    assert step == found_step > 28 and meta == found_meta and meta["position"]["batches"] == step
+    step, arrays, meta = final_checkpoint(undisturbed)
+    actual_step, actual_arrays, actual_meta = final_checkpoint(actual)
+    assert step == actual_step > 28 and meta == actual_meta and meta["position"]["batches"] == step
     assert {name.split("/")[1] for name in arrays} == {"parameters", "optimizer", "target", "step"}
-    assert arrays.keys() == found_arrays.keys() and len(arrays) > 40
+    assert arrays.keys() == actual_arrays.keys() and len(arrays) > 40
     for name, array in arrays.items():
-        assert array.tobytes() == found_arrays[name].tobytes(), name
+        assert array.tobytes() == actual_arrays[name].tobytes(), name
     for name in ("metrics.jsonl", "model/reward_model.json"):
-        assert (whole / name).read_bytes() == (found / name).read_bytes(), name
-    expected, same = inspect(whole), inspect(found)
-    assert same["fingerprints"] == expected["fingerprints"] and same["step"] == expected["step"] == step
+        assert (undisturbed / name).read_bytes() == (actual / name).read_bytes(), name
+    expected, inspected = inspect(undisturbed), inspect(actual)
+    assert inspected["fingerprints"] == expected["fingerprints"] and inspected["step"] == expected["step"] == step
 
 
-def test_killed_twice_and_resumed_a_run_ends_with_the_same_bits(start, whole):
+def test_killed_twice_and_resumed_a_run_ends_with_the_same_bits(start, undisturbed):
     # First right after a checkpoint was begun, which may or may not be committed; then well past a committed one.
     killed, status, *_ = start("killed", kill_before=7)
     assert status == KILLED
@@ -72,31 +74,31 @@ def test_killed_twice_and_resumed_a_run_ends_with_the_same_bits(start, whole):
     assert len((killed / "metrics.jsonl").read_text().splitlines()) > 24
     _, status, began, _ = start("killed")
     assert status == 0 and began == 24
-    assert_same_bits(killed, whole)
+    assert_same_bits(killed, undisturbed)
 
 
-def test_told_to_stop_it_saves_at_once_and_says_how_to_go_on(start, whole):
-    stopped, status, began, said = start("stopped", kill_before=9, signal="SIGTERM")
+def test_a_stopped_run_saves_at_once_and_says_how_to_resume(start, undisturbed):
+    stopped, status, began, stderr = start("stopped", kill_before=9, signal="SIGTERM")
     assert (status, began) == (RESUMABLE, 0)
-    last = said.strip().splitlines()[-1]
+    last = stderr.strip().splitlines()[-1]
     assert "told to stop at step 10 of 32; saved in" in last and "checkpoints/10" in last
     assert final_checkpoint(stopped)[2]["position"]["batches"] == 10 and not (stopped / "model").exists()
     _, status, began, _ = start("stopped")
     assert (status, began) == (0, 10)
-    assert_same_bits(stopped, whole)
+    assert_same_bits(stopped, undisturbed)
 
 
-def test_told_to_stop_during_the_last_validation_it_does_not_go_on_to_the_next_training(start, whole):
-    stopped, status, *_, said = start("late", stop_in_validation=2)
+def test_a_run_that_is_stopped_during_its_last_validation_does_not_write_its_model(start, undisturbed):
+    stopped, status, *_, stderr = start("late", stop_in_validation=2)
     assert status == RESUMABLE
-    assert "told to stop after step 32 of 32; saved in" in said.strip().splitlines()[-1]
+    assert "told to stop after step 32 of 32; saved in" in stderr.strip().splitlines()[-1]
     assert final_checkpoint(stopped)[0] == 32 and not (stopped / "model").exists()
     assert start("late").status == 0
-    assert_same_bits(stopped, whole)
+    assert_same_bits(stopped, undisturbed)
 
 
-def test_killed_at_every_point_of_a_checkpoint_it_ends_with_the_same_bits(start, whole):
-    """One run, killed at one point after the other; whatever is left behind, the next process goes on from it."""
+def test_killed_at_every_point_of_a_checkpoint_it_ends_with_the_same_bits(start, undisturbed):
+    """One run is killed at each point; the next process resumes from whatever is left."""
     begins = []
     for point in NAMED:
         killed, status, began, _ = start("points", kill_at=point)
@@ -105,4 +107,4 @@ def test_killed_at_every_point_of_a_checkpoint_it_ends_with_the_same_bits(start,
     assert begins[0] == 0 and begins[3] >= 12 and begins == sorted(begins)
     _, status, *_ = start("points")
     assert status == 0
-    assert_same_bits(killed, whole)
+    assert_same_bits(killed, undisturbed)

@@ -1,4 +1,4 @@
-"""The whole step against naive loops: weights, targets from a target network, state values, their losses."""
+"""The train step against naive loops: weights, targets from a target network, state values, their losses."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import pytest
 from flax import nnx
 
 from jaxprm import config as config_lib
+from jaxprm import objectives
+from jaxprm.losses import LossSums
 from jaxprm.model.config import TransformerConfig
 from jaxprm.model.transformer import ForwardOptions, RewardModel, reward_model_graph
 from jaxprm.training.step import initial_state, loss_and_gradients, make_train_step, readouts, reward_loss
@@ -32,16 +34,16 @@ def pack(rows: list[list[dict]]) -> dict[str, np.ndarray]:
     batch |= {name: np.zeros((ROWS, SLOTS), bool) for name in ("is_first", "is_last", "valid")}
     for row, trajectories in enumerate(rows):
         token = slot = 0
-        for number, one in enumerate(trajectories, start=1):
-            length, steps = len(one["tokens"]), len(one["reads"])
+        for number, walk in enumerate(trajectories, start=1):
+            length, steps = len(walk["tokens"]), len(walk["reads"])
             span, slots = slice(token, token + length), slice(slot, slot + steps)
-            batch["tokens"][row, span], batch["segments"][row, span] = one["tokens"], number
+            batch["tokens"][row, span], batch["segments"][row, span] = walk["tokens"], number
             batch["positions"][row, span] = np.arange(length)
-            batch["read_positions"][row, slots] = np.array(one["reads"]) + token
-            batch["state_positions"][row, slots] = np.array(one["states"]) + token
-            batch["weights"][row, slots], batch["valid"][row, slots] = one["weight"], True
+            batch["read_positions"][row, slots] = np.array(walk["reads"]) + token
+            batch["state_positions"][row, slots] = np.array(walk["states"]) + token
+            batch["weights"][row, slots], batch["valid"][row, slots] = walk["weight"], True
             batch["is_first"][row, slot], batch["is_last"][row, slot + steps - 1] = True, True
-            batch["rewards"][row, slot + steps - 1] = one["outcome"]
+            batch["rewards"][row, slot + steps - 1] = walk["outcome"]
             token, slot = token + length, slot + steps
     return batch
 
@@ -116,15 +118,15 @@ def test_a_weight_is_a_repetition_through_the_whole_step(copy_step):
     thrice, once = trajectory(1, 3, 1.0, weight=3.0), trajectory(2, 4, 0.0)
     weighted = pack([[once], [thrice]])
     repeated = pack([[thrice | {"weight": 1.0}, once], [thrice | {"weight": 1.0}] * 2])
-    one, metrics = step(state, weighted)
-    other, expected = step(state, repeated)
+    weighted_state, metrics = step(state, weighted)
+    repeated_state, expected = step(state, repeated)
     assert float(metrics["weight"]) == float(expected["weight"]) == 13
     for name in ("loss", "value_loss", "progress_loss", "gradient_norm"):
         assert float(metrics[name]) == pytest.approx(float(expected[name]), rel=1e-5)
-    moved = jax.tree.map(lambda after, before: after - before, one["parameters"], state["parameters"])
-    difference = jax.tree.map(lambda a, b: a - b, one["parameters"], other["parameters"])
+    moved = jax.tree.map(lambda after, before: after - before, weighted_state["parameters"], state["parameters"])
+    difference = jax.tree.map(lambda a, b: a - b, weighted_state["parameters"], repeated_state["parameters"])
     assert float(optax.tree.norm(difference)) < 1e-5 * float(optax.tree.norm(moved))
-    # The test can fail: without its weight the trajectory counts otherwise.
+    # The test can fail: without the weight the loss differs.
     _, unweighted = step(state, pack([[once], [thrice | {"weight": 1.0}]]))
     assert abs(float(unweighted["loss"]) - float(metrics["loss"])) > 1e-2 * float(metrics["loss"])
 
@@ -134,9 +136,9 @@ def test_a_copied_target_network_stands_still_between_copies(copy_step):
     batch, states = pack(ROWS_OF_TWO), [state]
     for _ in range(3):
         states.append(step(states[-1], batch)[0])
-    heads = [np.asarray(one["parameters"]["head"][...]) for one in states]
-    targets = [np.asarray(one["target"]["head"][...]) for one in states]
-    assert [int(one["step"]) for one in states] == [0, 1, 2, 3]
+    heads = [np.asarray(state["parameters"]["head"][...]) for state in states]
+    targets = [np.asarray(state["target"]["head"][...]) for state in states]
+    assert [int(state["step"]) for state in states] == [0, 1, 2, 3]
     assert not np.array_equal(heads[0], heads[1])
     for target, source in zip(targets, (0, 0, 2, 2), strict=True):
         np.testing.assert_array_equal(target, heads[source])
@@ -159,8 +161,8 @@ def test_targets_come_from_the_moving_average_and_state_values_are_trained():
     assert float(metrics["loss"]) == pytest.approx(total, rel=1e-5)
     assert int(metrics["tokens"]) == np.count_nonzero(batch["segments"])
     mixed = jax.tree.map(lambda old, now: 0.75 * old + 0.25 * now, state["target"], new["parameters"])
-    for found, wanted in zip(jax.tree.leaves(new["target"]), jax.tree.leaves(mixed), strict=True):
-        np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-7)
+    for actual, expected in zip(jax.tree.leaves(new["target"]), jax.tree.leaves(mixed), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("objective", ["agentprm", "pvm", "orm"])
@@ -181,15 +183,38 @@ def test_every_objective_is_its_naive_loss(objective):
     mean = np.average(np.asarray(values)[trained], weights=batch["weights"][trained])
     assert float(metrics["value_mean"]) == pytest.approx(mean, rel=1e-4, abs=1e-5)
     if objective != "agentprm":
-        outcomes = [one["outcome"] for row in ROWS_OF_TWO for one in row]
-        steps = [one["weight"] * (1 if objective == "orm" else len(one["reads"])) for row in ROWS_OF_TWO for one in row]
+        outcomes = [walk["outcome"] for row in ROWS_OF_TWO for walk in row]
+        steps = [
+            walk["weight"] * (1 if objective == "orm" else len(walk["reads"])) for row in ROWS_OF_TWO for walk in row
+        ]
         assert float(metrics["target_mean"]) == pytest.approx(np.average(outcomes, weights=steps), rel=1e-5)
     beta = BETA if objective == "agentprm" else 0.0  # the baselines have no progress loss
     assert float(loss) == pytest.approx(expected["value_loss"] + beta * expected["progress_loss"], rel=1e-5)
 
 
+def test_an_objective_with_its_own_loss_is_trained_by_it(monkeypatch):
+    """Absolute errors of the outcome at last steps, by hand: no squared error and no progress loss."""
+
+    def targets(values, rewards, is_last, valid, settings, state_values):
+        return rewards, valid & is_last
+
+    def absolute_errors(values, targets, is_first, mask, weights, settings):
+        errors = jnp.where(mask, weights * jnp.abs(values - targets), 0)
+        return LossSums(errors.sum(), jnp.zeros(()), jnp.where(mask, weights, 0).sum())
+
+    own = objectives.Objective(name="own", targets=targets, card_text="own", loss=absolute_errors)
+    monkeypatch.setattr(objectives, "OBJECTIVES", objectives.OBJECTIVES | {"own": own})
+    batch, state = pack(ROWS_OF_TWO), parameters(0)
+    values = np.asarray(jax.jit(lambda p: readouts(nnx.merge(GRAPH, p), batch, states=False)[0])(state))
+    loss, metrics = reward_loss(GRAPH, state, None, batch, settings(objective="own"))
+    ends = batch["is_last"]
+    errors = np.abs(values[ends] - batch["rewards"][ends])
+    assert float(loss) == pytest.approx(np.average(errors, weights=batch["weights"][ends]), rel=1e-5)
+    assert float(metrics["progress_loss"]) == 0 and float(metrics["weight"]) == batch["weights"][ends].sum()
+
+
 def uneven_batch() -> dict[str, np.ndarray]:
-    """Four rows whose halves differ in steps, weights and one row without any: means of means would be another loss."""
+    """Four rows whose halves differ in steps and weights, and one empty row: a mean of means would differ."""
     first = pack(ROWS_OF_TWO)
     second = pack([[trajectory(5, 1, 1.0, weight=5.0)], []])
     return {name: np.concatenate([first[name], second[name]]) for name in first}
@@ -214,25 +239,25 @@ def computed(*choice, **computing):
     return lowered(*choice, **computing).compile()(parameters(0))
 
 
-def relative(found, expected) -> float:
-    difference = jax.tree.map(lambda a, b: a - b, found, expected)
+def relative(actual, expected) -> float:
+    difference = jax.tree.map(lambda a, b: a - b, actual, expected)
     return float(optax.tree.norm(difference) / optax.tree.norm(expected))
 
 
 @pytest.mark.parametrize("objective, count", [("agentprm", 2), ("orm", 4)])
 def test_a_batch_in_parts_has_the_gradient_of_the_whole(objective, count):
     loss, metrics, gradients = computed(objective)
-    found_loss, found_metrics, found = computed(objective, count)
-    assert float(found_loss) == pytest.approx(float(loss), rel=1e-6)
-    assert found_metrics.keys() == metrics.keys()
+    summed_loss, summed_metrics, summed = computed(objective, count)
+    assert float(summed_loss) == pytest.approx(float(loss), rel=1e-6)
+    assert summed_metrics.keys() == metrics.keys()
     for name in metrics:
-        assert float(found_metrics[name]) == pytest.approx(float(metrics[name]), rel=1e-6), name
-    assert relative(found, gradients) < 1e-6
+        assert float(summed_metrics[name]) == pytest.approx(float(metrics[name]), rel=1e-6), name
+    assert relative(summed, gradients) < 1e-6
 
 
-def test_what_is_kept_for_the_backward_pass_changes_no_gradient():
+def test_rematerialisation_changes_no_gradient():
     assert relative(computed("agentprm", remat="full")[2], computed("agentprm")[2]) < 1e-6
-    # Each policy makes more products again than the one before: they are in the program.
+    # Each policy recomputes more products than the one before: they are in the program.
     products = [lowered("agentprm", remat=r).as_text().count("dot_general") for r in ("none", "minimal", "full")]
     assert products[0] < products[1] < products[2]
 
@@ -247,7 +272,7 @@ def test_bfloat16_computes_close_to_float32_and_returns_float32():
 
 @pytest.mark.parametrize("remat, count", [("none", 1), ("full", 2)])
 def test_the_head_and_the_loss_never_touch_the_vocabulary(remat, count):
-    """No array of the whole step, in any of its inner programs, has an entry for every token and every word."""
+    """No array of the step, inner programs included, has an entry for every token and every word."""
     batch, chosen = uneven_batch(), settings(microbatches=count)
     step = make_train_step(GRAPH, optax.adam(1e-3), chosen, ForwardOptions(remat=remat))
     state = initial_state(parameters(0), optax.adam(1e-3), chosen)
@@ -261,7 +286,7 @@ def test_the_head_and_the_loss_never_touch_the_vocabulary(remat, count):
 def variables(jaxpr):
     """Every variable that an equation writes, those of inner programs included."""
     for equation in jaxpr.eqns:
-        yield from (one for one in equation.outvars if hasattr(one.aval, "shape"))
+        yield from (variable for variable in equation.outvars if hasattr(variable.aval, "shape"))
         for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=is_program):
             if is_program(inner):
                 yield from variables(getattr(inner, "jaxpr", inner))

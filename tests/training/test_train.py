@@ -17,19 +17,21 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from data_pipeline.batches import training_batches
+from data_pipeline.batches import evaluation_batches, training_batches
 from data_pipeline.encode import Encoder
 from data_pipeline.errors import DataError
 from data_pipeline.shards import open_dataset
 from jaxprm import files
 from jaxprm.artifacts.directory import find_model, read_recipe
 from jaxprm.errors import UserError
+from jaxprm.evaluation.value_metrics import StepRecords
 from jaxprm.hf import reader
 from jaxprm.model.transformer import reward_model_graph
 from jaxprm.scoring import loading
 from jaxprm.training import programs, train
-from jaxprm.training.evaluate import evaluate_model, summary
+from jaxprm.training.evaluate import step_values, summary
 from jaxprm.training.reward_model import from_policy
+from jaxprm.training.step import FIELDS, make_evaluation_step
 from jaxprm.training.train import train_reward_model
 
 
@@ -86,6 +88,15 @@ def refused(error: type[Exception], match: str, toy, output: Path, **changes) ->
     assert "\n" not in str(raised.value)
 
 
+def validation_records(model: Path, toy) -> StepRecords:
+    """Step records of a written model on the validation split, from its files alone."""
+    config, parameters = reader.load_reward_model(model)
+    dataset = open_dataset(toy.shards, encoder_fingerprint=Encoder.load(model).fingerprint)
+    batches = evaluation_batches(dataset, "validation", rows=8, length=128, steps_per_row=32)
+    step = jax.jit(make_evaluation_step(reward_model_graph(config), toy.settings()))
+    return step_values(lambda batch: step(parameters, {name: batch[name] for name in FIELDS}), batches)
+
+
 def test_the_loss_falls_and_values_tell_success_from_failure(trained, toy):
     assert np.mean(trained.losses[-8:]) < 0.8 * np.mean(trained.losses[:8])
     last = trained.validations[-1]
@@ -102,10 +113,11 @@ def test_promise_grows_towards_the_goal(trained):
     def values_of(tokens, reads):
         return nnx.merge(graph, parameters)(tokens, jnp.arange(64)[None], jnp.ones_like(tokens), reads)
 
-    def promise(*places: int) -> float:
-        messages = [{"role": "user", "content": f"start at {places[0]}, reach 6"}]
-        for place in places[1:]:
-            messages += [{"role": "assistant", "content": f"go to {place}"}, {"role": "user", "content": f"at {place}"}]
+    def promise(*positions: int) -> float:
+        messages = [{"role": "user", "content": f"start at {positions[0]}, reach 6"}]
+        for position in positions[1:]:
+            messages.append({"role": "assistant", "content": f"go to {position}"})
+            messages.append({"role": "user", "content": f"at {position}"})
         encoded = encoder.trajectory(messages[:-1], row="walk")
         tokens = np.full((1, 64), encoder.pad_id, np.int32)
         tokens[0, : len(encoded.tokens)] = encoded.tokens
@@ -128,7 +140,7 @@ def test_nothing_is_compiled_twice(trained):
         assert sum(count for name, count in trained.compiled.items() if step in name) == 1, step
 
 
-def test_the_model_directory_is_complete_and_says_how_it_was_made(trained, toy):
+def test_the_model_directory_is_complete_and_records_its_training(trained, toy):
     recipe = json.loads((trained.model / "reward_model.json").read_text())
     assert recipe["label"] == "toy" and recipe["objective"] == "agentprm" and recipe["seed"] == 0
     assert recipe["targets"]["gae_lambda"] == 0.95 and recipe["targets"]["beta"] == 1.0
@@ -143,21 +155,21 @@ def test_the_model_directory_is_complete_and_says_how_it_was_made(trained, toy):
             turns["action"].append(split.read_positions[step] - split.state_positions[step])
             if step + 1 < end:
                 turns["observation"].append(split.state_positions[step + 1] - split.read_positions[step])
-    for name, found in turns.items():
-        assert sorted(found)[len(found) // 2] == recipe["turn_tokens"][name]["median"], name
-        assert np.mean(np.asarray(found) <= recipe["turn_tokens"][name]["most"]) >= 0.99, name
+    for name, tokens in turns.items():
+        assert sorted(tokens)[len(tokens) // 2] == recipe["turn_tokens"][name]["median"], name
+        assert np.mean(np.asarray(tokens) <= recipe["turn_tokens"][name]["most"]) >= 0.99, name
     config = json.loads((trained.model / "config.json").read_text())
     assert config["architectures"] == ["Qwen2ForSequenceClassification"] and config["max_position_embeddings"] == 256
     assert not list(trained.output.glob("*.partial"))
 
 
 def test_a_written_model_scores_as_it_did_in_training(trained, toy):
-    records = evaluate_model(trained.model, toy.shards, "validation", toy.experiment.data)
+    records = validation_records(trained.model, toy)
     last = trained.validations[-1]
-    found = summary(records)
-    assert found.pop("loss") == pytest.approx(last["validation_loss"], rel=1e-5)
-    assert found == pytest.approx({name: last[name] for name in found}, rel=1e-5)
-    # Half of the trajectories are duplicates; records count them by weight.
+    numbers = summary(records)
+    assert numbers.pop("loss") == pytest.approx(last["validation_loss"], rel=1e-5)
+    assert numbers == pytest.approx({name: last[name] for name in numbers}, rel=1e-5)
+    # Half of the trajectories are duplicates: records count them by weight.
     assert records.weights.sum() > len(records.weights)
     assert set(records.tasks) == {f"validation/{task}" for task in range(12)}
 
@@ -166,7 +178,7 @@ def test_a_finished_model_is_returned_at_once(trained, toy, monkeypatch):
     monkeypatch.setattr(train, "training_batches", None)
     arguments = {"shards": toy.shards, "base": toy.base, "output": trained.output}
     assert train_reward_model(toy.experiment, toy.settings(), 0, **arguments) == trained.model
-    # Looking at it more often is no other model.
+    # More frequent evaluations do not make it another model.
     assert train_reward_model(toy.experiment, toy.settings(evaluate_every=7), 0, **arguments) == trained.model
 
 
@@ -194,10 +206,10 @@ def test_shards_of_another_tokenizer_are_refused(toy, tmp_path):
 
 def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused(toy, tmp_path):
     shutil.copytree(toy.base, tmp_path / "base")
-    config, trunk = reader.load_transformer(toy.base)
+    config, transformer = reader.load_transformer(toy.base)
     small = dataclasses.replace(config, vocab_size=200)
-    trunk["embedding"] = nnx.Param(trunk["embedding"][:200])
-    reader.write_model(tmp_path / "base", small, trunk, pad_id=0, end_id=1, max_length=256)
+    transformer["embedding"] = nnx.Param(transformer["embedding"][:200])
+    reader.write_model(tmp_path / "base", small, transformer, pad_id=0, end_id=1, max_length=256)
     refused(UserError, "its embedding 200", toy, tmp_path / "output", base=tmp_path / "base")
 
 
@@ -226,7 +238,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_last_good_checkpoint(toy,
     settings = toy.settings(checkpoint_every=5, evaluate_every=1000)
     where = rf"loss is nan at step 8; last good checkpoint: .*{tmp_path.name}/checkpoints/5;"
     refused(UserError, where, toy, tmp_path, settings=settings)
-    # Its rows are named too: the trajectories of the eighth batch.
+    # The message names the trajectories of the eighth batch too.
     stream = training_batches(toy.shards, rows=8, length=128, steps_per_row=32, epochs=4, seed=0)
     examples = [next(stream) for _ in range(8)][-1]["example"]
     ids = {stream.split.ids[example] for example in examples[examples >= 0]}
@@ -234,13 +246,13 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_last_good_checkpoint(toy,
     refused(UserError, f"its {len(stream.trajectories(7))} trajectories: train/", toy, tmp_path, settings=settings)
     assert [line["step"] for line in files.read_lines(tmp_path / "metrics.jsonl")] == list(range(1, 8))
     assert not (tmp_path / "model").exists()
-    # The same again, from the checkpoint: neither a line is doubled nor a bad state was saved.
+    # Resumed from the checkpoint it fails again: no line was doubled, and no bad state was saved.
     refused(UserError, where, toy, tmp_path, settings=settings)
     assert [line["step"] for line in files.read_lines(tmp_path / "metrics.jsonl")] == list(range(1, 8))
 
 
 def test_an_interrupted_run_writes_its_model_from_the_last_checkpoint(trained, train_toy, tmp_path):
-    """Killed between the last checkpoint and the model, with a half-written model beside it."""
+    """The run was killed between its last checkpoint and its model, and left a partly written model."""
     shutil.copytree(trained.output, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "model")
     (tmp_path / "run" / "model.partial").mkdir()
@@ -251,7 +263,7 @@ def test_an_interrupted_run_writes_its_model_from_the_last_checkpoint(trained, t
     assert not any("train_step" in name for name in again.compiled)
 
 
-def test_a_training_says_what_it_learns_from_and_keeps_it(trained, train_toy, toy, tmp_path, capsys):
+def test_a_run_prints_what_it_is_trained_on_and_records_it(trained, train_toy, toy, tmp_path, capsys):
     split = open_dataset(toy.shards).split("train")
     recipe = json.loads((trained.model / "reward_model.json").read_text())
     assert sum(recipe["lengths"].values()) == len(split.ids) == recipe["trained_on"]["trajectories"]
@@ -261,13 +273,13 @@ def test_a_training_says_what_it_learns_from_and_keeps_it(trained, train_toy, to
     shutil.copytree(trained.output, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "model")
     train_toy(tmp_path / "run")
-    told = capsys.readouterr().err
+    printed = capsys.readouterr().err
     batches = f"{recipe['steps']} batches of 8 x 128 tokens, {recipe['fill']:.1%} full"
-    assert f"train toy, seed 0: {len(split.ids)} trajectories, {batches}" in told
-    assert f"32 to 63 in {recipe['lengths']['32']}" in told and "left out" not in told
+    assert f"train toy, seed 0: {len(split.ids)} trajectories, {batches}" in printed
+    assert f"32 to 63 in {recipe['lengths']['32']}" in printed and "left out" not in printed
 
 
-def test_a_broken_shard_stops_a_training_or_is_left_out_of_it_by_choice(toy, tmp_path, capsys):
+def test_a_broken_shard_is_an_error_or_is_left_out_by_choice(toy, tmp_path, capsys):
     shards = shutil.copytree(toy.shards, tmp_path / "shards")
     first, second = sorted(shards.glob("*-train.tfrecord*"))
     kept = second.read_bytes()
@@ -279,15 +291,15 @@ def test_a_broken_shard_stops_a_training_or_is_left_out_of_it_by_choice(toy, tmp
     settings = toy.settings(epochs=1)
     arguments = {"shards": shards, "base": toy.base, "output": tmp_path / "run"}
     model = train_reward_model(skipping, settings, 0, **arguments)
-    recipe, whole = json.loads((model / "reward_model.json").read_text()), open_dataset(toy.shards)
-    lost = len(whole.split("train").ids) - recipe["trained_on"]["trajectories"]
+    recipe, complete = json.loads((model / "reward_model.json").read_text()), open_dataset(toy.shards)
+    lost = len(complete.split("train").ids) - recipe["trained_on"]["trajectories"]
     assert recipe["skipped"]["train"] == {"shards": 1, "trajectories": lost} and lost > 10
     assert recipe["skipped"]["validation"] == {"shards": 0, "trajectories": 0}
     assert sum(recipe["lengths"].values()) == recipe["trained_on"]["trajectories"]
-    told = capsys.readouterr().err
-    assert f"left out: {first}: the shard is truncated" in told
-    assert f"left out of train: 1 broken shards with {lost} trajectories" in told
-    # With the same shard broken it is the same training, with another one or none it is not.
+    printed = capsys.readouterr().err
+    assert f"left out: {first}: the shard is truncated" in printed
+    assert f"left out of train: 1 broken shards with {lost} trajectories" in printed
+    # With the same shard left out it is the same run; with another one or none it is not.
     assert train_reward_model(skipping, settings, 0, **arguments) == model
     shutil.copy(toy.shards / first.name, first)
     refused(UserError, "trained with another dataset", toy, tmp_path / "run", shards=shards, settings=settings)
@@ -298,25 +310,25 @@ def test_a_broken_shard_stops_a_training_or_is_left_out_of_it_by_choice(toy, tmp
 
 @pytest.mark.parametrize("objective", ["pvm", "orm"])
 def test_the_baselines_train_on_the_same_shards(train_toy, objective):
-    found = train_toy(objective=objective, epochs=2)
-    assert np.mean(found.losses[-5:]) < np.mean(found.losses[:5])
-    assert found.validations[-1]["auroc"] > 0.7
-    assert json.loads((found.model / "reward_model.json").read_text())["targets"]["beta"] == 0.0
+    baseline = train_toy(objective=objective, epochs=2)
+    assert np.mean(baseline.losses[-5:]) < np.mean(baseline.losses[:5])
+    assert baseline.validations[-1]["auroc"] > 0.7
+    assert json.loads((baseline.model / "reward_model.json").read_text())["targets"]["beta"] == 0.0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trainable", ["lora", "head", "last_k"])
-def test_a_part_is_trained_and_a_whole_model_is_written(train_toy, toy, trainable):
+def test_a_part_is_trained_and_a_full_model_is_written(train_toy, toy, trainable):
     dtype = "bfloat16" if trainable == "lora" else "float32"
-    found = train_toy(trainable=trainable, last_k=1, epochs=2, dtype=dtype)
-    assert np.mean(found.losses[-5:]) < np.mean(found.losses[:5])
-    last = found.validations[-1]
-    again = summary(evaluate_model(found.model, toy.shards, "validation", toy.experiment.data))
-    # In bfloat16 it was looked at in bfloat16.
+    part = train_toy(trainable=trainable, last_k=1, epochs=2, dtype=dtype)
+    assert np.mean(part.losses[-5:]) < np.mean(part.losses[:5])
+    last = part.validations[-1]
+    again = summary(validation_records(part.model, toy))
+    # A run in bfloat16 is evaluated in bfloat16.
     assert again["loss"] == pytest.approx(last["validation_loss"], rel=2e-2 if trainable == "lora" else 1e-4)
-    # What was not trained is as it was.
+    # Frozen parameters are unchanged.
     _, first = from_policy(toy.base, 0)
-    _, trained = reader.load_reward_model(found.model)
+    _, trained = reader.load_reward_model(part.model)
     same = {
         name: np.array_equal(leaf[...], first["transformer"]["blocks"][name][...])
         for name, leaf in trained["transformer"]["blocks"].items()
@@ -334,28 +346,29 @@ def test_a_part_is_trained_and_a_whole_model_is_written(train_toy, toy, trainabl
 
 
 def test_a_reward_model_starts_from_the_policy_and_its_head_from_the_seed(toy, tmp_path):
-    config, trunk = reader.load_transformer(toy.base)
+    config, transformer = reader.load_transformer(toy.base)
     untied = dataclasses.replace(config, tie_embeddings=False)
-    policy = nnx.State(dict(trunk.items()) | {"unembedding": nnx.Param(trunk["embedding"][...] + 1)})
+    policy = nnx.State(dict(transformer.items()) | {"unembedding": nnx.Param(transformer["embedding"][...] + 1)})
     reader.write_model(tmp_path, untied, policy, pad_id=0, end_id=1, max_length=256)
-    made, first = from_policy(tmp_path, 0)
+    reward_config, first = from_policy(tmp_path, 0)
     _, again = from_policy(tmp_path, 0)
     _, other = from_policy(tmp_path, 1)
-    # It predicts no token, so an unembedding would be dead weight.
-    assert made == config and "unembedding" not in first["transformer"]
-    for found, given in zip(jax.tree.leaves(first["transformer"]), jax.tree.leaves(trunk), strict=True):
-        np.testing.assert_array_equal(found, given)
+    # It predicts no token, so it has no unembedding.
+    assert reward_config == config and "unembedding" not in first["transformer"]
+    for copied, original in zip(jax.tree.leaves(first["transformer"]), jax.tree.leaves(transformer), strict=True):
+        np.testing.assert_array_equal(copied, original)
     np.testing.assert_array_equal(first["head"][...], again["head"][...])
     assert np.abs(first["head"][...] - other["head"][...]).max() > 1e-3
     assert 0.005 < np.std(first["head"][...]) < 0.05
 
 
 def test_the_last_checkpoint_is_the_model_and_can_be_scored_before_it_is_written(trained, tmp_path):
-    """What lies beside the checkpoints makes models of them; the finished model has the last one's weights."""
+    """The files next to the checkpoints make models of them; the finished model has the weights of the last one."""
     last = find_model(shutil.copytree(trained.output, tmp_path / "run", ignore=lambda *_: ["model"]))
     assert last == tmp_path / "run" / "checkpoints" / str(len(trained.losses))
-    (ours, parameters), (config, finished) = (loading.load_reward_model(path) for path in (last, trained.model))
-    assert ours == config
+    loaded = [loading.load_reward_model(path) for path in (last, trained.model)]
+    (checkpoint_config, parameters), (config, finished) = loaded
+    assert checkpoint_config == config
     jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(parameters), nnx.to_pure_dict(finished))
     recipes = [read_recipe(path) for path in (last, trained.model)]
     assert recipes[0].pop("unfinished") is True

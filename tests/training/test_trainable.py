@@ -1,4 +1,4 @@
-"""What is trained and what stays: parameters come apart and together, and adapters merge into plain matrices."""
+"""Parameters are split into trained and frozen ones and joined again, and adapters merge into plain matrices."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ def forward(kind: str):
 
 @pytest.mark.parametrize("kind", ["full", "head", "last_k"])
 def test_split_and_joined_parameters_are_the_same(kind):
-    whole = trainable.merged(settings(kind), *split(kind))
-    assert names(whole) == names(parameters())
-    for (path, found), (_, given) in zip(nnx.to_flat_state(whole), nnx.to_flat_state(parameters()), strict=True):
-        np.testing.assert_array_equal(found[...], given[...], err_msg=str(path))
+    merged = trainable.merged(settings(kind), *split(kind))
+    assert names(merged) == names(parameters())
+    for (path, actual), (_, expected) in zip(nnx.to_flat_state(merged), nnx.to_flat_state(parameters()), strict=True):
+        np.testing.assert_array_equal(actual[...], expected[...], err_msg=str(path))
 
 
 def test_only_what_is_trained_is_in_the_state():
@@ -87,7 +87,7 @@ def test_only_what_is_trained_is_in_the_state():
     assert "transformer.embedding" in names(frozen) and "transformer.embedding" not in names(trained)
     assert trained["transformer"]["blocks"]["up"].shape == (2, 16, 24)
     assert frozen["transformer"]["blocks"]["up"].shape == (1, 16, 24)
-    # And the optimizer keeps moments of these alone: two for every trained number, and its counters.
+    # The optimizer has moments of trained parameters only: two for each number, and counters.
     optimizer = make_optimizer(learning_rate=1e-3, steps=9, warmup_steps=1, weight_decay=0.1, clip=1.0)
     for kind in KINDS:
         trained, _ = split(kind)
@@ -119,10 +119,10 @@ def test_another_seed_draws_other_adapters():
     assert np.abs(first - other).max() > 0.1
 
 
-def gradients(kind: str, compute: ForwardOptions, given: dict):
+def gradients(kind: str, compute: ForwardOptions, batch: dict):
     trained, frozen = split(kind)
     chosen = settings(kind, bootstrap="state")
-    return jax.jit(lambda t, f, b: loss_and_gradients(GRAPH, t, None, b, chosen, compute, f)[2])(trained, frozen, given)
+    return jax.jit(lambda t, f, b: loss_and_gradients(GRAPH, t, None, b, chosen, compute, f)[2])(trained, frozen, batch)
 
 
 @functools.cache
@@ -130,16 +130,16 @@ def full_gradients():
     return gradients("full", ForwardOptions(), batch())
 
 
-def test_the_last_layers_have_the_gradient_that_they_have_in_the_whole():
-    found = gradients("last_k", ForwardOptions(frozen_layers=1), batch())
+def test_the_last_layers_have_the_gradient_that_they_have_in_the_full_model():
+    last = gradients("last_k", ForwardOptions(frozen_layers=1), batch())
     for name, leaf in full_gradients()["transformer"]["blocks"].items():
-        ours = found["transformer"]["blocks"][name][...]
+        ours = last["transformer"]["blocks"][name][...]
         assert float(optax.tree.norm(ours - leaf[...][1:])) < 1e-5 * float(optax.tree.norm(leaf[...])), name
-    np.testing.assert_allclose(found["head"][...], full_gradients()["head"][...], rtol=1e-5)
+    np.testing.assert_allclose(last["head"][...], full_gradients()["head"][...], rtol=1e-5)
 
 
 def test_nothing_of_frozen_layers_is_kept_for_the_backward_pass():
-    """What the forward pass hands on of tokens [L, 1, 24, ...] is of two layers; without the split it is of three."""
+    """The residuals of tokens [L, 1, 24, ...] are those of two layers; without the split they are those of three."""
 
     def residuals(frozen_layers: int) -> int:
         trained, frozen = split("last_k")
@@ -156,15 +156,15 @@ def test_nothing_of_frozen_layers_is_kept_for_the_backward_pass():
 
 
 def test_the_head_alone_learns_from_features_what_it_learns_from_tokens():
-    """The gradient on cached hidden states is the head's in the whole model."""
+    """The gradient on cached hidden states is the head's in the full model."""
     model = nnx.merge(GRAPH, parameters())
-    actions, before = jax.jit(lambda given: hidden_states(model, given, states=True))(batch())
-    given = {name: array for name, array in batch().items() if name not in ("tokens", "positions")}
+    actions, before = jax.jit(lambda batch: hidden_states(model, batch, states=True))(batch())
+    with_features = {name: array for name, array in batch().items() if name not in ("tokens", "positions")}
     trained, _ = split("head")
     chosen = settings("head", bootstrap="state")
-    given |= {"read_features": actions, "state_features": before}
-    _, _, found = loss_and_gradients(GRAPH, trained, None, given, chosen)
-    np.testing.assert_allclose(found["head"][...], full_gradients()["head"][...], rtol=1e-5)
+    with_features |= {"read_features": actions, "state_features": before}
+    _, _, head_gradients = loss_and_gradients(GRAPH, trained, None, with_features, chosen)
+    np.testing.assert_allclose(head_gradients["head"][...], full_gradients()["head"][...], rtol=1e-5)
 
 
 def test_more_layers_than_there_are_is_refused():

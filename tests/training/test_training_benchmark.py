@@ -12,7 +12,7 @@ from jaxprm import files
 
 def test_the_table_says_what_was_found():
     run = {"tokens_per_second": 2000.0, "padding": 0.02, "tokens": 4000, "seconds": 2.0}
-    found = {
+    results = {
         "peak": {
             "share": 0.5,
             "shares": [0.4, 0.5, 0.6],
@@ -28,7 +28,7 @@ def test_the_table_says_what_was_found():
             }
         },
     }
-    peak, padding, ours, theirs = training.table(found).splitlines()
+    peak, padding, ours, theirs = training.table(results).splitlines()
     assert "50% of the faster matmul (40% to 60%); 3 GFLOP in 0.25 s" in peak and "jax 9, torch 8" in peak
     assert padding == "padding: 1.9% of 56 batches [2, 2048]"
     assert "2,000 real tokens/s, padding 2.0%" in ours and "x" not in ours.split("tokens/s")[1]
@@ -68,9 +68,9 @@ def test_everything_is_counted_at_a_tiny_size(tmp_path, capsys):
     written = tmp_path / "found.json"
     small = "--tasks 1 --attempts 2 --rounds 2 --sizes tiny --rows 1 --length 1024 --hidden 64"
     training.main(["--workdir", str(tmp_path / "run"), "--json", str(written), *small.split()])
-    found = files.read_json(written)
-    assert found["cpus"] >= 1 and found["load_before"] >= 0
-    peak, padding, speed = found["peak"], found["padding"], found["speed"]["tiny"]
+    results = files.read_json(written)
+    assert results["cpus"] >= 1 and results["load_before"] >= 0
+    peak, padding, speed = results["peak"], results["padding"], results["speed"]["tiny"]
     assert set(peak["peak_flops"]) == {"jax", "torch"} and min(peak["peak_flops"].values()) > 1e8
     assert len(peak["shares"]) == 2 and peak["share"] > 0 and peak["batch"] == [4, 512]
     # Six operations for every weight of a layer and token; attention and the head are more, and the head is tiny.
@@ -78,8 +78,8 @@ def test_everything_is_counted_at_a_tiny_size(tmp_path, capsys):
     assert 1 < peak["flops_per_step"] / (6 * weights * 4 * 512) < 2.5
     assert 0 <= padding["padding"] < 1 and padding["lengths"]["max"] <= 1024
     assert set(speed["runs"]) == {"jaxprm", "torch", "torch_by_length"}
-    for name, one in speed["runs"].items():
-        assert one["tokens"] > 0 and one["tokens_per_second"] == pytest.approx(one["tokens"] / one["seconds"]), name
+    for name, run in speed["runs"].items():
+        assert run["tokens"] > 0 and run["tokens_per_second"] == pytest.approx(run["tokens"] / run["seconds"]), name
         assert name == "jaxprm" or len(speed["ratios"][name]) == 2
     assert speed["torch_parameters"] == speed["parameters"] + 128 + 2  # a second label, and a bias
     assert len(capsys.readouterr().out.splitlines()) >= 5

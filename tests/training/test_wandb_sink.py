@@ -1,4 +1,4 @@
-"""Weights & Biases: what it is told, through a module in its place, and what its own offline mode writes."""
+"""Weights & Biases: the calls it gets, recorded by a fake module, and the files of its own offline mode."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Fake(types.ModuleType):
-    """Keeps what a run is told."""
+    """Records the calls of a run."""
 
     class errors:
         class Error(Exception):
@@ -59,12 +59,12 @@ class Fake(types.ModuleType):
 
 @pytest.fixture
 def fake(monkeypatch) -> Fake:
-    found = Fake()
-    monkeypatch.setitem(sys.modules, "wandb", found)
-    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: found)
+    module = Fake()
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: module)
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-    return found
+    return module
 
 
 def opened(output: Path, mode: str = "online", **settings) -> WandbSink:
@@ -88,7 +88,7 @@ def test_everything_is_keyed_by_the_step(tmp_path, fake):
     assert init["settings"]["disable_git"] and init["settings"]["console"] == "off"
 
 
-def test_the_next_process_goes_on_with_the_same_run_and_another_training_does_not(tmp_path, fake):
+def test_the_next_process_resumes_the_same_run_and_another_training_run_does_not(tmp_path, fake):
     for folder in ("one", "one", "two"):
         opened(tmp_path / folder).close(failed=False)
     first, second, other = (init["id"] for init in fake.inits)
@@ -102,27 +102,27 @@ def test_the_key_is_nowhere_but_in_the_environment(tmp_path, fake, capsys):
     sink.close(failed=False)
     assert SECRET not in repr((fake.inits, fake.logged)) + "".join(capsys.readouterr())
     fake.refuses = f"key {SECRET}\n is not known"
-    with pytest.raises(UserError, match="logging.wandb = online: key .key. is not known; mend it") as raised:
+    with pytest.raises(UserError, match="logging.wandb = online: key .key. is not known; fix it") as raised:
         opened(tmp_path)
     assert SECRET not in str(raised.value) and "\n" not in str(raised.value)
     assert all(SECRET not in path.read_text() for path in tmp_path.rglob("*") if path.is_file())
 
 
-def test_what_is_missing_is_said_before_any_work(tmp_path, fake, monkeypatch):
+def test_a_missing_key_or_package_is_an_error_before_any_work(tmp_path, fake, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY")
     online = config_lib.Experiment(name="x", logging=config_lib.LoggingConfig(wandb="online"))
     with pytest.raises(UserError, match="logging.wandb = online: the environment has no WANDB_API_KEY; set it, or"):
         run.run(online, tmp_path / "run", until="train")
     assert not (tmp_path / "run/trajectories").exists()
-    metrics.check(config_lib.LoggingConfig(wandb="offline"))
+    metrics.check_wandb(config_lib.LoggingConfig(wandb="offline"))
     monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="logging.wandb = offline: the package wandb is not installed; pip install"):
         opened(tmp_path, "offline")
-    metrics.check(config_lib.LoggingConfig())
+    metrics.check_wandb(config_lib.LoggingConfig())
     assert not fake.inits
 
 
-def test_a_training_that_is_run_again_logs_every_step_to_one_run(toy, tmp_path, fake, monkeypatch):
+def test_a_resumed_training_run_logs_every_step_to_one_wandb_run(toy, tmp_path, fake, monkeypatch):
     experiment = msgspec.structs.replace(toy.experiment, logging=config_lib.LoggingConfig(wandb="online"))
     settings = toy.settings(epochs=1, evaluate_every=4, checkpoint_every=4)
     paths = {"shards": toy.shards, "base": toy.base, "output": tmp_path}

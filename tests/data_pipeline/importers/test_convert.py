@@ -1,4 +1,4 @@
-"""Files to files of trajectories: every row is written or reported, ids are unique, tasks stay in one split."""
+"""Import of files: every row is written or reported, ids are unique, and every task is in one split."""
 
 import json
 import os
@@ -25,10 +25,10 @@ def row(**fields):
 
 @pytest.fixture
 def convert(tmp_path):
-    """Imports rows; gives the trajectories and the report."""
+    """Imports rows; returns the trajectories and the report."""
 
     def run(rows, *, format="openai", **options):
-        (tmp_path / "log.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+        (tmp_path / "log.jsonl").write_text("".join(json.dumps(raw) + "\n" for raw in rows))
         (tmp_path / "out.jsonl").unlink(missing_ok=True)
         options = Options(format=format, **options)
         report = import_trajectories([tmp_path / "log.jsonl"], tmp_path / "out.jsonl", options)
@@ -37,8 +37,8 @@ def convert(tmp_path):
     return run
 
 
-def test_fields_of_ours_are_taken_and_others_go_into_meta(convert):
-    known = {
+def test_trajectory_fields_are_copied_and_others_go_into_meta(convert):
+    fields = {
         "id": 7,
         "task": "t",
         "environment": "shop",
@@ -50,51 +50,54 @@ def test_fields_of_ours_are_taken_and_others_go_into_meta(convert):
         "step_labels": [0.5],
         "policy": {"name": "p"},
     }
-    (found,), _ = convert([row(**known, model="gpt", info={"a": [1, None]}, meta={"b": 2})])
-    plain = json.loads(to_line(found))
+    (trajectory,), _ = convert([row(**fields, model="gpt", info={"a": [1, None]}, meta={"b": 2})])
+    plain = json.loads(to_line(trajectory))
     assert plain.pop("messages") == TALK
-    assert plain == known | {"id": "7", "success": False, "meta": {"model": "gpt", "info": {"a": [1, None]}, "b": 2}}
+    assert plain == fields | {"id": "7", "success": False, "meta": {"model": "gpt", "info": {"a": [1, None]}, "b": 2}}
 
 
-def test_what_is_called_as_a_field_of_ours_but_is_something_else_is_not_lost(convert):
+def test_values_that_do_not_fit_a_trajectory_field_are_kept_in_meta(convert):
     rows = [row(policy="gpt-4", meta=3), row(meta={"a": 1}, a=2)]
-    assert [one.meta for one in convert(rows)[0]] == [{"policy": "gpt-4", "meta": 3}, {"meta": {"a": 1}, "a": 2}]
+    assert [trajectory.meta for trajectory in convert(rows)[0]] == [
+        {"policy": "gpt-4", "meta": 3},
+        {"meta": {"a": 1}, "a": 2},
+    ]
 
 
-def test_fields_are_found_by_path_and_a_conversation_inside_of_another_field_is_not_kept_twice(convert):
+def test_fields_are_found_by_path_and_a_nested_conversation_is_not_kept_twice(convert):
     nested = {"request": {"messages": TALK, "model": "m"}, "who": {"id": 4}, "metrics": [{"score": 1}, {"score": 0.5}]}
     fields = {"messages": "request.messages", "id": "who.id", "task": "request.model", "outcome": "metrics[-1].score"}
-    (found,), _ = convert([nested], **fields)
-    assert (found.id, found.task, found.outcome) == ("4", "m", 0.5)
-    assert found.meta == {"request": {"model": "m"}, "who": {"id": 4}, "metrics": nested["metrics"]}
+    (trajectory,), _ = convert([nested], **fields)
+    assert (trajectory.id, trajectory.task, trajectory.outcome) == ("4", "m", 0.5)
+    assert trajectory.meta == {"request": {"model": "m"}, "who": {"id": 4}, "metrics": nested["metrics"]}
 
 
-def test_agentgym_keeps_its_outcome_in_reward_or_score_and_attempts_get_numbers(convert):
+def test_agentgym_outcomes_are_read_from_reward_or_score_and_attempts_are_numbered(convert):
     talk = [{"from": "human", "value": "go", "loss": None}, {"from": "gpt", "value": "left", "loss": True}]
     rows = [{"conversations": talk, "item_id": "webshop_1", **more} for more in ({"reward": 0.5}, {"score": 1}, {})]
-    found, report = convert(rows, format="agentgym")
-    assert [one.id for one in found] == ["webshop/1", "webshop/1#2", "webshop/1#3"]
-    assert [(one.task, one.environment, one.outcome) for one in found] == [
+    trajectories, report = convert(rows, format="agentgym")
+    assert [trajectory.id for trajectory in trajectories] == ["webshop/1", "webshop/1#2", "webshop/1#3"]
+    assert [(trajectory.task, trajectory.environment, trajectory.outcome) for trajectory in trajectories] == [
         ("webshop/1", "webshop", outcome) for outcome in (0.5, 1.0, None)
     ]
     assert (report.repeated_ids, report.without_outcome) == (2, 1)
-    assert found[0].meta == {"item_id": "webshop_1"}
+    assert trajectories[0].meta == {"item_id": "webshop_1"}
     with pytest.raises(DataError, match="`environment` is given twice"):
         convert([rows[0] | {"environment": "shop"}], format="agentgym")
 
 
-def test_the_last_label_of_a_stepwise_row_can_be_its_outcome_and_an_empty_array_is_no_trajectory(convert, tmp_path):
+def test_the_last_label_of_a_stepwise_row_can_be_its_outcome(convert, tmp_path):
     steps = {"prompt": "1 + 1?", "completions": ["one", "two"], "labels": [True, 0.25]}
-    (found,), _ = convert([steps], format="trl-prm", outcome="labels[-1]")
-    assert (found.outcome, found.step_labels, found.meta) == (0.25, [1.0, 0.25], {})
+    (trajectory,), _ = convert([steps], format="trl-prm", outcome="labels[-1]")
+    assert (trajectory.outcome, trajectory.step_labels, trajectory.meta) == (0.25, [1.0, 0.25], {})
     (tmp_path / "none").write_text("[]")
     with pytest.raises(DataError, match="no trajectory in .*none: 0 rows$"):
         import_trajectories([tmp_path / "none"], tmp_path / "x", Options(format="openai"))
 
 
-def test_made_up_ids_never_meet_given_ones(convert):
-    found, report = convert([row(id=id) for id in ("a", "a", "a#2", "a", "a#2")] + [row(), row()])
-    ids = [one.id for one in found]
+def test_generated_ids_differ_from_those_of_all_rows(convert):
+    trajectories, report = convert([row(id=id) for id in ("a", "a", "a#2", "a", "a#2")] + [row(), row()])
+    ids = [trajectory.id for trajectory in trajectories]
     assert ids == ["a", "a#2", "a#2#2", "a#3", "a#2#3", "log:6", "log:7"] and report.repeated_ids == 4
 
 
@@ -109,9 +112,9 @@ def test_made_up_ids_never_meet_given_ones(convert):
         (-1, "-1,1", 0.0),
     ],
 )
-def test_outcomes_are_put_on_their_scale(convert, value, scale, expected):
-    (found,), report = convert([row(r=value)], outcome="r", scale=Scale.parse(scale))
-    assert found.outcome == pytest.approx(expected) and report.without_outcome == 0
+def test_outcomes_are_mapped_from_their_scale(convert, value, scale, expected):
+    (trajectory,), report = convert([row(r=value)], outcome="r", scale=Scale.parse(scale))
+    assert trajectory.outcome == pytest.approx(expected) and report.without_outcome == 0
 
 
 @pytest.mark.parametrize(
@@ -126,7 +129,7 @@ def test_outcomes_are_put_on_their_scale(convert, value, scale, expected):
     ],
 )
 def test_an_outcome_out_of_range_is_refused_with_value_bound_and_fix(convert, value, reason):
-    with pytest.raises(DataError, match=rf"log\.jsonl:2: ({reason}).*; mend the row, or .* --skip-bad$"):
+    with pytest.raises(DataError, match=rf"log\.jsonl:2: ({reason}).*; fix the row, or .* --skip-bad$"):
         convert([row(r=1), row(r=value)], outcome="r")
 
 
@@ -138,18 +141,18 @@ def test_an_outcome_that_is_not_a_number_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["1,0", "0", "a,b", "0,inf", "0,1,2", ""])
-def test_a_scale_that_is_none_is_refused(text):
+def test_a_malformed_scale_is_refused(text):
     with pytest.raises(DataError, match="LOW,HIGH"):
         Scale.parse(text)
 
 
 @pytest.mark.parametrize("text", ["", ".", "a..b", "a[", "a[x]", "[0]", "a.", "a]b"])
-def test_a_path_that_is_none_is_refused(text):
+def test_a_malformed_path_is_refused(text):
     with pytest.raises(DataError, match="not a path"):
         Path.parse(text)
 
 
-def test_paths_find_what_they_name_and_a_field_of_that_name_first():
+def test_paths_find_their_value_and_a_field_of_that_name_has_priority():
     data = {"a": {"b": [1, {"c": 2}]}, "a.b": 3}
     assert [Path.parse(text).find(data) for text in ("a.b[1].c", "a.b[-2]", "a.b", "a.b[2]", "a.c", "a[0]", "x.y")] == [
         2,
@@ -162,21 +165,21 @@ def test_paths_find_what_they_name_and_a_field_of_that_name_first():
     ]
 
 
-def test_a_field_asked_for_by_name_that_no_row_has_is_a_mistake(convert, tmp_path):
+def test_an_explicit_field_that_no_row_has_is_an_error(convert, tmp_path):
     with pytest.raises(DataError, match="--outcome-field rewrd: no row has it, of 1 that could be read"):
         convert([row(reward=1)], outcome="rewrd")
-    with pytest.raises(DataError, match=r"log\.jsonl:1: there is no name, the field for its id"):
+    with pytest.raises(DataError, match=r"log\.jsonl:1: field name, which names its id, is missing"):
         convert([row()], id="name")
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_bad_rows_are_left_out_only_when_asked_and_each_is_reported(convert, tmp_path):
+def test_bad_rows_are_left_out_only_with_skip_bad_and_each_is_reported(convert, tmp_path):
     rows = [row(id="a"), {"messages": []}, row(id="b", outcome=9), {"messages": TALK[1:]}, {"messages": TALK[:1]}]
     with pytest.raises(DataError, match=r"log\.jsonl:2: messages is empty"):
         convert(rows)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl"]
-    found, report = convert(rows, skip_bad=True)
-    assert [one.id for one in found] == ["a"]
+    trajectories, report = convert(rows, skip_bad=True)
+    assert [trajectory.id for trajectory in trajectories] == ["a"]
     assert (report.rows, report.written, report.skipped) == (5, 1, 4) and len(report.bad) == 4
     assert all(f"log.jsonl:{number}: " in line for number, line in zip((2, 3, 4, 5), report.bad, strict=True))
     assert "message 0 is a step" in report.bad[2] and "no assistant message is a step" in report.bad[3]
@@ -198,48 +201,48 @@ def test_nothing_is_overwritten_and_a_failure_leaves_nothing(convert, tmp_path):
 
 def test_a_split_keeps_tasks_together_and_does_not_move_when_rows_are_added(convert):
     rows = [row(id=f"{task}-{attempt}", task=f"t{task}") for attempt in range(2) for task in range(400)]
-    found, report = convert(rows, split_by="", validation_share=0.25, seed=3)
+    trajectories, report = convert(rows, split_by="", validation_share=0.25, seed=3)
     splits = defaultdict(set)
-    for one in found:
-        splits[one.task].add(one.split)
+    for trajectory in trajectories:
+        splits[trajectory.task].add(trajectory.split)
     assert all(len(kinds) == 1 for kinds in splits.values())
     assert 0.19 < report.splits["validation"] / 800 < 0.31 and sum(report.splits.values()) == 800
     fewer, _ = convert(rows[100:200], split_by="", validation_share=0.25, seed=3)
-    assert all(splits[one.task] == {one.split} for one in fewer)
+    assert all(splits[trajectory.task] == {trajectory.split} for trajectory in fewer)
     other, _ = convert(rows, split_by="", validation_share=0.25, seed=4)
-    assert [one.split for one in other] != [one.split for one in found]
+    assert [trajectory.split for trajectory in other] != [trajectory.split for trajectory in trajectories]
 
 
 def test_a_split_by_another_field_keeps_its_groups_together(convert):
     rows = [row(task=f"{repo}/{n}", info={"repo": repo}) for repo in range(40) for n in range(3)]
-    found, _ = convert(rows, split_by="info.repo", validation_share=0.5)
+    trajectories, _ = convert(rows, split_by="info.repo", validation_share=0.5)
     groups = defaultdict(set)
-    for one in found:
-        groups[one.meta["info"]["repo"]].add(one.split)
+    for trajectory in trajectories:
+        groups[trajectory.meta["info"]["repo"]].add(trajectory.split)
     assert all(len(kinds) == 1 for kinds in groups.values()) and {"train"} in groups.values() != {"validation"}
-    with pytest.raises(DataError, match=r"log\.jsonl:2: there is no info\.repo to split by"):
+    with pytest.raises(DataError, match=r"log\.jsonl:2: field info\.repo, to split by, is missing"):
         convert([*rows[:1], row()], split_by="info.repo")
 
 
-def test_a_field_that_would_put_a_task_in_two_splits_is_an_error_that_no_skipping_mends(convert):
+def test_a_field_that_puts_a_task_in_two_splits_is_an_error_also_with_skip_bad(convert):
     with pytest.raises(SplitError, match=r"task t is in \w+ and in \w+; split by task, or by a field"):
         convert([row(task="t", day=day) for day in range(50)], split_by="day", validation_share=0.5, skip_bad=True)
 
 
-def test_a_split_asked_for_replaces_the_rows_own_and_says_so(convert):
+def test_split_by_replaces_the_split_of_a_row_and_counts_it(convert):
     rows = [row(task="t", split="test"), row(task="u")]
     assert convert(rows)[0][0].split == "test"
-    found, report = convert(rows, split_by="")
-    assert found[0].split in ("train", "validation") and report.resplit == 1
+    trajectories, report = convert(rows, split_by="")
+    assert trajectories[0].split in ("train", "validation") and report.resplit == 1
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -1.0, float("nan")])
-def test_a_share_that_leaves_nothing_is_refused(convert, share):
+def test_a_share_outside_of_zero_and_one_is_refused(convert, share):
     with pytest.raises(DataError, match="is not between 0 and 1"):
         convert([row()], split_by="", validation_share=share)
 
 
-def test_files_of_any_form_are_written_one_after_the_other(tmp_path):
+def test_files_of_different_forms_are_written_one_after_the_other(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps(row(id="a")))
     (tmp_path / "b.json").write_text(json.dumps([row(id="b"), row(id="a")]))
     parquet.write_table(pyarrow.Table.from_pylist([row(id="c")]), tmp_path / "c.parquet")
@@ -248,7 +251,7 @@ def test_files_of_any_form_are_written_one_after_the_other(tmp_path):
     report = import_trajectories(
         inputs, tmp_path / "out", Options(format="openai"), progress=lambda done, total: seen.append((done, total))
     )
-    assert [one.id for one in read(tmp_path / "out")] == ["a", "b", "a#2", "c"] and report.written == 4
+    assert [trajectory.id for trajectory in read(tmp_path / "out")] == ["a", "b", "a#2", "c"] and report.written == 4
     size = sum(path.stat().st_size for path in inputs)
     assert seen == sorted(seen) and seen[-1] == (size, size)
 
@@ -290,15 +293,15 @@ ours = st.builds(
     success=st.none() | st.booleans(),
     ended=st.sampled_from([None, "done", "error"]),
     split=st.sampled_from([None, "train"]),
-    meta=st.dictionaries(names, values.filter(lambda one: one is not None), max_size=2),
+    meta=st.dictionaries(names, values.filter(lambda value: value is not None), max_size=2),
 )
 
 
-@given(st.lists(ours, min_size=1, max_size=3, unique_by=lambda one: one.id))
+@given(st.lists(ours, min_size=1, max_size=3, unique_by=lambda trajectory: trajectory.id))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_our_own_trajectories_are_openai_rows_and_come_back_as_they_were(tmp_path, trajectories):
-    (tmp_path / "in").write_text("".join(to_line(one) + "\n" for one in trajectories))
+def test_trajectory_files_are_openai_rows_and_come_back_unchanged(tmp_path, trajectories):
+    (tmp_path / "in").write_text("".join(to_line(trajectory) + "\n" for trajectory in trajectories))
     (tmp_path / "out").unlink(missing_ok=True)
     import_trajectories([tmp_path / "in"], tmp_path / "out", Options(format="openai"))
     assert list(read(tmp_path / "out")) == trajectories
-    assert all(steps(one.messages) for one in trajectories)
+    assert all(steps(trajectory.messages) for trajectory in trajectories)

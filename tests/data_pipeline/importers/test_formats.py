@@ -1,4 +1,4 @@
-"""Rows of each format to our messages, by hand; what cannot be kept is counted or refused by name."""
+"""Rows of each format to messages, by hand; what cannot be kept is counted or refused by name."""
 
 import json
 from collections import Counter
@@ -44,14 +44,14 @@ def refused(parse, *arguments, **fields):
     return str(error.value)
 
 
-def test_tool_calls_and_their_results_are_kept_as_they_are():
+def test_tool_calls_and_their_results_are_kept_unchanged():
     tools = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
     called = {"role": "assistant", "content": None, "tool_calls": [CALL]}
     result = {"role": "tool", "content": "a key", "tool_call_id": "c1", "name": "look"}
     last = {"role": "assistant", "content": "", "tool_calls": [CALL]}
-    found = chat(GO, called, result, last, tools=tools)
-    assert found.messages == [GO, called, result, last]
-    assert found.fields == {"tools": tools} and found.used == {"messages", "tools", "functions"}
+    parsed = chat(GO, called, result, last, tools=tools)
+    assert parsed.messages == [GO, called, result, last]
+    assert parsed.fields == {"tools": tools} and parsed.used == {"messages", "tools", "functions"}
     assert (
         chat(GO, tools=json.dumps(tools)).fields
         == chat(GO, functions=[tools[0]["function"]]).fields
@@ -62,11 +62,11 @@ def test_tool_calls_and_their_results_are_kept_as_they_are():
 
 def test_older_names_and_other_roles_are_translated():
     old = {"role": "assistant", "content": None, "function_call": {"name": "look", "arguments": ""}}
-    found = chat(
+    parsed = chat(
         {"role": "developer", "content": "rules"}, GO, old, {"role": "function", "name": "look", "content": "x"}
     )
-    assert [message["role"] for message in found.messages] == ["system", "user", "assistant", "tool"]
-    assert found.messages[2]["tool_calls"] == [{"type": "function", "function": {"name": "look", "arguments": "{}"}}]
+    assert [message["role"] for message in parsed.messages] == ["system", "user", "assistant", "tool"]
+    assert parsed.messages[2]["tool_calls"] == [{"type": "function", "function": {"name": "look", "arguments": "{}"}}]
 
 
 def test_an_assistant_message_in_parts_is_one_step():
@@ -76,17 +76,17 @@ def test_an_assistant_message_in_parts_is_one_step():
     assert notes == {"messages in several parts, joined to one text": 1}
 
 
-def test_messages_that_are_not_learnt_from_are_no_steps():
+def test_messages_that_are_not_trained_on_are_no_steps():
     marks = [{"weight": 0}, {"weight": 1}, {"step": False}, {"step": True}, {}]
-    found = chat(GO, *({"role": "assistant", "content": "x", **mark} for mark in marks))
-    assert [message.get("step", True) for message in found.messages[1:]] == [False, True, False, True, True]
+    parsed = chat(GO, *({"role": "assistant", "content": "x", **mark} for mark in marks))
+    assert [message.get("step", True) for message in parsed.messages[1:]] == [False, True, False, True, True]
 
 
-def test_what_is_left_out_is_counted_unless_it_was_empty():
+def test_fields_that_are_left_out_are_counted_unless_empty():
     notes = Counter()
     extra = {"refusal": None, "audio": None, "annotations": [], "reasoning_content": "hm", "logprobs": {"a": 1}}
-    found = chat(GO, {"role": "assistant", "content": "x", **extra}, {"role": "tool", "content": None}, notes=notes)
-    assert found.messages[1:] == [{"role": "assistant", "content": "x"}, {"role": "tool", "content": ""}]
+    parsed = chat(GO, {"role": "assistant", "content": "x", **extra}, {"role": "tool", "content": None}, notes=notes)
+    assert parsed.messages[1:] == [{"role": "assistant", "content": "x"}, {"role": "tool", "content": ""}]
     assert notes == {
         "message field `reasoning_content`, left out": 1,
         "message field `logprobs`, left out": 1,
@@ -94,7 +94,7 @@ def test_what_is_left_out_is_counted_unless_it_was_empty():
     }
 
 
-def test_a_file_that_invents_fields_does_not_fill_the_notes():
+def test_the_number_of_notes_is_bounded():
     notes = Counter()
     for number in range(500):
         chat({**GO, f"field {number}": 1}, notes=notes)
@@ -139,7 +139,7 @@ def with_call(**function):
         ({"role": "assistant", "content": "x", "step": "no"}, "step is 'no'"),
     ],
 )
-def test_a_message_that_would_be_another_one_is_refused_by_name(message, reason):
+def test_a_message_that_cannot_be_kept_is_refused_by_name(message, reason):
     assert reason in refused(chat, GO, message)
 
 
@@ -161,7 +161,7 @@ def test_a_row_without_a_conversation_is_refused(fields, reason):
 
 def test_sharegpt_turns_become_messages():
     call = json.dumps({"name": "look", "arguments": {"at": "door"}})
-    found = turns(
+    parsed = turns(
         ("human", "go"),
         ("function_call", call),
         ("observation", "a key"),
@@ -169,26 +169,26 @@ def test_sharegpt_turns_become_messages():
         system="rules",
         tools='[{"name": "look"}]',
     )
-    assert [(message["role"], message["content"]) for message in found.messages] == [
+    assert [(message["role"], message["content"]) for message in parsed.messages] == [
         ("system", "rules"),
         ("user", "go"),
         ("assistant", None),
         ("tool", "a key"),
         ("assistant", "done"),
     ]
-    function = found.messages[2]["tool_calls"][0]["function"]
+    function = parsed.messages[2]["tool_calls"][0]["function"]
     assert function["name"] == "look" and json.loads(function["arguments"]) == {"at": "door"}
-    assert found.fields == {"tools": [{"name": "look"}]} and "system" in found.used
+    assert parsed.fields == {"tools": [{"name": "look"}]} and "system" in parsed.used
     two = turns(("human", "go"), ("function_call", json.dumps([json.loads(call)] * 2))).messages[1]
     assert len(two["tool_calls"]) == 2
 
 
 def test_agentgym_turns_without_loss_are_no_steps_and_the_item_names_the_task():
     conversation = [("human", "rules", None), ("gpt", "OK", False), ("human", "room", None), ("gpt", "go", True)]
-    found = turns(*conversation, parse=sharegpt.parse_agentgym, item_id="webshop_123")
-    assert [message.get("step", True) for message in found.messages] == [True, False, True, True]
-    assert found.fields == {"environment": "webshop", "task": "webshop/123", "id": "webshop/123"}
-    assert "item_id" not in found.used  # it stays in meta
+    parsed = turns(*conversation, parse=sharegpt.parse_agentgym, item_id="webshop_123")
+    assert [message.get("step", True) for message in parsed.messages] == [True, False, True, True]
+    assert parsed.fields == {"environment": "webshop", "task": "webshop/123", "id": "webshop/123"}
+    assert "item_id" not in parsed.used  # it stays in meta
     other = turns(*conversation, parse=sharegpt.parse_agentgym, item_id="pick_and_place-Mug-308")
     assert other.fields == {"task": "pick_and_place-Mug-308", "id": "pick_and_place-Mug-308"}
     many = turns(*conversation, parse=sharegpt.parse_agentgym, item_id="lmrlgym_maze_7")
@@ -218,19 +218,19 @@ def test_two_system_messages_are_refused():
 
 
 def test_every_completion_is_a_part_that_ends_with_a_newline_and_labels_stay_soft():
-    found = steps(completions=["one", "\n\ntwo\n", "three"], labels=[0.7, None, True])
-    prompt, answer = found.messages
+    parsed = steps(completions=["one", "\n\ntwo\n", "three"], labels=[0.7, None, True])
+    prompt, answer = parsed.messages
     assert prompt == {"role": "user", "content": "What is 1 + 2?"}
     assert [part["text"] for part in answer["content"]] == ["one\n\n", "two\n", "three\n"]
-    assert found.fields["step_labels"] == [0.7, None, 1.0]
-    assert all(type(label) is not bool for label in found.fields["step_labels"])
+    assert parsed.fields["step_labels"] == [0.7, None, 1.0]
+    assert all(type(label) is not bool for label in parsed.fields["step_labels"])
 
 
 def test_a_prompt_of_messages_and_completions_as_messages_are_the_same():
     answer = [{"role": "assistant", "content": "one"}, [{"role": "assistant", "content": "two"}]]
     prompt = [{"role": "system", "content": "rules"}, GO]
-    found = steps(prompt, completions=answer)
-    assert found.messages[:2] == prompt and found.messages[2] == steps().messages[1]
+    parsed = steps(prompt, completions=answer)
+    assert parsed.messages[:2] == prompt and parsed.messages[2] == steps().messages[1]
 
 
 @pytest.mark.parametrize(
@@ -258,8 +258,8 @@ texts = st.text(min_size=1, max_size=15).filter(str.strip)
 @given(st.lists(texts, min_size=1, max_size=5))
 @settings(max_examples=60, deadline=None)
 def test_the_text_of_the_steps_is_that_of_the_completions_but_for_newlines(completions):
-    found = steps(completions=completions, labels=[0.5] * len(completions))
-    parts = [part["text"] for part in found.messages[1]["content"]]
+    parsed = steps(completions=completions, labels=[0.5] * len(completions))
+    parts = [part["text"] for part in parsed.messages[1]["content"]]
     assert len(parts) == len(completions) and all(part.endswith("\n") for part in parts)
     for part, completion in zip(parts, completions, strict=True):
         assert completion.strip("\r\n") in part
@@ -270,8 +270,8 @@ arguments = st.dictionaries(st.text(max_size=4), st.none() | st.integers() | st.
 
 @given(st.lists(st.tuples(st.text(max_size=9), arguments, st.text(max_size=9)), min_size=1, max_size=4))
 @settings(max_examples=60, deadline=None)
-def test_sharegpt_and_openai_tell_the_same_conversation_the_same(rounds):
-    """The two formats written by hand from one conversation come out equal."""
+def test_sharegpt_and_openai_rows_of_a_conversation_give_equal_messages(rounds):
+    """Both formats are written by hand from the same conversation."""
     ours, theirs = [GO], [("human", "go")]
     for number, (text, values, result) in enumerate(rounds):
         call = {

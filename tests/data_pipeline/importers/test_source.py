@@ -1,4 +1,4 @@
-"""Rows of JSON Lines, JSON arrays and Parquet: the same rows whatever the form, each with its place."""
+"""Rows of JSON Lines, JSON arrays and Parquet: the same rows in every form, each with its location."""
 
 import json
 import tracemalloc
@@ -52,22 +52,22 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
-def test_the_same_rows_come_out_of_every_form_whatever_the_file_is_called(tmp_path, monkeypatch, form, chunk):
+def test_every_form_gives_the_same_rows_whatever_the_name_of_the_file(tmp_path, monkeypatch, form, chunk):
     monkeypatch.setattr(source, "_CHUNK", chunk)
     rows = list(read_rows(write(tmp_path / "data.parquet", FORMS[form])))
     assert [row.value for row in rows] == ROWS
     assert rows[-1].bytes_read <= (tmp_path / "data.parquet").stat().st_size
 
 
-def test_parquet_gives_its_rows_and_drops_the_fields_that_only_other_rows_have(tmp_path):
+def test_parquet_rows_are_read_without_the_fields_that_only_other_rows_have(tmp_path):
     rows = [{"m": [{"role": "a", "calls": [{"n": 1}]}, {"role": "b"}], "labels": [1.0, None]}, {"m": [], "x": "y"}]
     columns = [{"m": None, "labels": None, "x": None} | row for row in rows]
-    found = list(read_rows(write_parquet(tmp_path / "data.jsonl", columns)))
-    assert [row.value for row in found] == rows
-    assert [row.where for row in found] == [f"{tmp_path / 'data.jsonl'}: row {n}" for n in (1, 2)]
+    rows_read = list(read_rows(write_parquet(tmp_path / "data.jsonl", columns)))
+    assert [row.value for row in rows_read] == rows
+    assert [row.where for row in rows_read] == [f"{tmp_path / 'data.jsonl'}: row {n}" for n in (1, 2)]
 
 
-def test_places_name_the_line_of_a_row(tmp_path):
+def test_locations_name_the_line_of_a_row(tmp_path):
     lines = list(read_rows(write(tmp_path / "l", '\n{"a": 1}\n\n{"b":\n{"c": 1}\n')))
     assert [row.where for row in lines] == [f"{tmp_path / 'l'}:{n}" for n in (2, 4, 5)]
     assert str(lines[1].value) == f"{tmp_path / 'l'}:4: not JSON: Input data was truncated"
@@ -89,7 +89,7 @@ def test_places_name_the_line_of_a_row(tmp_path):
     st.sampled_from([None, 1, 3]),
 )
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_array_is_taken_apart_into_its_elements(tmp_path, rows, chunk, indent):
+def test_any_array_is_split_into_its_elements(tmp_path, rows, chunk, indent):
     before, source._CHUNK = source._CHUNK, chunk
     try:
         assert values(write(tmp_path / "a", json.dumps(rows, indent=indent, ensure_ascii=False).encode())) == rows
@@ -112,29 +112,29 @@ def test_any_array_is_taken_apart_into_its_elements(tmp_path, rows, chunk, inden
         (b"PAR1 but no more of it", "Parquet that cannot be read"),
     ],
 )
-def test_a_file_whose_rows_cannot_be_told_apart_is_one_line(tmp_path, content, reason):
+def test_a_file_whose_rows_cannot_be_separated_is_one_line_of_error(tmp_path, content, reason):
     assert reason in error_of(write(tmp_path / "data", content))
 
 
-def test_a_missing_file_and_a_directory_are_one_line(tmp_path):
+def test_a_missing_file_and_a_directory_are_one_line_of_error(tmp_path):
     assert "No such file" in error_of(tmp_path / "none")
     assert "not a file" in error_of(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "3", '"x"', "{'a': 1}", '{"a": NaN}', '{"a": "\\ud800"}', "[" * 99_999])
-def test_a_row_that_is_no_object_costs_itself_alone(tmp_path, text):
+def test_a_row_that_is_no_object_does_not_affect_others(tmp_path, text):
     good, bad, after = values(write(tmp_path / "data", '{"a": 1}\n' + text + '\n{"a": 2}'))
     assert isinstance(bad, DataError) and (good, after) == ({"a": 1}, {"a": 2})
     assert str(bad).startswith(f"{tmp_path / 'data'}:2: ")
 
 
-def test_elements_of_an_array_that_are_no_objects_cost_themselves_alone(tmp_path):
-    found = values(write(tmp_path / "data", '[{"a": 1}, , [2], {"b": 1x}, {"a": 2},]'))
-    assert [isinstance(one, DataError) for one in found] == [False, True, True, True, False, True]
+def test_elements_of_an_array_that_are_no_objects_do_not_affect_others(tmp_path):
+    rows_read = values(write(tmp_path / "data", '[{"a": 1}, , [2], {"b": 1x}, {"a": 2},]'))
+    assert [isinstance(value, DataError) for value in rows_read] == [False, True, True, True, False, True]
     assert values(write(tmp_path / "data", " [ \n ] ")) == []
 
 
-def test_a_text_that_is_not_utf8_costs_its_row_alone_in_every_form(tmp_path):
+def test_text_that_is_not_utf8_affects_only_its_row_in_every_form(tmp_path):
     lines = write(tmp_path / "lines", b'{"a": "x"}\n{"a": "\xff"}\n{"a": "y"}')
     array = write(tmp_path / "array", b'[{"a": "x"},{"a": "\xff"},{"a": "y"}]')
     broken = pyarrow.array([b"x", b"\xff", b"y"]).cast(pyarrow.binary()).view(pyarrow.string())
@@ -145,7 +145,7 @@ def test_a_text_that_is_not_utf8_costs_its_row_alone_in_every_form(tmp_path):
         assert (first, last) == ({"a": "x"}, {"a": "y"}) and "utf-8" in str(bad).lower()
 
 
-def test_a_row_without_end_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
+def test_a_row_without_end_is_refused_in_bounded_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(source, "MAX_ROW_BYTES", 1 << 20)
     long = b'{"a": "' + b"x" * (8 << 20) + b'"}'
     tracemalloc.start()

@@ -1,6 +1,6 @@
-"""A toy environment whose values are known: a random walk on 0..6 that succeeds at 6 and fails at 0 or after six moves.
+"""A toy dataset with known values: a random walk on 0..6 that succeeds at 6, and fails at 0 or after six moves.
 
-Every action names the place it goes to, so the promise of a step is a function of the text that it is read from.
+Every action names the position it goes to, so the promise of a step is a function of the text before its read position.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ SIZES = TransformerConfig(
 )
 
 
-class Run(NamedTuple):
-    """What a training needs: an experiment, a dataset directory and a policy directory."""
+class Toy(NamedTuple):
+    """The inputs of a training run: an experiment, a dataset directory and a policy directory."""
 
     experiment: config_lib.Experiment
     shards: Path
@@ -40,18 +40,20 @@ class Run(NamedTuple):
 
 
 def walk(rng: random.Random, task: str, number: int, start: int) -> Trajectory:
-    place, messages = start, [Message(role="user", content=f"start at {start}, reach {GOAL}")]
+    position, messages = start, [Message(role="user", content=f"start at {start}, reach {GOAL}")]
     for move in range(LIMIT):
-        place += 1 if rng.random() < 0.6 else -1
-        messages.append(Message(role="assistant", content=f"go to {place}"))
-        if place in (0, GOAL) or move == LIMIT - 1:
+        position += 1 if rng.random() < 0.6 else -1
+        messages.append(Message(role="assistant", content=f"go to {position}"))
+        if position in (0, GOAL) or move == LIMIT - 1:
             break
-        messages.append(Message(role="user", content=f"at {place}"))
-    return Trajectory(id=f"{task}#{number}", task=task, messages=messages, outcome=float(place == GOAL), ended="done")
+        messages.append(Message(role="user", content=f"at {position}"))
+    return Trajectory(
+        id=f"{task}#{number}", task=task, messages=messages, outcome=float(position == GOAL), ended="done"
+    )
 
 
 def walks(seed: int, split: str, tasks: int, count: int) -> list[Trajectory]:
-    """`count` walks of each task; a task is a start and a number, so equal walks of different tasks stay apart."""
+    """`count` walks of each task. A task has a start and a number, so equal texts may belong to different tasks."""
     rng = random.Random(seed)
     return [
         walk(rng, f"{split}/{task}", number, start=2 + task % 4) for task in range(tasks) for number in range(count)
@@ -59,18 +61,18 @@ def walks(seed: int, split: str, tasks: int, count: int) -> list[Trajectory]:
 
 
 def write_base(directory: Path, texts: list[str], *, seed: int = 0) -> Path:
-    """A random policy with a tokenizer trained on `texts`."""
+    """Writes a random policy with a tokenizer trained on `texts`, and returns its directory."""
     train_tokenizer(texts, SIZES.vocab_size, directory)
     encoder = Encoder.load(directory)
     parameters = jax.jit(lambda: nnx.state(Transformer(SIZES, rngs=nnx.Rngs(seed))))()
-    # An embedding of unit scale, as a trained policy has: from 0.02 the first hundred steps would only grow it.
+    # An embedding of unit scale, as in a trained policy: from 0.02 the first hundred steps would only scale it up.
     parameters["embedding"] = nnx.Param(parameters["embedding"][...] * 50)
     reader.write_model(directory, SIZES, parameters, pad_id=encoder.pad_id, end_id=encoder.end_id, max_length=256)
     return directory
 
 
-def make_toy(folder: Path) -> Run:
-    """Dataset and policy in an empty folder, and an experiment on them."""
+def make_toy(folder: Path) -> Toy:
+    """Writes the dataset and the policy to an empty folder."""
     splits = {"train": walks(0, "train", 24, 24), "validation": walks(1, "validation", 12, 16)}
     base = write_base(folder / "policy", [m.content for t in splits["train"] for m in t.messages])
     inputs = {}
@@ -87,4 +89,4 @@ def make_toy(folder: Path) -> Run:
             ),
         ),
     )
-    return Run(experiment, folder / "shards", base)
+    return Toy(experiment, folder / "shards", base)

@@ -43,33 +43,33 @@ def saved(tmp_path_factory) -> Path:
 
 
 def digest(**arrays: np.ndarray) -> str:
-    found = hashlib.sha256()
+    result = hashlib.sha256()
     for name in sorted(arrays):
         array = arrays[name]
         path = json.dumps([name.replace("__", "/"), str(array.dtype), list(array.shape)])
-        found.update(path.encode() + b"\n" + array.tobytes())
-    return found.hexdigest()
+        result.update(path.encode() + b"\n" + array.tobytes())
+    return result.hexdigest()
 
 
 def test_fingerprints_are_of_every_array_in_the_order_of_their_names(saved):
-    found = inspect(saved)
+    result = inspect(saved)
     matrix = np.arange(6, dtype=np.float32).reshape(2, 3)
-    assert found["step"] == 12 and found["position"] == {"batches": 12}
-    assert found["fingerprints"] == {
+    assert result["step"] == 12 and result["position"] == {"batches": 12}
+    assert result["fingerprints"] == {
         "parameters": digest(parameters__b=matrix, parameters__a__value=np.full(2, 12, jnp.bfloat16)),
         "optimizer": digest(optimizer__0=np.int32(12), optimizer__1__mu=matrix[0]),
     }
-    assert found["sizes"]["parameters"] == {"arrays": 2, "numbers": 8, "bytes": 28}
-    assert found["shardings"]["parameters/b"] == {"shape": [2, 3], "dtype": "float32", "split": []}
-    assert found["config"] == {"label": "some"} and found["identity"] == IDENTITY
+    assert result["sizes"]["parameters"] == {"arrays": 2, "numbers": 8, "bytes": 28}
+    assert result["shardings"]["parameters/b"] == {"shape": [2, 3], "dtype": "float32", "split": []}
+    assert result["config"] == {"label": "some"} and result["identity"] == IDENTITY
 
 
 def test_one_bit_is_another_fingerprint(saved, tmp_path):
     other = inspect(save(tmp_path, 12, scale=1.0000001))["fingerprints"]
     same = inspect(save(tmp_path / "again", 12))["fingerprints"]
-    found = inspect(saved)["fingerprints"]
-    assert same == found
-    assert other["parameters"] != found["parameters"] and other["optimizer"] != found["optimizer"]
+    result = inspect(saved)["fingerprints"]
+    assert same == result
+    assert other["parameters"] != result["parameters"] and other["optimizer"] != result["optimizer"]
 
 
 def test_a_step_a_training_and_a_run_are_found(saved):

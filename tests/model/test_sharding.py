@@ -1,4 +1,4 @@
-"""Meshes that divide, where arrays lie, and what is refused with its numbers."""
+"""Meshes that divide, the shardings of arrays, and the errors with their numbers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def specs(tree) -> dict[str, PartitionSpec]:
 
 
 def devices_of(slices: list[int]) -> list:
-    """Devices of a machine that there is not; slices[i] is the slice of device i."""
+    """Fake devices; slices[i] is the slice of device i."""
     return [
         SimpleNamespace(id=i, slice_index=s, platform="cpu", device_kind="cpu", process_index=s)
         for i, s in enumerate(slices)
@@ -62,7 +62,7 @@ def test_one_device_is_a_mesh_too():
 
 
 @pytest.mark.parametrize(
-    "given, sizes",
+    "axes, sizes",
     [
         ({}, (8, 1, 1, 1)),
         ({"fsdp": 4}, (2, 4, 1, 1)),
@@ -71,12 +71,12 @@ def test_one_device_is_a_mesh_too():
         ({"data": 2, "fsdp": 2, "tensor": 2, "sequence": 1}, (2, 2, 2, 1)),
     ],
 )
-def test_minus_one_takes_what_is_left(given, sizes):
-    assert sharding._sizes(config_lib.MeshConfig(**given), 8, "devices") == sizes
+def test_minus_one_takes_what_is_left(axes, sizes):
+    assert sharding._sizes(config_lib.MeshConfig(**axes), 8, "devices") == sizes
 
 
 @pytest.mark.parametrize(
-    "given, message",
+    "axes, message",
     [
         ({"fsdp": 3}, r"mesh.fsdp = 3 .* the product 3 does not divide the number of devices, 8"),
         ({"data": 3, "fsdp": 2}, r"mesh.data = 3 x mesh.fsdp = 2 .* the product 6 is not the number of devices, 8"),
@@ -84,8 +84,8 @@ def test_minus_one_takes_what_is_left(given, sizes):
         ({"tensor": -1}, r"mesh.data and mesh.tensor are both -1"),
     ],
 )
-def test_sizes_that_do_not_fit_are_named(given, message):
-    refused(message, sharding.make_mesh, config_lib.MeshConfig(**given), jax.devices()[:1] * 8)
+def test_sizes_that_do_not_fit_are_named(axes, message):
+    refused(message, sharding.make_mesh, config_lib.MeshConfig(**axes), jax.devices()[:1] * 8)
 
 
 def test_data_spans_the_slices_and_nothing_else_does(monkeypatch):
@@ -95,8 +95,8 @@ def test_data_spans_the_slices_and_nothing_else_does(monkeypatch):
             config_lib.MeshConfig(fsdp=2, tensor=2, dcn_data=dcn_data), devices_of([0, 0, 0, 0, 1, 1, 1, 1])
         )
         assert grid.shape == (2, 2, 2, 1)
-        found = np.vectorize(lambda device: device.slice_index)(grid)
-        assert (found[0] == 0).all() and (found[1] == 1).all()
+        placed = np.vectorize(lambda device: device.slice_index)(grid)
+        assert (placed[0] == 0).all() and (placed[1] == 1).all()
 
 
 def test_another_number_of_slices_is_refused():
@@ -141,17 +141,17 @@ def test_every_parameter_of_every_family_has_its_axes_declared_and_nothing_else_
 
 
 def test_parameters_are_split_by_what_their_axes_are():
-    found = specs(sharding.with_shardings(mesh_of(2, 2, 2, 1), model_shapes()))
+    placed = specs(sharding.with_shardings(mesh_of(2, 2, 2, 1), model_shapes()))
     fsdp, tensor = ("fsdp",), ("tensor",)
-    assert found["query"] == found["value"] == found["gate"] == PartitionSpec(None, fsdp, tensor)
-    assert found["output"] == found["down"] == PartitionSpec(None, tensor, fsdp)
-    assert found["embedding"] == PartitionSpec(tensor, fsdp)
-    assert found["key_bias"] == PartitionSpec(None, tensor)
-    assert found["norm"] == found["head"] == PartitionSpec()
+    assert placed["query"] == placed["value"] == placed["gate"] == PartitionSpec(None, fsdp, tensor)
+    assert placed["output"] == placed["down"] == PartitionSpec(None, tensor, fsdp)
+    assert placed["embedding"] == PartitionSpec(tensor, fsdp)
+    assert placed["key_bias"] == PartitionSpec(None, tensor)
+    assert placed["norm"] == placed["head"] == PartitionSpec()
 
 
 @pytest.mark.parametrize("optimizer", [optax.adamw(1e-3), optax.adafactor(1e-3, min_dim_size_to_factor=64)])
-def test_moments_lie_where_their_parameters_do(optimizer):
+def test_moments_have_the_shardings_of_their_parameters(optimizer):
     shapes = model_shapes()
     placed = sharding.with_shardings(mesh_of(1, 4, 2, 1), {"parameters": shapes, "optimizer": optimizer.init(shapes)})
     by_shape = {leaf.shape: leaf.sharding for leaf in jax.tree.leaves(placed["parameters"])}
@@ -174,7 +174,7 @@ def test_two_axes_on_one_mesh_axis_collide():
     refused(message, sharding.with_shardings, mesh_of(1, 1, 2, 1), model_shapes(), rules)
 
 
-def test_a_batch_on_the_mesh_holds_what_the_host_gave():
+def test_a_batch_on_the_mesh_equals_the_hosts():
     mesh = sharding.make_mesh(config_lib.MeshConfig(), jax.devices()[:1])
     batch = {name: np.arange(6).reshape(2, 3) + index for index, name in enumerate(FIELDS)}
     placed = sharding.put_batch(batch | {"example": np.zeros((2, 3))}, mesh, FIELDS)

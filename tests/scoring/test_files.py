@@ -1,4 +1,4 @@
-"""The `score` verb: line k out is about line k in, and an interrupted run ends with the same bytes."""
+"""The `score` verb: one output line for each input line, and the same bytes after an interruption."""
 
 import errno
 import json
@@ -7,6 +7,7 @@ import weakref
 import numpy as np
 import pytest
 
+from jaxprm import files
 from jaxprm.errors import UserError
 from jaxprm.scoring import files as score_files
 from jaxprm.scoring import loading
@@ -25,7 +26,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def one_scorer(monkeypatch, model):
-    """Loading is tested below; sharing what was compiled keeps these tests fast."""
+    """One scorer for all tests: sharing its compiled programs keeps them fast."""
     monkeypatch.setattr(score_files.loading, "load_scorer", lambda directory, **_: shared_scorer())
 
 
@@ -43,18 +44,18 @@ def line(number: int, **fields) -> str:
 
 
 def write_lines(path, lines) -> None:
-    path.write_text("".join(one + "\n" for one in lines), encoding="utf-8")
+    path.write_text("".join(text + "\n" for text in lines), encoding="utf-8")
 
 
 @pytest.fixture
 def paths(tmp_path):
-    """An input of ten good lines, and where its scores go."""
+    """(input with ten good lines, output)."""
     write_lines(tmp_path / "in.jsonl", [line(number) for number in range(10)])
     return tmp_path / "in.jsonl", tmp_path / "out.jsonl"
 
 
 def read(path) -> list[dict]:
-    return [json.loads(one) for one in path.read_text().splitlines()]
+    return [json.loads(text) for text in path.read_text().splitlines()]
 
 
 def leftovers(output) -> list[str]:
@@ -80,7 +81,7 @@ def test_every_step_has_its_message_promise_and_progress(model, paths):
     assert leftovers(output) == []
 
 
-def test_steps_that_are_none_and_steps_that_are_parts_are_told_by_their_message(model, paths):
+def test_messages_that_are_no_steps_and_messages_of_several_steps(model, paths):
     input, output = paths
     messages = tiny.conversation(3, turns=3)
     messages[1]["step"] = False
@@ -112,7 +113,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_bad_line_is_answered_in_its_place_and_counted(model, paths, kind):
+def test_a_bad_line_gets_an_error_in_its_place_and_is_counted(model, paths, kind):
     input, output = paths
     bad, id, reason = BAD[kind]
     write_lines(input, [line(0), bad, line(2)])
@@ -141,7 +142,7 @@ def test_an_empty_input_gives_an_empty_output(model, paths):
 
 
 class Interrupt:
-    """Lets `calls` chunks pass, then raises; counts the chunks that were scored."""
+    """Raises after `calls` chunks; `seen` counts the scored chunks."""
 
     def __init__(self, monkeypatch, calls: float, error: BaseException | None = None):
         self.seen, original = 0, Scorer.score_encoded
@@ -156,7 +157,7 @@ class Interrupt:
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"id": "row-8", "st', b'{"id":"row-8","error":"whole"}\n'])
-def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(model, paths, monkeypatch, torn):
+def test_an_interrupted_run_resumes_and_ends_with_the_same_bytes(model, paths, monkeypatch, torn):
     input, output = paths
     lines = [line(number) for number in range(11)]
     lines[2] = "broken"
@@ -172,9 +173,9 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(model, paths, m
     assert partial.read_bytes() == b"".join(uninterrupted.splitlines(keepends=True)[:8])
     with partial.open("ab") as file:
         file.write(torn)
-    rest = Interrupt(monkeypatch, np.inf)
+    resumed = Interrupt(monkeypatch, np.inf)
     assert score_file(model, input, output, chunk=CHUNK) == LineCounts(scored=10, errors=1)
-    assert rest.seen == 1
+    assert resumed.seen == 1
     assert output.read_bytes() == uninterrupted
     assert leftovers(output) == []
 
@@ -207,7 +208,7 @@ def test_half_of_a_run_of_another_input_or_model_is_refused_and_kept(model, path
     assert leftovers(output) == {"model": ["other"], "chat_template": ["mine.jinja"]}.get(change, [])
 
 
-def test_what_is_no_half_of_a_run_is_not_taken_for_one(model, paths, monkeypatch):
+def test_a_partial_file_of_something_else_is_refused(model, paths, monkeypatch):
     input, output = paths
     half, record = (output.with_name("out.jsonl" + suffix) for suffix in (".partial", ".partial.json"))
     half.write_text("of something else\n")
@@ -219,46 +220,31 @@ def test_what_is_no_half_of_a_run_is_not_taken_for_one(model, paths, monkeypatch
     assert half.read_text() == "of something else\n"
 
 
-@pytest.mark.parametrize("taken", [0, 700])
-def test_a_full_disk_is_one_line_and_what_was_written_is_kept(model, paths, monkeypatch, taken):
+@pytest.mark.parametrize("written", [0, 700])
+def test_a_full_disk_is_one_line_and_what_was_written_is_kept(model, paths, monkeypatch, written):
     input, output = paths
     score_file(model, input, output, chunk=CHUNK)
     uninterrupted = output.read_bytes()
     output.unlink()
-    original = score_files._write
+    original = files.write_all
 
     def write_until_full(target, data):
-        """The first chunk fits; of the second `taken` bytes, as a short write leaves them."""
+        """Writes the first chunk, and of the second `written` bytes, as a short write does."""
         if target.tell() == 0:
             return original(target, data)
-        target.write(data[:taken])
+        target.write(data[:written])
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(score_files, "_write", write_until_full)
+        patch.setattr(files, "write_all", write_until_full)
         with pytest.raises(UserError, match=r"out.jsonl.partial: no space left .* after 4 of 10 lines") as caught:
             score_file(model, input, output, chunk=CHUNK)
     assert "\n" not in str(caught.value)
     assert not output.exists()
-    rest = Interrupt(monkeypatch, np.inf)
+    resumed = Interrupt(monkeypatch, np.inf)
     assert score_file(model, input, output, chunk=CHUNK) == LineCounts(10, 0)
-    assert rest.seen == 2
+    assert resumed.seen == 2
     assert output.read_bytes() == uninterrupted
-
-
-def test_short_writes_are_finished():
-    class Stubborn:
-        """Takes three bytes at a time, as a pipe or a nearly full disk may."""
-
-        written = b""
-
-        def write(self, data):
-            self.written += bytes(data[:3])
-            return len(data[:3])
-
-    target = Stubborn()
-    score_files._write(target, b"0123456789")
-    assert target.written == b"0123456789"
 
 
 def test_memory_holds_a_chunk_at_a_time(model, paths, monkeypatch):
@@ -276,8 +262,8 @@ def test_memory_holds_a_chunk_at_a_time(model, paths, monkeypatch):
 
 
 def test_a_file_of_any_length_costs_the_memory_of_a_chunk(model, tmp_path, monkeypatch):
-    """A hundred thousand lines, a stub in the model's place: how many conversations are held at a time."""
-    held, most = weakref.WeakSet(), 0
+    """A hundred thousand lines with a stub in place of the model: counts the conversations in memory."""
+    held, most_held = weakref.WeakSet(), 0
 
     class Encoded:
         tokens, message_indices = np.arange(3), np.array([1])
@@ -286,10 +272,10 @@ def test_a_file_of_any_length_costs_the_memory_of_a_chunk(model, tmp_path, monke
         encoder = property(lambda self: self)
 
         def trajectory(self, messages, *, row, tools):
-            nonlocal most
-            held.add(one := Encoded())
-            most = max(most, len(held))
-            return one
+            nonlocal most_held
+            held.add(encoded := Encoded())
+            most_held = max(most_held, len(held))
+            return encoded
 
         def score_encoded(self, encoded, names):
             return [np.zeros(1, np.float32)] * len(encoded)
@@ -300,9 +286,9 @@ def test_a_file_of_any_length_costs_the_memory_of_a_chunk(model, tmp_path, monke
     with (tmp_path / "in.jsonl").open("w") as file:
         file.writelines(f'{{"id": "{number}", "messages": {message}}}\n' for number in range(lines))
     assert score_file(model, tmp_path / "in.jsonl", tmp_path / "out.jsonl") == LineCounts(lines, 0)
-    assert 256 <= most <= 2 * 256
+    assert 256 <= most_held <= 2 * 256
     with (tmp_path / "out.jsonl").open() as file:
-        assert all(json.loads(one)["id"] == str(number) for number, one in enumerate(file))
+        assert all(json.loads(text)["id"] == str(number) for number, text in enumerate(file))
 
 
 def test_paths_that_cannot_be_are_refused(model, paths, tmp_path):

@@ -1,4 +1,4 @@
-"""A user's own trajectories in the place of sampled ones: validated, split by task, or refused before any work."""
+"""A user's trajectories instead of sampled ones: validated, split by task, or refused before any work."""
 
 import json
 import os
@@ -34,19 +34,23 @@ def outputs(tmp_path):
     return {split: tmp_path / f"w/{split}.jsonl" for split in ("train", "validation")}
 
 
-def test_rows_go_to_the_split_of_their_file_or_their_own_or_their_tasks(tmp_path, outputs):
+def test_the_split_of_a_row_is_that_of_its_file_or_its_own_or_of_its_task(tmp_path, outputs):
     mixed = [*(row(n) for n in range(100)), row(200, split="validation"), row(201, split="test")]
     files = [write(tmp_path / "m", mixed), "validation=" + write(tmp_path / "v", [row(300)])]
-    taken = import_files(files, outputs, **OPTIONS)
-    held = [one.task for one in read(outputs["validation"])]
-    assert held[-2:] == ["t200", "t300"] and 10 < len(held) < 45
-    assert taken.splits == {"train": 102 - len(held), "validation": len(held), "test": 1} and not taken.bad
+    imported = import_files(files, outputs, **OPTIONS)
+    held_out = [one.task for one in read(outputs["validation"])]
+    assert held_out[-2:] == ["t200", "t300"] and 10 < len(held_out) < 45
+    assert (
+        imported.splits == {"train": 102 - len(held_out), "validation": len(held_out), "test": 1} and not imported.bad
+    )
     trained = list(read(outputs["train"]))
-    assert not {one.task for one in trained} & set(held) and [one.split for one in trained] == ["train"] * len(trained)
+    assert not {one.task for one in trained} & set(held_out) and [one.split for one in trained] == ["train"] * len(
+        trained
+    )
     assert [one.id for one in trained] == sorted((one.id for one in trained), key=int)
 
 
-def test_task_and_success_are_filled_in_where_the_row_tells_them(tmp_path, outputs):
+def test_missing_task_and_success_are_filled_in(tmp_path, outputs):
     rows = [row(1, task=None), row(2, success=True), row(3, outcome=None)]
     files = ["train=" + write(tmp_path / "t", rows), "validation=" + write(tmp_path / "v", [row(4)])]
     import_files(files, outputs, **OPTIONS)
@@ -61,18 +65,18 @@ def test_a_bad_row_is_refused_or_left_out_and_reported(tmp_path, outputs):
     with pytest.raises(DataError, match="t:2: JSON is malformed"):
         import_files(files, outputs, **OPTIONS)
     assert os.listdir(tmp_path / "w") == []
-    taken = import_files(files, outputs, **OPTIONS | {"skip_bad": True})
-    assert taken.splits["train"] == 2 and len(taken.bad) == 2
-    assert "t:3 (2): no assistant message is a step" in taken.bad[1]
+    imported = import_files(files, outputs, **OPTIONS | {"skip_bad": True})
+    assert imported.splits["train"] == 2 and len(imported.bad) == 2
+    assert "t:3 (2): no assistant message is a step" in imported.bad[1]
 
 
-def test_a_task_in_two_splits_is_refused_whatever_is_skipped(tmp_path, outputs):
+def test_a_task_in_two_splits_is_refused_also_with_skip_bad(tmp_path, outputs):
     files = [f"{split}=" + write(tmp_path / split, [row(1)]) for split in ("train", "validation")]
     with pytest.raises(SplitError, match=r"validation:1 \(1\): task t1 is in train and in validation"):
         import_files(files, outputs, **OPTIONS | {"skip_bad": True})
 
 
-def test_a_split_without_a_row_is_refused_with_what_would_do(tmp_path, outputs):
+def test_a_split_without_a_row_is_refused_with_a_fix(tmp_path, outputs):
     with pytest.raises(
         UserError, match=r"no trajectory for validation \(1 in train, 0 bad\); .*validation_share = 0.25"
     ):
@@ -80,7 +84,7 @@ def test_a_split_without_a_row_is_refused_with_what_would_do(tmp_path, outputs):
     assert os.listdir(tmp_path / "w") == []
 
 
-def test_the_same_content_elsewhere_is_the_same_and_another_is_not(tmp_path):
+def test_identity_depends_on_content_and_split_not_on_the_path(tmp_path):
     one, copy = write(tmp_path / "a", [row(1)]), write(tmp_path / "b", [row(1)])
     other = write(tmp_path / "c", [row(2)])
     assert user_files.identity([one]) == user_files.identity([copy])
@@ -89,7 +93,7 @@ def test_the_same_content_elsewhere_is_the_same_and_another_is_not(tmp_path):
 
 
 def test_runs_that_sample_do_not_depend_on_the_fields_for_files(tmp_path):
-    """Work directories from before these fields came are still theirs."""
+    """Work directories from before these fields existed stay valid."""
     sampled = config.Experiment(name="x")
     other = msgspec.structs.replace(sampled, collection=config.CollectionConfig(validation_share=0.5, skip_bad=True))
     inputs = [context.Run(one, context.WorkDirectory(tmp_path)).collect_inputs for one in (sampled, other)]
@@ -125,7 +129,7 @@ config = Experiment(name="own", data=Data(rows=2, length=256, steps_per_row=16),
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
-    """A folder with a config, and 36 trajectories and a broken line; the command line that takes them."""
+    """A folder with a config, 36 trajectories and a broken line; returns a function that makes the command line."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c.py").write_text(CONFIG)
     write(tmp_path / "own.jsonl", [*(row(n % 12, id=str(n), outcome=n % 3 / 2) for n in range(36)), "{broken"])
@@ -136,14 +140,14 @@ def own(tmp_path, monkeypatch):
     return command
 
 
-def test_own_trajectories_are_taken_once_and_changed_ones_are_refused(own, tmp_path, capsys):
+def test_own_trajectories_are_imported_once_and_changed_ones_are_refused(own, tmp_path, capsys):
     assert cli.main(own("collect")) == 2
     assert "own.jsonl:37: JSON is malformed" in (err := capsys.readouterr().err) and err.endswith("with --skip-bad\n")
     assert cli.main(own("collect", "own.jsonl", "--skip-bad")) == 0
     out, err = capsys.readouterr()
     assert out.startswith("trajectories: ") and "1 bad row" in err
-    taken = [one for split in ("train", "validation") for one in read(tmp_path / f"w/trajectories/{split}.jsonl")]
-    assert sorted(int(one.id) for one in taken) == list(range(36))
+    imported = [one for split in ("train", "validation") for one in read(tmp_path / f"w/trajectories/{split}.jsonl")]
+    assert sorted(int(one.id) for one in imported) == list(range(36))
 
     shutil.move("own.jsonl", "moved.jsonl")
     assert cli.main(own("collect", "moved.jsonl", "--skip-bad")) == 0  # the same trajectories: nothing to do

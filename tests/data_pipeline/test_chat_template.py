@@ -1,4 +1,4 @@
-"""The chat templates that ship: what they print, that each rendering is a prefix of the next, and how one is chosen."""
+"""The shipped chat templates: their renderings, the prefix property, and the choice of a template."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CHAT = [
     {"role": "tool", "content": "gone"},
     {"role": "assistant", "content": "A stick."},
 ]
-# As the models' own templates print such a conversation, but for what those rewrite or leave out.
+# As the models' own templates print it, except where those rewrite or leave out messages.
 CHATML_TEXT = (
     "<|im_start|>system\nBe brief.\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
     "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
@@ -78,7 +78,7 @@ EXTRA = {"chatml": (), "llama3": ("<|finetune_right_pad_id|>",)}
 
 @pytest.fixture(scope="module", params=SHIPPED)
 def named(request, tmp_path_factory) -> tuple[str, Path]:
-    """(template, directory of a tokenizer with its tokens, another template of its own, and an end of text)."""
+    """A shipped template, and a tokenizer directory with its tokens, another template and an end of text."""
     directory = tmp_path_factory.mktemp(request.param)
     specials = (*SHIPPED[request.param].tokens, "<|endoftext|>", *EXTRA[request.param])
     tokenizer = make_tokenizer(CHATML, specials, "<|endoftext|>")
@@ -90,7 +90,7 @@ def named(request, tmp_path_factory) -> tuple[str, Path]:
     return request.param, directory
 
 
-def test_a_conversation_with_tools_is_printed_as_the_family_knows_it(named):
+def test_a_conversation_with_tools_is_printed_as_by_the_model_family(named):
     name, directory = named
     encoder = Encoder.load(directory, name)
     text = {"chatml": CHATML_TEXT, "llama3": LLAMA_TEXT}[name]
@@ -100,7 +100,7 @@ def test_a_conversation_with_tools_is_printed_as_the_family_knows_it(named):
     assert "Tools" not in without and "Environment" not in without and "Be brief." in without
 
 
-def test_every_step_of_it_has_its_place(named):
+def test_every_step_has_its_positions(named):
     name, directory = named
     encoder = Encoder.load(directory, name)
     for chat, tools in ((CHAT, TOOLS), (CHAT[1:], TOOLS), (CHAT, None)):
@@ -117,7 +117,7 @@ def test_every_step_of_it_has_its_place(named):
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_any_conversation_keeps_its_prefixes_and_its_texts(named, data):
+def test_renderings_of_any_conversation_are_prefixes_and_contain_its_texts(named, data):
     name, directory = named
     encoder = _encoder(directory, name)
     letters = st.characters(exclude_categories=["Cs"])
@@ -126,7 +126,7 @@ def test_any_conversation_keeps_its_prefixes_and_its_texts(named, data):
     chat = [{"role": "user", "content": data.draw(words)}]
     chat += [{"role": role, "content": data.draw(words)} for role in roles]
     chat.append({"role": "assistant", "content": "done"})
-    encoded = encoder.trajectory(chat, row="x")  # verifies texts and prefixes of its own
+    encoded = encoder.trajectory(chat, row="x")  # verifies texts and prefixes itself
     theirs = encoder.tokenizer.apply_chat_template(chat, tokenize=False)
     assert encoded.tokens.tolist() == encoder.tokenizer.encode(theirs, add_special_tokens=False)
 
@@ -145,8 +145,8 @@ def test_the_end_of_a_message_and_the_padding_come_with_the_template(named):
     assert encoder.decode([encoder.pad_id]) not in SHIPPED[name].tokens
 
 
-def test_what_is_written_is_what_was_used(named, tmp_path):
-    """In tokens, template and padding; for ourselves and for transformers, which reads the same file."""
+def test_a_written_tokenizer_encodes_as_the_encoder_did(named, tmp_path):
+    """Tokens, template and padding are the same, with our encoder and with transformers."""
     name, directory = named
     encoder = Encoder.load(directory, name)
     encoder.write_tokenizer(directory, tmp_path)
@@ -158,7 +158,7 @@ def test_what_is_written_is_what_was_used(named, tmp_path):
     assert "chat_template" not in json.loads((tmp_path / "tokenizer_config.json").read_text())
 
 
-def test_a_tokenizer_with_its_own_template_is_copied_as_it_is(tmp_path, chatml_tokenizer):
+def test_a_tokenizer_with_its_own_template_is_copied_unchanged(tmp_path, chatml_tokenizer):
     chatml_tokenizer.save_pretrained(tmp_path / "base")
     (tmp_path / "copy").mkdir()
     for template in (None, "own"):
@@ -180,12 +180,12 @@ def test_a_file_can_be_the_template(named, tmp_path):
         Encoder.load(directory, path)
 
 
-def test_a_template_that_is_not_there_or_does_not_fit_is_refused(named, tmp_path):
+def test_a_template_that_is_missing_or_does_not_fit_is_refused(named, tmp_path):
     name, directory = named
     with pytest.raises(DataError, match=r"template chatlm: cannot be read .* own, chatml, llama3"):
         Encoder.load(directory, "chatlm")
     with pytest.raises(DataError, match="cannot be read"):
         Encoder.load(directory, tmp_path)
-    other = next(one for one in SHIPPED if one != name)
+    other = next(shipped for shipped in SHIPPED if shipped != name)
     with pytest.raises(DataError, match=rf"template {other} needs the special token <\|"):
         Encoder.load(directory, other)

@@ -1,4 +1,4 @@
-"""Hundreds of broken files through the command line: one line of error or a report, no row lost without being named."""
+"""Hundreds of broken files through the command line: one line of error or a report, and every lost row is named."""
 
 import json
 import random
@@ -97,26 +97,28 @@ BYTES = [
 
 
 def run(tmp_path, capsys, format, content, *more):
-    """(exit status, report, trajectories) of an import; checks what must hold of every one."""
+    """(exit status, report, trajectories) of an import; checks the properties of every import."""
     source, output, report = tmp_path / "in", tmp_path / "out", tmp_path / "report"
     source.write_bytes(content)
     for path in (output, report):
         path.unlink(missing_ok=True)
     arguments = ["--format", format, "--input", source, "--output", output, "--json", report, *more]
     code = cli.main(["import-trajectories", *map(str, arguments), "--outcome-field", "info.reward"])
-    said = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if not line.startswith("import ")]
-    said = [line for line in said if line.strip()]
+    errors = [
+        line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if not line.startswith("import ")
+    ]
+    errors = [line for line in errors if line.strip()]
     if code == 2:
         about = (f"jaxprm: {source}", "jaxprm: no trajectory in", "jaxprm: --outcome-field info.reward: no row has it")
-        assert len(said) == 1 and said[0].startswith(about), said
-        assert len(said[0]) < 600
+        assert len(errors) == 1 and errors[0].startswith(about), errors
+        assert len(errors[0]) < 600
         assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
         return code, None, []
     assert code == 0
     counts = json.loads(report.read_text())
     assert counts["rows"] == counts["written"] + counts["skipped"] and len(counts["bad"]) == counts["skipped"]
     assert all(str(source) in line and "\n" not in line and len(line) < 500 for line in counts["bad"])
-    trajectories = list(read(output))  # what was written reads back
+    trajectories = list(read(output))  # the output can be read
     assert len(trajectories) == counts["written"]
     return code, counts, trajectories
 
@@ -144,7 +146,7 @@ def in_lines(rows):
 
 
 def same(trajectory):
-    """A trajectory but for its id, which other rows may take."""
+    """A trajectory without its id, which depends on other rows."""
     return json.dumps([[message.content, str(message.tool_calls)] for message in trajectory.messages], default=str)
 
 
@@ -163,7 +165,7 @@ def break_bytes(content, rng):
 
 
 def break_value(text, rng):
-    """The JSON of a row with one value, anywhere in it, replaced by text that is something else or no JSON."""
+    """The JSON of a row with one value, anywhere in it, replaced by other or malformed JSON."""
     places = []
 
     def visit(node, path):
@@ -182,19 +184,19 @@ def break_value(text, rng):
 
 
 @pytest.mark.parametrize("format", ROWS)
-def test_lines_with_a_broken_value_cost_at_most_themselves(tmp_path, capsys, format):
+def test_a_line_with_a_broken_value_does_not_affect_others(tmp_path, capsys, format):
     rng = random.Random(1)
     good = [json.dumps(ROWS[format](n)) for n in range(3)]
-    whole = [same(one) for one in run(tmp_path, capsys, format, "\n".join(good).encode())[2]]
+    expected = [same(one) for one in run(tmp_path, capsys, format, "\n".join(good).encode())[2]]
     refused = 0
     for form in ["lines", "array"] * 25:
         broken = [good[0], break_value(good[1], rng), good[2]]
         text = "\n".join(broken) if form == "lines" else "[" + ",\n".join(broken) + "]"
-        code, counts, found = run(tmp_path, capsys, format, text.encode("utf-8", "surrogatepass"), "--skip-bad")
+        code, counts, trajectories = run(tmp_path, capsys, format, text.encode("utf-8", "surrogatepass"), "--skip-bad")
         if form == "array" and code == 2:
-            continue  # a bracket or a quote too many or too few: rows cannot be told apart
+            continue  # a bracket or a quote too many or too few, so the ends of rows cannot be found
         assert code == 0 and counts["rows"] == 3 and counts["skipped"] <= 1
-        assert [same(one) for one in found][:1] == whole[:1] and same(found[-1]) == whole[2]
+        assert [same(one) for one in trajectories][:1] == expected[:1] and same(trajectories[-1]) == expected[2]
         refused += counts["skipped"]
         strict, _, _ = run(tmp_path, capsys, format, text.encode("utf-8", "surrogatepass"))
         assert (strict == 2) == bool(counts["skipped"])
@@ -202,7 +204,7 @@ def test_lines_with_a_broken_value_cost_at_most_themselves(tmp_path, capsys, for
 
 
 @pytest.mark.parametrize("format", ROWS)
-def test_broken_bytes_never_lose_a_whole_line(tmp_path, capsys, format):
+def test_broken_bytes_never_lose_an_intact_line(tmp_path, capsys, format):
     rng = random.Random(2)
     content = in_lines(map(ROWS[format], range(4)))
     original = {
@@ -214,13 +216,13 @@ def test_broken_bytes_never_lose_a_whole_line(tmp_path, capsys, format):
         broken = break_bytes(content, rng)
         if not broken.strip():
             continue
-        code, counts, found = run(tmp_path, capsys, format, broken, "--skip-bad")
+        code, counts, trajectories = run(tmp_path, capsys, format, broken, "--skip-bad")
         if code == 2:
             failures += 1
             continue
         lines = [line for line in broken.removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip(b" \t\r")]
         assert counts["rows"] == len(lines)
-        assert {original[line] for line in lines if line in original} <= {same(one) for one in found}
+        assert {original[line] for line in lines if line in original} <= {same(one) for one in trajectories}
     assert failures < 30
 
 
@@ -236,7 +238,7 @@ def test_broken_arrays_and_parquet_are_read_or_refused(tmp_path, capsys, format,
     for _ in range(40):
         broken = break_bytes(content, rng)
         if broken:
-            code, counts, found = run(tmp_path, capsys, format, broken, "--skip-bad")
+            code, counts, trajectories = run(tmp_path, capsys, format, broken, "--skip-bad")
             codes.append(code)
             if form == "parquet" and code == 0:
                 assert counts["rows"] == 4
@@ -249,8 +251,8 @@ def test_truncated_parquet_is_refused(tmp_path, capsys, cut):
     assert run(tmp_path, capsys, "openai", content[:cut], "--skip-bad")[0] == 2
 
 
-def test_broken_files_of_our_own_are_counted_row_by_row(tmp_path, capsys):
-    """validate on imported trajectories with a value or bytes broken: every line is good or reported, none both."""
+def test_broken_trajectory_files_are_counted_row_by_row(tmp_path, capsys):
+    """validate on imported trajectories with a value or bytes broken: every line is either good or reported."""
     rng = random.Random(4)
     rows = [ROWS["openai"](n) for n in range(4)]
     run(tmp_path, capsys, "openai", in_lines(rows))
@@ -268,9 +270,9 @@ def test_broken_files_of_our_own_are_counted_row_by_row(tmp_path, capsys):
             assert not broken.strip()
             continue
         counts = json.loads(report.read_text())
-        given = [line for line in broken.split(b"\n") if line.strip()]
-        assert counts["rows"] == len(given) == counts["trajectories"] + len(counts["bad"])
-        assert counts["trajectories"] >= sum(line in content.splitlines() for line in given)
+        rows = [line for line in broken.split(b"\n") if line.strip()]
+        assert counts["rows"] == len(rows) == counts["trajectories"] + len(counts["bad"])
+        assert counts["trajectories"] >= sum(line in content.splitlines() for line in rows)
         assert all(line.startswith(f"{path}:") and "\n" not in line for line in counts["bad"])
         assert codes[-1] == bool(counts["bad"] or counts["leaks"] or not counts["trajectories"])
     assert {0, 1} <= set(codes)

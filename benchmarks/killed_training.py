@@ -1,11 +1,17 @@
-"""Trains in a process of its own and, if asked to, kills it with SIGKILL at a named point, or sends it SIGTERM.
+"""Trains the toy in this process, and kills the process (SIGKILL) or stops it (SIGTERM) at a given point.
 
     python killed_training.py ARGUMENTS.json
 
-Arguments: experiment, shards, base, output; kill_before (a batch, from 0) and wait_for (a checkpoint that must be
-committed before that), signal (its name), kill_at (one of NAMED), kill_after (seconds from the second step on) and
-stop_in_validation (the number of one, from 0, during which SIGTERM comes), all of which may be null. Prints where in
-the data it began; exits with 75 where the training says that it was interrupted.
+Required arguments: experiment, shards, base, output. Optional ones, which may be null:
+
+    kill_before          number of the batch, from 0, before which the process is signalled
+    wait_for             a checkpoint that must be committed before that
+    signal               name of that signal; default SIGKILL
+    kill_at              one of NAMED
+    kill_after           seconds from the second step to the kill
+    stop_in_validation   number of the validation, from 0, during which SIGTERM is sent
+
+Prints {"began": number of the first batch}. Exits with status 75 if the training run says that it was interrupted.
 """
 
 import itertools
@@ -23,15 +29,15 @@ from jaxprm import config as config_lib
 from jaxprm.errors import RESUMABLE, Interrupted
 from jaxprm.training import train
 
-# A point is an operation on a file, as Python announces it before it happens: (event, its path below the output).
+# A point is an operation on a file that a Python audit event announces: (event, pattern of the path below the output).
 POINTS = {
-    # After the state was handed over, before the data position.
+    # The state is written, the data position is not.
     "position": ("open", r"checkpoints/\d+.*tmp.*/meta.*/metadata$"),
     "commit": ("os.rename", r"checkpoints/\d+\.orbax-checkpoint-tmp[^/]*$"),
-    "deletion": ("shutil.rmtree", r"checkpoints/\d+$"),  # of an old checkpoint, when two of its files are gone
-    "model": ("os.rename", r"model\.partial$"),  # all is written, and not yet in its place
+    "deletion": ("shutil.rmtree", r"checkpoints/\d+$"),  # of an old checkpoint, after two of its files are removed
+    "model": ("os.rename", r"model\.partial$"),  # everything is written, the rename is missing
 }
-# In an order in which one run can be killed at all of them: each needs what those before it left to be done.
+# In an order in which one run can be killed at each: every process gets further than the one before.
 NAMED = ("arrays", "position", "deletion", "restored", "commit", "model")
 
 
@@ -40,7 +46,7 @@ def die() -> None:
 
 
 def die_at(point: str, output: Path) -> None:
-    """Arms a point of POINTS, or `arrays`: when the first bytes of a state are on the disk of an unfinished write."""
+    """Kills the process at a point of POINTS, or at `arrays`: once the first bytes of a state are on the disk."""
     if point == "arrays":
 
         def watch() -> None:
@@ -73,35 +79,35 @@ def die_at(point: str, output: Path) -> None:
 def main() -> None:
     arguments = json.loads(Path(sys.argv[1]).read_text())
     output = Path(arguments["output"])
-    take = batches.TrainingBatches.__next__
+    next_batch = batches.TrainingBatches.__next__
     began: list[int] = []
 
-    def take_or_die(self):
+    def next_batch_or_die(self):
         if not began:
             began.append(self.position)
             print(json.dumps({"began": self.position}), flush=True)
             if arguments.get("kill_at") == "restored" and self.position:
-                take(self)
+                next_batch(self)
                 die()
         elif len(began) == 1 and arguments.get("kill_after") is not None:
             began.append(self.position)
             timer = threading.Timer(arguments["kill_after"], die)
-            timer.daemon = True  # a training that ends earlier has ended
+            timer.daemon = True  # does not keep a finished run alive
             timer.start()
         if self.position == arguments.get("kill_before"):
             wait_for = arguments.get("wait_for")
             while wait_for and not (output / "checkpoints" / str(wait_for)).is_dir():
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.Signals[arguments.get("signal") or "SIGKILL"])
-        return take(self)
+        return next_batch(self)
 
-    batches.TrainingBatches.__next__ = take_or_die
+    batches.TrainingBatches.__next__ = next_batch_or_die
     validate, validations = train.step_values, itertools.count()
 
-    def stopped_validation(*given):
+    def stopped_validation(*step_values_arguments):
         if next(validations) == arguments.get("stop_in_validation"):
             os.kill(os.getpid(), signal.SIGTERM)
-        return validate(*given)
+        return validate(*step_values_arguments)
 
     train.step_values = stopped_validation
     if arguments.get("kill_at") not in (None, "restored"):

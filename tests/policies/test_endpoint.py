@@ -1,4 +1,4 @@
-"""A policy behind an API: draws named by their seeds, and no server so bad that it costs a wrong or a lost one."""
+"""Endpoint policies: seeded draws, and servers that misbehave without a wrong or a lost action."""
 
 import asyncio
 import json
@@ -16,9 +16,8 @@ from openai.types.chat import ChatCompletion
 
 from jaxprm.config import EndpointConfig, PolicyConfig
 from jaxprm.errors import UserError
-from jaxprm.policies import chat_client, openai
-from jaxprm.policies.chat_client import ChatClient, Pauses
-from jaxprm.policies.openai import OpenAIPolicy
+from jaxprm.policies import endpoint as endpoint_module
+from jaxprm.policies.endpoint import ChatClient, EndpointPolicy, Pauses
 from jaxprm.policies.protocol import Action, State, candidate_seed, prefix_hash
 from tests.model import tiny
 from tests.policies import fake_server
@@ -39,24 +38,24 @@ def server():
 
 @pytest.fixture
 def make(server):
-    """Makes policies of the server, and closes them."""
-    made = []
+    """A function that makes policies of the server. They are closed after the test."""
+    policies = []
 
     def make(*, seed=0, key=None, encoder=None, max_tokens=1024, pauses=Pauses(0.004, 0.01, 0.05), **endpoint):
         options = {"base_url": server.base_url, "model": MODEL, "timeout_seconds": 5.0, "retries": 2} | endpoint
         settings = PolicyConfig(endpoint=EndpointConfig(**options), max_action_tokens=50, max_tokens=max_tokens)
-        reader = openai.template_reader(encoder)
-        client = ChatClient(settings.endpoint, key, template_in=reader, pauses=pauses)
-        made.append(OpenAIPolicy(settings, seed=seed, encoder=encoder, client=client))
-        return made[-1]
+        finder = endpoint_module.special_token_finder(encoder)
+        client = ChatClient(settings.endpoint, key, find_special=finder, pauses=pauses)
+        policies.append(EndpointPolicy(settings, seed=seed, encoder=encoder, client=client))
+        return policies[-1]
 
     yield make
-    for policy in made:
+    for policy in policies:
         policy.close()
 
 
 def message(policy, states, n=1):
-    """The one line of what went wrong."""
+    """The error of a call, checked to be one line."""
     with pytest.raises(UserError) as error:
         policy.propose(states, n, 1.0)
     assert "\n" not in str(error.value)
@@ -66,9 +65,9 @@ def message(policy, states, n=1):
 def test_every_candidate_is_a_request_of_its_own_with_its_own_seed(server, make):
     state = State("task/0", [{"role": "user", "content": "a", "step": False, "name": None}], first=3)
     drawn = make(seed=9).propose([state], 2, 0.7)
-    assert [len(some) for some in drawn] == [2]
+    assert [len(actions) for actions in drawn] == [2]
     sent = sorted(server.requests, key=lambda body: body["seed"])
-    # Of the draw's 64 bits the first 31: a word of 32 bits may be signed.
+    # The first 31 of the draw's 64 bits: servers may keep the seed in a signed word of 32 bits.
     seeds = [candidate_seed(9, "task/0", prefix_hash(state.messages), index)[0] // 2 for index in (3, 4)]
     assert sent == [
         {
@@ -86,14 +85,14 @@ def test_every_candidate_is_a_request_of_its_own_with_its_own_seed(server, make)
 
 def test_draws_do_not_depend_on_the_batch_or_on_how_many_are_in_flight(make):
     together = make().propose(STATES, 4, 1.0)
-    assert len({action for some in together for action in some}) > 6
+    assert len({action for actions in together for action in actions}) > 6
     assert [make(requests_in_flight=1).propose([state], 4, 1.0)[0] for state in STATES] == together
     later = make().propose([state._replace(first=2) for state in STATES[::-1]], 2, 1.0)[::-1]
-    assert later == [some[2:] for some in together]
+    assert later == [actions[2:] for actions in together]
     assert make(seed=1).propose(STATES, 4, 1.0) != together
 
 
-def test_asked_again_it_answers_from_memory_and_asks_once_for_what_is_asked_twice(server, make):
+def test_equal_draws_are_requested_once(server, make):
     policy = make()
     first = policy.propose([*STATES, STATES[0]], 2, 1.0)
     assert first[0] == first[-1]
@@ -107,13 +106,13 @@ def test_asked_again_it_answers_from_memory_and_asks_once_for_what_is_asked_twic
 def test_as_many_requests_as_allowed_are_in_flight_and_no_more(server, make):
     server.delay = 0.05
     make(requests_in_flight=6).propose(STATES, 4, 1.0)
-    assert server.most == 6
+    assert server.max_in_flight == 6
 
 
-def test_waiting_for_its_turn_is_no_part_of_a_requests_time(server, make):
+def test_the_deadline_of_a_request_starts_when_it_is_sent(server, make):
     server.delay = 0.2
     drawn = make(requests_in_flight=1, timeout_seconds=1.2, retries=0).propose(STATES, 2, 1.0)
-    assert {action.stop for some in drawn for action in some} == {"end"}
+    assert {action.stop for actions in drawn for action in actions} == {"end"}
 
 
 def test_usage_is_the_servers_count(server, make):
@@ -122,7 +121,7 @@ def test_usage_is_the_servers_count(server, make):
     server.script["bad"] = [Reply(200, cached)]
     policy = make()
     drawn = policy.propose([BAD, *STATES], 2, 1.0)
-    tokens = [action.tokens for some in drawn for action in some]
+    tokens = [action.tokens for actions in drawn for action in actions]
     assert tokens[:2] == [3, 3]
     assert policy.usage == {
         "requests": 12,
@@ -221,21 +220,21 @@ SLOW = {"silence", "a slow drip"}
 
 
 @pytest.mark.parametrize("case", MISBEHAVIOUR)
-def test_a_server_that_misbehaves_costs_a_candidate_and_no_other_and_is_asked_again(case, server, make):
+def test_an_invalid_response_is_retried_and_costs_one_candidate_only(case, server, make):
     reply, reason = MISBEHAVIOUR[case]
     server.script["bad"] = [reply, reply, reply, Reply(200, GOOD)]
     policy = make(timeout_seconds=0.5 if case in SLOW else 20.0, retries=1)
     first, bad, last = policy.propose([STATES[0], BAD, STATES[1]], 1, 1.0)
-    said = {body["messages"][0]["content"]: fake_server.answer(body) for body in server.requests}
+    expected = {body["messages"][0]["content"]: fake_server.answer(body) for body in server.requests}
     for action, state in zip((*first, *last), STATES, strict=False):
-        assert action.text == said[state.messages[0]["content"]]["choices"][0]["message"]["content"]
+        assert action.text == expected[state.messages[0]["content"]]["choices"][0]["message"]["content"]
     ((text, tokens, log_probability, stop, error),) = bad
     assert (text, tokens, log_probability, stop) == ("", 0, None, "error")
     assert reason in error
     assert error.endswith("(2 attempts)") and len(error) < 500 and error.isprintable()
     usage = policy.usage
     assert (usage["requests"], usage["retries"], usage["failures"]) == (4, 1, 1)
-    # A failure is not remembered. This time it passes after one attempt, and the request was the same all along.
+    # A failure is not cached. This time the second attempt succeeds, and all requests were equal.
     assert policy.propose([BAD], 1, 1.0) == [[Action("Got 3 planks", 7)]]
     usage = policy.usage
     assert (usage["requests"], usage["retries"], usage["failures"]) == (6, 2, 1)
@@ -249,24 +248,24 @@ def test_tokens_of_an_answer_that_could_not_be_used_are_counted(server, make):
     assert (policy.usage["encoded"], policy.usage["generated"]) == (20, 12)
 
 
-def test_what_the_server_asks_to_wait_is_waited(server, make):
+def test_retry_after_is_respected(server, make):
     server.script["bad"] = [Reply(429, {}, Retry_After="0.25"), Reply(200, GOOD)]
     make(pauses=Pauses(0.004, 0.01, asked=0.3)).propose([BAD], 1, 1.0)
     assert server.times[1] - server.times[0] >= 0.25
 
 
 @pytest.mark.parametrize(
-    ("attempt", "asked", "least", "most"),
-    # Drawn from [first / 2, min(longest, first * 2 ** (attempt - 1))], and at the least what was asked for, bounded.
+    ("attempt", "asked", "shortest", "longest"),
+    # Drawn from [first / 2, min(longest, first * 2 ** (attempt - 1))], and at least what was asked for, up to a bound.
     [(1, 0, 1, 2), (2, 0, 1, 4), (3, 0, 1, 8), (900, 0, 1, 8), (1, 5, 5, 5), (3, 3, 3, 8), (1, 3600, 60, 60)],
 )
-def test_pauses_double_up_to_a_bound_and_heed_the_server_up_to_another(attempt, asked, least, most, make):
+def test_pauses_double_up_to_a_bound_and_heed_the_server_up_to_another(attempt, asked, shortest, longest, make):
     client = make(pauses=Pauses(2.0, 8.0, 60.0))._client
-    error = chat_client.TransientError("later", asked)
+    error = endpoint_module.TransientError("later", asked)
     state = SimpleNamespace(attempt_number=attempt, outcome=SimpleNamespace(exception=lambda: error))
-    drawn = [client._wait(state) for _ in range(300)]
-    assert least <= min(drawn) <= least + 0.3 and most - 0.3 <= max(drawn) <= most
-    assert least == most or len(set(drawn)) > 100
+    drawn = [client._pause(state) for _ in range(300)]
+    assert shortest <= min(drawn) <= shortest + 0.3 and longest - 0.3 <= max(drawn) <= longest
+    assert shortest == longest or len(set(drawn)) > 100
 
 
 @pytest.mark.parametrize(
@@ -274,11 +273,13 @@ def test_pauses_double_up_to_a_bound_and_heed_the_server_up_to_another(attempt, 
     [("2", 2), ("-5", 0), ("nan", 0), ("", 0), ("Wed, 21 Oct 2015 07:28:00 GMT", 0), ("Wed, 99 Oct", 0)],
 )
 def test_retry_after_is_seconds_or_a_date(header, seconds):
-    assert chat_client._seconds(header) == seconds
+    assert endpoint_module._retry_after(header) == seconds
 
 
-def test_a_date_to_come_is_waited_for():
-    assert 60 < chat_client._seconds(format_datetime(datetime.now(UTC) + timedelta(seconds=90), usegmt=True)) <= 90
+def test_retry_after_may_be_a_date_in_the_future():
+    assert (
+        60 < endpoint_module._retry_after(format_datetime(datetime.now(UTC) + timedelta(seconds=90), usegmt=True)) <= 90
+    )
 
 
 @pytest.mark.parametrize(
@@ -292,34 +293,34 @@ def test_a_date_to_come_is_waited_for():
         (Reply(404, {"detail": "Not Found"}), "status 404 Not Found: Not Found; see that policy.endpoint.base_url is"),
         (
             Reply(307, b"", Location="https://elsewhere/v1"),
-            "status 307 Temporary Redirect: https://elsewhere/v1; mend policy.endpoint.base_url",
+            "status 307 Temporary Redirect: https://elsewhere/v1; fix policy.endpoint.base_url",
         ),
-        (Reply(402, {"error": {"message": "no credit"}}), "status 402 Payment Required: no credit; mend"),
+        (Reply(402, {"error": {"message": "no credit"}}), "status 402 Payment Required: no credit; fix"),
     ],
 )
-def test_what_trying_again_cannot_mend_is_one_line_at_once(reply, says, server, make):
+def test_what_a_retry_cannot_fix_is_one_line_at_once(reply, says, server, make):
     server.script["bad"] = [reply]
     policy = make(key=KEY, api_key_env="MY_KEY")
     policy.propose(STATES, 1, 1.0)
-    found = message(policy, [BAD])
-    assert found.startswith(f"policy at {server.base_url}/chat/completions, model {MODEL}: {says}")
+    error = message(policy, [BAD])
+    assert error.startswith(f"policy at {server.base_url}/chat/completions, model {MODEL}: {says}")
     assert len(server.requests) == len(STATES) + 1
-    assert KEY[:8] not in found
+    assert KEY[:8] not in error
 
 
 def test_without_a_key_the_line_says_so(server, make):
     server.script["bad"] = [Reply(401, {})]
-    found = message(make(), [BAD])
-    assert "it was sent no key; name the variable of a valid one in policy.endpoint.api_key_env" in found
+    error = message(make(), [BAD])
+    assert "it was sent no key; name the variable of a valid one in policy.endpoint.api_key_env" in error
 
 
 def test_a_request_that_is_refused_ends_the_run_if_all_are_and_costs_a_failure_otherwise(server, make):
     refusal = Reply(400, {"error": {"message": "top_q is not a field"}})
     server.script[""] = [refusal]
     policy = make()
-    found = message(policy, [BAD, BAD._replace(first=1)])
-    assert "not one of 2 requests was answered, the first: status 400 Bad Request: top_q is not a field" in found
-    assert len(server.requests) == 2 + 1  # not tried again; and a greeting, to see whether it is the server
+    error = message(policy, [BAD, BAD._replace(first=1)])
+    assert "not one of 2 requests was answered, the first: status 400 Bad Request: top_q is not a field" in error
+    assert len(server.requests) == 2 + 1  # not retried; and a greeting, to see whether it is the server
     server.script = {"bad": [refusal]}
     actions = policy.propose([BAD, STATES[0]], 1, 1.0)
     assert actions[0] == [Action("", 0, None, "error", "status 400 Bad Request: top_q is not a field")]
@@ -327,7 +328,7 @@ def test_a_request_that_is_refused_ends_the_run_if_all_are_and_costs_a_failure_o
 
 
 @pytest.mark.parametrize(
-    "said",
+    "text",
     [
         # vLLM, SGLang, llama.cpp, OpenAI
         "This model's maximum context length is 32768 tokens. However, you requested 40000 tokens in the messages",
@@ -336,20 +337,20 @@ def test_a_request_that_is_refused_ends_the_run_if_all_are_and_costs_a_failure_o
         "Your input exceeds the context window of this model.",
     ],
 )
-def test_a_conversation_that_the_server_finds_too_long_gets_an_action_without_text(said, server, make):
-    server.script["bad"] = [Reply(400, {"error": {"message": said}})]
+def test_a_conversation_that_the_server_finds_too_long_gets_an_action_without_text(text, server, make):
+    server.script["bad"] = [Reply(400, {"error": {"message": text}})]
     policy = make()
     drawn = policy.propose([BAD, STATES[0]], 1, 1.0)
     assert drawn[0] == [Action("", 0, None, "length")]
     assert policy.usage["failures"] == 0
-    # Where nothing fits, not even a greeting, it is the limits that are wrong.
+    # If not even a greeting fits, the limits are wrong.
     assert make().propose([BAD], 1, 1.0) == [[Action("", 0, None, "length")]]
     server.script = {"": server.script["bad"]}
-    assert said in message(make(), [BAD])
+    assert text in message(make(), [BAD])
 
 
-def test_a_conversation_that_always_fails_does_not_keep_a_run_from_going_on(server, make):
-    """As after a kill: nothing else is left to be asked."""
+def test_a_conversation_that_always_fails_does_not_stop_a_run(server, make):
+    """As after a kill, when no other conversation is left."""
     server.script["bad"] = [Reply(400, {"error": "filtered"})]
     policy = make()
     for _ in range(2):
@@ -361,10 +362,10 @@ def test_a_dead_server_is_one_line(make):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/v1"
-        found = message(make(base_url=url), STATES)
-    assert found.startswith(f"policy at {url}/chat/completions, model {MODEL}: not one of 5 requests was answered, the")
-    assert "ConnectError" in found and "(3 attempts)" in found
-    assert found.endswith("run the same command again: it goes on where it stopped")
+        error = message(make(base_url=url), STATES)
+    assert error.startswith(f"policy at {url}/chat/completions, model {MODEL}: not one of 5 requests was answered, the")
+    assert "ConnectError" in error and "(3 attempts)" in error
+    assert error.endswith("run the same command again: it resumes where it stopped")
 
 
 def test_a_server_that_dies_ends_the_run_after_so_many_failures_in_a_row(server, make):
@@ -389,7 +390,7 @@ def test_the_key_is_sent_and_shown_nowhere(server, make):
 
 def test_no_key_is_sent_unless_one_is_named(server, make, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    assert openai.read_key(EndpointConfig(model="a")) is None
+    assert endpoint_module.read_key(EndpointConfig(model="a")) is None
     make().propose(STATES[:1], 1, 1.0)
     assert "Authorization" not in server.headers[0]
 
@@ -397,21 +398,21 @@ def test_no_key_is_sent_unless_one_is_named(server, make, monkeypatch):
 def test_the_key_comes_from_the_environment(monkeypatch):
     endpoint = EndpointConfig(model="a", api_key_env="MY_KEY")
     monkeypatch.setenv("MY_KEY", f" {KEY}\n")
-    assert openai.read_key(endpoint) == KEY
+    assert endpoint_module.read_key(endpoint) == KEY
     monkeypatch.setenv("MY_KEY", f"{KEY}\nHost: elsewhere")
     with pytest.raises(UserError, match="MY_KEY: holds characters that no key has") as error:
-        openai.read_key(endpoint)
+        endpoint_module.read_key(endpoint)
     assert KEY not in str(error.value)
     monkeypatch.delenv("MY_KEY")
     with pytest.raises(UserError, match="MY_KEY is not set; export it"):
-        openai.read_key(endpoint)
+        endpoint_module.read_key(endpoint)
 
 
-def test_what_was_given_up_is_let_go(server, make):
+def test_a_request_past_its_deadline_is_disconnected(server, make):
     server.script["bad"] = [hang]
     policy = make(timeout_seconds=0.1, retries=0)
     policy.propose([BAD, *STATES], 1, 1.0)
-    assert server.gone.acquire(timeout=5)  # the server saw it end
+    assert server.gone.acquire(timeout=5)  # the server saw the connection end
 
 
 def test_ctrl_c_leaves_at_once_and_closes_what_is_open(server, make):
@@ -451,10 +452,10 @@ def test_it_works_inside_a_running_event_loop(make):
     assert asyncio.run(notebook()) == make().propose(STATES, 1, 1.0)
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_an_answer_that_spells_a_special_token_is_not_one_message(known, server, make):
+@pytest.mark.parametrize("has_tokenizer", [True, False])
+def test_an_answer_that_spells_a_special_token_is_not_one_message(has_tokenizer, server, make):
     server.script["bad"] = [Reply(200, completion("a<|end|>b")), Reply(200, completion("<b> | <i>"))]
-    policy = make(encoder=tiny.encoder() if known else None, retries=0, requests_in_flight=1)
+    policy = make(encoder=tiny.encoder() if has_tokenizer else None, retries=0, requests_in_flight=1)
     (failed,), (had,), _ = policy.propose([BAD, BAD._replace(first=1), STATES[0]], 1, 1.0)
     assert failed.error.startswith("the answer spells <|end|>, which no message may contain: ")
     assert had == Action("<b> | <i>", 2)
@@ -465,7 +466,7 @@ def test_a_tokenizer_counts_tokens(server, make):
     policy = make(encoder=encoder, max_tokens=100)
     policy.propose([BAD], 1, 1.0)
     assert policy.count_tokens(BAD.messages) == len(encoder.prompt(BAD.messages))
-    # 50 tokens are kept for the answer.
+    # 50 tokens are reserved for the answer.
     room = "x" * (50 - len(encoder.prompt([{"role": "user", "content": ""}])))
     fits, full = (State("t", [{"role": "user", "content": text}]) for text in (room, room + "x"))
     assert len(encoder.prompt(fits.messages)) == 50
@@ -476,12 +477,12 @@ def test_a_tokenizer_counts_tokens(server, make):
 
 def test_without_a_tokenizer_tokens_are_estimated(make):
     messages = [{"role": "user", "content": "12345"}, {"role": "assistant", "content": None, "tool_calls": [{}]}]
-    # Four for each message, and a token for every four bytes begun.
+    # Four for each message, and a token for every four bytes, rounded up.
     assert make().count_tokens(messages) == 4 + 2 + 4
 
 
 def test_the_fakes_good_answer_is_what_a_real_server_sends():
-    """Checked against the client library that the servers are compatible with."""
+    """Checked with the types of the client library that defines the API."""
     for body in (GOOD, completion("a", finish="length"), fake_server.answer({"messages": []})):
         parsed = ChatCompletion.model_validate(body | {"created": 1})
         assert parsed.choices[0].message.content == body["choices"][0]["message"]["content"]

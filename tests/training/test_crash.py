@@ -1,4 +1,4 @@
-"""The command that kills a training over and over, in short, and what it says of a run that ended differently."""
+"""A short run of the crash benchmark, and its report of a run that ended with other bits."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ import pytest
 from benchmarks import crash
 from jaxprm import files
 
-WHOLE = {"step": "96", "parameters": "a", "optimizer": "b"}
+UNDISTURBED = {"step": "96", "parameters": "a", "optimizer": "b"}
 
 
 def run(began: list[int | None], **changes: str) -> dict:
-    return {"kills": [{"began": one} for one in began], "status": 0, "result": WHOLE | changes}
+    return {"kills": [{"began": batch} for batch in began], "status": 0, "result": UNDISTURBED | changes}
 
 
 def test_what_differs_is_named():
-    found = {"whole": WHOLE, "named": run([0, None]), "random": [run([6]), run([], optimizer="c")], "same": False}
-    assert crash.report(found) == [
+    results = {
+        "whole": UNDISTURBED,
+        "named": run([0, None]),
+        "random": [run([6]), run([], optimizer="c")],
+        "same": False,
+    }
+    assert crash.report(results) == [
         "named points: 2 kills, of processes that began at 0, the end: same bits",
         "random 0: 1 kills, of processes that began at 6: same bits",
         "random 1: 0 kills, of processes that began at none: differs in optimizer",
@@ -33,8 +38,8 @@ def test_a_short_count_ends_with_the_same_bits(tmp_path, monkeypatch, capsys):
         crash.main([*options, "--folder", str(tmp_path / "never")])  # nothing was there to be restored
     monkeypatch.setattr(crash, "NAMED", ("commit", "model"))
     assert crash.main([*options, "--folder", str(tmp_path / "runs")]) == 0
-    found = files.read_json(tmp_path / "found.json")
-    assert [kill["point"] for kill in found["named"]["kills"]] == ["commit", "model"]
-    assert len(found["random"][0]["kills"]) == 1 and found["same"]
-    assert {"parameters", "optimizer", "target", "metrics.jsonl"} <= found["whole"].keys()
+    results = files.read_json(tmp_path / "found.json")
+    assert [kill["point"] for kill in results["named"]["kills"]] == ["commit", "model"]
+    assert len(results["random"][0]["kills"]) == 1 and results["same"]
+    assert {"parameters", "optimizer", "target", "metrics.jsonl"} <= results["whole"].keys()
     assert capsys.readouterr().out.splitlines()[-1].startswith("3 kills, 16 steps: the same bits")

@@ -1,4 +1,4 @@
-"""Collection: the same file however it was sampled, interrupted or batched; nothing lost, doubled or left open."""
+"""Collected trajectories are the same however they were batched or interrupted, and every environment is closed."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from jaxprm.search.methods import RandomScorer
 from jaxprm.search.tree import tree_to_dict
 from tests.search.fakes import Factory, ScriptedPolicy, SeededPolicy, TreeGame, Walk
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TASKS = Walk().tasks("train")
 COUNT = 5
 WANTED = [f"{task}#{number}" for task in TASKS for number in range(COUNT)]
@@ -37,13 +37,13 @@ def sample(output, make=Walk, policy=None, **changed):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """The bytes of a collection that nothing happened to."""
+    """The bytes of a file collected without interruption."""
     return sample(tmp_path_factory.mktemp("undisturbed") / "train.jsonl").read_bytes()
 
 
 @pytest.fixture(scope="module")
 def in_the_order_they_end():
-    """The lines a partial file gets, in its order."""
+    """The lines of the partial file, in the order in which episodes end."""
     jobs = [(task, number) for task in TASKS for number in range(COUNT)]
     episodes = rollouts(Walk, SeededPolicy(3), jobs, temperature=1.0, in_flight=6)
     lines = [files.line(trajectory(episode, **ABOUT)) for episode in episodes]
@@ -120,7 +120,7 @@ def test_no_more_episodes_than_asked_for_are_in_flight(tmp_path):
 def test_a_finished_file_is_not_sampled_again(undisturbed, tmp_path):
     output = tmp_path / "train.jsonl"
     output.write_bytes(undisturbed)
-    # Killed just after the file was finished, before this one was removed.
+    # A run that was killed between writing the file and removing this one.
     (tmp_path / "train.jsonl.partial").write_bytes(undisturbed)
     factory = Factory(Walk)
     assert sample(output, factory) == output
@@ -138,19 +138,19 @@ def test_killed_at_any_byte_it_ends_with_the_same_file(data, undisturbed, in_the
     output.with_name("train.jsonl.partial").write_bytes(torn)
     policy = SeededPolicy(3)
     assert sample(output, policy=policy, in_flight=data.draw(st.integers(1, 9))).read_bytes() == undisturbed
-    # What was whole is not sampled again: every missing episode starts once.
+    # Complete lines are not sampled again: every missing episode starts once.
     assert policy.started == len(WANTED) - torn.count(b"\n")
     assert not output.with_name("train.jsonl.partial").exists()
 
 
 @pytest.mark.parametrize("calls", [0, 1, 5, 9, 14])
-def test_interrupted_by_the_user_it_keeps_what_was_finished_and_goes_on(calls, undisturbed, tmp_path):
+def test_interrupted_by_the_user_it_keeps_finished_episodes_and_resumes(calls, undisturbed, tmp_path):
     output, factory = tmp_path / "train.jsonl", Factory(Walk)
     with pytest.raises(KeyboardInterrupt):
         sample(output, factory, SeededPolicy(3, stop_after=calls))
     assert factory.closes == [1] * 6
     assert not output.exists()
-    kept = files.whole_lines(tmp_path / "train.jsonl.partial")
+    kept = files.complete_lines(tmp_path / "train.jsonl.partial")
     again = SeededPolicy(3)
     assert sample(output, policy=again).read_bytes() == undisturbed
     assert again.started == len(WANTED) - len(kept)
@@ -160,7 +160,7 @@ KILLED = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from tests.test_collect import SeededPolicy, sample
+from tests.policies.test_rollouts import SeededPolicy, sample
 sample(Path(sys.argv[1]), policy=SeededPolicy(3, delay=0.03), in_flight=3)
 """
 
@@ -184,7 +184,7 @@ def test_killed_by_the_system_it_ends_with_the_same_file(undisturbed, tmp_path):
 
 
 class Faulty(Walk):
-    """Fails at the places its class says, a method of a task, and is of no use from then on."""
+    """Raises in the method and task of `fail`, and is broken from then on."""
 
     fail, broken = ("", ""), False
 
@@ -244,15 +244,15 @@ def test_an_action_that_the_policy_cannot_give_ends_that_episode_and_breaks_no_e
     assert [line.ended for line in lines] == ["done"] * 3 + ["done", "done", "error"] + ["error"] * 3 + ["done"] * 3
     for line in lines[5:9]:
         assert (line.outcome, line.success, line.meta["error"]) == (None, None, "policy: no fails today")
-        assert [message.role for message in line.messages] == ["user"]  # what was not said is not in it
+        assert [message.role for message in line.messages] == ["user"]  # without the action that failed
         assert line.meta["tokens"] == 0
-    # The environments are as good as new: two served all twelve episodes.
+    # The environments did not fail: two served all twelve episodes.
     assert factory.closes == [1, 1]
 
 
 def test_a_policy_that_gives_nothing_is_named_as_the_cause(tmp_path):
     policy = ScriptedPolicy(lambda task, path: ["up"] if not path else ["fails"], fail={"fails"})
-    with pytest.raises(UserError, match=r"all 20 .* the first: policy: no fails today; mend the policy$"):
+    with pytest.raises(UserError, match=r"all 20 .* the first: policy: no fails today; fix the policy$"):
         sample(tmp_path / "x.jsonl", policy=policy)
 
 
@@ -273,15 +273,15 @@ def test_a_collection_of_nothing_but_errors_is_refused_and_can_be_repeated(tmp_p
         sample(output, factory, SeededPolicy(3, ("crash",)), label="collect train")
     assert str(error.value) == (
         "collect train: all 20 episodes ended in an error, the first: OSError: the path is broken; "
-        "mend the environment walk"
+        "fix the environment walk"
     )
     assert set(factory.closes) == {1}
-    # Mended, the same command samples all of it.
+    # The same command samples everything once the cause is fixed.
     assert sample(output).read_bytes() == undisturbed
 
 
 class Odd(Walk):
-    """Returns what it must not."""
+    """Returns values that the protocol forbids."""
 
     observation, grade, about = "fine", 1.0, {}
 
@@ -355,8 +355,8 @@ def test_an_environment_that_cannot_be_closed_keeps_no_other_open(tmp_path):
     with pytest.raises(RuntimeError, match="cannot close"):
         sample(tmp_path / "x.jsonl", factory)
     assert factory.closes == [1] * 6
-    # All was sampled, and none of it is lost.
-    assert len(files.whole_lines(tmp_path / "x.jsonl.partial")) == len(WANTED)
+    # All episodes were sampled, and none is lost.
+    assert len(files.complete_lines(tmp_path / "x.jsonl.partial")) == len(WANTED)
 
 
 def test_no_tasks_give_an_empty_file(tmp_path):
