@@ -1,10 +1,11 @@
-"""Imports a checkpoint of the shape of Qwen2.5-7B in bfloat16, exports it again, and measures what that costs.
+"""Imports a checkpoint of the shape of Qwen2.5-7B in bfloat16 and exports it again; measures time and host memory.
 
     python -m benchmarks.import_export [--layers 28] [--devices 1] [--directory DIR] [--keep]
 
-Makes a random checkpoint on disk, a tensor at a time (15.2 GB with all 28 layers, 4.0 GB with 4), reads it onto the
-device, or split over a mesh of virtual ones, and prints seconds and the peak of anonymous host memory against the
-bound: parameters + 2 x the largest tensor + 256 MB. Exit status 1 where the bound is broken. Linux only.
+Writes a random checkpoint to disk, a tensor at a time (15.2 GB with all 28 layers, 4.0 GB with 4), and reads it onto
+the device, or onto a mesh of virtual devices. Prints seconds and the peak of anonymous host memory against the bound:
+parameters + 2 x the largest tensor + 256 MB. The exit status is 1 if the bound is exceeded or a tensor is wrong. Linux
+only.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-SLACK = 256 << 20
+SLACK = 256 << 20  # bytes
 SAMPLE_SECONDS = 0.005
 SHAPES = {
     "7b": {
@@ -56,7 +57,7 @@ SHAPES = {
 
 
 class Measured(NamedTuple):
-    """seconds, and the peak of anonymous memory over what there was before, in bytes."""
+    """Result and duration of a function, and the peak of anonymous memory above its start, in bytes."""
 
     result: Any
     seconds: float
@@ -64,14 +65,14 @@ class Measured(NamedTuple):
 
 
 def anonymous_memory() -> int:
-    """Bytes of this process that no file backs: what it costs the host, the mapped checkpoint left out."""
+    """Resident bytes of this process without those mapped from files, which the kernel can drop at any time."""
     with open("/proc/self/status", encoding="ascii") as file:
         line = next(line for line in file if line.startswith("RssAnon"))
     return int(line.split()[1]) << 10
 
 
 def measured(work: Callable[[], Any]) -> Measured:
-    """Runs `work` while a thread samples the memory."""
+    """Runs `work` while a thread samples the memory of the process."""
     before, done = anonymous_memory(), threading.Event()
     peak = [before]
 
@@ -92,10 +93,11 @@ def measured(work: Callable[[], Any]) -> Measured:
 
 
 def random_bfloat16(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Values of magnitude 1/64 to 1/32 and random sign, a function of the tensor's name; random bits are fast."""
+    """Values of magnitude 1/64 to 1/32 and random sign, determined by the name of the tensor."""
     import ml_dtypes
 
     rng = np.random.default_rng(zlib.crc32(name.encode()))
+    # Random sign and mantissa with a fixed exponent: random bits are fast to draw.
     bits = np.frombuffer(rng.bytes(2 * int(np.prod(shape))), np.uint16)
     return ((bits & 0x807F) | 0x3C80).view(ml_dtypes.bfloat16).reshape(shape)
 
@@ -108,17 +110,20 @@ def make_checkpoint(directory: Path, config) -> int:
 
     described = hf_config(config, reward=False, pad_id=0, end_id=1, max_length=32_768, dtype="bfloat16")
     (directory / "config.json").write_text(json.dumps(described))
-    wanted = list(tensors(config, reward=False))
+    specs = list(tensors(config, reward=False))
     write_weights(
         directory,
-        [TensorToWrite(one.name, one.shape, lambda one=one: random_bfloat16(one.name, one.shape)) for one in wanted],
+        [
+            TensorToWrite(spec.name, spec.shape, lambda spec=spec: random_bfloat16(spec.name, spec.shape))
+            for spec in specs
+        ],
         dtype="bfloat16",
     )
-    return max(2 * int(np.prod(one.shape)) for one in wanted)
+    return max(2 * int(np.prod(spec.shape)) for spec in specs)
 
 
 def import_checkpoint(directory: Path, config, devices: int):
-    """The parameters in bfloat16, ready; split over `devices` where there are several."""
+    """The parameters in bfloat16 on the device, or split over several."""
     import jax
     import jax.numpy as jnp
 
@@ -126,57 +131,58 @@ def import_checkpoint(directory: Path, config, devices: int):
     from jaxprm.hf import reader
     from jaxprm.model import sharding
 
-    places = None
+    shardings = None
     if devices > 1:
         mesh = sharding.make_mesh(config_lib.MeshConfig(data=1, fsdp=devices))
-        placed = sharding.with_shardings(mesh, reader.abstract(config, reward=False))
-        places = jax.tree.map(lambda leaf: leaf.sharding, placed)
-    _, state = reader.load_transformer(directory, dtype=jnp.bfloat16, shardings=places)
+        shapes = sharding.with_shardings(mesh, reader.abstract(config, reward=False))
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    _, state = reader.load_transformer(directory, dtype=jnp.bfloat16, shardings=shardings)
     return jax.block_until_ready(state)
 
 
 def export_checkpoint(directory: Path, config, state) -> None:
     """Writes the parameters as `export` does."""
-    from jaxprm.hf import reader
+    from jaxprm.hf import writer
 
     directory.mkdir()
     ids = {"pad_id": 0, "end_id": 1, "max_length": 32_768}
-    reader.write_model(directory, config, state, **ids, dtype="bfloat16")
+    writer.write_model(directory, config, state, **ids, dtype="bfloat16")
 
 
-def wrong_files(made: Path, exported: Path) -> list[str]:
-    """Names of files that are not the same in both directories."""
-    names = {path.name for folder in (made, exported) for path in folder.iterdir() if "safetensors" in path.name}
-    return sorted(name for name in names if not _equal(made / name, exported / name))
+def wrong_files(source: Path, exported: Path) -> list[str]:
+    """Names of files of weights that differ, or that only one directory has."""
+    names = {path.name for folder in (source, exported) for path in folder.iterdir() if "safetensors" in path.name}
+    return sorted(name for name in names if not _equal(source / name, exported / name))
 
 
-def _equal(one: Path, other: Path) -> bool:
-    return one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False)
+def _equal(a: Path, b: Path) -> bool:
+    return a.is_file() and b.is_file() and filecmp.cmp(a, b, shallow=False)
 
 
 def wrong_tensors(config, state) -> Iterator[str]:
-    """Names of tensors, some of every kind, that did not arrive as they were made."""
+    """Names of imported tensors that differ from the written ones, among samples of every kind."""
     from jaxprm.hf.names import tensors
 
-    for one in tensors(config, reward=False):
-        if one.layer not in (None, 0, config.layers - 1):
+    for spec in tensors(config, reward=False):
+        # Only the first and the last layer: drawing every tensor again would take as long as writing it did.
+        if spec.layer not in (None, 0, config.layers - 1):
             continue
         parameter = state
-        for name in one.path:
+        for name in spec.path:
             parameter = parameter[name]
-        values = parameter[...] if one.layer is None else parameter[one.layer]
-        ours = np.asarray(values[:, :8] if one.transposed else values[:8]).view(np.uint16)
-        theirs = random_bfloat16(one.name, one.shape)[:8].view(np.uint16)
-        if not np.array_equal(ours.T if one.transposed else ours, theirs):
-            yield one.name
+        values = parameter[...] if spec.layer is None else parameter[spec.layer]
+        ours = np.asarray(values[:, :8] if spec.transposed else values[:8]).view(np.uint16)
+        theirs = random_bfloat16(spec.name, spec.shape)[:8].view(np.uint16)
+        if not np.array_equal(ours.T if spec.transposed else ours, theirs):
+            yield spec.name
 
 
-def report(name: str, size: int, found: Measured, bound: int) -> bool:
-    """One line; whether the bound was kept."""
-    kept = found.peak <= bound
+def report(name: str, size: int, measurement: Measured, bound: int) -> bool:
+    """Prints a line; returns whether the peak is within the bound."""
+    kept = measurement.peak <= bound
     print(
-        f"{name}: {size / 1e9:.2f} GB in {found.seconds:.1f} s; peak anonymous memory {found.peak / 1e9:.2f} GB, "
-        f"bound {bound / 1e9:.2f} GB: {'kept' if kept else 'BROKEN'}",
+        f"{name}: {size / 1e9:.2f} GB in {measurement.seconds:.1f} s; peak anonymous memory "
+        f"{measurement.peak / 1e9:.2f} GB, bound {bound / 1e9:.2f} GB: {'kept' if kept else 'BROKEN'}",
         flush=True,
     )
     return kept
@@ -187,7 +193,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, default="7b", help="default 7b; small is for tests")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--devices", type=int, default=1, help="virtual devices to split the parameters over")
-    parser.add_argument("--directory", type=Path, help="where the checkpoint is made (default: a temporary one)")
+    parser.add_argument("--directory", type=Path, help="directory for the checkpoint (default: a temporary one)")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoint")
     return parser.parse_args()
 
@@ -197,7 +203,7 @@ def main() -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if options.devices > 1:
         os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={options.devices}"
-    import jax
+    import jax  # after the environment is set, which it reads once
 
     from jaxprm.model.config import TransformerConfig
 
@@ -206,16 +212,16 @@ def main() -> int:
     directory = options.directory or Path(tempfile.mkdtemp(prefix="jaxprm-benchmark-"))
     directory.mkdir(parents=True, exist_ok=True)
     try:
-        made = measured(lambda: make_checkpoint(directory, config))
+        source = measured(lambda: make_checkpoint(directory, config))
         size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-        print(f"made: {size / 1e9:.2f} GB in {made.seconds:.1f} s ({config.layers} layers)", flush=True)
-        jax.block_until_ready(jax.numpy.zeros(8) + 1)  # what JAX itself takes is not the import's
+        print(f"made: {size / 1e9:.2f} GB in {source.seconds:.1f} s ({config.layers} layers)", flush=True)
+        jax.block_until_ready(jax.numpy.zeros(8) + 1)  # so that the memory of JAX itself is not counted
         loaded = measured(lambda: import_checkpoint(directory, config, options.devices))
         resident = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded.result))
-        kept = report("import", size, loaded, resident + 2 * made.result + SLACK)
+        kept = report("import", size, loaded, resident + 2 * source.result + SLACK)
         wrong = list(wrong_tensors(config, loaded.result))
         written = measured(lambda: export_checkpoint(directory / "exported", config, loaded.result))
-        kept &= report("export", size, written, 2 * made.result + SLACK)
+        kept &= report("export", size, written, 2 * source.result + SLACK)
         wrong += wrong_files(directory, directory / "exported")
         if wrong:
             print(f"WRONG: {', '.join(wrong)}")

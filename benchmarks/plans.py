@@ -1,9 +1,9 @@
-"""Compiles the plans of docs/plan.md one after another and writes their table; what is done already is not done again.
+"""Compiles the plans of docs/plan.md one after another and writes their table; finished plans are not compiled again.
 
-    python -m benchmarks.plans --output runs/plans            # all that are missing, the smallest first
-    python -m benchmarks.plans --output runs/plans --rows     # no compiling: the rows of the table, from what is there
+    python -m benchmarks.plans --output runs/plans            # compile those that are missing
+    python -m benchmarks.plans --output runs/plans --rows     # only write the table of the finished ones
 
-Needs libtpu. Each plan is a process of its own, whose command line is in its JSON file's name and in the table.
+Needs libtpu. Each plan is compiled in a separate process; its JSON file is named after its options.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HEAD = (
 
 
 class Plan(NamedTuple):
-    """One row: bfloat16, splash attention where `auto` takes it."""
+    """A row of the table: options of `plan`; bfloat16, and splash attention where `auto` selects it."""
 
     model: str
     topology: str
@@ -87,35 +87,36 @@ def main() -> None:
             continue
         print(" ".join(plan.command(path)[1:]), flush=True)
         done = subprocess.run(plan.command(path.with_suffix(".partial")))
-        if done.returncode not in (0, 3):
+        if done.returncode not in (0, 3):  # 3: it does not fit, which is a row of the table too
             print(f"{plan.name}: status {done.returncode}", file=sys.stderr)
             continue
         path.with_suffix(".partial").rename(path)
+        # Compilations take minutes: an interrupted run leaves the table of what is finished.
         _write(options.output)
     _write(options.output)
     print((options.output / "rows.md").read_text())
 
 
 def _write(output: Path) -> None:
-    """The rows of what is there, in the order of PLANS."""
+    """Writes the table of the finished plans, in the order of PLANS."""
     paths = [(plan, output / f"{plan.name}.json") for plan in PLANS]
     rows = [row(plan, json.loads(path.read_text())) for plan, path in paths if path.is_file()]
     (output / "rows.md").write_text("\n".join([HEAD, *rows]) + "\n")
 
 
-def row(plan: Plan, found: dict) -> str:
-    """A line of the table."""
-    sizes, guess, scorer = found["bytes_per_device"], found["estimate"], found["scorer"]
+def row(plan: Plan, report: dict) -> str:
+    """A line of the table from the JSON of a plan."""
+    sizes, estimate, scorer = report["bytes_per_device"], report["estimate"], report["scorer"]
 
     def gib(size: int | None) -> str:
         return "?" if size is None else f"{size / GIB:.2f}"
 
     bound = expected = "-"
-    if guess["step_seconds"] is not None:
-        bound = f"{guess['bound_seconds']:.3g} s, {guess['binds']}"
-        expected = f"{guess['tokens_per_second_per_chip']:,.0f}"
-    free = found["free_bytes_per_device"]
-    fits = f"yes, {gib(free)} free" if found["fits"] else f"no, {gib(-free)} too much"
+    if estimate["step_seconds"] is not None:
+        bound = f"{estimate['bound_seconds']:.3g} s, {estimate['binds']}"
+        expected = f"{estimate['tokens_per_second_per_chip']:,.0f}"
+    free = report["free_bytes_per_device"]
+    fits = f"yes, {gib(free)} free" if report["fits"] else f"no, {gib(-free)} too much"
     cells = (
         plan.model,
         plan.topology,
@@ -124,11 +125,11 @@ def row(plan: Plan, found: dict) -> str:
         plan.remat,
         f"{gib(sizes['arguments'])} + {gib(sizes['temporaries'])} = {gib(sizes['total'])} of {gib(sizes['limit'])}",
         fits,
-        f"{found['flops_per_step'] / 1e12:,.0f}",
+        f"{report['flops_per_step'] / 1e12:,.0f}",
         bound,
         expected,
         ("" if scorer["fits"] else "no: ") + gib(scorer["bytes_per_device"]["total"]),
-        f"{found['compile_seconds']:.0f} s",
+        f"{report['compile_seconds']:.0f} s",
     )
     return f"| {' | '.join(cells)} |"
 

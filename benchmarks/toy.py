@@ -17,7 +17,7 @@ from data_pipeline.build import build
 from data_pipeline.encode import Encoder
 from data_pipeline.trajectory import Message, Trajectory, to_line
 from jaxprm import config as config_lib
-from jaxprm.hf import reader
+from jaxprm.hf import writer
 from jaxprm.model.config import TransformerConfig
 from jaxprm.model.transformer import Transformer
 from jaxprm.training.imitate import train_tokenizer
@@ -67,7 +67,7 @@ def write_base(directory: Path, texts: list[str], *, seed: int = 0) -> Path:
     parameters = jax.jit(lambda: nnx.state(Transformer(SIZES, rngs=nnx.Rngs(seed))))()
     # An embedding of unit scale, as in a trained policy: from 0.02 the first hundred steps would only scale it up.
     parameters["embedding"] = nnx.Param(parameters["embedding"][...] * 50)
-    reader.write_model(directory, SIZES, parameters, pad_id=encoder.pad_id, end_id=encoder.end_id, max_length=256)
+    writer.write_model(directory, SIZES, parameters, pad_id=encoder.pad_id, end_id=encoder.end_id, max_length=256)
     return directory
 
 

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForTokenClassification
 
 from data_pipeline.shards import ShardSplit
-from jaxprm.hf import reader
+from jaxprm.hf import writer
 from jaxprm.model.config import TransformerConfig
 
 IGNORED = -100
@@ -22,7 +22,7 @@ MEGABATCH = 50  # batches that are sorted together by length, as in transformers
 def load(config: TransformerConfig, parameters: Any, *, max_length: int) -> Any:
     """The transformers model with these weights, two labels and a bias."""
     with tempfile.TemporaryDirectory(prefix="jaxprm-bench-") as scratch:
-        reader.write_model(Path(scratch), config, parameters, pad_id=0, end_id=1, max_length=max_length)
+        writer.write_model(Path(scratch), config, parameters, pad_id=0, end_id=1, max_length=max_length)
         return AutoModelForTokenClassification.from_pretrained(
             scratch, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
         ).train()

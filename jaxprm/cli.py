@@ -189,9 +189,9 @@ def _bench(options) -> int:
 def _evaluate(options) -> int:
     from jaxprm import files
     from jaxprm.errors import UserError
-    from jaxprm.evaluation.judge import Settings, evaluate
+    from jaxprm.evaluation.evaluate import Settings, evaluate
     from jaxprm.evaluation.statistics import Resampling
-    from jaxprm.evaluation.tables import judge_table
+    from jaxprm.evaluation.tables import evaluation_table
 
     if options.json and (options.json.is_dir() or options.json.resolve() == options.input.resolve()):
         raise UserError(f"json {options.json}: is a directory, or the input; name another file")
@@ -204,7 +204,7 @@ def _evaluate(options) -> int:
         resampling=Resampling(samples=options.samples, seed=options.seed),
     )
     report = evaluate(options.model, options.input, settings)
-    print(judge_table(report))
+    print(evaluation_table(report))
     if options.json:
         files.write_json(options.json, report)
     return 1 if report["input"]["errors"] else 0
@@ -216,7 +216,7 @@ def _export(options) -> int:
     report = export(
         options.model,
         options.output,
-        form=options.format,
+        head_format=options.format,
         dtype=options.dtype,
         max_shard_size=options.max_shard_size,
         template=options.chat_template,

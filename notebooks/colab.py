@@ -167,7 +167,7 @@ class Session:
 
     def base_model(self, model: str) -> Path:
         """The directory of a model, downloaded if it is a name on the hub. Raises Stop."""
-        script = "import sys; from jaxprm.model import hub; print(hub.resolve(sys.argv[1], what='base model'))"
+        script = "import sys; from jaxprm.hf import hub; print(hub.resolve(sys.argv[1], what='base model'))"
         done = subprocess.run(
             [sys.executable, "-c", script, model], env=self.environment(), capture_output=True, text=True, check=False
         )

@@ -6,10 +6,13 @@ and saves, only its compiler knows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxprm.model.config import FAMILIES, TransformerConfig
+from jaxprm.model.parameters import layer_matrices, parameter_shapes
 from notebooks.colab import HOST_LIMIT, Stop
 
 CHIP = 15.75 * 2**30  # of 16 GB of a v5e, what its compiler gives out
@@ -35,25 +38,24 @@ class Needs(NamedTuple):
     disk: float
 
 
-def matrices(config: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """[inputs, outputs] of the seven matrices of a layer."""
-    width, ffn, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
-    head = config.get("head_dim") or width // heads
-    queries, keys = heads * head, config.get("num_key_value_heads", heads) * head
-    return [(width, queries), (width, keys), (width, keys), (queries, width), (width, ffn), (width, ffn), (ffn, width)]
-
-
 def parameters(config: Mapping[str, Any]) -> int:
-    """Of the reward model: embeddings, layers, final norm and head, and no unembedding."""
-    width, layers, family = config["hidden_size"], config["num_hidden_layers"], config.get("model_type")
-    (_, queries), (_, keys), *_ = shapes = matrices(config)
-    vectors = 2 * width
-    if family == "qwen2":
-        vectors += queries + 2 * keys
-    if family == "qwen3":
-        vectors += 2 * (queries // config["num_attention_heads"])
-    per_layer = sum(inputs * outputs for inputs, outputs in shapes) + vectors
-    return config["vocab_size"] * width + layers * per_layer + 2 * width
+    """The number of parameters of the reward model made from a language model with this config.json."""
+    return sum(math.prod(shape) for shape in parameter_shapes(_sizes(config), reward=True).values())
+
+
+def _sizes(config: Mapping[str, Any]) -> TransformerConfig:
+    heads, width, family = config["num_attention_heads"], config["hidden_size"], config["model_type"]
+    default_head_dim = FAMILIES[family].head_dim if family in FAMILIES else None
+    return TransformerConfig(
+        vocab_size=config["vocab_size"],
+        hidden_size=width,
+        layers=config["num_hidden_layers"],
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or default_head_dim or width // heads,
+        intermediate_size=config["intermediate_size"],
+        family=family,
+    )
 
 
 def needs(
@@ -64,8 +66,8 @@ def needs(
     train: a key of OVERRIDES; export_bytes: of an exported weight, 2 or 4.
     """
     width, layers, ffn = config["hidden_size"], config["num_hidden_layers"], config["intermediate_size"]
-    shapes, total = matrices(config), parameters(config)
-    edges = sum(inputs + outputs for inputs, outputs in shapes)
+    total = parameters(config)
+    edges = sum(inputs + outputs for inputs, outputs in layer_matrices(_sizes(config)).values())
     trained = total if train != "lora" else width + layers * RANK * edges
     if train == "adafactor":  # a mean for each row and each column
         moments = 4 * (layers * edges + config["vocab_size"] + width)

@@ -1,4 +1,4 @@
-"""Orbax checkpoints of a training run: written with the data position, read back on any mesh, inspected."""
+"""Orbax checkpoints of a training run: writing and restoring them, reading parameters only, and inspecting them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,18 @@ import orbax.checkpoint as ocp
 from jaxprm.artifacts.directory import find_checkpoint
 from jaxprm.errors import UserError
 
+# Parts of a training state that `inspect` has a fingerprint of.
+PARTS = ("parameters", "optimizer", "target")
+
 logging.getLogger("absl").setLevel(logging.WARNING)
 
 
 class Checkpoints:
-    """The checkpoints of one run: the latest `keep_latest`, and the `keep_best` of the smallest validation loss.
+    """The checkpoints of one training run: the last `keep_latest`, and the `keep_best` with the least validation loss.
 
-    `identity` is what a checkpoint must agree with to be resumed from; `config` is written beside it, to be read.
+    Args:
+        identity: fingerprints that a checkpoint must agree with to be resumed from.
+        config: stored in the checkpoint for `inspect`.
     """
 
     def __init__(
@@ -42,7 +47,7 @@ class Checkpoints:
         policies = ocp.checkpoint_managers
         best = policies.BestN(get_metric_fn=loss, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
-            # Either is enough to be kept, so the latest is never deleted for not being among the best.
+            # A checkpoint is kept if either policy keeps it: the latest must survive even if it is not among the best.
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep_latest), best]),
             best_fn=loss,
             best_mode="min",
@@ -57,9 +62,11 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def restore(self, abstract_state: Any) -> tuple[int, Any, dict] | None:
-        """(step, state, data position) of the newest checkpoint, laid out like `abstract_state`; None if there is none.
+        """(step, state, data position) of the newest checkpoint, or None; `abstract_state` has shapes and shardings.
 
-        Raises UserError when the checkpoint belongs to another config, data set or tokenizer.
+        The mesh may differ from that of the run that saved it.
+
+        Raises UserError if the identity differs: another config, data set or tokenizer.
         """
         step = self.latest_step()
         if step is None:
@@ -75,11 +82,15 @@ class Checkpoints:
         return step, restored["state"], meta["position"]
 
     def save(self, step: int, state: Any, position: dict, *, validation_loss: float | None = None) -> None:
-        """Writes in the background; an unfinished write is never visible as a checkpoint. A step is written once.
+        """Writes a checkpoint in the background, unless there is one of this step.
 
-        validation_loss: of this state, where it was measured; only such a checkpoint can be among the best.
+        An unfinished write is not visible as a checkpoint.
 
-        Raises OSError (ENOSPC), here or in the next call, when the disk is full.
+        Args:
+            position: of the input pipeline; any JSON object.
+            validation_loss: of this state. A checkpoint without it cannot be among the best.
+
+        Raises OSError (ENOSPC), here or in the next call, if the disk is full.
         """
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(self._meta | {"position": position})
@@ -90,19 +101,20 @@ class Checkpoints:
                 self._manager.save(step, args=args, metrics=metrics)
 
     def wait(self) -> None:
-        """Returns when the last write is committed."""
+        """Blocks until the last write is complete."""
         with self._full_disk():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits for the last write."""
+        """Blocks until the last write is complete, and releases the manager."""
         self.wait()
         with self._full_disk():
             self._manager.close()
 
     @contextmanager
     def _full_disk(self) -> Iterator[None]:
-        """Storage errors arrive as ValueError from a background thread; a full disk is one that users can mend."""
+        """Raises OSError (ENOSPC) for a full disk."""
+        # Orbax reports storage errors of its background thread as ValueError. Users can fix only this one.
         try:
             yield
         except ValueError as error:
@@ -112,54 +124,58 @@ class Checkpoints:
 
 
 def abstract(state: Any) -> Any:
-    """Shapes, dtypes and shardings of a state, to restore into."""
+    """Shapes, dtypes and shardings of a state of arrays, for `Checkpoints.restore`."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
 
 
 def read_parameters(directory: Path, shapes: Any, shardings: Any = None) -> Any:
-    """The parameters of a checkpoint, as its directory holds them and nothing else of it, on this process' device.
+    """The parameters of a checkpoint; optimizer and target network are not read.
 
-    shapes: their tree with shapes and dtypes; shardings: a like tree, where they go instead. The run's own
-    `Checkpoints` would tidy up what a live training is writing; this touches nothing.
+    Args:
+        shapes: tree of their shapes and dtypes.
+        shardings: a tree like `shapes`; None puts everything on the first device.
 
-    Raises UserError for parameters of other shapes, and for a checkpoint that is gone before it is read.
+    Raises UserError if the checkpoint has parameters of other shapes, or cannot be read.
     """
-    import orbax.checkpoint as ocp  # two seconds, for those who read no checkpoint
-
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    places = jax.tree.map(lambda leaf: here, shapes) if shardings is None else shardings
-    wanted = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, places)
-    item = {"parameters": wanted}
+    # Not by a CheckpointManager: it would remove the unfinished writes of a training run that is still running.
+    if shardings is None:
+        first_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shardings = jax.tree.map(lambda leaf: first_device, shapes)
+    expected = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+    )
+    item = {"parameters": expected}
     arguments = ocp.args.PyTreeRestore(
         item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
     )
     state, handler = (directory / "state").absolute(), ocp.PyTreeCheckpointHandler()
     try:
-        _check_shapes(handler.metadata(state).tree["parameters"], wanted, directory)
+        _check_shapes(handler.metadata(state).tree["parameters"], expected, directory)
         return handler.restore(state, args=arguments)["parameters"]
     except UserError:
         raise
-    except (OSError, KeyError, ValueError) as error:  # the last is Orbax' word for a file that is missing or broken
+    except (OSError, KeyError, ValueError) as error:  # ValueError: Orbax, for a missing or broken file
         reason = " ".join(str(error).split())[:120]
         raise UserError(
-            f"checkpoint {directory}: cannot be read ({reason}); a training that goes on keeps its last checkpoints "
-            "only: name a newer one"
+            f"checkpoint {directory}: cannot be read ({reason}). A running training run may have deleted it; "
+            "give a newer checkpoint"
         ) from None
 
 
-def _check_shapes(found: Any, wanted: Any, directory: Path) -> None:
-    """Restoring would cut or pad an array of another shape without a word."""
-    saved, needed = _shapes(found), _shapes(wanted)
-    for name in sorted(saved.keys() | needed.keys()):
-        if saved.get(name) != needed.get(name):
+def _check_shapes(saved: Any, expected: Any, directory: Path) -> None:
+    """Raises UserError unless both trees have the same parameters with the same shapes."""
+    # Orbax silently cuts or pads an array of another shape.
+    saved_shapes, expected_shapes = _shapes(saved), _shapes(expected)
+    for name in sorted(saved_shapes.keys() | expected_shapes.keys()):
+        if saved_shapes.get(name) != expected_shapes.get(name):
             raise UserError(
-                f"checkpoint {directory}: parameter {name} has shape {saved.get(name)}, its config.json means "
-                f"{needed.get(name)}; it belongs to another model"
+                f"checkpoint {directory}: parameter {name} has shape {saved_shapes.get(name)}, but its config.json "
+                f"means {expected_shapes.get(name)}; it belongs to another model"
             )
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """Shapes by path; a parameter's own box, `value`, is no part of it."""
+    """Shapes by dotted path, with or without the `value` of an nnx.Param at its end."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     paths = [[str(getattr(key, "key", getattr(key, "name", key))) for key in path] for path, _ in leaves]
     return {
@@ -168,22 +184,19 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     }
 
 
-PARTS = ("parameters", "optimizer", "target")
-_BELOW = ("checkpoints", "seed-*/checkpoints", "*/seed-*/checkpoints", "reward_models/*/seed-*/checkpoints")
-
-
 def inspect(directory: str | Path) -> dict[str, Any]:
-    """Step, fingerprints, sizes, shardings, data position and config of a checkpoint.
+    """Step, fingerprints, sizes, shardings, data position and config of a checkpoint; see `find_checkpoint`.
 
-    A fingerprint is the sha256 over every array of a part, by name: its name, dtype, shape and bytes. It does not
-    depend on the mesh, and two runs that agree in it agree to the last bit. One array at a time is read.
+    A fingerprint is the sha256 over the name, dtype, shape and bytes of every array of a part, in the order of names.
+    It does not depend on the mesh: states with equal fingerprints are equal bit for bit. One array is in memory at a
+    time.
 
     Returns:
         {"checkpoint", "step", "fingerprints": {"parameters", "optimizer", "target"?}, "sizes": {part: {"arrays",
         "numbers", "bytes"}}, "shardings": {name: {"shape", "dtype", "split"}}, "position", "identity", "config"}
     """
-    path = find_checkpoint(Path(directory)).absolute()  # Orbax finds nothing under a relative path
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of metadata that only a manager's folder has
+    path = find_checkpoint(Path(directory)).absolute()  # Orbax cannot read a relative path
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns about metadata that only a manager's folder has
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         tree = reader.metadata(path / "state").item_metadata.tree
         leaves = dict(_leaves(tree))
@@ -204,52 +217,51 @@ def inspect(directory: str | Path) -> dict[str, Any]:
         "step": int(path.name),
         "fingerprints": {part: digest.hexdigest() for part, digest in digests.items()},
         "sizes": sizes,
-        "shardings": {"/".join(name): _placed(leaf) for name, leaf in sorted(leaves.items())},
+        "shardings": {"/".join(name): _sharding(leaf) for name, leaf in sorted(leaves.items())},
         "position": meta["position"],
         "identity": meta["identity"],
         "config": meta.get("config", {}),
     }
 
 
-def summary(found: dict[str, Any]) -> str:
-    """`inspect` for a reader: the same without the arrays one by one."""
-    lines = [f"checkpoint   {found['checkpoint']}", f"step         {found['step']}"]
-    for part, digest in found["fingerprints"].items():
-        size = found["sizes"][part]
+def summary(inspection: dict[str, Any]) -> str:
+    """The result of `inspect` as text for a terminal, without the list of arrays."""
+    lines = [f"checkpoint   {inspection['checkpoint']}", f"step         {inspection['step']}"]
+    for part, digest in inspection["fingerprints"].items():
+        size = inspection["sizes"][part]
         counts = f"{size['arrays']} arrays, {size['numbers']:,} numbers, {size['bytes']:,} bytes"
         lines.append(f"{part:<12} {digest}  {counts}")
-    split = sum(bool(one["split"]) for one in found["shardings"].values())
-    lines.append(f"sharding     {split} of {len(found['shardings'])} arrays are split")
+    split = sum(bool(sharding["split"]) for sharding in inspection["shardings"].values())
+    lines.append(f"sharding     {split} of {len(inspection['shardings'])} arrays are split")
     for name in ("position", "identity", "config"):
-        lines.append(f"{name:<12} {json.dumps(found[name])}")
+        lines.append(f"{name:<12} {json.dumps(inspection[name])}")
     return "\n".join(lines)
 
 
-def _leaves(tree: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """(path, metadata) of every array; nodes without any are left out."""
+def _leaves(tree: Any, parents: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(path, metadata) of every array in a tree of metadata."""
     if isinstance(tree, dict):
         for name, node in tree.items():
-            yield from _leaves(node, (*above, str(name)))
+            yield from _leaves(node, (*parents, str(name)))
     elif isinstance(tree, (list, tuple)):
         for index, node in enumerate(tree):
-            yield from _leaves(node, (*above, str(index)))
+            yield from _leaves(node, (*parents, str(index)))
     elif getattr(tree, "shape", None) is not None:
-        yield above, tree
+        yield parents, tree
 
 
 def _read(reader: ocp.Checkpointer, path: Path, tree: Any, name: tuple[str, ...]) -> np.ndarray:
-    """One array as it is stored, whole and on the host; the others stay on the disk."""
-    wanted = _only(tree, name)
+    """One array in its stored dtype, unsharded and on the host; the others are not read."""
+    item = _only(tree, name)
     options = ocp.args.PyTreeRestore(
-        item=wanted, restore_args=_map(wanted, ocp.RestoreArgs(restore_type=np.ndarray)), partial_restore=True
+        item=item, restore_args=_map(item, ocp.RestoreArgs(restore_type=np.ndarray)), partial_restore=True
     )
-    found = reader.restore(path, args=options)
-    (array,) = (leaf for _, leaf in _leaves(found))
+    (array,) = (leaf for _, leaf in _leaves(reader.restore(path, args=options)))
     return array
 
 
 def _only(tree: Any, name: tuple[str, ...]) -> Any:
-    """The tree without everything but the array of that name; lists keep their places."""
+    """The tree with only the array of that name. Lists keep their length, since Orbax matches them by index."""
     if not name:
         return tree
     if isinstance(tree, dict):
@@ -266,11 +278,11 @@ def _map(tree: Any, value: Any) -> Any:
     return None if tree is None else value
 
 
-def _placed(leaf: Any) -> dict[str, Any]:
-    """Shape, dtype, and the mesh axes with their sizes that each axis was split over when it was saved."""
-    placed = leaf.sharding
-    axes = getattr(placed, "partition_spec", ())
-    sizes = dict(zip(getattr(placed, "axis_names", ()), np.ravel(getattr(placed, "shape", ())).tolist(), strict=True))
-    named = [axis if isinstance(axis, (list, tuple)) else [axis] for axis in axes]
-    split = [{str(one): sizes[one] for one in axis if one is not None and sizes[one] > 1} for axis in named]
+def _sharding(leaf: Any) -> dict[str, Any]:
+    """Shape, dtype, and for each axis the mesh axes, with their sizes, that it was split over when it was saved."""
+    sharding = leaf.sharding
+    sizes = np.ravel(getattr(sharding, "shape", ())).tolist()
+    mesh_axes = dict(zip(getattr(sharding, "axis_names", ()), sizes, strict=True))
+    spec = [axes if isinstance(axes, (list, tuple)) else [axes] for axes in getattr(sharding, "partition_spec", ())]
+    split = [{str(axis): mesh_axes[axis] for axis in axes if axis is not None and mesh_axes[axis] > 1} for axes in spec]
     return {"shape": list(leaf.shape), "dtype": str(np.dtype(leaf.dtype)), "split": split if any(split) else []}

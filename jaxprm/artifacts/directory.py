@@ -1,7 +1,13 @@
-"""A reward model or a checkpoint on disk: found, described, and identified by its files."""
+"""Reward models and checkpoints on disk: locating, describing and identifying them.
+
+A training output has `model` (the finished model) and `checkpoints` (one directory per step), and next to them
+DESCRIPTION. A checkpoint with a description can be used as a model. This module loads no Orbax, which takes two seconds
+to import.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,70 +19,77 @@ from jaxprm.hf import hub
 from jaxprm.hf.safetensors import WEIGHTS, has_weights, model_files
 
 RECIPE = "reward_model.json"
-
-
-# What stands for a checkpoint's arrays: written once, with the names of the files that hold them.
+# In a training output: config, tokenizer and recipe of the model that its checkpoints belong to.
+DESCRIPTION = "model-files"
+# The files that identify a checkpoint's arrays: each is written once, with the names of the data files.
 _CHECKPOINT_FILES = ("_CHECKPOINT_METADATA", "state/_METADATA", "state/manifest.ocdbt")
-
-
-_BELOW = ("model", "seed-*/model", "*/seed-*/model", "reward_models/*/seed-*/model")
-
-
-_CHECKPOINTS_BELOW = tuple(pattern.removesuffix("model") + "checkpoints" for pattern in _BELOW)
+# Training outputs below a path that is a reward model's directory, the one above it, or a run.
+_BELOW = ("seed-*", "*/seed-*", "reward_models/*/seed-*")
+_MAX_LISTED = 8
 
 
 def find_model(path: str | Path) -> Path:
-    """The model's own directory: `path`, the model of a training output, or the only reward model of a run.
+    """The model that a path means: a directory with weights, a checkpoint, or the only model at or below the path.
 
-    A path that is no directory may be a name on the hub, "org/name" or "org/name@revision".
+    The path may be a training output or a run; an unfinished training run is represented by its newest checkpoint. A
+    path that is no directory may be a name on the hub, "org/name" or "org/name@revision".
 
-    Where a training has not finished, its newest checkpoint; a checkpoint of any training when it is named itself.
-
-    Raises UserError where there is none, or where there are several to choose from.
+    Raises UserError if there is no model, if there are several, or if the checkpoint cannot be used as a model.
     """
     path = hub.resolve(path)
     if has_weights(path):
         return path
     if is_checkpoint(path):
-        return _described(path)
-    found = {one for pattern in _BELOW for one in path.glob(pattern) if has_weights(one)}
-    finished = {one.parent for one in found}
-    for folder in {path, *(one for pattern in _CHECKPOINTS_BELOW for one in path.glob(pattern))}:
-        newest = newest_checkpoint(folder)
-        if newest is not None and folder.parent not in finished:
-            found.add(newest)
-    if not found:
+        return _check_usable(path)
+    finished = {output for output in _outputs(path) if has_weights(output / "model")}
+    models = {output / "model" for output in finished}
+    models |= {newest for output, newest in _newest_checkpoints(path).items() if output not in finished}
+    if not models:
         raise UserError(f"model {path}: no {WEIGHTS} there, and no trained reward model or checkpoint below it")
-    if len(found) > 1:
-        ordered = sorted(found)
-        named = ", ".join(str(one) for one in ordered[:8]) + (", ..." if len(ordered) > 8 else "")
-        raise UserError(f"model {path}: holds {len(found)} reward models, name one of them: {named}")
-    (model,) = found
-    return _described(model) if is_checkpoint(model) else model
+    _check_single(models, f"model {path}: holds {len(models)} reward models")
+    (model,) = models
+    return _check_usable(model) if is_checkpoint(model) else model
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that a path means: itself, or the newest of the only training run at or below it.
+
+    Raises UserError if there is none, or if there are several training runs.
+    """
+    if not path.is_dir():
+        raise UserError(f"checkpoint {path}: no such directory; give a training output or a run")
+    if is_checkpoint(path):
+        return path
+    if newest := newest_checkpoint(path):
+        return newest
+    newest_by_output = _newest_checkpoints(path)
+    if not newest_by_output:
+        raise UserError(f"checkpoint {path}: no checkpoint there, nor below it")
+    _check_single(newest_by_output, f"checkpoint {path}: holds {len(newest_by_output)} training runs")
+    (newest,) = newest_by_output.values()
+    return newest
+
+
+def is_checkpoint(directory: Path) -> bool:
+    """Whether the directory is a complete checkpoint of a training run."""
+    # Orbax writes the metadata last, so a checkpoint that is being written, or was interrupted, has none.
+    is_step = directory.absolute().name.isdigit()
+    return is_step and (directory / "_CHECKPOINT_METADATA").is_file() and (directory / "state").is_dir()
+
+
+def newest_checkpoint(directory: Path) -> Path | None:
+    """The last complete checkpoint in a folder of checkpoints, or None; the training run may still be writing."""
+    checkpoints = [path for path in directory.glob("*") if is_checkpoint(path)]
+    return max(checkpoints, key=lambda path: int(path.name), default=None)
 
 
 def files_of(model: Path) -> Path:
-    """The directory with a model's config, tokenizer and recipe: its own, or what lies beside its checkpoints."""
+    """The directory with a model's config, tokenizer and recipe; a checkpoint's is in its training output."""
     return model.absolute().parents[1] / DESCRIPTION if is_checkpoint(model) else model
 
 
-def _described(checkpoint: Path) -> Path:
-    if not (files_of(checkpoint) / "config.json").is_file():
-        raise UserError(
-            f"checkpoint {checkpoint}: {files_of(checkpoint)} is missing, which tells what it is a checkpoint of; "
-            "give the training's output with all that is in it, or its finished model"
-        )
-    trainable = read_recipe(checkpoint).get("config", {}).get("trainable", "full")
-    if trainable != "full":
-        raise UserError(
-            f"checkpoint {checkpoint}: of a training with trainable = {trainable!r}, it holds the part of the model "
-            "that is trained and not the rest; let the training end, and give its output's model"
-        )
-    return checkpoint
-
-
 def model_identity(model: Path) -> dict[str, str]:
-    """sha256 of every file that the model's scores depend on."""
+    """sha256, by file name, of every file that the model's scores depend on."""
     directory = files_of(model)
     paths = [directory / name for name in (*model_files(directory), RECIPE)]
     if is_checkpoint(model):
@@ -85,7 +98,10 @@ def model_identity(model: Path) -> dict[str, str]:
 
 
 def read_recipe(model: Path) -> dict[str, Any]:
-    """What reward_model.json says of a model, and for a checkpoint how far it was trained; {} where there is none."""
+    """The fields of a model's reward_model.json, {} if it has none; those of a checkpoint say how far it was trained.
+
+    Raises UserError if the file is not a JSON object.
+    """
     path = files_of(model) / RECIPE
     if not path.is_file():
         return {}
@@ -93,56 +109,47 @@ def read_recipe(model: Path) -> dict[str, Any]:
         recipe = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {error}") from None
-    return recipe | _progress_of(model) if is_checkpoint(model) else recipe
+    return recipe | _training_progress(model) if is_checkpoint(model) else recipe
 
 
-def _progress_of(checkpoint: Path) -> dict[str, Any]:
-    """Steps so far, and the last validation up to there."""
+def _outputs(path: Path) -> set[Path]:
+    return {path, *(output for pattern in _BELOW for output in path.glob(pattern))}
+
+
+def _newest_checkpoints(path: Path) -> dict[Path, Path]:
+    """The newest checkpoint of every training run, by its output; `path` may also be a folder of checkpoints."""
+    folders = {path, *(output / "checkpoints" for output in _outputs(path))}
+    return {folder.parent: newest for folder in folders if (newest := newest_checkpoint(folder)) is not None}
+
+
+def _check_single(candidates: Collection[Path], what: str) -> None:
+    if len(candidates) > 1:
+        names = ", ".join(map(str, sorted(candidates)[:_MAX_LISTED]))
+        raise UserError(f"{what}; name one of them: {names}" + (", ..." if len(candidates) > _MAX_LISTED else ""))
+
+
+def _check_usable(checkpoint: Path) -> Path:
+    """The checkpoint. Raises UserError if it has no description, or not all parameters of its model."""
+    if not (files_of(checkpoint) / "config.json").is_file():
+        raise UserError(
+            f"checkpoint {checkpoint}: {files_of(checkpoint)} is missing, which has the model's config and tokenizer; "
+            "give the complete training output, or its finished model"
+        )
+    trainable = read_recipe(checkpoint).get("config", {}).get("trainable", "full")
+    if trainable != "full":
+        raise UserError(
+            f"checkpoint {checkpoint}: trained with trainable = {trainable!r}, it holds only the trained part of the "
+            "model; finish the training run, and give the model in its output"
+        )
+    return checkpoint
+
+
+def _training_progress(checkpoint: Path) -> dict[str, Any]:
+    """The step of a checkpoint, and the last validation metrics up to it."""
     step, log = int(checkpoint.absolute().name), checkpoint.absolute().parents[1] / "metrics.jsonl"
     lines = files.read_lines(log) if log.is_file() else ()
     validations = [line for line in lines if "validation_loss" in line and line["step"] <= step]
-    last = dict(validations[-1]) if validations else {}
-    last.pop("step", None)
-    validation = {name.removeprefix("validation_"): value for name, value in last.items()}
+    latest = dict(validations[-1]) if validations else {}
+    latest.pop("step", None)
+    validation = {name.removeprefix("validation_"): value for name, value in latest.items()}
     return {"steps": step, "validation": validation, "unfinished": True}
-
-
-# Beside OUTPUT/checkpoints: config, tokenizer and recipe of the model they belong to.
-DESCRIPTION = "model-files"
-
-
-def is_checkpoint(directory: Path) -> bool:
-    """Whether the directory is a checkpoint, finished, of a training run."""
-    return (directory / "_CHECKPOINT_METADATA").is_file() and (directory / "state").is_dir()
-
-
-def newest_checkpoint(directory: Path) -> Path | None:
-    """The last finished checkpoint below OUTPUT/checkpoints; the training may still be running."""
-    found = [one for one in directory.glob("*") if one.name.isdigit() and is_checkpoint(one)]
-    return max(found, key=lambda one: int(one.name), default=None)
-
-
-def find_checkpoint(directory: Path) -> Path:
-    """A step's own directory: `directory`, the newest of a training output, or of the only training of a run.
-
-    Raises UserError where there is none, or where there are several trainings to choose from.
-    """
-    if not directory.is_dir():
-        raise UserError(f"checkpoint {directory}: no such directory; give a training output or a run")
-    if directory.name.isdigit() and (directory / "state").is_dir():
-        return directory
-    if found := _steps(directory):
-        return found[-1]
-    trainings = sorted({one for pattern in _BELOW for one in directory.glob(pattern) if _steps(one)})
-    if not trainings:
-        raise UserError(f"checkpoint {directory}: no checkpoint there, nor below it")
-    if len(trainings) > 1:
-        named = ", ".join(str(one.parent) for one in trainings[:8]) + (", ..." if len(trainings) > 8 else "")
-        raise UserError(f"checkpoint {directory}: holds {len(trainings)} trainings, name one of them: {named}")
-    return _steps(trainings[0])[-1]
-
-
-def _steps(directory: Path) -> list[Path]:
-    """Committed steps by number; a write that was interrupted has another name."""
-    found = [one for one in directory.iterdir() if one.name.isdigit() and (one / "state").is_dir()]
-    return sorted(found, key=lambda one: int(one.name))

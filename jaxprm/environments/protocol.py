@@ -10,7 +10,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast, get_args
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, get_args
 
 from jaxprm import plugins
 from jaxprm.errors import UserError
@@ -139,9 +139,9 @@ def outcome(environment: Environment) -> float:
     return value
 
 
-def answer(environment: Environment) -> str | None:
-    """The answer of the episode, or None. Raises TypeError if it is neither text nor None."""
-    value = cast(Any, environment).answer()  # an optional method, and so not part of the protocol
+def answer(environment: Any) -> str | None:
+    """The answer of an environment that has this method, or None. Raises TypeError if it is neither text nor None."""
+    value = environment.answer()
     return None if value is None else _text(value, "answer", "answer")
 
 

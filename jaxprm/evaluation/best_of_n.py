@@ -1,4 +1,7 @@
-"""Best-of-N: scores of whole trajectories, votes between answers, and comparisons at equal compute."""
+"""Best-of-N in a run's results: scores of trajectories, votes between answers, comparisons at equal compute.
+
+S steps of a trajectory have promises; P trajectories form the pool of a task, N of them are drawn.
+"""
 
 from __future__ import annotations
 
@@ -10,32 +13,33 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from jaxprm.evaluation.statistics import (
-    LEVEL,
     SAMPLES,
     Array,
     Estimate,
     best_of_n_curve,
     bootstrap,
     paired_difference,
-    resamples,
+    percentile_interval,
+    resample_counts,
 )
 
-# Final is the paper's. Negative promises are no probabilities: in a product they count as 0.
+# Score of a trajectory from the promises of its steps, [S] -> float. "final" is the paper's.
 AGGREGATIONS: dict[str, Callable[[Sequence[float]], float]] = {
     "final": lambda promises: promises[-1],
     "mean": lambda promises: math.fsum(promises) / len(promises),
     "min": min,
     "max": max,
+    # A linear head can predict below 0, and two such factors would make a good product: they count as 0.
     "product": lambda promises: math.prod(max(0.0, promise) for promise in promises),
     "sum": math.fsum,
 }
 
-
-# What an attempt's vote counts, from the promises of final steps. Negative ones are no probabilities: they count 0.
+# Weight of an attempt's vote, from the promise of its final step, [P] -> [P]. Negative promises count as 0 here too.
 VOTES: dict[str, Callable[[ArrayLike], np.ndarray]] = {
     "vote": lambda promises: np.ones_like(np.asarray(promises, float)),
     "weighted_vote": lambda promises: np.maximum(0.0, np.asarray(promises, float)),
 }
+
 SUBSETS = 200
 
 
@@ -50,55 +54,65 @@ def vote_curve(
 ) -> np.ndarray:
     """Expected outcome of the answer with most votes among N attempts drawn from a pool without replacement.
 
+    The outcome of an answer is the mean outcome of the attempts in the subset that gave it; answers with equally many
+    votes are equally likely; without a vote the outcome is 0.
+
     Args:
-        weights, outcomes: [tasks, P]; answers: [tasks][P], None where an attempt came to none and does not vote.
-        sizes: N, at most P each; subsets: drawn for every task, those of a smaller N within those of a larger one.
+        weights, outcomes: [tasks, P], the weight of each attempt's vote and the attempt's outcome.
+        answers: [tasks][P]; None for an attempt without an answer, which does not vote.
+        sizes: values of N, each in [1, P].
+        subsets: random subsets of each task; the subset of a smaller N is part of that of a larger one. With N = P
+            there is one subset, and the result is exact.
 
     Returns:
-        float64 [tasks, sizes]. An answer's outcome is the mean of its attempts' in the subset; among equal votes each
-        answer is as likely; where nobody votes the outcome is 0. With N = P there is one subset, and no chance.
+        float64 [tasks, sizes], in the unit of the outcomes.
     """
     weights, outcomes = np.asarray(weights, float), np.asarray(outcomes, float)
-    draws = np.random.default_rng(seed)
-    found = np.zeros((len(weights), len(sizes)))
-    for task, (weight, named, outcome) in enumerate(zip(weights, answers, outcomes, strict=True)):
-        known = sorted({answer for answer in named if answer is not None})
-        if not known:
+    random = np.random.default_rng(seed)
+    curve = np.zeros((len(weights), len(sizes)))
+    for task, (weight, task_answers, outcome) in enumerate(zip(weights, answers, outcomes, strict=True)):
+        distinct = sorted({answer for answer in task_answers if answer is not None})
+        if not distinct:
             continue
-        given = np.array([[answer == one for one in known] for answer in named])  # [P, answers]
-        order = np.argsort(draws.random((subsets, len(weight))), axis=1)
+        gave = np.array([[answer == candidate for candidate in distinct] for answer in task_answers])  # [P, answers]
+        order = np.argsort(random.random((subsets, len(weight))), axis=1)
         votes, counts, sums = (
-            np.cumsum((column[:, None] * given)[order], axis=1) for column in (weight, np.ones_like(weight), outcome)
+            np.cumsum((column[:, None] * gave)[order], axis=1) for column in (weight, np.ones_like(weight), outcome)
         )  # [subsets, P, answers]
-        for place, size in enumerate(sizes):
+        for index, size in enumerate(sizes):
             vote, count, total = votes[:, size - 1], counts[:, size - 1], sums[:, size - 1]
             # Sums of the same votes in another order differ by rounding: they are equal votes.
             won = (vote >= vote.max(1, keepdims=True) - 1e-9) & (count > 0)
             mean = np.where(won, total / np.maximum(count, 1), 0.0).sum(1)
-            found[task, place] = np.mean(mean / np.maximum(won.sum(1), 1))
-    return found
+            curve[task, index] = np.mean(mean / np.maximum(won.sum(1), 1))
+    return curve
 
 
 class Cost(NamedTuple):
-    """Of best-of-N on a task: what is paid once (the prompt), and for every candidate. In tokens, or in FLOPs."""
+    """Cost of best-of-N on a task, in tokens or in FLOPs: `once` for the prompt, `each` for every candidate."""
 
     once: float
     each: float
 
     def affords(self, budget: float) -> float:
-        """Candidates for a budget: a fraction is a mixture of two sizes."""
+        """Number of candidates that a budget pays for. A fraction stands for a mixture of two sizes."""
         return (budget - self.once) / self.each
 
 
 def equal_budget(
     searched: ArrayLike, scores: ArrayLike, outcomes: ArrayLike, *, budget: float, cost: Cost, **options
 ) -> dict[str, object]:
-    """A search against best-of-N at the same mean budget a task, on the pool of the same policy.
+    """Compares a search with best-of-N at the same mean budget per task, on the pool of the same policy.
+
+    Between two sizes the expected outcome of best-of-N is interpolated linearly: spending on average as much as n asks
+    for means drawing floor(n) candidates on some tasks and one more on the others.
 
     Args:
         searched: [seeds, tasks], outcomes of the search.
-        scores: [seeds, tasks, P], by which best-of-N chooses; outcomes: [tasks, P] of the pool.
-        options: of `bootstrap`.
+        scores: [seeds, tasks, P], by which best-of-N chooses.
+        outcomes: [tasks, P] of the pool.
+        budget: mean cost of the search per task, in the unit of `cost`.
+        options: samples and seed of `bootstrap`.
 
     Returns:
         {"n", "capped", "searched", "best_of_n", "difference"}: n in [1, P], capped where the budget pays for more
@@ -110,7 +124,7 @@ def equal_budget(
     n = float(np.clip(affordable, 1, pool))
     lower = min(int(n), pool - 1) if pool > 1 else 1
     sizes = [lower, min(lower + 1, pool)]
-    curves = np.array([best_of_n_curve(one, outcomes, sizes) for one in scores])
+    curves = np.array([best_of_n_curve(seed_scores, outcomes, sizes) for seed_scores in scores])
     best = curves[..., 0] + (n - lower) * (curves[..., 1] - curves[..., 0])
     return {
         "n": n,
@@ -121,11 +135,45 @@ def equal_budget(
     }
 
 
+def budget_ratio(
+    curve: ArrayLike, scores: ArrayLike, sizes: Sequence[int], at: int, *, samples: int = SAMPLES, seed: int = 0
+) -> Estimate:
+    """How many times less budget a method needs to reach the mean score that another has at the size `at`.
+
+    A ratio of the size `at` itself is censored: two equal methods get 0 in the resamples in which the first is a little
+    worse, so read it together with `reached`.
+
+    Args:
+        curve: [seeds, tasks, sizes], expected outcomes of the method.
+        scores: [seeds, tasks], of the other method.
+        sizes: budgets of the curve, ascending.
+
+    Returns:
+        {"mean", "low", "high", "n", "reached"}: the ratio at / budget with the percentile interval over resampled seeds
+        and tasks, the same for both methods; 0 where no size reaches the score, at most at / sizes[0]. `reached` is the
+        share of resamples in which a size does.
+    """
+    curve, scores = np.asarray(curve, float), np.asarray(scores, float)
+    seeds, tasks = scores.shape
+    weights = 1 / (seeds * tasks)
+
+    def ratios(seed_counts: Array, task_counts: Array) -> Array:
+        mean = np.einsum("bs,bt,stn->bn", seed_counts, task_counts, curve, optimize=True) * weights
+        target = np.einsum("bs,bt,st->b", seed_counts, task_counts, scores, optimize=True) * weights
+        # Resampled sums round differently: a score that is missed by rounding alone is reached.
+        return at / budget_for(mean, sizes, target - 1e-12)
+
+    point = ratios(np.ones((1, seeds)), np.ones((1, tasks)))[0]
+    draws = ratios(*resample_counts(seeds, tasks, samples, seed))
+    low, high = percentile_interval(draws)
+    return {"mean": float(point), "low": low, "high": high, "n": tasks, "reached": float(np.mean(draws > 0))}
+
+
 def budget_for(curve: ArrayLike, sizes: Sequence[int], score: ArrayLike) -> Array:
     """The smallest budget at which a curve reaches a score: [..., sizes], [...] -> [...].
 
-    Between two sizes the curve is a line over the logarithm of the size. Infinite where no size reaches the score, and
-    the first size where that one does already.
+    Between two sizes the curve is linear in the logarithm of the size. The result is infinite where no size reaches the
+    score, and the first size where that one already does.
     """
     curve, score = np.asarray(curve, float), np.asarray(score, float)[..., None]
     reached = curve >= score
@@ -135,48 +183,5 @@ def budget_for(curve: ArrayLike, sizes: Sequence[int], score: ArrayLike) -> Arra
     logs = np.log(np.asarray(sizes, float))
     rise = np.where(high > low, high - low, 1.0)
     share = np.where(first[..., 0] > 0, (score[..., 0] - low) / rise, 0.0)
-    found = np.exp(logs[before[..., 0]] + share * (logs[first[..., 0]] - logs[before[..., 0]]))
-    return np.where(reached.any(-1), found, np.inf)
-
-
-def budget_ratio(
-    curve: ArrayLike,
-    scores: ArrayLike,
-    sizes: Sequence[int],
-    at: int,
-    *,
-    samples: int = SAMPLES,
-    seed: int = 0,
-    level: float = LEVEL,
-) -> Estimate:
-    """How many times less budget a method needs to reach the mean score that another has at the size `at`.
-
-    Args:
-        curve: [seeds, tasks, sizes], expected outcomes of the method; scores: [seeds, tasks] of the other.
-
-    Returns:
-        {"mean", "low", "high", "n", "reached"}: the ratio `at` / budget with the percentile interval over resampled
-        seeds and tasks, the same for both; 0 where no size reaches the score, at most at / sizes[0]. `reached` is the
-        share of resamples in which one did.
-    """
-    curve, scores = np.asarray(curve, float), np.asarray(scores, float)
-    seeds, tasks = scores.shape
-    seed_counts, task_counts = resamples(seeds, tasks, samples, seed)
-    weights = 1 / (seeds * tasks)
-
-    def ratios(seed_counts: Array, task_counts: Array) -> Array:
-        mean = np.einsum("bs,bt,stn->bn", seed_counts, task_counts, curve, optimize=True) * weights
-        wanted = np.einsum("bs,bt,st->b", seed_counts, task_counts, scores, optimize=True) * weights
-        # Resampled sums round differently: a score is reached where it is missed by rounding alone.
-        return at / budget_for(mean, sizes, wanted - 1e-12)
-
-    point = ratios(np.ones((1, seeds)), np.ones((1, tasks)))[0]
-    drawn = ratios(seed_counts, task_counts)
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    return {
-        "mean": float(point),
-        "low": float(low),
-        "high": float(high),
-        "n": tasks,
-        "reached": float(np.mean(drawn > 0)),
-    }
+    budget = np.exp(logs[before[..., 0]] + share * (logs[first[..., 0]] - logs[before[..., 0]]))
+    return np.where(reached.any(-1), budget, np.inf)

@@ -1,4 +1,4 @@
-"""A file of trajectories, scored: the numbers that judging needs of every step, and nothing of the texts."""
+"""Trajectories of a file with the promises of several models: what the metrics need, without the texts."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ SHOWN_ERRORS = 20
 
 @dataclass(frozen=True)
 class ScoredTrajectory:
-    """What is kept of a trajectory."""
+    """Promises and labels of a trajectory with S steps."""
 
     task: str
     group: str | None
-    outcome: float | None  # None too where the episode ended in an error
-    rewards: tuple[float, ...] | None
+    outcome: float | None  # None without one, and for an episode that ended in an error
+    rewards: tuple[float, ...] | None  # [S]
     failed: bool  # ended in an error
     labels: Labels | None
-    promises: tuple[Array, ...]  # [S] of each model
+    promises: tuple[Array, ...]  # [S] for each model
 
 
 @dataclass(frozen=True)
 class ScoredFile:
-    """The trajectories of a file that every model could score, and how many it could not."""
+    """The trajectories of a file that every model could score, and the number of lines that some model could not."""
 
     rows: list[ScoredTrajectory]
     lines: int
@@ -52,39 +52,44 @@ def score_models(
 ) -> ScoredFile:
     """Scores a file with every model, one model and `chunk` trajectories in memory at a time.
 
-    labels: as in `read_labels`. group: a field of the trajectory, or a dotted path into its meta.
+    A line that one model cannot score is left out for all, so that every number is on the same trajectories.
 
-    Raises UserError for a model or a file that cannot be read.
+    Args:
+        labels: the field of the step labels, as in `read_labels`.
+        group: a field of the trajectory, or a dotted path into its meta.
+
+    Raises UserError for a model or a file that cannot be read, and if no line could be scored.
     """
     if not input.is_file():
         raise UserError(f"input {input}: no such file; give trajectories as JSON Lines")
     digest, total = score_files.digest_and_count(input)
-    found: dict[int, ScoredTrajectory] = {}
-    bad: dict[int, str] = {}
-    for place, model in enumerate(models):
+    rows: dict[int, ScoredTrajectory] = {}  # by line number
+    errors: dict[int, str] = {}
+    for model_index, model in enumerate(models):
         scorer = loading.load_scorer(find_model(model))
-        name = "score" if len(models) == 1 else f"score {place + 1} of {len(models)}"
-        with input.open("rb") as lines, bar(name, total, unit="trajectory") as shown:
+        name = "score" if len(models) == 1 else f"score {model_index + 1} of {len(models)}"
+        with input.open("rb") as lines, bar(name, total, unit="trajectory") as progress:
             numbered = enumerate(lines, start=1)
-            while some := list(itertools.islice(numbered, chunk)):
-                for one in score_files.score_lines(scorer, some, input.name):
-                    error = one.error
-                    if error is None and one.number not in bad:
+            while batch := list(itertools.islice(numbered, chunk)):
+                for line in score_files.score_lines(scorer, batch, input.name):
+                    error = line.error
+                    if error is None and line.number not in errors:
                         try:
-                            row = found[one.number] if place else _row(one, input.name, labels, group)
-                            found[one.number] = _with_promises(row, one.promises)
+                            # Labels and outcome are read with the first model's scores, promises are added by each.
+                            row = rows[line.number] if model_index else _row(line, input.name, labels, group)
+                            rows[line.number] = _with_promises(row, line.promises)
                         except DataError as wrong:
                             error = str(wrong)
                     if error is not None:
-                        bad.setdefault(one.number, error)
-                shown.set_postfix(errors=len(bad), refresh=False)
-                shown.update(len(some))
-    rows = [row for number, row in sorted(found.items()) if number not in bad]
-    examples = [error for _, error in sorted(bad.items())[:SHOWN_ERRORS]]
-    if not rows:
+                        errors.setdefault(line.number, error)
+                progress.set_postfix(errors=len(errors), refresh=False)
+                progress.update(len(batch))
+    complete = [row for number, row in sorted(rows.items()) if number not in errors]
+    examples = [error for _, error in sorted(errors.items())[:SHOWN_ERRORS]]
+    if not complete:
         why = f"; {examples[0]}" if examples else ""
         raise UserError(f"input {input}: none of its {total} lines could be scored{why}")
-    return ScoredFile(rows, total, digest, len(bad), examples)
+    return ScoredFile(complete, total, digest, len(errors), examples)
 
 
 def _with_promises(row: ScoredTrajectory, promises: np.ndarray) -> ScoredTrajectory:
@@ -93,26 +98,26 @@ def _with_promises(row: ScoredTrajectory, promises: np.ndarray) -> ScoredTraject
     return replace(row, promises=(*row.promises, promises.astype(float)))
 
 
-def _row(scored: score_files.ScoredLine, source: str, labels: str, group: str | None) -> ScoredTrajectory:
-    """What is kept of a line, as yet without promises. Raises DataError for labels or a group that are none."""
-    trajectory, where = scored.trajectory, f"{source}:{scored.number}"
-    found = read_labels(trajectory, labels, where)
+def _row(line: score_files.ScoredLine, source: str, labels: str, group: str | None) -> ScoredTrajectory:
+    """A line without its promises. Raises DataError for invalid labels, or a group with several values."""
+    trajectory, where = line.trajectory, f"{source}:{line.number}"
+    step_labels = read_labels(trajectory, labels, where)
+    if step_labels is not None and np.isnan(step_labels.values).all():
+        step_labels = None
     failed = trajectory.ended == "error"
-    if found is not None and np.isnan(found.values).all():
-        found = None
     return ScoredTrajectory(
         task=trajectory.task_id,
         group=_group(trajectory, group, where) if group else None,
         outcome=None if failed else _outcome(trajectory),
         rewards=tuple(trajectory.rewards) if trajectory.rewards and not failed else None,
         failed=failed,
-        labels=found,
+        labels=step_labels,
         promises=(),
     )
 
 
 def _outcome(trajectory: Trajectory) -> float | None:
-    """The outcome or, where there is none, whether it succeeded, or the sum of its rewards."""
+    """The outcome, else 1 or 0 by `success`, else the sum of the rewards."""
     if trajectory.outcome is not None:
         return trajectory.outcome
     if trajectory.success is not None:
@@ -124,35 +129,39 @@ def _group(trajectory: Trajectory, name: str, where: str) -> str:
     own = name in ("environment", "split", "task", "ended", "success")
     value = getattr(trajectory, name) if own else lookup(trajectory.meta, name)
     if isinstance(value, (dict, list)):
-        raise DataError(f"{where}: group {name} is {type(value).__name__}; name a field that holds one value")
+        raise DataError(f"{where}: group {name} is {type(value).__name__}; name a field that holds a single value")
     return "(none)" if value is None else str(value)
 
 
 @dataclass(frozen=True)
 class Steps:
-    """The steps of some rows in order, all [N]."""
+    """The steps of several trajectories in order, all [K]."""
 
-    row: NDArray[np.int64]  # which of the rows
+    row: NDArray[np.int64]  # index of the trajectory
     depth: NDArray[np.int64]  # 1 for the first
-    length: NDArray[np.int64]  # steps of its trajectory
+    length: NDArray[np.int64]  # number of steps of its trajectory
     task: NDArray[np.int64]  # in [0, count)
-    count: int  # tasks of these rows
+    count: int  # number of tasks
 
 
 def steps_of(rows: Sequence[ScoredTrajectory]) -> Steps:
+    """The steps of trajectories, with their tasks numbered in alphabetical order."""
     lengths = np.array([len(row.promises[0]) for row in rows], int)
     row = np.repeat(np.arange(len(rows)), lengths)
     depth = np.arange(len(row)) - np.repeat(np.cumsum(lengths) - lengths, lengths) + 1
-    names, task = np.unique([one.task for one in rows], return_inverse=True)
+    names, task = np.unique([row.task for row in rows], return_inverse=True)
     return Steps(row, depth, lengths[row], task[row], len(names))
 
 
 def returns(row: ScoredTrajectory, discount: float) -> Array:
-    """What the promise of each step estimates: the discounted sum of the rewards from there on [S]."""
+    """The quantity that a promise estimates, [S]: G_t = r_t + discount * G_{t+1}, the discounted return from step t on.
+
+    Without rewards the outcome is the reward of the last step (the method's sparse reward).
+    """
     count = len(row.promises[0])
     rewards = list(row.rewards) if row.rewards else [0.0] * (count - 1) + [row.outcome]
-    found, total = np.zeros(count), 0.0
+    result, total = np.zeros(count), 0.0
     for index in reversed(range(count)):
         total = rewards[index] + discount * total
-        found[index] = total
-    return found
+        result[index] = total
+    return result

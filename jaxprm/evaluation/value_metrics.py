@@ -1,6 +1,6 @@
-"""How good step values are on held-out trajectories.
+"""Quality of step values on held-out trajectories: three parts of results.json, named as the functions here.
 
-`value_by_depth`, `calibration` and `validation` give the parts of results.json with these names.
+K steps of all trajectories together. Intervals of estimates ({"mean", "low", "high", "n"}) are resampled by task.
 """
 
 from __future__ import annotations
@@ -27,20 +27,23 @@ from jaxprm.evaluation.statistics import (
 
 @dataclass(frozen=True)
 class StepRecords:
-    """One reward model's values of the steps of many trajectories; all arrays [N], N the steps of all trajectories."""
+    """One reward model's values of the steps of many trajectories, with what they are compared with; all arrays [K].
+
+    Raises ValueError for arrays of other shapes, values that are not finite, negative weights and depths below 1.
+    """
 
     values: Array  # the promise
-    targets: Array  # what it should predict: the trajectory's outcome, or return-to-go; never a bootstrapped target
+    targets: Array  # the trajectory's outcome or return-to-go; never a bootstrapped target
     depths: NDArray[np.int64]  # 1 for the first step
-    tasks: NDArray[Any]  # any ids, the same in every seed
+    tasks: NDArray[Any]  # ids, the same in every seed
     weights: Array  # how often the trajectory was sampled
-    success: NDArray[np.bool_]  # of the whole trajectory
+    success: NDArray[np.bool_]  # whether the trajectory succeeded
 
     def __post_init__(self) -> None:
         arrays = {field.name: np.asarray(getattr(self, field.name)) for field in fields(self)}
         for name, array in arrays.items():
             if array.ndim != 1 or array.shape != arrays["values"].shape:
-                raise ValueError(f"{name} has shape {array.shape}, values {arrays['values'].shape}; give all as [N]")
+                raise ValueError(f"{name} has shape {array.shape}, values {arrays['values'].shape}; give all as [K]")
             object.__setattr__(self, name, array)
         for name in ("values", "targets", "weights"):
             if not np.all(np.isfinite(arrays[name])):
@@ -50,20 +53,20 @@ class StepRecords:
         object.__setattr__(self, "success", arrays["success"].astype(bool))
 
     def where(self, mask: NDArray[np.bool_]) -> StepRecords:
+        """The steps that a mask (or an index array) selects."""
         return StepRecords(*(getattr(self, field.name)[mask] for field in fields(self)))
 
 
 def value_by_depth(records: Sequence[StepRecords], *, samples: int = SAMPLES, seed: int = 0) -> list[dict[str, Any]]:
-    """By step number: mean values in successful and in failed trajectories, and how well values tell them apart.
-
-    "auroc" is over all pairs of steps of that depth (knowing which tasks are hard helps), "auroc_within_task" over the
-    pairs that share a task.
+    """Mean values in successful and in failed trajectories by step number, and how well values tell them apart.
 
     Args:
         records: one per seed, of the same tasks.
 
     Returns:
-        [{"depth", "success": R, "failure": R, "auroc": R, "auroc_within_task": R}] by ascending depth, as they occur.
+        [{"depth", "success", "failure", "auroc", "auroc_within_task"}] by ascending depth, all but the first estimates.
+        "auroc" is over all pairs of steps of that depth (knowing which tasks are hard helps), "auroc_within_task" over
+        the pairs that share a task.
     """
     records, count = _indexed(records)
     rows = []
@@ -87,10 +90,13 @@ def value_by_depth(records: Sequence[StepRecords], *, samples: int = SAMPLES, se
 def calibration(
     records: Sequence[StepRecords], *, bins: int = 10, samples: int = SAMPLES, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Mean target against mean value in bins of about equal weight, over the steps of all seeds together.
+    """Reliability table: mean target against mean value in bins of about equal weight.
+
+    Args:
+        records: one per seed. Bins are over the steps of all seeds together, so that seeds share their edges.
 
     Returns:
-        [{"predicted": float, "observed": R}] by ascending prediction; fewer than `bins` if few values are distinct.
+        [{"predicted": float, "observed": estimate}] by ascending prediction; fewer than `bins` if few values differ.
     """
     records, count = _indexed(records)
     values, weights = (np.concatenate([getattr(r, name) for r in records]) for name in ("values", "weights"))
@@ -108,9 +114,13 @@ def calibration(
 def validation(records: Sequence[StepRecords], *, samples: int = SAMPLES, seed: int = 0) -> dict[str, Estimate]:
     """Summary over all steps.
 
+    Args:
+        records: one per seed.
+
     Returns:
-        "loss": mean of 1/2 (value - target)^2; "explained_variance": of the target; "auroc": of success, over all pairs
-        of steps; "auroc_within_task": over pairs that share task and depth, as candidates of a search do.
+        {"loss", "explained_variance", "auroc", "auroc_within_task"}, each an estimate. "loss" is the mean of
+        1/2 (value - target)^2; "auroc" tells steps of successes from steps of failures, over all pairs of steps;
+        "auroc_within_task" is over pairs that share task and depth, as the candidates of a search do.
     """
     records, count = _indexed(records)
     options = {"samples": samples, "seed": seed}
@@ -127,7 +137,7 @@ def validation(records: Sequence[StepRecords], *, samples: int = SAMPLES, seed: 
 
 
 def _indexed(records: Sequence[StepRecords]) -> tuple[list[StepRecords], int]:
-    """The records that weigh anything, with tasks numbered from 0, and how many tasks there are."""
+    """The steps with a weight above 0, with tasks numbered from 0 across seeds, and the number of tasks."""
     records = [r.where(r.weights > 0) for r in records]
     if not any(len(r.values) for r in records):
         raise ValueError("no steps to evaluate: give at least one record with a weight above 0")
@@ -141,15 +151,14 @@ def _pairs(records: StepRecords, count: int) -> TaskPairs:
 
 
 def _mean(records: Sequence[StepRecords], name: str, count: int, **options) -> Estimate:
-    """Weighted mean over steps, resampled by task: a ratio of sums over tasks."""
+    """Weighted mean of a column over steps: a ratio of sums over tasks."""
     totals = np.stack([np.bincount(r.tasks, r.weights * getattr(r, name), minlength=count) for r in records])
-    return _ratio_of_sums(
-        totals, np.stack([np.bincount(r.tasks, r.weights, minlength=count) for r in records]), **options
-    )
+    weights = np.stack([np.bincount(r.tasks, r.weights, minlength=count) for r in records])
+    return _ratio_of_sums(totals, weights, **options)
 
 
 def _within_task(groups: Sequence[Sequence[TaskPairs]], **options) -> Estimate:
-    """Share of pairs ranked rightly, over the pairs of each group (a depth) in each seed and task."""
+    """Share of pairs inside a task that are ranked correctly. groups: the pairs of each seed, for each depth."""
     wins, pairs = (
         np.stack([np.stack([getattr(p, name) for p in seeds]) for seeds in groups]).sum(0)
         for name in ("wins_within", "pairs_within")
@@ -158,5 +167,6 @@ def _within_task(groups: Sequence[Sequence[TaskPairs]], **options) -> Estimate:
 
 
 def _ratio_of_sums(totals: Array, weights: Array, **options) -> Estimate:
+    """Sum of totals over sum of weights, [seeds, tasks] each, as a weighted mean of the quotient of each task."""
     means = np.divide(totals, weights, out=np.zeros(totals.shape), where=weights > 0)
     return bootstrap(means, weights=weights, **options)

@@ -1,4 +1,4 @@
-"""The README.md of an exported reward model: what it is, what it was trained on, how to call it, what was checked."""
+"""README.md of an exported reward model: what it is, how to call it, what was checked, and its results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxprm import files
 from jaxprm.objectives import OBJECTIVES
 from jaxprm.search.methods import SEARCHES
 
-# The words for each search; those of searches from outside the package come with a run's results.
+# The words for each search. Searches from outside the package come with a run's results.
 _METHODS = {kind: method.card for kind, method in SEARCHES.items() if method.card} | {"best_of_n": "best of {}"}
 
 
@@ -20,10 +20,15 @@ def model_card(
     tokenizer: Mapping[str, Any],
     verified: Mapping[str, Any] | None,
 ) -> str:
-    """The card of a model with this reward_model.json, config.json and tokenizer_config.json, checked or not."""
+    """The text of the card.
+
+    Args:
+        recipe, config, tokenizer: reward_model.json, config.json and tokenizer_config.json of the export.
+        verified: what `jaxprm.export.verify.verify` returned, or None without verification.
+    """
     label = recipe.get("label", "reward model")
-    known = _range(recipe, config)
-    bounds = f", as a number in [{known[0]:g}, {known[1]:g}] but for errors of estimation" if known else ""
+    limits = _range(recipe, config)
+    bounds = f", as a number in [{limits[0]:g}, {limits[1]:g}] but for errors of estimation" if limits else ""
     sections = [
         _front_matter(recipe, config),
         f"# {label}: a process reward model for agents\n\n"
@@ -31,19 +36,23 @@ def model_card(
         f"the action is taken{bounds}. **Progress** is the difference between an action's promise and the one before. "
         f"{_progress_note(recipe)}",
         "\n".join(["## What it is", "", *_facts(recipe, config, tokenizer)]),
-        "\n\n".join(["## How to call it", *usage_sections(config)]),
+        "\n\n".join(["## How to call it", *_usage(config)]),
         "\n".join(["## What was checked", "", _checked(verified, config)]),
     ]
     if results := recipe.get("results"):
         sections.append("\n".join(["## Results", "", *_results_table(results)]))
-    if validation := list(_numbers(recipe.get("validation") or {})):
+    if validation := list(_flat_numbers(recipe.get("validation") or {})):
         rows = [f"| {name} | {value:.4g} |" for name, value in validation]
         sections.append("\n".join(["## On validation trajectories", "", "| | value |", "|---|---|", *rows]))
     return "\n\n".join(sections) + "\n"
 
 
 def run_results(model: Path, label: str | None) -> dict[str, Any] | None:
-    """What a card shows of the results.json of the run whose reward model this is; None where there is no such run."""
+    """The part of a run's results.json that the card of its reward model shows; None for a model outside a run.
+
+    label: the label of the reward model.
+    """
+    # WORKDIR/reward_models/LABEL/seed-N/model
     parents = model.absolute().parents
     path = parents[3] / "results.json" if len(parents) > 3 else Path()
     if len(parents) <= 3 or parents[2].name != "reward_models" or not path.is_file():
@@ -62,37 +71,17 @@ def run_results(model: Path, label: str | None) -> dict[str, Any] | None:
     }
 
 
-def _results_table(results: Mapping[str, Any]) -> Iterator[str]:
-    yield (
-        f"Success on held-out tasks of the run `{results['name']}`, in per cent, mean and 95 % interval over tasks; "
-        f"guided search is a mean over reward models of seeds {results['seeds']}, this one among them."
-    )
-    yield from ("", "| method | success | tasks |", "|---|---|---|")
-    names = {"sampled": "the policy alone, one sample", "greedy": "the policy alone, greedy"}
-    for key, estimate in results["policy"].items():
-        yield _result_row(names.get(key, key), estimate)
-    custom = {kind: search["card"] for kind, search in results.get("searches", {}).items() if search.get("card")}
-    for label, found in results["methods"].items():
-        by = "random scores" if label == "random" else f"guided by {label}"
-        for kind, title in (_METHODS | custom).items():
-            for size, estimate in (found.get(kind) or {}).items():
-                yield _result_row(f"{title.format(size)}, {by}", estimate)
-
-
-def _result_row(name: str, estimate: Mapping[str, Any]) -> str:
-    if estimate["mean"] is None:
-        return f"| {name} | not defined | {estimate['n']} |"
-    mean, low, high = (100 * estimate[key] for key in ("mean", "low", "high"))
-    return f"| {name} | {mean:.1f} [{low:.1f}, {high:.1f}] | {estimate['n']} |"
-
-
 def _front_matter(recipe: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    token_classifier = is_token_classifier(config)
+    token_classifier = _is_token_classifier(config)
     lines = ["library_name: transformers", f"pipeline_tag: {'token' if token_classifier else 'text'}-classification"]
     base = str(recipe.get("base", ""))
-    if base.count("/") == 1:
+    if base.count("/") == 1:  # a Hub id; anything else would be a broken link
         lines.append(f"base_model: {base}")
     return "\n".join(["---", *lines, "tags: [jaxprm, process-reward-model, agents]", "---"])
+
+
+def _is_token_classifier(config: Mapping[str, Any]) -> bool:
+    return config["architectures"][0].endswith("ForTokenClassification")
 
 
 def _progress_note(recipe: Mapping[str, Any]) -> str:
@@ -102,12 +91,12 @@ def _progress_note(recipe: Mapping[str, Any]) -> str:
 
 
 def _range(recipe: Mapping[str, Any], config: Mapping[str, Any]) -> Sequence[float] | None:
-    """Lowest and highest value of the targets, None where nobody wrote it down. Two labels give a probability."""
+    """Lowest and highest value of the targets, or None if not recorded. Two labels give a probability."""
     return (0.0, 1.0) if config.get("num_labels", 1) == 2 else recipe.get("value_range")
 
 
-def _target(recipe: Mapping[str, Any]) -> str:
-    """What the model was trained towards. A user's own objective is described in the recipe."""
+def _objective_text(recipe: Mapping[str, Any]) -> str:
+    """What the model was trained towards. The recipe describes an objective from outside the package."""
     name = recipe.get("objective", "")
     objective = OBJECTIVES.get(name)
     return objective.card_text if objective else recipe.get("objective_text") or name or "unknown"
@@ -116,7 +105,7 @@ def _target(recipe: Mapping[str, Any]) -> str:
 def _facts(recipe: Mapping[str, Any], config: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> Iterator[str]:
     yield f"- Base model: {recipe.get('base', 'unknown')}"
     yield f"- Architecture: {config['architectures'][0]}, weights in {config['dtype']}"
-    yield f"- Target: {_target(recipe)}"
+    yield f"- Target: {_objective_text(recipe)}"
     settings = ", ".join(f"{name} {value}" for name, value in recipe.get("targets", {}).items())
     if settings:
         yield f"- Settings: {settings}"
@@ -146,43 +135,20 @@ def _facts(recipe: Mapping[str, Any], config: Mapping[str, Any], tokenizer: Mapp
 def _value_fact(recipe: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     if config.get("num_labels", 1) == 2:
         return f"- Value: the probability of label 1, {config['id2label']['1']!r}, softmax(logits)[1], in [0, 1]"
-    known = _range(recipe, config)
-    shown = f"[{known[0]:g}, {known[1]:g}]" if known else "not recorded"
+    limits = _range(recipe, config)
+    shown = f"[{limits[0]:g}, {limits[1]:g}]" if limits else "not recorded"
     return f"- Value range of the targets: {shown}; the value is linear, no sigmoid belongs on it"
 
 
-def _checked(verified: Mapping[str, Any] | None, config: Mapping[str, Any]) -> str:
-    if verified is None:
-        text = "Nothing: exported without `--verify`."
-    else:
-        rounding = verified.get("rounding")
-        ours = "the model as it was trained" if rounding is None else "jaxprm's of the same weights"
-        text = (
-            f"Scores of transformers {verified['transformers']} (torch {verified['torch']}, computed in float32, in "
-            f"padded batches) against {ours}, at all {verified['read_positions']} read positions of "
-            f"{verified['trajectories']} conversations: largest difference {verified['largest_difference']:.1e}, "
-            f"bound {verified['bound']:.1e}."
-        )
-        if rounding is not None:
-            text += (
-                f" Rounding the weights to bfloat16 moved scores by up to {rounding:.1e}. Arithmetic in bfloat16 moves "
-                "them too, which was not measured."
-            )
-        text += " Other consumers and other precisions were not checked."
-    if config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
-        text += " Its head_dim is not hidden_size / heads, which not every consumer supports."
-    return text
+# Capital words in these texts are replaced by `_usage`.
+_PRELUDE = '''\
+import torch
+from transformers import CLASS, AutoTokenizer
 
+directory = "."  # this directory, or its name on the Hub
+tokenizer = AutoTokenizer.from_pretrained(directory)
+model = CLASS.from_pretrained(directory, dtype=torch.float32).eval()
 
-def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _numbers(value, f"{prefix}{name} ")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            yield f"{prefix}{name}", value
-
-
-_CONVERSATION = '''\
 messages = [
     {"role": "user", "content": "Craft 1 oak planks. You have nothing."},
     {"role": "assistant", "content": "I need oak logs. get 1 oak log"},
@@ -199,14 +165,7 @@ def tokens_of(messages):
 
 _SEQUENCE = f"""\
 ```python
-import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-directory = "."  # this directory, or its name on the Hub
-tokenizer = AutoTokenizer.from_pretrained(directory)
-model = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32).eval()
-
-{_CONVERSATION}
+{_PRELUDE.replace("CLASS", "AutoModelForSequenceClassification")}
 
 before = None
 for index, message in enumerate(messages):
@@ -221,14 +180,7 @@ for index, message in enumerate(messages):
 
 _TOKEN = f"""\
 ```python
-import torch
-from transformers import AutoModelForTokenClassification, AutoTokenizer
-
-directory = "."  # this directory, or its name on the Hub
-tokenizer = AutoTokenizer.from_pretrained(directory)
-model = AutoModelForTokenClassification.from_pretrained(directory, dtype=torch.float32).eval()
-
-{_CONVERSATION}
+{_PRELUDE.replace("CLASS", "AutoModelForTokenClassification")}
 
 with torch.no_grad():  # one pass for all steps
     values = model(**tokens_of(messages)).logits[0]VALUE
@@ -292,28 +244,24 @@ _UNSEEN = (
 )
 
 
-def is_token_classifier(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is a token classifier's."""
-    return config["architectures"][0].endswith("ForTokenClassification")
-
-
-def usage_sections(config: Mapping[str, Any]) -> list[str]:
-    """The paragraphs on calling a model with this config.json from transformers, jaxprm, vLLM, SGLang and TRL."""
+def _usage(config: Mapping[str, Any]) -> list[str]:
+    """Paragraphs on calling the model from transformers, jaxprm, vLLM, SGLang and TRL."""
     two = config.get("num_labels", 1) == 2
     if two:
-        vllm = {"INDEX": "1", "NOTE": "a softmax, as config.json has two labels"}
+        words = {"INDEX": "1", "NOTE": "a softmax, as config.json has two labels"}
     else:
-        vllm = {"INDEX": "0", "NOTE": 'the raw value: config.json says problem_type "regression"'}
-    replaced = vllm | {"DTYPE": config["dtype"]}
-    if is_token_classifier(config):
+        words = {"INDEX": "0", "NOTE": 'the raw value: config.json says problem_type "regression"'}
+    if _is_token_classifier(config):
         value = ".softmax(-1)[:, 1]" if two else "[:, 0]"
         parts = [_TOKEN, _JAXPRM, _VLLM_TOKEN, _token_consumers(), _UNSEEN.format(others="")]
     else:
         value = ".softmax(-1)[1]" if two else "[0]"
         parts = [_SEQUENCE, _JAXPRM, _VLLM_SEQUENCE]
+        # SGLang and TRL read the first logit, which of two labels is not the value.
         parts += [] if two else [_SGLANG_SEQUENCE, _sglang_note(), _TRL_SEQUENCE]
         parts.append(_UNSEEN.format(others="" if two else ", SGLang and TRL"))
-    for name, text in (replaced | {"VALUE": value}).items():
+    # Not str.format: the code has braces itself.
+    for name, text in (words | {"DTYPE": config["dtype"], "VALUE": value}).items():
         parts = [part.replace(name, text) for part in parts]
     return ["With transformers:", *parts]
 
@@ -330,3 +278,59 @@ def _token_consumers() -> str:
         "SGLang and TRL's reward functions load sequence classifiers: for them, export with `--format sequence`. TRL's "
         "own process reward models are token classifiers of two labels; this one is called as above."
     )
+
+
+def _checked(verified: Mapping[str, Any] | None, config: Mapping[str, Any]) -> str:
+    if verified is None:
+        text = "Nothing: exported without `--verify`."
+    else:
+        rounding = verified.get("rounding")
+        ours = "the model as it was trained" if rounding is None else "jaxprm's of the same weights"
+        text = (
+            f"Scores of transformers {verified['transformers']} (torch {verified['torch']}, computed in float32, in "
+            f"padded batches) against {ours}, at all {verified['read_positions']} read positions of "
+            f"{verified['trajectories']} conversations: largest difference {verified['largest_difference']:.1e}, "
+            f"bound {verified['bound']:.1e}."
+        )
+        if rounding is not None:
+            text += (
+                f" Rounding the weights to bfloat16 moved scores by up to {rounding:.1e}. Arithmetic in bfloat16 moves "
+                "them too, which was not measured."
+            )
+        text += " Other consumers and other precisions were not checked."
+    if config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
+        text += " Its head_dim is not hidden_size / heads, which not every consumer supports."
+    return text
+
+
+def _results_table(results: Mapping[str, Any]) -> Iterator[str]:
+    yield (
+        f"Success on held-out tasks of the run `{results['name']}`, in per cent, mean and 95 % interval over tasks; "
+        f"guided search is a mean over reward models of seeds {results['seeds']}, this one among them."
+    )
+    yield from ("", "| method | success | tasks |", "|---|---|---|")
+    names = {"sampled": "the policy alone, one sample", "greedy": "the policy alone, greedy"}
+    for key, estimate in results["policy"].items():
+        yield _result_row(names.get(key, key), estimate)
+    custom = {kind: search["card"] for kind, search in results.get("searches", {}).items() if search.get("card")}
+    for label, numbers in results["methods"].items():
+        by = "random scores" if label == "random" else f"guided by {label}"
+        for kind, title in (_METHODS | custom).items():
+            for size, estimate in (numbers.get(kind) or {}).items():
+                yield _result_row(f"{title.format(size)}, {by}", estimate)
+
+
+def _result_row(name: str, estimate: Mapping[str, Any]) -> str:
+    if estimate["mean"] is None:
+        return f"| {name} | not defined | {estimate['n']} |"
+    mean, low, high = (100 * estimate[key] for key in ("mean", "low", "high"))
+    return f"| {name} | {mean:.1f} [{low:.1f}, {high:.1f}] | {estimate['n']} |"
+
+
+def _flat_numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """(name, number) of a nested mapping; the names of nested ones are joined by spaces."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat_numbers(value, f"{prefix}{name} ")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield f"{prefix}{name}", value

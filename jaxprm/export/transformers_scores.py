@@ -1,11 +1,12 @@
-"""Scores an exported reward model as a stranger would: by transformers alone.
+"""Scores an exported reward model as a third party would: with transformers alone.
 
     python transformers_scores.py DIRECTORY CASES.json VALUES.json
 
-Run in a process of its own, it imports nothing of this project. CASES holds a list of {"name", "messages", "tools",
-"tokens", "read_positions"}; VALUES gets {"values": the value at every read position, "transformers", "torch"}. A wrong
-token is an error: equal scores of other tokens would prove nothing. So is a tensor that is missing or left over, which
-transformers draws at random or drops.
+Run in a separate process, it imports nothing of this project. CASES is a list of {"name", "messages", "tools",
+"tokens", "read_positions"}; VALUES gets {"values": the value at every read position, "transformers", "torch"}.
+
+A wrong token is an error: equal scores of other tokens would prove nothing. So is a missing tensor, which transformers
+would initialize at random, and an unexpected one, which it would drop.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import os
 import sys
 
+# Before transformers is imported, which reads it once: everything must come from the directory.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
@@ -24,13 +26,13 @@ BATCH = 16
 
 
 def main(directory: str, question: str, answer: str) -> None:
-    """Scores all cases, in float32 whatever the weights are stored in."""
+    """Scores all cases of the file `question` into the file `answer`, in float32 whatever dtype the weights have."""
     with open(question, encoding="utf-8") as file:
         cases = json.load(file)
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    model, of_tokens = _load(directory)
+    model, token_classifier = _load(directory)
     tokens = [_encode(tokenizer, case) for case in cases]
-    if of_tokens:
+    if token_classifier:
         steps = _at_positions(tokenizer, model, tokens, [case["read_positions"] for case in cases])
     else:
         prefixes = [ids[: end + 1] for ids, case in zip(tokens, cases, strict=True) for end in case["read_positions"]]
@@ -45,23 +47,23 @@ def main(directory: str, question: str, answer: str) -> None:
 
 
 def _load(directory: str):
-    """(the model, whether it classifies tokens)"""
-    of_tokens = AutoConfig.from_pretrained(directory).architectures[0].endswith("ForTokenClassification")
-    auto = AutoModelForTokenClassification if of_tokens else AutoModelForSequenceClassification
+    """(model, whether it is a token classifier)."""
+    token_classifier = AutoConfig.from_pretrained(directory).architectures[0].endswith("ForTokenClassification")
+    auto = AutoModelForTokenClassification if token_classifier else AutoModelForSequenceClassification
     model, report = auto.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
-    wrong = {name: found for name, found in report.items() if found}
+    wrong = {name: keys for name, keys in report.items() if keys}
     if wrong:
         raise SystemExit(f"{directory}: loaded with {wrong}")
-    return model.eval(), of_tokens
+    return model.eval(), token_classifier
 
 
 def _values(logits: torch.Tensor) -> torch.Tensor:
-    """[..., labels] -> [...]: a label alone is the value, of two the second's probability is."""
+    """[..., labels] -> [...]: the logit of a single label, or the probability of the second of two."""
     return logits[..., 0] if logits.shape[-1] == 1 else logits.softmax(-1)[..., 1]
 
 
 def _at_ends(tokenizer, model, prefixes: list[list[int]]) -> list[float]:
-    """Each step on its own, as the end of a padded sequence: what a consumer does, pooling included."""
+    """Values of steps, each the end of a padded sequence: what a consumer of a sequence classifier does."""
     values = [0.0] * len(prefixes)
     for chunk, logits in _logits(tokenizer, model, prefixes):
         for index, value in zip(chunk, _values(logits).tolist(), strict=True):
@@ -70,16 +72,16 @@ def _at_ends(tokenizer, model, prefixes: list[list[int]]) -> list[float]:
 
 
 def _at_positions(tokenizer, model, tokens: list[list[int]], positions: list[list[int]]):
-    """All steps of a conversation from one pass, in the cases' order."""
-    found: list[list[float]] = [[] for _ in tokens]
+    """Values of all steps, one pass for each conversation, in the order of the cases."""
+    by_case: list[list[float]] = [[] for _ in tokens]
     for chunk, logits in _logits(tokenizer, model, tokens):
         for index, row in zip(chunk, _values(logits), strict=True):
-            found[index] = row[positions[index]].tolist()
-    return (value for values in found for value in values)
+            by_case[index] = row[positions[index]].tolist()
+    return (value for values in by_case for value in values)
 
 
 def _logits(tokenizer, model, sequences: list[list[int]]):
-    """(indices, logits) of batches of sequences of about the same length, padded on the right."""
+    """(indices, logits) of batches, padded on the right; sequences of similar length share a batch."""
     order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
     for start in range(0, len(order), BATCH):
         chunk = order[start : start + BATCH]

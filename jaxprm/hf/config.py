@@ -1,6 +1,6 @@
-"""config.json of Hugging Face models, as transformers 4 and 5 write it: read into ours, and written.
+"""config.json of Hugging Face models, in the forms of transformers 4 and 5: to and from a TransformerConfig.
 
-What the transformer cannot represent is refused with the field, its value and what is supported.
+A config that the transformer cannot represent is refused, with the field, its value and what is supported.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ROPE_FIELDS = {
     "high_freq_factor",
     "original_max_position_embeddings",
 }
-# Of a source, not of what is made from it.
+# Fields of a source config that do not hold for a model made from it.
 _NOT_INHERITED = {
     "_name_or_path",
     "auto_map",
@@ -39,9 +39,9 @@ _NOT_INHERITED = {
 
 
 def read_config(directory: str | Path) -> tuple[TransformerConfig, dict]:
-    """(config, the source's own keys) of a model directory; `config.head` is that of a reward model, if it is one.
+    """(config, all fields of config.json) of a model directory; `config.head` is meaningful for a reward model only.
 
-    Raises UserError naming file, field, value and what is supported.
+    Raises UserError, with file, field, value and what is supported, for a config that cannot be represented.
     """
     path = Path(directory) / "config.json"
     source = _read(path, directory)
@@ -76,12 +76,12 @@ def read_config(directory: str | Path) -> tuple[TransformerConfig, dict]:
 
 
 def is_reward_model(source: Mapping[str, Any]) -> bool:
-    """Whether a config that was read is a classifier's."""
+    """Whether the fields of a config.json that `read_config` accepted are those of a classifier."""
     return not source["architectures"][0].endswith("ForCausalLM")
 
 
 class _Fields:
-    """A config's fields by type; every error names file, field and value."""
+    """Typed access to the fields of a config; errors name file, field and value. null counts as missing."""
 
     def __init__(self, source: Mapping[str, Any], path: Path):
         self.source, self.path = source, path
@@ -94,7 +94,7 @@ class _Fields:
         raise UserError(f"{self.path}: {name} = {shown(value)} is not supported; supported: {supported}")
 
     def count(self, name: str, default: int | None = None) -> int:
-        """A whole number of at least 1."""
+        """A whole number, at least 1 and below 2^31."""
         value = self.get(name, default)
         if value is None:
             raise UserError(f"{self.path}: field {name!r} is missing")
@@ -107,7 +107,7 @@ class _Fields:
     def number(self, name: str, value: Any) -> float:
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise UserError(f"{self.path}: {name} = {shown(value)} must be a number")
-        if not 0 < value <= sys.float_info.max:  # JSON has whole numbers beyond it
+        if not 0 < value <= sys.float_info.max:  # JSON can have larger whole numbers, which float() refuses
             raise UserError(f"{self.path}: {name} = {shown(value)} must be above 0 and finite")
         return float(value)
 
@@ -131,23 +131,23 @@ def _read(path: Path, directory: str | Path) -> dict:
 
 
 def _family(fields: _Fields) -> tuple[Family, str]:
-    """The family, and the one architecture that is named."""
+    """(family, architecture); a config must name exactly one architecture."""
     model_type = fields.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         fields.refuse("model_type", model_type, ", ".join(FAMILIES))
-    named = fields.get("architectures")
-    if not isinstance(named, list) or len(named) != 1 or named[0] not in family.architectures:
+    architectures = fields.get("architectures")
+    if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in family.architectures:
         supported = f"one of {', '.join(family.architectures)}"
         raise UserError(
-            f"{fields.path}: architectures = {shown(named)} with model_type = {model_type!r} is not supported; "
+            f"{fields.path}: architectures = {shown(architectures)} with model_type = {model_type!r} is not supported; "
             f"supported: {supported}"
         )
-    return family, named[0]
+    return family, architectures[0]
 
 
 def _check_supported(fields: _Fields, family: Family) -> None:
-    wanted: list[tuple[str, Callable[[Any], bool], str]] = [
+    checks: list[tuple[str, Callable[[Any], bool], str]] = [
         ("hidden_act", lambda value: value in (None, "silu"), "silu"),
         ("attention_bias", lambda value: not value or family.biases, "false"),
         ("mlp_bias", lambda value: not value, "false"),
@@ -157,9 +157,9 @@ def _check_supported(fields: _Fields, family: Family) -> None:
         ("layer_types", _all_full, "full_attention in every layer"),
         ("use_sliding_window", lambda value: not value, "false"),
     ]
-    if family.model_type == "llama":  # Qwen's configs name a window that use_sliding_window switches off
-        wanted.append(("sliding_window", lambda value: value is None, "none"))
-    for name, is_supported, supported in wanted:
+    if not family.window_switch:
+        checks.append(("sliding_window", lambda value: value is None, "none"))
+    for name, is_supported, supported in checks:
         value = fields.get(name)
         if not is_supported(value):
             fields.refuse(name, value, supported)
@@ -172,7 +172,8 @@ def _all_full(layer_types: Any) -> bool:
 
 
 def _rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
-    """(theta, scaling). Where a config has the keys of both generations, `rope_scaling` counts, as in transformers."""
+    """(theta, scaling) from `rope_parameters` of transformers 5 or the fields of transformers 4."""
+    # A config may have both; transformers then reads rope_scaling.
     name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
     rope = fields.get(name, {})
     if not isinstance(rope, dict):
@@ -182,17 +183,17 @@ def _rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
         fields.refuse(f"{name}.rope_type", kind, "default, llama3")
     for key in rope:
         if key not in _ROPE_FIELDS:
-            fields.refuse(f"{name}.{key}", rope[key], "none but " + ", ".join(sorted(_ROPE_FIELDS)))
+            fields.refuse(f"{name}.{key}", rope[key], "only " + ", ".join(sorted(_ROPE_FIELDS)))
     for where, factor in ((f"{name}.", rope.get("partial_rotary_factor")), ("", fields.get("partial_rotary_factor"))):
         if factor not in (None, 1):
             fields.refuse(f"{where}partial_rotary_factor", factor, "1")
-    theta, inner = fields.get("rope_theta"), rope.get("rope_theta")
-    if theta is not None and inner is not None and theta != inner:
+    theta, nested_theta = fields.get("rope_theta"), rope.get("rope_theta")
+    if theta is not None and nested_theta is not None and theta != nested_theta:
         raise UserError(
-            f"{fields.path}: rope_theta = {shown(theta)} differs from {name}.rope_theta = {shown(inner)}; "
+            f"{fields.path}: rope_theta = {shown(theta)} differs from {name}.rope_theta = {shown(nested_theta)}; "
             "which is read depends on the version of transformers: make them equal"
         )
-    theta = inner if inner is not None else theta
+    theta = nested_theta if nested_theta is not None else theta
     theta = fields.number("rope_theta", 10_000.0 if theta is None else theta)
     return theta, _llama3(fields, name, rope) if kind == "llama3" else None
 
@@ -203,7 +204,7 @@ def _llama3(fields: _Fields, name: str, rope: Mapping[str, Any]) -> RopeScaling:
             raise UserError(f"{fields.path}: field '{name}.{key}' is missing")
         return fields.number(f"{name}.{key}", rope[key])
 
-    # transformers lets the top level overrule, and falls back to the longest position.
+    # The precedence of transformers: top level, then nested, then the longest position.
     length = next(
         (
             value
@@ -235,17 +236,17 @@ def _head(fields: _Fields, family: Family, architecture: str) -> Head:
     names, labels = fields.get("id2label"), fields.get("num_labels")
     if names is not None and not isinstance(names, dict):
         fields.refuse("id2label", names, "an object")
-    # Without either, transformers means two: a classifier of two labels is saved with neither.
-    found = len(names) if names is not None else 2 if labels is None else labels
-    if labels is not None and labels != found:
-        raise UserError(f"{fields.path}: num_labels = {shown(labels)} differs from the {found} labels of id2label")
-    if found not in (1, 2) or isinstance(found, bool):
-        fields.refuse("num_labels", found, "1, or 2 of which label 1 is the good one")
+    # transformers saves a classifier of two labels, its default, without either field.
+    count = len(names) if names is not None else 2 if labels is None else labels
+    if labels is not None and labels != count:
+        raise UserError(f"{fields.path}: num_labels = {shown(labels)} differs from the {count} labels of id2label")
+    if count not in (1, 2) or isinstance(count, bool):
+        fields.refuse("num_labels", count, "1, or 2 of which label 1 is the good one")
     problem = fields.get("problem_type")
-    wanted = (None, "regression") if found == 1 else (None, "single_label_classification")
-    if problem not in wanted:
-        fields.refuse("problem_type", problem, f"{wanted[1]} (or none) with {found} label{'s' * (found > 1)}")
-    return Head(found, bias=architecture == family.token and fields.flag("token_classification_bias", True))
+    supported = "regression" if count == 1 else "single_label_classification"
+    if problem not in (None, supported):
+        fields.refuse("problem_type", problem, f"{supported} (or none) with {count} label{'s' * (count > 1)}")
+    return Head(count, bias=architecture == family.token and fields.flag("token_classification_bias", True))
 
 
 def hf_config(
@@ -258,13 +259,15 @@ def hf_config(
     source: Mapping[str, Any] | None = None,
     dtype: str = "float32",
 ) -> dict[str, Any]:
-    """The config.json of a causal language model, or of a reward model: a token classifier where its head has a bias.
+    """The config.json of a causal language model or a reward model; transformers 4 and 5 read the same from it.
 
-    Made from the source's own keys where there is one. transformers of both generations read the same from it.
+    A reward model is a sequence classifier, or a token classifier if its head has a bias.
 
     Args:
-        max_length: max_position_embeddings, where the source names none.
-        dtype: of the weights that lie beside it, "float32" or "bfloat16".
+        reward: whether the model is a reward model.
+        max_length: max_position_embeddings, if the source has none.
+        source: config.json of the model that this one was made from; its other fields are inherited.
+        dtype: of the weights in the same directory, "float32" or "bfloat16".
     """
     family, head = config.traits, config.head
     rope: dict[str, Any] = {"rope_type": "default"}
@@ -278,8 +281,8 @@ def hf_config(
         }
     classifier = family.token if head.bias else family.sequence
     inherited = {name: value for name, value in (source or {}).items() if name not in _NOT_INHERITED}
-    described: dict[str, Any] = {"max_position_embeddings": max_length, "attention_dropout": 0.0} | inherited
-    described |= {
+    fields: dict[str, Any] = {"max_position_embeddings": max_length, "attention_dropout": 0.0} | inherited
+    fields |= {
         "architectures": [classifier if reward else family.causal],
         "model_type": family.model_type,
         "vocab_size": config.vocab_size,
@@ -293,7 +296,7 @@ def hf_config(
         "rms_norm_eps": config.norm_epsilon,
         "rope_theta": config.rope_theta,
         "rope_parameters": {**rope, "rope_theta": config.rope_theta},
-        # A classifier has no unembedding: the word says nothing of it, and the source's is kept.
+        # A classifier has no unembedding, so the field means nothing there, and that of the source is inherited.
         "tie_word_embeddings": bool(inherited.get("tie_word_embeddings", config.tie_embeddings))
         if reward
         else config.tie_embeddings,
@@ -302,12 +305,12 @@ def hf_config(
         "torch_dtype": dtype,
         "dtype": dtype,
     }
-    described.setdefault("bos_token_id", None)
+    fields.setdefault("bos_token_id", None)
     if scaling is not None or "rope_scaling" in inherited:
-        described["rope_scaling"] = None if scaling is None else rope
-    if family.model_type.startswith("qwen"):
-        described["use_sliding_window"] = False
-    return described | (_label_fields(head, source or {}) if reward else {})
+        fields["rope_scaling"] = None if scaling is None else rope
+    if family.window_switch:
+        fields["use_sliding_window"] = False
+    return fields | (_label_fields(head, source or {}) if reward else {})
 
 
 def _label_fields(head: Head, source: Mapping[str, Any]) -> dict[str, Any]:

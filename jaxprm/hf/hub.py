@@ -1,4 +1,4 @@
-"""Models by the name they have on the Hugging Face hub. Nothing is looked up but a name that a user gives."""
+"""Models on the Hugging Face hub, by the id that a user gives."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from jaxprm.errors import UserError
 
 _NAME = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w./-]*))?", re.ASCII)
-# What a model of ours is made of; no code, no pickles, no weights in other formats.
+# The only files that are downloaded: no code, no pickles, no weights in other formats.
 _FILES = (
     "config.json",
     "*.safetensors",
@@ -28,24 +28,27 @@ _SUBFOLDERS = "*/*"
 
 
 def resolve(path_or_id: str | Path, *, what: str = "model", files: Sequence[str] = _FILES) -> Path:
-    """The directory of a model: a local one as it is, "org/name" or "org/name@revision" from the hub or its cache.
+    """The directory of a model: a local directory, or the snapshot of "org/name" or "org/name@revision" from the hub.
 
-    files: which of them are fetched, by name or pattern. They are kept in the hub's cache (HF_HOME). With
-    HF_HUB_OFFLINE=1, or without a network, only what is there is found.
+    Downloads go to the hub's cache (HF_HOME). With HF_HUB_OFFLINE=1, or without a network, only the cache is used.
 
-    Raises UserError, one line that begins with `what`, where there is neither.
+    Args:
+        what: what the model is for, the first word of errors.
+        files: names or patterns of the files to download.
+
+    Raises UserError if there is neither a directory nor a model of that name.
     """
     path = Path(path_or_id)
     if path.is_dir():
         return path
-    named = _NAME.fullmatch(str(path_or_id))
-    if path.exists() or not named:
+    match = _NAME.fullmatch(str(path_or_id))
+    if path.exists() or not match:
         raise UserError(f"{what} {path}: no such directory; give one, or a name on the hub such as org/name")
-    return _download(named["name"], named["revision"], what, files)
+    return _download(match["name"], match["revision"], what, files)
 
 
 def name_of(directory: str | Path) -> str:
-    """What to call a model in a record: "org/name" where it came from the hub, else its path."""
+    """The name of a model directory for records: "org/name" if it is in the hub's cache, else its path."""
     parts = Path(directory).parts
     if len(parts) >= 3 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
         return parts[-3].removeprefix("models--").replace("--", "/", 1)
@@ -58,7 +61,7 @@ def _download(name: str, revision: str | None, what: str, files: Sequence[str]) 
 
     shown = name if revision is None else f"{name}@{revision}"
     try:
-        found = huggingface_hub.snapshot_download(
+        snapshot = huggingface_hub.snapshot_download(
             name, revision=revision, allow_patterns=list(files), ignore_patterns=[_SUBFOLDERS]
         )
     except errors.GatedRepoError:
@@ -69,13 +72,14 @@ def _download(name: str, revision: str | None, what: str, files: Sequence[str]) 
         reason = "the hub has no such model, or it is private and HF_TOKEN is not set"
     except errors.LocalEntryNotFoundError:
         offline = huggingface_hub.constants.HF_HUB_OFFLINE
-        why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
-        reason = f"{why}, and the model is not in the hub's cache ({huggingface_hub.constants.HF_HUB_CACHE})"
-    except Exception as error:  # of huggingface_hub, of its HTTP client, of the disk
+        cause = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
+        reason = f"{cause}, and the model is not in the hub's cache ({huggingface_hub.constants.HF_HUB_CACHE})"
+    # No common base class: errors come from huggingface_hub, its HTTP client and the disk.
+    except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        reason = f"the hub cannot be reached ({said[:200]})"
+        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = f"the hub cannot be reached ({message[:200]})"
     else:
-        return Path(found)
+        return Path(snapshot)
     raise UserError(f"{what} {shown}: no such directory, and {reason}") from None

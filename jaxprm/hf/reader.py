@@ -1,4 +1,8 @@
-"""Hugging Face checkpoints of the supported families, read tensor by tensor into our parameters on their devices."""
+"""Hugging Face checkpoints of the supported families, read tensor by tensor into parameters on their devices.
+
+Host memory holds one tensor of one layer at a time, and no device ever has more than its part of the parameters.
+Letters: L layers, I and O inputs and outputs of a matrix.
+"""
 
 from __future__ import annotations
 
@@ -17,21 +21,27 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxprm.errors import UserError, shown
 from jaxprm.hf.config import is_reward_model, read_config
-from jaxprm.hf.names import TensorSpec, parameter_shapes, tensors
+from jaxprm.hf.names import TensorSpec, tensors
 from jaxprm.hf.safetensors import DTYPES, StoredTensor, open_tensors
-from jaxprm.hf.writer import write_model as write_model
 from jaxprm.model.config import Head, TransformerConfig
+from jaxprm.model.parameters import parameter_shapes
+
+# Rotary tables of old checkpoints; they follow from the config.
+_BUFFERS = re.compile(r"(.+\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
+_COMPARED_BYTES = 1 << 24
 
 
 def load_transformer(
     directory: str | Path, *, unembedding: bool = True, dtype=jnp.float32, shardings: Any = None
 ) -> tuple[TransformerConfig, nnx.State]:
-    """(config, nnx.State of a Transformer) from a causal language model, streamed: see weights.load.
+    """(config, nnx.State of a Transformer) from a causal language model.
 
-    unembedding: without, the decoder alone, of a causal language model or of a reward model; its config is tied, so it
-    holds no unembedding. shardings: a tree like `weights.abstract(config, reward=False)`.
+    Args:
+        unembedding: False loads the decoder only, from a causal language model or a reward model. The returned config
+            has tied embeddings, so that the Transformer has no unembedding.
+        dtype, shardings: see `load`.
 
-    Raises UserError for what cannot be read, before any memory is spent.
+    Raises UserError if the model cannot be read, before any memory is allocated.
     """
     config, source = read_config(directory)
     classifier = is_reward_model(source)
@@ -49,12 +59,12 @@ def load_transformer(
 def load_reward_model(
     directory: str | Path, *, dtype=jnp.float32, shardings: Any = None
 ) -> tuple[TransformerConfig, nnx.State]:
-    """(config, nnx.State of a RewardModel) from a sequence or token classifier of one or two labels, streamed.
+    """(config, nnx.State of a RewardModel) from a sequence or token classifier of one or two labels.
 
-    A reward model predicts no token: its config is tied, so it holds no unembedding. shardings: a tree like
-    `weights.abstract(config, reward=True)`.
+    The returned config has tied embeddings: a reward model predicts no tokens and has no unembedding.
+    dtype, shardings: see `load`.
 
-    Raises UserError for what cannot be read, before any memory is spent.
+    Raises UserError if the model cannot be read, before any memory is allocated.
     """
     config, source = read_config(directory)
     if not is_reward_model(source):
@@ -67,21 +77,17 @@ def load_reward_model(
 
 
 def check_vocabulary(directory: str | Path, config: TransformerConfig, tokens: int) -> None:
-    """Raises UserError where a tokenizer has ids that the embedding has not; JAX would read some other row."""
+    """Raises UserError if a tokenizer of `tokens` tokens has ids beyond the embedding."""
+    # JAX clips indices out of range: it would silently read another token's row.
     if tokens > config.vocab_size:
         raise UserError(
             f"model {directory}: its tokenizer has {tokens} tokens, its embedding {config.vocab_size}; "
-            "put the tokenizer it was trained with beside it"
+            "put the tokenizer that the model was trained with into its directory"
         )
 
 
-# Tables that old checkpoints carry; they follow from the config.
-_BUFFERS = re.compile(r"(.+\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
-_COMPARED_AT_ONCE = 1 << 24  # elements
-
-
 def abstract(config: TransformerConfig, *, reward: bool, dtype=jnp.float32) -> nnx.State:
-    """Shapes of a Transformer's or a RewardModel's parameters, in the tree that `load` fills."""
+    """Shapes of the parameters of a Transformer or a RewardModel, in the tree that `load` returns."""
     tree: dict[str, Any] = {}
     for path, shape in parameter_shapes(config, reward=reward).items():
         *parents, last = path
@@ -99,27 +105,28 @@ def load(
     dtype=jnp.float32,
     shardings: Any = None,
 ) -> nnx.State:
-    """The parameters of the checkpoint in `directory`, in `dtype`.
+    """The parameters of the checkpoint in `directory`.
 
     Args:
-      reward: of a RewardModel, or else of a Transformer.
-      skipped: tensors that may be there and are not wanted.
-      shardings: a tree like `abstract(config)` of NamedShardings; None puts everything on the default device.
+        reward: whether to return those of a RewardModel; else of a Transformer.
+        skipped: names of tensors to ignore.
+        dtype: of the parameters; stored float32, float16 and bfloat16 are converted on the device.
+        shardings: a tree like `abstract(config, reward=reward)`; None puts everything on the default device.
 
-    Raises:
-      UserError: one line with file and tensor, before anything is allocated.
+    Raises UserError, with file and tensor, before anything is allocated.
     """
     stored = open_tensors(directory)
-    wanted = _match(directory, stored, config, reward=reward, skipped=skipped)
+    tensors_by_path: dict[tuple[str, ...], list[tuple[TensorSpec, StoredTensor]]] = {}
+    for tensor, source in _match(directory, stored, config, reward=reward, skipped=skipped):
+        tensors_by_path.setdefault(tensor.path, []).append((tensor, source))
     state = abstract(config, reward=reward, dtype=dtype)
     leaves, treedef = jax.tree.flatten(state)
-    places = [None] * len(leaves) if shardings is None else treedef.flatten_up_to(shardings)
+    leaf_shardings = [None] * len(leaves) if shardings is None else treedef.flatten_up_to(shardings)
     paths = [_path(path) for path, _ in jax.tree_util.tree_flatten_with_path(state)[0]]
-    slots = {path: (leaf, place) for path, leaf, place in zip(paths, leaves, places, strict=True)}
-    by_path: dict[tuple[str, ...], list[tuple[TensorSpec, StoredTensor]]] = {path: [] for path in paths}
-    for tensor, source in wanted:
-        by_path[tensor.path].append((tensor, source))
-    return treedef.unflatten([_fill(*slots[path], by_path[path]) for path in paths])
+    return treedef.unflatten(
+        _fill(leaf, sharding, tensors_by_path[path])
+        for path, leaf, sharding in zip(paths, leaves, leaf_shardings, strict=True)
+    )
 
 
 def _path(keys: Any) -> tuple[str, ...]:
@@ -134,18 +141,23 @@ def _match(
     reward: bool,
     skipped: Collection[str],
 ) -> list[tuple[TensorSpec, StoredTensor]]:
-    """Every tensor of the config with the stored one, all stored ones used. UserError, by name, where that fails."""
-    rest = {name: one for name, one in stored.items() if name not in skipped and not _BUFFERS.fullmatch(name)}
-    found = []
+    """Every tensor of the config with the stored one.
+
+    Raises UserError, by name, for a tensor that is missing, unknown, or of another shape or an unsupported dtype.
+    """
+    unmatched = {
+        name: source for name, source in stored.items() if name not in skipped and not _BUFFERS.fullmatch(name)
+    }
+    matched = []
     for tensor in tensors(config, reward=reward):
-        if tensor.name not in rest:
+        if tensor.name not in unmatched:
             raise UserError(f"model {directory}: tensor {tensor.name} is missing")
-        found.append((tensor, rest.pop(tensor.name)))
-    if "lm_head.weight" in rest and not reward:
-        _check_tied(directory, stored["model.embed_tokens.weight"], rest.pop("lm_head.weight"))
-    if rest:
-        raise UserError(f"model {directory}: unknown tensor {shown(min(rest))} ({len(rest)} in all)")
-    for tensor, source in found:
+        matched.append((tensor, unmatched.pop(tensor.name)))
+    if "lm_head.weight" in unmatched and not reward:
+        _check_tied(directory, stored["model.embed_tokens.weight"], unmatched.pop("lm_head.weight"))
+    if unmatched:
+        raise UserError(f"model {directory}: unknown tensor {shown(min(unmatched))} ({len(unmatched)} in all)")
+    for tensor, source in matched:
         if source.shape != tensor.shape:
             raise UserError(
                 f"model {directory}: tensor {tensor.name} has shape {list(source.shape)}, expected {list(tensor.shape)}"
@@ -154,68 +166,80 @@ def _match(
             raise UserError(
                 f"model {directory}: tensor {tensor.name} has dtype {source.dtype}; supported: {', '.join(DTYPES)}"
             )
-    return found
+    return matched
 
 
 def _check_tied(directory: Path, embedding: StoredTensor, head: StoredTensor) -> None:
-    """A checkpoint may hold the unembedding that its config ties to the embedding; then they must be equal."""
+    """Raises UserError if a checkpoint with tied embeddings stores an unembedding that differs from the embedding."""
     same = (embedding.shape, embedding.dtype) == (head.shape, head.dtype)
     if same and embedding.dtype in DTYPES:
-        ours, theirs = (np.frombuffer(one.map, np.uint8, one.end - one.start, one.start) for one in (embedding, head))
-        pieces = range(0, len(ours), _COMPARED_AT_ONCE)
-        same = all(np.array_equal(ours[i : i + _COMPARED_AT_ONCE], theirs[i : i + _COMPARED_AT_ONCE]) for i in pieces)
+        pair = (np.frombuffer(t.map, np.uint8, t.end - t.start, t.start) for t in (embedding, head))
+        first, second = pair
+        # In pieces: the comparison allocates a boolean per byte.
+        pieces = [slice(start, start + _COMPARED_BYTES) for start in range(0, len(first), _COMPARED_BYTES)]
+        same = all(np.array_equal(first[piece], second[piece]) for piece in pieces)
     if not same:
         raise UserError(
             f"model {directory}: lm_head.weight differs from model.embed_tokens.weight, but tie_word_embeddings = true "
-            "says that they are one; set it to false, or remove lm_head.weight"
+            "says that they are equal; set it to false, or remove lm_head.weight"
         )
 
 
-def _fill(leaf: jax.ShapeDtypeStruct, place: NamedSharding | None, sources: list[tuple[TensorSpec, StoredTensor]]):
-    """One parameter: zeros where it will lie, then every tensor written into its place."""
+def _fill(
+    leaf: jax.ShapeDtypeStruct, sharding: NamedSharding | None, sources: list[tuple[TensorSpec, StoredTensor]]
+) -> jax.Array:
+    """One parameter: allocated as zeros with its sharding, then written tensor by tensor."""
     first = sources[0][0]
     stacked = first.layer is not None
-    chunk_place = None if place is None else NamedSharding(place.mesh, _chunk_spec(first, place.spec))
-    parameter = jnp.zeros(leaf.shape, leaf.dtype, device=place)
-    # Where the layer axis is split over devices, a round writes one layer on each of them.
-    rounds = 1 if not stacked else leaf.shape[0] if place is None else place.shard_shape(leaf.shape)[0]
+    chunk_sharding = None if sharding is None else NamedSharding(sharding.mesh, _chunk_spec(first, sharding.spec))
+    parameter = jnp.zeros(leaf.shape, leaf.dtype, device=sharding)
+    # If the layer axis is split over devices, a round writes one layer on each of them.
+    rounds = 1 if not stacked else leaf.shape[0] if sharding is None else sharding.shard_shape(leaf.shape)[0]
     for step in range(rounds):
-        chunk = _chunk([source for _, source in sources[step::rounds]], chunk_place)
+        chunk = _chunk([source for _, source in sources[step::rounds]], chunk_sharding)
         parameter = _write(
-            parameter, chunk, np.int32(step), places=(place, chunk_place), transposed=first.transposed, stacked=stacked
+            parameter,
+            chunk,
+            np.int32(step),
+            shardings=(sharding, chunk_sharding),
+            transposed=first.transposed,
+            stacked=stacked,
         )
-        # Left to run ahead, every tensor would be in memory before the first is written.
+        # Dispatch is asynchronous: without the wait, every tensor would be in memory before the first is written.
         parameter.block_until_ready()
     return parameter
 
 
-def _chunk(sources: list[StoredTensor], place: NamedSharding | None) -> jax.Array:
-    """[n, *stored shape], as stored: each device reads its own slices of its own one of `sources`."""
+def _chunk(sources: list[StoredTensor], sharding: NamedSharding | None) -> jax.Array:
+    """`sources` stacked, [n, *stored shape], in the stored dtype. Each device reads only its slices from the files."""
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
         (slot,) = range(len(sources))[index[0]]
         part = sources[slot].array()[index[1:]][None]
-        # Alignment is not promised by the format.
+        # The format does not promise alignment, and JAX requires it.
         return part if part.flags.c_contiguous and part.flags.aligned else part.copy()
 
     shape = (len(sources), *sources[0].shape)
-    if place is None:
+    if sharding is None:
         return jax.device_put(read((slice(None),) * len(shape)))
-    return jax.make_array_from_callback(shape, place, read)
+    return jax.make_array_from_callback(shape, sharding, read)
 
 
 def _chunk_spec(tensor: TensorSpec, spec: PartitionSpec) -> PartitionSpec:
-    """How a tensor as it is stored is split, if the parameter made of it is split as `spec` says."""
+    """Spec of a chunk of stored tensors, given the spec of the parameter that it is written to."""
     stacked = tensor.layer is not None
     axes = len(tensor.shape) + stacked
-    ours = [*spec, *[None] * axes][:axes]
-    layer, rest = (ours[0], ours[1:]) if stacked else (None, ours)
-    return PartitionSpec(layer, *(rest[::-1] if tensor.transposed else rest))
+    parameter_axes = [*spec, *[None] * axes][:axes]
+    layer, tensor_axes = (parameter_axes[0], parameter_axes[1:]) if stacked else (None, parameter_axes)
+    return PartitionSpec(layer, *(tensor_axes[::-1] if tensor.transposed else tensor_axes))
 
 
-@functools.partial(jax.jit, static_argnames=("places", "transposed", "stacked"), donate_argnames=("parameter",))
-def _write(parameter, chunk, step, *, places: tuple, transposed: bool, stacked: bool):
-    """Writes a chunk [1, *stored shape] on every device into its part of the parameter, at layer `step` of that."""
+@functools.partial(jax.jit, static_argnames=("shardings", "transposed", "stacked"), donate_argnames=("parameter",))
+def _write(parameter, chunk, step, *, shardings: tuple, transposed: bool, stacked: bool):
+    """The parameter, [L, I, O] or not stacked, with a chunk [1, *stored shape] per device written at layer `step`.
+
+    shardings: of parameter and chunk. Layers are counted within the device's part.
+    """
 
     def write(part, chunk, step):
         chunk = (chunk.swapaxes(1, 2) if transposed else chunk).astype(part.dtype)
@@ -223,15 +247,15 @@ def _write(parameter, chunk, step, *, places: tuple, transposed: bool, stacked: 
         start = (step,) + (0,) * (part.ndim - 1) if stacked else (0,) * part.ndim
         return jax.lax.dynamic_update_slice(part, chunk, start)
 
-    place, chunk_place = places
-    if place is None:
+    sharding, chunk_sharding = shardings
+    if sharding is None:
         return write(parameter, chunk, step)
-    # Each device on its own: left to the partitioner, a write into a split layer axis could gather it first.
+    # shard_map, as the partitioner could gather a split layer axis before writing to it.
     local = jax.shard_map(
         write,
-        mesh=place.mesh,
-        in_specs=(place.spec, chunk_place.spec, PartitionSpec()),
-        out_specs=place.spec,
+        mesh=sharding.mesh,
+        in_specs=(sharding.spec, chunk_sharding.spec, PartitionSpec()),
+        out_specs=sharding.spec,
         check_vma=False,
     )
     return local(parameter, chunk, step)

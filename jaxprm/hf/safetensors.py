@@ -1,6 +1,10 @@
-"""The files that a model consists of, and its safetensors: headers checked to the last byte, tensors memory-mapped.
+"""The files of a model, and its safetensors: headers checked to the last byte, tensors memory-mapped.
 
-Nothing is allocated for a tensor here. A checkpoint that passes `open_tensors` can be read to its end.
+No memory is allocated for tensors. A checkpoint that `open_tensors` accepts can be read completely.
+
+The headers are checked here and not by the safetensors library, because its errors say less: a torn file is "not fully
+covered" without the number of missing bytes, a tensor of the wrong size has no name, JSON errors have a column instead
+of a tensor, and a repeated name is accepted.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from jaxprm.errors import UserError, shown
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-# Bits of an element, for all that the format knows: a file may hold what no model of ours reads.
+# Bits per element of every dtype of the format: a file may hold tensors that are skipped.
 _ITEM_BITS = {
     "BOOL": 8,
     "U8": 8,
@@ -46,13 +50,14 @@ _ITEM_BITS = {
     "F6_E3M2": 6,
 }
 _PLAIN_NAME = re.compile(r"\w[\w.-]{0,200}\.safetensors", re.ASCII)
-_MOST_HEADER_BYTES = 100_000_000  # the format's own bound
+_MAX_HEADER_BYTES = 100_000_000  # the bound of the format
+_MAX_RANK = 32
 _DESCRIPTION_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a memory-mapped file: its bytes are `start` to `end`, its dtype as the header names it."""
+    """A tensor in a memory-mapped file: bytes `start` to `end` of it. dtype: as in the header, such as "BF16"."""
 
     file: Path
     dtype: str
@@ -62,20 +67,20 @@ class StoredTensor:
     map: mmap.mmap
 
     def array(self) -> np.ndarray:
-        """A read-only view of the file, of a dtype in DTYPES; reading it costs no memory of the process."""
+        """A read-only view of the mapped file; the dtype must be in DTYPES."""
         flat = np.frombuffer(self.map, DTYPES[self.dtype], math.prod(self.shape), self.start)
         return flat.reshape(self.shape)
 
 
 def has_weights(directory: Path) -> bool:
-    """Whether a directory holds the weights of a model, in one file or several."""
+    """Whether a directory has the weights of a model, in one file or several."""
     return (directory / WEIGHTS).is_file() or (directory / INDEX).is_file()
 
 
 def weight_files(directory: Path) -> list[str]:
-    """The names of the files that hold a model's weights, the index first where there is one.
+    """The names of the files with a model's weights, the index first if there is one.
 
-    Raises UserError for an index that is broken, or names what is not a file of the directory.
+    Raises UserError if there are no weights, or if the index is broken or names a file that is missing.
     """
     if (directory / WEIGHTS).is_file():
         return [WEIGHTS]
@@ -85,33 +90,33 @@ def weight_files(directory: Path) -> list[str]:
 
 
 def model_files(directory: Path) -> list[str]:
-    """The names of all files that decide what a model computes from a conversation, those that are there."""
+    """The names of the existing files that determine what a model computes from a conversation."""
     others = [name for name in _DESCRIPTION_FILES if (directory / name).is_file()]
     return [*others, *(weight_files(directory) if has_weights(directory) else [])]
 
 
 def open_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a checkpoint by name. Raises UserError, one line with file and tensor, for whatever is broken."""
+    """Every tensor of a checkpoint by name. Raises UserError, with file and tensor, for anything broken."""
     first, *shards = weight_files(directory)
     if not shards:
         return _open_file(directory / first)
     index = _read_index(directory / first)
-    found: dict[str, StoredTensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     for shard in shards:
         for name, tensor in _open_file(directory / shard).items():
             if name not in index:
                 raise UserError(f"{directory / shard}: tensor {shown(name)} is not in {INDEX}")
             if index[name] != shard:
                 raise UserError(f"{directory / shard}: tensor {shown(name)} belongs to {index[name]}, says {INDEX}")
-            found[name] = tensor
+            tensors[name] = tensor
     for name, shard in index.items():
-        if name not in found:
+        if name not in tensors:
             raise UserError(f"{directory / INDEX}: tensor {shown(name)} is not in {shard}, where it should be")
-    return found
+    return tensors
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """{tensor: file}, every file one of the directory's own."""
+    """{tensor: file name}. Raises UserError for a name that is not a file in the same directory."""
     index = _parse_json(path.read_bytes(), path)
     files = index.get("weight_map")
     if not isinstance(files, dict) or not files:
@@ -128,12 +133,13 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _parse_json(text: bytes, path: Path) -> dict[str, Any]:
+    # json.loads would silently use the last of repeated names.
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
+        fields = dict(pairs)
+        if len(fields) != len(pairs):
             repeated, _ = Counter(name for name, _ in pairs).most_common(1)[0]
             raise UserError(f"{path}: {shown(repeated)} is there twice")
-        return found
+        return fields
 
     try:
         value = json.loads(text, object_pairs_hook=unique)
@@ -153,21 +159,21 @@ def _open_file(path: Path) -> dict[str, StoredTensor]:
             raise UserError(f"{path}: cannot be read, {size} bytes are no safetensors file")
         mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
     length = int.from_bytes(mapped[:8], "little")
-    if not 2 <= length <= min(_MOST_HEADER_BYTES, size - 8):
+    if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
         raise UserError(f"{path}: cannot be read, a header of {length} bytes in a file of {size}")
     header = _parse_json(mapped[8 : 8 + length], path)
     header.pop("__metadata__", None)
     data = 8 + length
     tensors = {name: _entry(name, entry, path, data, mapped) for name, entry in header.items()}
-    # Without gaps, overlaps, or anything after the last: so says the format, and so a torn or spliced file is found.
-    place = data
+    # The format has no gaps, no overlaps and nothing after the last tensor. A torn or spliced file breaks that.
+    end = data
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
-        if tensor.start != place:
-            problem = "overlaps the one before it" if tensor.start < place else "leaves a gap before it"
+        if tensor.start != end:
+            problem = "overlaps the one before it" if tensor.start < end else "leaves a gap before it"
             raise UserError(f"{path}: cannot be read, tensor {shown(name)} {problem} in the file")
-        place = tensor.end
-    if place != size:
-        relation = f"{place - size} bytes are missing" if place > size else f"{size - place} bytes too many"
+        end = tensor.end
+    if end != size:
+        relation = f"{end - size} bytes are missing" if end > size else f"{size - end} bytes too many"
         raise UserError(f"{path}: cannot be read, {relation} at its end; copy or download it again")
     return tensors
 
@@ -181,7 +187,7 @@ def _entry(name: str, entry: Any, path: Path, data: int, mapped: mmap.mmap) -> S
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _ITEM_BITS:
         raise refuse(f"has the unknown dtype {shown(dtype)}")
-    if not _are_counts(shape) or len(shape) > 32:
+    if not _are_counts(shape) or len(shape) > _MAX_RANK:
         raise refuse(f"has the shape {shown(shape)}")
     if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise refuse(f"has the data_offsets {shown(offsets)}")

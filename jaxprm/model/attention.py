@@ -1,4 +1,8 @@
-"""Grouped-query attention in packed rows and after cached prefixes: plain JAX, or the splash kernel on TPUs."""
+"""Grouped-query attention in packed rows and after cached prefixes: plain JAX, or the splash kernel on TPUs.
+
+Letters: B batch, T tokens of a chunk, S tokens that are read, C cached tokens, G cached rows, H heads, K kv heads,
+E head dim. The H / K query heads of a kv head are next to each other.
+"""
 
 from __future__ import annotations
 
@@ -12,29 +16,39 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# Blocks of queries: large enough for a good matrix product, few enough for a quick compilation.
+# Blocks of queries in `packed_attention`: large enough for efficient matrix products, few enough to compile quickly.
 MIN_QUERY_BLOCK, MAX_QUERY_BLOCKS = 64, 8
-# On a CPU: scores computed at once, and the fewest queries of a row that make a product worth its call.
+# Tiles of queries on a CPU: scores computed at once (4 MB in float32), and the fewest queries of an efficient product.
 TILE_SCORES, MIN_TILE = 1 << 20, 64
+# The splash kernel: block sizes, of which the largest that divides the tokens of a row on one device is used, and the
+# divisor that it requires of the head dim.
+BLOCKS = (512, 256, 128)
+HEAD_DIM_DIVISOR = 64
+
+MeshAxes = tuple[str, ...]
 
 
 def chunk_mask(segments: jax.Array) -> jax.Array:
-    """[B, T, T]: a token reads itself and earlier tokens of its own segment. Segment 0 is padding."""
+    """Mask [B, T, T] of segments [B, T]: a token reads itself and earlier tokens of its segment.
+
+    Segment 0 is padding, which reads padding: no row of the mask is empty, so no softmax divides by zero.
+    """
     length = segments.shape[-1]
     causal = jnp.tril(jnp.ones((length, length), bool))
     return causal & (segments[:, :, None] == segments[:, None, :])
 
 
 def attention(query, keys, values, mask, cached=()) -> jax.Array:
-    """Grouped-query attention over cached tokens and a chunk.
+    """Grouped-query attention over cached tokens and a chunk; returns [B, H, T, E].
 
-    query [B, H, T, E]; keys, values [B, K, S, E]; mask [B, T, S];
-    cached: blocks of (keys [G, K, E, C], values [G, K, C, E], filled bool [G, C]), where a cached row serves B / G
-    consecutive rows of the chunk and is read once for all of them. Returns [B, H, T, E].
-    Blocks keep their places: no cache is copied.
+    query: [B, H, T, E]. keys, values: [B, K, S, E]. mask: bool [B, T, S].
+    cached: blocks of (keys [G, K, E, C], values [G, K, C, E], filled bool [G, C]). A cached row serves B / G
+    consecutive rows of the chunk.
     """
     batch, heads, length, head_dim = query_shape = query.shape
     kv_heads = keys.shape[1]
+    # All queries that read one kv head, and with `gather` one cached row, become rows of a single matrix product: keys
+    # and values are never repeated, and a shared cache is read once.
     query = query.reshape(batch, kv_heads, heads // kv_heads * length, head_dim) * (head_dim**-0.5)
 
     def gather(x, rows):  # [B, K, X, .] -> [G, K, B / G * X, .]
@@ -42,39 +56,41 @@ def attention(query, keys, values, mask, cached=()) -> jax.Array:
             return x
         return x.reshape(rows, batch // rows, *x.shape[1:]).swapaxes(1, 2).reshape(rows, kv_heads, -1, x.shape[-1])
 
-    def spread(x):  # and back
+    def spread(x):  # [G, K, B / G * X, .] -> [B, K, X, .]
         if len(x) == batch:
             return x
         x = x.reshape(len(x), kv_heads, batch // len(x), -1, x.shape[-1])
         return x.swapaxes(1, 2).reshape(batch, kv_heads, -1, x.shape[-1])
 
-    def scores_against(these, allowed):
-        scores = jnp.einsum("gkxe,gkes->gkxs", gather(query, len(these)), these, preferred_element_type=jnp.float32)
-        if allowed.ndim == 2:
-            return jnp.where(allowed[:, None, None], scores, -1e30)
-        whole = scores.reshape(batch, kv_heads, heads // kv_heads, length, -1)
-        return jnp.where(allowed[:, None, None], whole, -1e30).reshape(scores.shape)
+    def masked_scores(keys, readable):
+        scores = jnp.einsum("gkxe,gkes->gkxs", gather(query, len(keys)), keys, preferred_element_type=jnp.float32)
+        if readable.ndim == 2:  # cached tokens [G, C]: the same for every query
+            return jnp.where(readable[:, None, None], scores, -1e30)
+        per_head = scores.reshape(batch, kv_heads, heads // kv_heads, length, -1)
+        return jnp.where(readable[:, None, None], per_head, -1e30).reshape(scores.shape)
 
     blocks = [*(block for block in cached if block[1].shape[2]), (keys.swapaxes(2, 3), values, mask)]
-    scores = [scores_against(these, allowed) for these, _, allowed in blocks]
-    # One softmax over all blocks, each in its place: joining them would copy the scores.
+    scores = [masked_scores(keys, readable) for keys, _, readable in blocks]
+    # One softmax over all blocks without concatenating them: that would copy the caches or their scores.
     peaks = [spread(block.max(axis=-1, keepdims=True)) for block in scores]
     peak = jax.lax.stop_gradient(functools.reduce(jnp.maximum, peaks))
     weights = [jnp.exp(block - gather(peak, len(block))) for block in scores]
     total = sum(spread(block.sum(axis=-1, keepdims=True)) for block in weights)
-    mixed = sum(spread(block.astype(those.dtype) @ those) for block, (_, those, _) in zip(weights, blocks, strict=True))
+    mixed = sum(
+        spread(block.astype(values.dtype) @ values) for block, (_, values, _) in zip(weights, blocks, strict=True)
+    )
     return (mixed / total).astype(values.dtype).reshape(query_shape)
 
 
 def tiled_attention(query, keys, values, mask, cached=()) -> jax.Array:
-    """`attention`, on a CPU in tiles of queries whose scores stay in its caches.
+    """`attention`, on a CPU in tiles of queries whose scores fit its cache. Shapes as in `attention`.
 
-    For forward passes: what a backward pass would keep of every tile costs more than the tiles save.
+    For forward passes only: what a backward pass would keep of every tile costs more than the tiles save.
     """
-    given = (query, keys, values, mask, tuple(cached))
+    arguments = (query, keys, values, mask, tuple(cached))
     size = _tile(*query.shape[:2], keys.shape[2] + sum(block[1].shape[2] for block in cached))
     if size >= query.shape[2]:
-        return attention(*given)
+        return attention(*arguments)
 
     def tiles(query, keys, values, mask, cached):
         mixed = jax.lax.map(
@@ -82,15 +98,16 @@ def tiled_attention(query, keys, values, mask, cached=()) -> jax.Array:
         )
         return _join(mixed, 2, query.shape[2])
 
-    return jax.lax.platform_dependent(*given, cpu=tiles, default=attention)
+    return jax.lax.platform_dependent(*arguments, cpu=tiles, default=attention)
 
 
 def packed_attention(query, keys, values, segments, *, block=jax.checkpoint(attention)) -> jax.Array:
-    """`attention` within a chunk, without caches: shapes as there, segments [B, T].
+    """`attention` within packed rows, without caches: query [B, H, T, E]; keys, values [B, K, T, E]; segments [B, T].
 
-    A block of queries reads only the keys up to its own end, so no [T, T] array exists and almost half of the products
-    are never made; the backward pass makes a block's weights again instead of keeping them.
+    block: attention of one block of queries, by default recomputed in the backward pass.
     """
+    # A block of queries reads only the keys up to its own end: no [T, T] array exists, and almost half of the products
+    # are skipped. Its weights are computed again in the backward pass instead of being kept.
     length = query.shape[2]
     size = max(MIN_QUERY_BLOCK, -(-length // MAX_QUERY_BLOCKS))
     mixed = []
@@ -103,46 +120,39 @@ def packed_attention(query, keys, values, segments, *, block=jax.checkpoint(atte
 
 
 def _tile(batch: int, heads: int, read: int) -> int:
-    """Queries of a row whose scores are about TILE_SCORES in number."""
+    """Queries per tile, so that a tile has about TILE_SCORES scores. read: keys per query."""
     return max(MIN_TILE, TILE_SCORES // (batch * heads * read) // MIN_TILE * MIN_TILE)
 
 
 def _cut(x: jax.Array, axis: int, size: int) -> jax.Array:
-    """Tiles of `size` along an axis, on a new first one; the last is filled with zeros."""
+    """Tiles of `size` along an axis, stacked on a new first axis; the last tile is padded with zeros."""
     count = -(-x.shape[axis] // size)
-    room = count * size - x.shape[axis]
-    x = jnp.pad(x, [(0, room if at == axis else 0) for at in range(x.ndim)]) if room else x
+    padding = count * size - x.shape[axis]
+    x = jnp.pad(x, [(0, padding if at == axis else 0) for at in range(x.ndim)]) if padding else x
     return jnp.moveaxis(x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :]), axis, 0)
 
 
 def _join(tiles: jax.Array, axis: int, length: int) -> jax.Array:
-    """What was cut, without what the last tile was filled with."""
-    whole = jnp.moveaxis(tiles, 0, axis)
-    whole = whole.reshape(*whole.shape[:axis], -1, *whole.shape[axis + 2 :])
-    return jax.lax.slice_in_dim(whole, 0, length, axis=axis)
-
-
-# Tokens of a row on one device come in multiples of these; the largest that fits is used.
-BLOCKS = (512, 256, 128)
-HEAD_DIMS = 64  # and its multiples
-
-MeshAxes = tuple[str, ...]
+    """The inverse of `_cut`: the tiles along an axis, without the padding beyond `length`."""
+    x = jnp.moveaxis(tiles, 0, axis)
+    x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+    return jax.lax.slice_in_dim(x, 0, length, axis=axis)
 
 
 def fits(length: int, head_dim: int, sequence_shards: int = 1) -> bool:
-    """Whether the kernel takes rows of `length` tokens, split over so many devices."""
-    return length % (BLOCKS[-1] * sequence_shards) == 0 and head_dim % HEAD_DIMS == 0
+    """Whether the splash kernel supports rows of `length` tokens that are split over `sequence_shards` devices."""
+    return length % (BLOCKS[-1] * sequence_shards) == 0 and head_dim % HEAD_DIM_DIVISOR == 0
 
 
 def splash_attention(
     mesh: Mesh, *, batch: MeshAxes, heads: MeshAxes, kv_heads: MeshAxes, length: MeshAxes, interpret: bool = False
 ) -> Callable[..., jax.Array]:
-    """An attention over (query, keys, values, segments), shapes and result as `packed_attention`'s.
+    """The splash kernel as a function of (query, keys, values, segments), like `packed_attention`.
 
     Args:
-        batch, heads, kv_heads, length: mesh axes that these axes of the arrays are split over. Where tokens are split,
-            every device has its own queries and all keys.
-        interpret: runs the kernel's own program on any platform, slowly.
+        batch, heads, kv_heads, length: mesh axes that these axes of the arrays are split over. If tokens are split,
+            every device has its part of the queries and all keys.
+        interpret: runs the kernel in Pallas' interpreter, on any platform and slowly.
     """
 
     def shards(axes: MeshAxes) -> int:
@@ -161,6 +171,7 @@ def splash_attention(
         )
 
         def local(kernel, query, keys, values, query_segments, key_segments):
+            # The kernel has no batch axis, and does not scale the scores.
             ids = kernels.SegmentIds(query_segments, key_segments)
             return jax.vmap(kernel)(query * head_dim**-0.5, keys, values, ids)
 

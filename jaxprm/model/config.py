@@ -1,20 +1,66 @@
-"""Sizes of a decoder, and the model families: what sets each apart.
+"""Sizes of a decoder, and the model families: what distinguishes each of them.
 
-Letters: D model, H heads, K kv heads, E head dim, F ffn, V vocab.
+A family whose layer has only the traits of `Family` is one more record in FAMILIES.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 from jaxprm.errors import UserError
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
+class Family:
+    """Traits of a family's decoder, and its names in Hugging Face checkpoints.
+
+    model_type: as in config.json; name: prefix of its architectures.
+    biases: the query, key and value projections have biases. head_norms: queries and keys are normalized per head.
+    head_dim: default where config.json has none; None means hidden_size / heads.
+    window_switch: config.json may have a `sliding_window` that is off unless `use_sliding_window` is true. Without the
+    switch, a `sliding_window` is always on, and not supported.
+    """
+
+    model_type: str
+    name: str
+    biases: bool = False
+    head_norms: bool = False
+    head_dim: int | None = None
+    window_switch: bool = False
+
+    @property
+    def causal(self) -> str:
+        return f"{self.name}ForCausalLM"
+
+    @property
+    def sequence(self) -> str:
+        return f"{self.name}ForSequenceClassification"
+
+    @property
+    def token(self) -> str:
+        return f"{self.name}ForTokenClassification"
+
+    @property
+    def architectures(self) -> tuple[str, str, str]:
+        return self.causal, self.sequence, self.token
+
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family("qwen2", "Qwen2", biases=True, window_switch=True),  # and Qwen2.5
+        Family("qwen3", "Qwen3", head_norms=True, head_dim=128, window_switch=True),
+        Family("llama", "Llama"),  # 3, 3.1, 3.2
+    )
+}
+
+
+@dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's: wavelengths beyond `original_length / low_frequency_factor` are stretched by `factor`, those below
-    `original_length / high_frequency_factor` are kept, and what lies between is blended.
+    """Rotary scaling of Llama 3.1: low frequencies are stretched, so that longer contexts stay in the trained range.
+
+    Wavelengths above `original_length / low_frequency_factor` are multiplied by `factor`, those below
+    `original_length / high_frequency_factor` are unchanged, and those between are interpolated.
     """
 
     factor: float
@@ -33,12 +79,12 @@ class RopeScaling:
             )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Head:
-    """What a reward model makes of a hidden state.
+    """The value head of a reward model.
 
-    labels: 1, a linear output that is the value itself; 2, whose softmax is read at label 1 (as TRL's PRMTrainer makes
-    them). bias: whether the outputs have one, as those of token classifiers do.
+    labels: 1, a linear output that is the value itself; 2, two logits, and the value is the softmax probability of
+    label 1 (as in TRL's PRMTrainer). bias: whether the outputs have a bias, as token classifiers do.
     """
 
     labels: int = 1
@@ -49,11 +95,11 @@ class Head:
             raise UserError(f"model.head.labels = {self.labels} must be 1 or 2")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class TransformerConfig:
-    """Family and sizes of a decoder, and the head of the reward model that may sit on it.
+    """Family and sizes of a decoder, and the value head of a reward model on top of it.
 
-    Names follow the Hugging Face config where it has one. `head` matters to a RewardModel alone.
+    Field names follow the Hugging Face config where it has the field. `head` is used by a RewardModel only.
     """
 
     vocab_size: int
@@ -79,49 +125,8 @@ class TransformerConfig:
         if self.heads % self.kv_heads:
             raise UserError(f"model.heads = {self.heads} is not a multiple of model.kv_heads = {self.kv_heads}")
         if self.head_dim % 2:
-            raise UserError(f"model.head_dim = {self.head_dim} must be even: rotary embedding turns pairs")
+            raise UserError(f"model.head_dim = {self.head_dim} must be even: rotary embedding rotates pairs")
 
     @property
     def traits(self) -> Family:
         return FAMILIES[self.family]
-
-
-@dataclass(frozen=True)
-class Family:
-    """What a family's decoder has beyond the common one.
-
-    model_type, name: as in config.json, and as its architectures begin. biases: of query, key and value. head_norms:
-    of queries and keys, over each head. head_dim: where config.json names none; None is hidden_size / heads.
-    """
-
-    model_type: str
-    name: str
-    biases: bool
-    head_norms: bool
-    head_dim: int | None = None
-
-    @property
-    def causal(self) -> str:
-        return f"{self.name}ForCausalLM"
-
-    @property
-    def sequence(self) -> str:
-        return f"{self.name}ForSequenceClassification"
-
-    @property
-    def token(self) -> str:
-        return f"{self.name}ForTokenClassification"
-
-    @property
-    def architectures(self) -> tuple[str, str, str]:
-        return self.causal, self.sequence, self.token
-
-
-FAMILIES = {
-    family.model_type: family
-    for family in (
-        Family("qwen2", "Qwen2", biases=True, head_norms=False),  # and Qwen2.5
-        Family("qwen3", "Qwen3", biases=False, head_norms=True, head_dim=128),
-        Family("llama", "Llama", biases=False, head_norms=False),  # 3, 3.1, 3.2
-    )
-}

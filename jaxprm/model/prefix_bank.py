@@ -1,9 +1,12 @@
-"""Keys and values of conversation prefixes, found again by their tokens: the one cache behind sampling and scoring.
+"""Prefix cache on the device, looked up by tokens: the one KV cache behind sampling and scoring.
 
-A conversation grows by a turn at a time, and search forks it. The bank holds one slot a prefix on the device; placing
-a longer prefix forks the slot that has most of it and encodes only what is new. Where the turn that was chosen has been
-scored before, its keys and values come from the ring of what was scored last, and only the observation is new. Slots
-are reused in order of last use; what was dropped is encoded again, which costs time, is counted, and changes nothing.
+A conversation grows by one turn at a time, and search forks it. The bank holds one prefix per slot. To allocate a
+longer prefix it copies the slot with the longest common prefix and encodes only the rest. If the turn in between has
+been scored as a candidate, its keys and values are copied from a ring buffer of recently scored rows, so that only the
+observation is encoded. The least recently used slot is evicted; encoding it again costs time and changes no result.
+
+Letters: N slots or ring rows, R rows of a call, W tokens of a row, T tokens of a chunk, L layers, K kv heads,
+E head dim.
 """
 
 from __future__ import annotations
@@ -23,59 +26,69 @@ from jaxprm.model.config import TransformerConfig
 from jaxprm.model.sharding import ONE_DEVICE, Layout
 from jaxprm.model.transformer import Cache
 
-# A call with few rows to fill is made this much smaller: the end of every round of a search is.
-FEW = 8
-# What a call counts for beside its tokens: as so many of them. With more, calls are fewer and emptier.
-CALL = 64
-# Dropped prefixes that are known when they come back: for the count of what is encoded again, and no more.
-DROPPED = 1 << 14
-# The longest shape that is compiled for the turns of a model's data: memory beside every slot grows with it.
-WIDEST = 2048
+# Each shape of a call has two batch sizes: the maximum, and this fraction of it for the end of a search round, when few
+# rows are left.
+SMALL_CALL_DIVISOR = 8
+# Fixed overhead of a call, in tokens. A larger value gives fewer calls with more padding.
+CALL_OVERHEAD_TOKENS = 64
+# Evicted prefixes whose hashes are kept, to count the tokens that are encoded again.
+MAX_DROPPED_PREFIXES = 1 << 14
+# Upper bound of the shapes compiled for the turns of a model's data: every slot has room for such a turn past its end.
+MAX_TURN_WIDTH = 2048
 _HASH_BASE = np.uint64(0x9E3779B97F4A7C15)
 
 
 class TurnTokens(NamedTuple):
-    """Lengths of turns: half of them have no more than `median` tokens, and 99 of 100 no more than `most`."""
+    """Median and 99th percentile of the lengths of turns, in tokens."""
 
     median: int
-    most: int
+    percentile_99: int
 
 
 class Shapes(NamedTuple):
-    """Lengths in tokens that programs are compiled for, ascending: each costs seconds, and too few cost padding.
+    """Lengths in tokens that programs are compiled for, ascending. Each costs seconds to compile; too few cost padding.
 
-    growth: what is appended to a prefix at once; packed: rows of continuations to score; kept: the longest continuation
-    of those that is moved into its prefix; lengths: cached tokens read, so that a call costs what its own longest does.
+    growth: tokens appended to a prefix in one call. packed: widths of rows of continuations to score. ring_width: the
+    longest continuation that is copied from the ring into its prefix. lengths: numbers of cached tokens that a call
+    reads; a call uses the smallest that covers its longest prefix.
     """
 
     growth: tuple[int, ...] = (8, 64, 256)
     packed: tuple[int, ...] = (32, 64, 128, 256)
-    kept: int = 256
+    ring_width: int = 256
     lengths: tuple[int, ...] = (0, 192, 384, 640, 1024, 2048, 4096)
 
     def for_turns(self, action: TurnTokens, observation: TurnTokens) -> Shapes:
-        """Where these turns are longer, all of a kind widened until the widest takes them, up to WIDEST: an observation
-        at once, an action that is kept, and a row for four candidates."""
+        """Shapes scaled up, to at most MAX_TURN_WIDTH, for data with longer turns.
+
+        99 of 100 observations then fit the widest growth, 99 of 100 actions the ring and the widest row, and four
+        median actions share a row.
+        """
 
         def widened(widths: tuple[int, ...], tokens: int) -> tuple[int, ...]:
-            widest = min(WIDEST, 1 << (max(1, tokens) - 1).bit_length())
-            return tuple(width * max(widest, widths[-1]) // widths[-1] for width in widths)
+            power_of_two = 1 << (max(1, tokens) - 1).bit_length()
+            widest = max(widths[-1], min(MAX_TURN_WIDTH, power_of_two))
+            return tuple(width * widest // widths[-1] for width in widths)
 
         return self._replace(
-            growth=widened(self.growth, observation.most),
-            packed=widened(self.packed, max(action.most, 4 * action.median)),
-            kept=widened((self.kept,), action.most)[0],
+            growth=widened(self.growth, observation.percentile_99),
+            packed=widened(self.packed, max(action.percentile_99, 4 * action.median)),
+            ring_width=widened((self.ring_width,), action.percentile_99)[0],
         )
 
 
 class Ring(NamedTuple):
-    """Keys and values of the rows scored last: L arrays [N, K, W, E] each."""
+    """Ring buffer of the keys and values of the rows scored last: L arrays [N, K, W, E] each.
+
+    Tokens come before features in both, as in the output of a forward pass: rows are written with one copy each, and
+    `read` gathers tokens.
+    """
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
 
     def write(self, rows: jax.Array, keys: Sequence[jax.Array], values: Sequence[jax.Array]) -> Ring:
-        """Puts chunks [R, K, T, E] a layer into `rows` [R]; a row out of range is dropped."""
+        """Writes chunks, L arrays [R, K, T, E], to the beginning of `rows` [R]; rows out of range are dropped."""
 
         def put(buffers, chunks):
             pairs = zip(buffers, chunks, strict=True)
@@ -84,17 +97,20 @@ class Ring(NamedTuple):
         return Ring(put(self.keys, keys), put(self.values, values))
 
     def read(self, rows: jax.Array, offsets: jax.Array, width: int) -> tuple[tuple[jax.Array, ...], ...]:
-        """(keys, values), [R, K, `width`, E] a layer, of the tokens of `rows` [R] from `offsets` [R] on."""
-        places = offsets[:, None] + jnp.arange(width)
+        """(keys, values), L arrays [R, K, `width`, E] each: the tokens of `rows` [R] from `offsets` [R] on."""
+        columns = offsets[:, None] + jnp.arange(width)
 
-        def take(buffer):
-            return buffer.at[rows[:, None], :, places].get(mode="clip").swapaxes(1, 2)
+        def gather(buffer):
+            return buffer.at[rows[:, None], :, columns].get(mode="clip").swapaxes(1, 2)
 
-        return tuple(map(take, self.keys)), tuple(map(take, self.values))
+        return tuple(map(gather, self.keys)), tuple(map(gather, self.values))
 
 
 class RingEntry(NamedTuple):
-    """A scored continuation `tokens` of the first `base` tokens of a slot: in a row of the ring, from `offset` on."""
+    """A scored continuation of the first `base` tokens of a slot.
+
+    Its keys and values are in ring row `row`, from column `offset` on.
+    """
 
     base: int
     tokens: np.ndarray
@@ -102,96 +118,23 @@ class RingEntry(NamedTuple):
     offset: int
 
 
-class _Job(NamedTuple):
-    """`prefix` into slot `target`: its first `start` tokens from slot `source`, then what is kept, the rest is new."""
-
-    source: int
-    target: int
-    start: int
-    kept: RingEntry | None
-    prefix: np.ndarray
-
-    @property
-    def known(self) -> int:
-        return self.start + (len(self.kept.tokens) if self.kept else 0)
-
-
-@functools.partial(jax.jit, static_argnames=("graph", "capacity", "ring_width", "layout"), donate_argnames=("bank",))
-def _extend(
-    graph,
-    parameters,
-    bank: Cache,
-    ring: Ring,
-    source,
-    target,
-    starts,
-    kept,
-    tokens,
-    counts,
-    *,
-    capacity,
-    ring_width,
-    layout=ONE_DEVICE,
-) -> Cache:
-    """Encodes `counts[r]` of tokens [R, W] after the first `starts[r]` of slot `source[r]` into slot `target[r]`.
-
-    kept: int32 [3, R], ring rows, offsets and counts of what comes in between; ring_width, static, is no less than any
-    count, and 0 without a ring. `capacity`, static, is no less than any start: what lies beyond it is neither
-    read nor copied. layout, static: of rows and bank.
-    """
-    trunk = nnx.merge(graph, parameters)
-    width = tokens.shape[1]
-    rows = rows_of(bank, source, starts, capacity + ring_width + width)
-    rows = layout.of_rows(rows)
-    if ring_width:
-        rows = rows.append(*ring.read(kept[0], kept[1], ring_width), kept[2])
-    positions = rows.lengths[:, None] + jnp.arange(width)
-    segments = (jnp.arange(width) < counts[:, None]).astype(jnp.int32)
-    output = trunk(layout.of_rows(tokens), positions, segments, (rows,), dtype=bank.keys[0].dtype)
-    grown = rows.append(output.keys, output.values, counts)
-
-    filled = slice(grown.capacity)
-    keys = (b.at[target, :, :, filled].set(n, mode="drop") for b, n in zip(bank.keys, grown.keys, strict=True))
-    values = (b.at[target, :, filled].set(n, mode="drop") for b, n in zip(bank.values, grown.values, strict=True))
-    return layout.of_slots(Cache(tuple(keys), tuple(values), bank.lengths))
-
-
-def rows_of(bank: Cache, slots, lengths, capacity: int) -> Cache:
-    """A working copy of slots, R of them, cut to `capacity`, which is static."""
-    keys = tuple(buffer[slots, :, :, :capacity] for buffer in bank.keys)
-    values = tuple(buffer[slots, :, :capacity] for buffer in bank.values)
-    return Cache(keys, values, lengths)
-
-
-def rows_for(count: int, most: int, width: int) -> int:
-    """The rows of the next call, of that width, where `count` are to be computed: all that it can have, or few where
-    calls of few cost less."""
-    few = max(1, most // FEW)
-    return few if count < most and -(-count // few) * (few * width + CALL) < most * width + CALL else most
-
-
-def alike(width: int, widths: Sequence[int], rows: int) -> int:
-    """Rows of a call of that width, one of `widths`: as much work as `rows` of the middle one, and no more rows."""
-    return min(rows, max(1, rows * middle(widths) // width))
-
-
-def middle(widths: Sequence[int]) -> int:
-    return widths[(len(widths) - 1) // 2]
-
-
-def bucket(length: int, buckets: Sequence[int]) -> int:
-    """The smallest of ascending `buckets` that holds `length`; the last where none does."""
-    return next((one for one in buckets if length <= one), buckets[-1])
-
-
 class PrefixBank:
-    """The bank of one model. Not thread-safe; nothing outside sees slots but through `allocate`.
+    """Prefixes of one model, in slots on the device. Not thread-safe.
 
-    slots: prefixes held at once; capacity: the longest prefix in tokens; rows: prefixes encoded at once; dtype: what
-    they are computed and kept in; ring: rows of scored continuations that are kept; layout: of the cache on a mesh, on
-    which the parameters lie already.
-    `tokens_encoded` counts what was computed and `slots_computed` the same with padding, `tokens_reused` what was
-    found, `tokens_again` what had been dropped among the computed, of the last DROPPED prefixes that were.
+    Args:
+        graph, parameters: of a Transformer; on a mesh, parameters have their shardings already.
+        slots: number of prefixes held at once.
+        capacity: longest prefix, in tokens.
+        rows: largest batch of a call that encodes prefixes.
+        dtype: of computation and storage.
+        ring: number of rows of the ring; 0 remembers no continuations.
+        layout: sharding of rows and slots.
+
+    Attributes:
+        tokens_encoded: tokens computed. tokens_padded: the same with padding.
+        tokens_reused: tokens found in slots or ring.
+        tokens_recomputed: those of `tokens_encoded` that an evicted slot held, as far as MAX_DROPPED_PREFIXES knows.
+        evictions: number of evicted prefixes.
     """
 
     def __init__(
@@ -210,70 +153,74 @@ class PrefixBank:
     ):
         self._graph, self._parameters, self._layout = graph, parameters, layout
         self.slots, self.capacity, self.shapes, self._rows = slots, capacity, shapes, rows
-        # Every call has room for what is kept between a start and what is new: it costs little, another shape seconds.
-        self._ring_width = shapes.kept if ring else 0
-        # A chunk is written whole, so a slot has room for one of each kind past its end.
-        room = capacity + shapes.growth[-1] + self._ring_width
-        self.bank = Cache.empty(config, slots, room, dtype, layout.slots)
+        # One width for all calls, even those without a remembered continuation: the unused room costs little, and
+        # another program seconds.
+        self._ring_width = shapes.ring_width if ring else 0
+        # Chunks are written whole, padding included, so a slot has room for one of each kind past its end.
+        padded_capacity = capacity + shapes.growth[-1] + self._ring_width
+        self.bank = Cache.empty(config, slots, padded_capacity, dtype, layout.slot_sharding)
         shape = (ring, config.kv_heads, shapes.packed[-1], config.head_dim)
         keys, values = (
-            tuple(jnp.zeros(shape, dtype, device=layout.slots) for _ in range(config.layers)) if ring else ()
+            tuple(jnp.zeros(shape, dtype, device=layout.slot_sharding) for _ in range(config.layers)) if ring else ()
             for _ in range(2)
         )
         self.ring, self._ring_rows = Ring(keys, values), ring
         self._ring_next = 0
-        self._ring_owner = np.full(ring, -1)
-        self._table = np.full((slots, capacity), -1, np.int32)
-        self._held = np.zeros(slots, np.int64)
-        self._kept: dict[int, list[RingEntry]] = {}
-        self._order: OrderedDict[int, None] = OrderedDict.fromkeys(range(slots))
-        self._dropped: dict[int, set[int]] = {}
+        self._ring_owner = np.full(ring, -1)  # slot of the entries of each ring row, -1 for none
+        self._tokens = np.full((slots, capacity), -1, np.int32)
+        self._lengths = np.zeros(slots, np.int64)
+        self._entries: dict[int, list[RingEntry]] = {}  # by slot
+        self._recency: OrderedDict[int, None] = OrderedDict.fromkeys(range(slots))  # slots, least recently used first
+        self._dropped: dict[int, set[int]] = {}  # hashes of evicted prefixes, by length
         self._dropped_order: deque[tuple[int, int]] = deque()
-        self.tokens_encoded = self.tokens_reused = self.tokens_again = self.slots_computed = self.evictions = 0
+        self.tokens_encoded = self.tokens_reused = self.tokens_recomputed = self.tokens_padded = self.evictions = 0
 
     def bucket(self, length: int) -> int:
-        """The capacity to compile for, where `length` cached tokens are read: few, as each costs a compilation."""
-        found = bucket(length, self.shapes.lengths)
-        return found if length <= found <= self.capacity else self.capacity
+        """The compiled capacity for calls that read up to `length` cached tokens."""
+        capacity = bucket(length, self.shapes.lengths)
+        return capacity if length <= capacity <= self.capacity else self.capacity
 
     def buckets(self, longest: int) -> list[int]:
-        """Every capacity that prefixes of up to `longest` tokens are computed with."""
+        """Every compiled capacity for prefixes of up to `longest` tokens."""
         lengths = (*(length for length in self.shapes.lengths if length < longest), longest)
         return sorted({self.bucket(length) for length in lengths})
 
-    def warm_up(self, longest: int, each: Callable[[], None] = lambda: None) -> None:
-        """Compiles what `allocate` runs for prefixes of up to `longest` tokens; changes nothing that is held.
+    def warm_up(self, longest: int, before_each: Callable[[], None] = lambda: None) -> None:
+        """Compiles every program that `allocate` runs for prefixes of up to `longest` tokens; slots do not change.
 
-        each: called before every program.
+        before_each: called before every program.
         """
         for capacity in self.buckets(longest):
             for width in self.shapes.growth:
-                most = alike(width, self.shapes.growth, self._rows)
-                for rows in {rows_for(1, most, width), most}:
-                    none, nowhere = np.zeros(rows, np.int32), np.full(rows, self.slots, np.int32)
-                    each()
+                max_rows = equal_work_rows(width, self.shapes.growth, self._rows)
+                for rows in {call_rows(1, max_rows, width), max_rows}:
+                    zeros = np.zeros(rows, np.int32)
+                    # A target out of range is dropped.
+                    out_of_range = np.full(rows, self.slots, np.int32)
+                    before_each()
                     self.bank = _extend(
                         self._graph,
                         self._parameters,
                         self.bank,
                         self.ring,
-                        none,
-                        nowhere,
-                        none,
+                        zeros,
+                        out_of_range,
+                        zeros,
                         np.zeros((3, rows), np.int32),
                         np.zeros((rows, width), np.int32),
-                        none,
+                        zeros,
                         capacity=capacity,
                         ring_width=self._ring_width,
                         layout=self._layout,
                     )
 
     def allocate(self, prefixes: Sequence[np.ndarray]) -> np.ndarray:
-        """A slot that begins with each prefix of tokens, int32 [T] each. Holds until the next call.
+        """Slots, int32 [len(prefixes)], that begin with the prefixes, int32 [T] each; valid until the next call.
 
-        Twice as many slots as prefixes are always enough.
+        A bank needs at most twice as many slots as prefixes: one to fork from and one to write to.
 
-        Raises UserError for a prefix longer than the capacity.
+        Raises:
+            UserError: a prefix is longer than the capacity, or there are too few slots.
         """
         for prefix in prefixes:
             if len(prefix) > self.capacity:
@@ -282,126 +229,132 @@ class PrefixBank:
                     "raise policy.max_tokens or shorten the episode"
                 )
         distinct = {prefix.tobytes(): prefix for prefix in prefixes}
-        found = {name: self._longest(prefix) for name, prefix in distinct.items()}
-        # All sources first: what one prefix is forked from must not make room for another.
-        pinned = {source for source, start, _ in found.values() if start}
+        matches = {key: self._longest_match(prefix) for key, prefix in distinct.items()}
+        # All sources are pinned before anything is evicted: the source of one prefix must not make room for another.
+        pinned = {source for source, start, _ in matches.values() if start}
         for source in pinned:
-            self._order.move_to_end(source)
-        placed, jobs = {}, []
-        for name, prefix in distinct.items():
-            source, start, kept = found[name]
+            self._recency.move_to_end(source)
+        slots, jobs = {}, []
+        for key, prefix in distinct.items():
+            source, start, entry = matches[key]
             if start == len(prefix) > 0:
-                placed[name] = source
+                slots[key] = source
                 self.tokens_reused += start
                 continue
-            target = self._free(pinned, len(distinct))
+            target = self._evict(pinned, len(distinct))
             pinned.add(target)
-            placed[name] = target
-            jobs.append(job := _Job(source, target, start, kept, prefix))
-            self.tokens_reused += job.known
-            self.tokens_again += self._dropped_of(prefix, job.known)
+            slots[key] = target
+            jobs.append(job := _Job(source, target, start, entry, prefix))
+            self.tokens_reused += job.cached_length
+            self.tokens_recomputed += self._count_recomputed(prefix, job.cached_length)
         self._encode(jobs)
         for job in jobs:
-            self._held[job.target] = len(job.prefix)
-            self._table[job.target, : len(job.prefix)] = job.prefix
-        return np.asarray([placed[prefix.tobytes()] for prefix in prefixes], np.int32)
+            self._lengths[job.target] = len(job.prefix)
+            self._tokens[job.target, : len(job.prefix)] = job.prefix
+        return np.asarray([slots[prefix.tobytes()] for prefix in prefixes], np.int32)
 
-    def ring_rows(self, count: int) -> np.ndarray:
-        """`count` rows of the ring to write to; what was kept there is forgotten. Out of range where there is none."""
+    def reserve_ring_rows(self, count: int) -> np.ndarray:
+        """The next `count` rows of the ring, int32 [count], whose entries are forgotten.
+
+        All are out of range, so that writes are dropped, if the ring has fewer rows.
+        """
         if count > self._ring_rows:
             return np.full(count, self._ring_rows, np.int32)
         rows = (self._ring_next + np.arange(count)) % self._ring_rows
         self._ring_next = (self._ring_next + count) % self._ring_rows
         for row in rows:
             owner = self._ring_owner[row]
-            if owner in self._kept:
-                self._kept[owner] = [kept for kept in self._kept[owner] if kept.row != row]
+            if owner in self._entries:
+                self._entries[owner] = [entry for entry in self._entries[owner] if entry.row != row]
             self._ring_owner[row] = -1
         return rows.astype(np.int32)
 
-    def keep(self, slot: int, kept: RingEntry) -> None:
-        """Remembers a continuation that was written to the ring, for as long as slot and row hold what they hold."""
-        if kept.row < self._ring_rows and len(kept.tokens) <= self.shapes.kept:
-            self._kept.setdefault(slot, []).append(kept)
-            self._ring_owner[kept.row] = slot
+    def remember(self, slot: int, entry: RingEntry) -> None:
+        """Makes a continuation in the ring available to `allocate` until its slot or its ring row is reused."""
+        if entry.row < self._ring_rows and len(entry.tokens) <= self.shapes.ring_width:
+            self._entries.setdefault(slot, []).append(entry)
+            self._ring_owner[entry.row] = slot
 
-    def _longest(self, prefix: np.ndarray) -> tuple[int, int, RingEntry | None]:
-        """(slot, length, kept) of what is held of `prefix`: tokens of a slot, and perhaps a continuation of them."""
-        same = self._table[:, : len(prefix)] == prefix
-        common = np.where(same.all(axis=1), len(prefix), np.argmin(same, axis=1)) if len(prefix) else self._held * 0
-        # Where two conversations part before a chunk's length, a fork saves less than another shape costs.
-        apart = (common < np.minimum(self._held, len(prefix))) & (common < middle(self.shapes.growth))
-        common = np.where(apart, 0, common)
+    def _longest_match(self, prefix: np.ndarray) -> tuple[int, int, RingEntry | None]:
+        """(slot, length, entry): tokens of a slot that `prefix` begins with, and a continuation of them if one fits."""
+        same = self._tokens[:, : len(prefix)] == prefix
+        common = np.where(same.all(axis=1), len(prefix), np.argmin(same, axis=1)) if len(prefix) else self._lengths * 0
+        # Conversations that differ before the middle chunk's length share too little: a fork saves less than another
+        # shape of a call costs.
+        forks_early = (common < np.minimum(self._lengths, len(prefix))) & (common < middle(self.shapes.growth))
+        common = np.where(forks_early, 0, common)
         slot = int(common.argmax())
-        best, found = int(common[slot]), (slot, int(common[slot]), None)
-        for owner, some in self._kept.items():
-            for kept in some:
-                end = kept.base + len(kept.tokens)
-                fits = best < end <= len(prefix) and kept.base <= common[owner]
-                if fits and np.array_equal(prefix[kept.base : end], kept.tokens):
-                    best, found = end, (owner, kept.base, kept)
-        return found
+        longest, match = int(common[slot]), (slot, int(common[slot]), None)
+        for owner, entries in self._entries.items():
+            for entry in entries:
+                end = entry.base + len(entry.tokens)
+                fits = longest < end <= len(prefix) and entry.base <= common[owner]
+                if fits and np.array_equal(prefix[entry.base : end], entry.tokens):
+                    longest, match = end, (owner, entry.base, entry)
+        return match
 
-    def _free(self, pinned: set[int], wanted: int) -> int:
-        for slot in self._order:
+    def _evict(self, pinned: set[int], count: int) -> int:
+        """The least recently used slot that is not pinned, emptied. count: prefixes of this call, for the error."""
+        for slot in self._recency:
             if slot not in pinned:
                 break
         else:
-            raise UserError(f"the cache has {self.slots} slots, too few for {wanted} prefixes at once")
-        if length := int(self._held[slot]):
+            raise UserError(f"the cache has {self.slots} slots, too few for {count} prefixes at once")
+        if length := int(self._lengths[slot]):
             self.evictions += 1
-            self._drop(length, int(_prefix_hashes(self._table[slot, :length])[-1]))
-        self._table[slot], self._held[slot] = -1, 0
-        self._kept.pop(slot, None)
-        self._order.move_to_end(slot)
+            self._record_dropped(length, int(_prefix_hashes(self._tokens[slot, :length])[-1]))
+        self._tokens[slot], self._lengths[slot] = -1, 0
+        self._entries.pop(slot, None)
+        self._recency.move_to_end(slot)
         return slot
 
-    def _drop(self, length: int, name: int) -> None:
-        same = self._dropped.setdefault(length, set())
-        if name in same:
+    def _record_dropped(self, length: int, prefix_hash: int) -> None:
+        hashes = self._dropped.setdefault(length, set())
+        if prefix_hash in hashes:
             return
-        same.add(name)
-        self._dropped_order.append((length, name))
-        if len(self._dropped_order) > DROPPED:
-            length, name = self._dropped_order.popleft()
-            self._dropped[length].remove(name)
+        hashes.add(prefix_hash)
+        self._dropped_order.append((length, prefix_hash))
+        if len(self._dropped_order) > MAX_DROPPED_PREFIXES:
+            length, prefix_hash = self._dropped_order.popleft()
+            self._dropped[length].remove(prefix_hash)
             if not self._dropped[length]:
                 del self._dropped[length]
 
-    def _dropped_of(self, prefix: np.ndarray, known: int) -> int:
-        """Tokens of `prefix` after the first `known` that a dropped slot held."""
+    def _count_recomputed(self, prefix: np.ndarray, cached_length: int) -> int:
+        """Tokens of `prefix` after the first `cached_length` that an evicted slot held."""
         hashes = _prefix_hashes(prefix)
-        lengths = (length for length in self._dropped if known < length <= len(prefix))
-        dropped = (length - known for length in lengths if int(hashes[length - 1]) in self._dropped[length])
-        return max(dropped, default=0)
+        lengths = (length for length in self._dropped if cached_length < length <= len(prefix))
+        recomputed = (length - cached_length for length in lengths if int(hashes[length - 1]) in self._dropped[length])
+        return max(recomputed, default=0)
 
-    def _fullest(self, rests: np.ndarray) -> tuple[int, int]:
-        """The shape (rows, width) that the longest of ascending `rests` fill best; of equals the widest."""
+    def _fullest_shape(self, lengths: np.ndarray) -> tuple[int, int]:
+        """(rows, width) of the call that the longest of the ascending `lengths` to encode fill best; the widest of
+        equals."""
 
-        def key(shape: tuple[int, int]) -> tuple[float, int]:
+        def utilization(shape: tuple[int, int]) -> tuple[float, int]:
             rows, width = shape
-            return np.minimum(rests[-rows:], width).sum() / (rows * width + CALL), width
+            return np.minimum(lengths[-rows:], width).sum() / (rows * width + CALL_OVERHEAD_TOKENS), width
 
         growth = self.shapes.growth
-        rows = {width: rows_for(len(rests), alike(width, growth, self._rows), width) for width in growth}
-        return max(((rows[width], width) for width in growth), key=key)
+        rows = {width: call_rows(len(lengths), equal_work_rows(width, growth, self._rows), width) for width in growth}
+        return max(((rows[width], width) for width in growth), key=utilization)
 
     def _encode(self, jobs: list[_Job]) -> None:
-        """Forks and extends, `rows` jobs at a time, alike lengths together; long rests take several chunks."""
+        """Runs jobs in batches of similar length, the longest first; what is wider than a call needs several."""
         while jobs:
-            jobs.sort(key=lambda job: len(job.prefix) - job.known)
-            rows, width = self._fullest(np.asarray([len(job.prefix) - job.known for job in jobs]))
-            now, jobs = jobs[-rows:], jobs[:-rows]
+            jobs.sort(key=lambda job: len(job.prefix) - job.cached_length)
+            rows, width = self._fullest_shape(np.asarray([len(job.prefix) - job.cached_length for job in jobs]))
+            batch, jobs = jobs[-rows:], jobs[:-rows]
             source, starts, counts = np.zeros((3, rows), np.int32)
-            target, kept = np.full(rows, self.slots, np.int32), np.zeros((3, rows), np.int32)
+            target, ring_reads = np.full(rows, self.slots, np.int32), np.zeros((3, rows), np.int32)
             tokens = np.zeros((rows, width), np.int32)
-            for row, job in enumerate(now):
-                chunk = job.prefix[job.known : job.known + width]
+            for row, job in enumerate(batch):
+                chunk = job.prefix[job.cached_length : job.cached_length + width]
                 source[row], target[row], starts[row], counts[row] = job.source, job.target, job.start, len(chunk)
                 tokens[row, : len(chunk)] = chunk
-                if job.kept:
-                    kept[:, row] = job.kept.row, job.kept.offset, len(job.kept.tokens)
-                if (end := job.known + len(chunk)) < len(job.prefix):
+                if job.entry:
+                    ring_reads[:, row] = job.entry.row, job.entry.offset, len(job.entry.tokens)
+                if (end := job.cached_length + len(chunk)) < len(job.prefix):
                     jobs.append(_Job(job.target, job.target, end, None, job.prefix))
             self.bank = _extend(
                 self._graph,
@@ -411,7 +364,7 @@ class PrefixBank:
                 source,
                 target,
                 starts,
-                kept,
+                ring_reads,
                 tokens,
                 counts,
                 capacity=self.bucket(int(starts.max())),
@@ -419,12 +372,105 @@ class PrefixBank:
                 layout=self._layout,
             )
             self.tokens_encoded += int(counts.sum())
-            self.slots_computed += rows * width
+            self.tokens_padded += rows * width
+
+
+def copy_slots(bank: Cache, slots: jax.Array, lengths: jax.Array, capacity: int) -> Cache:
+    """A cache of the first `capacity` (static) tokens of `slots` [R], of which the first `lengths` [R] are filled."""
+    keys = tuple(buffer[slots, :, :, :capacity] for buffer in bank.keys)
+    values = tuple(buffer[slots, :, :capacity] for buffer in bank.values)
+    return Cache(keys, values, lengths)
+
+
+def call_rows(count: int, max_rows: int, width: int) -> int:
+    """Batch size of the next of the calls that compute `count` rows of `width` tokens.
+
+    The maximum, or 1 / SMALL_CALL_DIVISOR of it if the remaining rows cost less in such calls.
+    """
+    small = max(1, max_rows // SMALL_CALL_DIVISOR)
+    small_calls = -(-count // small)
+    small_cost = small_calls * (small * width + CALL_OVERHEAD_TOKENS)
+    return small if count < max_rows and small_cost < max_rows * width + CALL_OVERHEAD_TOKENS else max_rows
+
+
+def equal_work_rows(width: int, widths: Sequence[int], rows: int) -> int:
+    """Largest batch of a call of `width`: as many tokens as in `rows` rows of the middle width, and at most `rows`."""
+    return min(rows, max(1, rows * middle(widths) // width))
+
+
+def middle(widths: Sequence[int]) -> int:
+    return widths[(len(widths) - 1) // 2]
+
+
+def bucket(length: int, buckets: Sequence[int]) -> int:
+    """The smallest of the ascending `buckets` that is at least `length`; the last if there is none."""
+    return next((size for size in buckets if length <= size), buckets[-1])
+
+
+class _Job(NamedTuple):
+    """A prefix to write to slot `target`: `start` tokens from slot `source`, those of `entry`, and the rest encoded."""
+
+    source: int
+    target: int
+    start: int
+    entry: RingEntry | None
+    prefix: np.ndarray
+
+    @property
+    def cached_length(self) -> int:
+        return self.start + (len(self.entry.tokens) if self.entry else 0)
+
+
+# The bank is donated: it is updated in place, instead of existing twice.
+@functools.partial(jax.jit, static_argnames=("graph", "capacity", "ring_width", "layout"), donate_argnames=("bank",))
+def _extend(
+    graph,
+    parameters,
+    bank: Cache,
+    ring: Ring,
+    source,
+    target,
+    starts,
+    ring_reads,
+    tokens,
+    counts,
+    *,
+    capacity,
+    ring_width,
+    layout=ONE_DEVICE,
+) -> Cache:
+    """The bank with `counts[r]` of tokens [R, W] encoded after the first `starts[r]` of slot `source[r]`.
+
+    The result goes to slot `target[r]`; a target out of range is dropped.
+
+    Args:
+        source, target, starts, counts: int32 [R].
+        ring_reads: int32 [3, R], ring rows, offsets and counts of the tokens between the start and the new ones.
+        capacity: static, at least every start. Tokens of the slot beyond it are neither read nor copied.
+        ring_width: static, at least every count of `ring_reads`; 0 without a ring.
+        layout: static, of rows and bank.
+    """
+    backbone = nnx.merge(graph, parameters)
+    width = tokens.shape[1]
+    rows = copy_slots(bank, source, starts, capacity + ring_width + width)
+    rows = layout.constrain_rows(rows)
+    if ring_width:
+        rows = rows.append(*ring.read(ring_reads[0], ring_reads[1], ring_width), ring_reads[2])
+    positions = rows.lengths[:, None] + jnp.arange(width)
+    segments = (jnp.arange(width) < counts[:, None]).astype(jnp.int32)
+    output = backbone(layout.constrain_rows(tokens), positions, segments, (rows,), dtype=bank.keys[0].dtype)
+    extended = rows.append(output.keys, output.values, counts)
+
+    filled = slice(extended.capacity)
+    keys = (b.at[target, :, :, filled].set(n, mode="drop") for b, n in zip(bank.keys, extended.keys, strict=True))
+    values = (b.at[target, :, filled].set(n, mode="drop") for b, n in zip(bank.values, extended.values, strict=True))
+    return layout.constrain_slots(Cache(tuple(keys), tuple(values), bank.lengths))
 
 
 def _prefix_hashes(tokens: np.ndarray) -> np.ndarray:
-    """A 64-bit hash of every prefix of `tokens`, [T]."""
+    """64-bit hashes of every prefix of `tokens` [T], uint64 [T]: a polynomial modulo 2^64."""
     with np.errstate(over="ignore"):
         powers = np.cumprod(np.full(len(tokens), _HASH_BASE, np.uint64))
+        # Plus one: otherwise tokens of id 0 would not change the hash.
         mixed = (np.asarray(tokens, np.uint64) + np.uint64(1)) * powers
         return np.cumsum(mixed, dtype=np.uint64)

@@ -1,22 +1,25 @@
-"""A plan as JSON and as text."""
+"""A plan as JSON, and as text for the terminal."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import math
 from typing import Any
 
-from jaxprm.hf.names import parameter_shapes
+from jaxprm.model.parameters import parameter_shapes
 from jaxprm.planning.compiling import Compilation, Memory
-from jaxprm.planning.plan import ASSUMPTIONS, SliceEstimate, StepTimeEstimate, versions
+from jaxprm.planning.plan import ASSUMPTIONS, SliceEstimate, StepTimeEstimate
 from jaxprm.training.flops import chip_of
 
 GIB = 1 << 30
 
 
 def as_json(plan: SliceEstimate) -> dict[str, Any]:
-    """JSON types alone. Where the compiler refused the step its estimate is null, and what it did not say too."""
-    sends, estimate = plan.communication, dict.fromkeys(field.name for field in dataclasses.fields(StepTimeEstimate))
+    """The plan as JSON types. If the compiler refused the step, the estimate and unknown figures are null."""
+    communication = plan.communication
+    # Every key is there in every plan, so that readers need no case distinction.
+    estimate = dict.fromkeys(field.name for field in dataclasses.fields(StepTimeEstimate))
     if plan.estimate is not None:
         estimate = dataclasses.asdict(plan.estimate)
     return {
@@ -40,20 +43,20 @@ def as_json(plan: SliceEstimate) -> dict[str, Any]:
         "flops_per_step": plan.flops.model,
         "flops": dataclasses.asdict(plan.flops),
         "tokens_per_step": plan.tokens,
-        "collectives": {} if sends is None else sends.counts,
-        "sent_bytes_per_device": {} if sends is None else sends.sent,
+        "collectives": {} if communication is None else communication.counts,
+        "sent_bytes_per_device": {} if communication is None else communication.sent,
         "host_transfers": len(plan.transfers),
         "compile_seconds": round(plan.step.seconds, 1),
         "estimate": estimate | _chip(plan),
         "assumptions": list(ASSUMPTIONS),
         "features": _program(plan.features),
         "scorer": _program(plan.scoring),
-        "versions": versions(),
+        "versions": _versions(),
     }
 
 
 def as_text(plan: SliceEstimate) -> str:
-    """What a person reads."""
+    """The plan as lines for the terminal: memory, FLOPs, communication, and the estimates with their assumptions."""
     memory, settings = plan.training.memory, plan.settings
     mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items() if size > 1) or "one device"
     lines = [
@@ -77,9 +80,9 @@ def as_text(plan: SliceEstimate) -> str:
         f"recomputed {_si(flops.recomputed)}, masked {_si(flops.masked)}"
     ]
     if plan.communication is not None:
-        sends = plan.communication
-        found = ", ".join(f"{count} {name} ({_size(sends.sent[name])})" for name, count in sorted(sends.counts.items()))
-        lines.append(f"between    {found or 'nothing is sent'} from each device in a step; {_host(plan)}")
+        counts, sent = plan.communication.counts, plan.communication.sent
+        collectives = ", ".join(f"{count} {name} ({_size(sent[name])})" for name, count in sorted(counts.items()))
+        lines.append(f"between    {collectives or 'nothing is sent'} from each device in a step; {_host(plan)}")
     lines.append(f"compiled   in {plan.step.seconds:.0f} s" + (": refused" if plan.step.refused else ""))
     if plan.training.refused:
         lines.append(f"           {plan.training.refused}")
@@ -87,27 +90,28 @@ def as_text(plan: SliceEstimate) -> str:
 
 
 def verdict(memory: Memory) -> str:
-    """Whether it fits, and by how much."""
-    room, needed = memory.limit - memory.total, f"{_size(memory.total)} of {_size(memory.limit)}"
-    return f"fits: {needed}, {_size(room)} free" if memory.fits else f"does not fit: {needed}, {_size(-room)} too much"
+    """Whether a program fits, and how much memory is free or missing."""
+    free, needed = memory.limit - memory.total, f"{_size(memory.total)} of {_size(memory.limit)}"
+    return f"fits: {needed}, {_size(free)} free" if memory.fits else f"does not fit: {needed}, {_size(-free)} too much"
 
 
 def _estimates(plan: SliceEstimate) -> list[str]:
-    guess, chip = plan.estimate, _chip(plan)
-    if guess is None:
+    time, chip = plan.estimate, _chip(plan)
+    if time is None:
         return []
+    fastest = time.bound_tokens_per_second_per_chip
     lines = [
         "",
-        f"bound      (estimate) a step takes at least {_seconds(guess.bound_seconds)}, {guess.binds} binds: compute "
-        f"{_seconds(guess.compute_seconds)}, memory {_seconds(guess.memory_seconds)}, interconnect "
-        f"{_seconds(guess.interconnect_seconds)}; at most {guess.bound_tokens_per_second_per_chip:,.0f} tokens/s/chip",
+        f"bound      (estimate) a step takes at least {_seconds(time.bound_seconds)}, {time.binds} binds: compute "
+        f"{_seconds(time.compute_seconds)}, memory {_seconds(time.memory_seconds)}, interconnect "
+        f"{_seconds(time.interconnect_seconds)}; at most {fastest:,.0f} tokens/s/chip",
     ]
-    if guess.expected:
+    if time.expected:
         tokens = plan.tokens / plan.devices
         lines.append(
-            f"expected   (estimate) {_seconds(guess.best_seconds)} to {_seconds(guess.step_seconds)} a step, "
-            f"{tokens / guess.step_seconds:,.0f} to {tokens / guess.best_seconds:,.0f} tokens/s/chip, "
-            f"MFU {guess.mfu:.0%} or more, if it is as efficient as {chip['efficiency']['source']}"
+            f"expected   (estimate) {_seconds(time.best_seconds)} to {_seconds(time.step_seconds)} a step, "
+            f"{tokens / time.step_seconds:,.0f} to {tokens / time.best_seconds:,.0f} tokens/s/chip, "
+            f"MFU {time.mfu:.0%} or more, if it is as efficient as {chip['efficiency']['source']}"
         )
     else:
         lines.append("expected   nothing published to go by for this generation")
@@ -128,14 +132,14 @@ def _parameters(plan: SliceEstimate) -> int:
     return sum(math.prod(shape) for shape in parameter_shapes(plan.model, reward=True).values())
 
 
-def _program(part: Compilation | None) -> dict[str, Any] | None:
-    if part is None:
+def _program(program: Compilation | None) -> dict[str, Any] | None:
+    if program is None:
         return None
     return {
-        "fits": part.memory.fits,
-        "bytes_per_device": _bytes(part.memory),
-        "compile_seconds": round(part.seconds, 1),
-        "refused": part.refused or None,
+        "fits": program.memory.fits,
+        "bytes_per_device": _bytes(program.memory),
+        "compile_seconds": round(program.seconds, 1),
+        "refused": program.refused or None,
     }
 
 
@@ -144,10 +148,22 @@ def _bytes(memory: Memory) -> dict[str, int | None]:
 
 
 def _memory(memory: Memory) -> str:
-    named = [("arguments", memory.arguments), ("temporaries", memory.temporaries), ("program", memory.program)]
+    parts = [("arguments", memory.arguments), ("temporaries", memory.temporaries), ("program", memory.program)]
     if memory.outputs is not None:
-        named.insert(1, ("outputs of their own", memory.outputs - memory.aliased))
-    return "a device: " + ", ".join(f"{name} {_size(size)}" for name, size in named if size is not None)
+        # Most outputs reuse the memory of donated arguments, which is counted there.
+        parts.insert(1, ("outputs of their own", memory.outputs - memory.aliased))
+    return "a device: " + ", ".join(f"{name} {_size(size)}" for name, size in parts if size is not None)
+
+
+def _versions() -> dict[str, str | None]:
+    """Versions of the packages that decide the numbers; None for a build that is not installed as a package."""
+    versions: dict[str, str | None] = {}
+    for name in ("jax", "libtpu"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
 
 
 def _host(plan: SliceEstimate) -> str:
@@ -164,7 +180,7 @@ def _si(count: float) -> str:
 
 def _size(count: float) -> str:
     for unit, size in (("GiB", GIB), ("MiB", 1 << 20)):
-        if count >= size / 10:
+        if count >= size / 10:  # 0.10 GiB, not 102.40 MiB: most sizes of a plan then share a unit
             return f"{count / size:.2f} {unit}"
     return f"{count:.0f} B"
 

@@ -23,7 +23,7 @@ from data_pipeline.encode import Encoder
 from jaxprm.config import PolicyConfig
 from jaxprm.hf import hub, reader
 from jaxprm.model.config import TransformerConfig
-from jaxprm.model.prefix_bank import PrefixBank, rows_of
+from jaxprm.model.prefix_bank import PrefixBank, copy_slots
 from jaxprm.model.transformer import Cache, transformer_graph
 from jaxprm.policies.protocol import Action, DrawKey, State, candidate_seed, draw_keys
 
@@ -73,7 +73,7 @@ def _generate(
     def sample(inputs, state, step, until):
         """(state, step) after decoding until at most `until` rows are open."""
         # Outside the loop's carry, which XLA may copy at every step.
-        prefix = rows_of(bank, inputs["slots"], inputs["lengths"], capacity)
+        prefix = copy_slots(bank, inputs["slots"], inputs["lengths"], capacity)
         ones = jnp.ones((len(inputs["starts"]), 1), jnp.int32)
 
         def more(carry):

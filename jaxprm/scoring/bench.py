@@ -214,7 +214,7 @@ def _run_engine(
     shapes = Shapes(
         growth=tuple(sorted({sizes.observation_tokens, sizes.prompt_tokens})),
         packed=(row,),
-        kept=sizes.action_tokens,
+        ring_width=sizes.action_tokens,
         lengths=(0, *lengths),
     )
     engine = Engine(config, parameters, rows=sizes.beams, max_tokens=sizes.longest, shapes=shapes)

@@ -21,7 +21,7 @@ from flax import nnx
 from jaxprm.errors import UserError
 from jaxprm.model.attention import packed_attention, tiled_attention
 from jaxprm.model.config import TransformerConfig
-from jaxprm.model.prefix_bank import PrefixBank, RingEntry, Shapes, alike, bucket, rows_for, rows_of
+from jaxprm.model.prefix_bank import PrefixBank, RingEntry, Shapes, bucket, call_rows, copy_slots, equal_work_rows
 from jaxprm.model.sharding import ONE_DEVICE, Layout
 from jaxprm.model.transformer import ForwardOptions, reward_model_graph, transformer_graph
 
@@ -58,11 +58,11 @@ class TokenCounts(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("graph", "dtype", "layout"))
 def values_of_rows(graph, parameters, tokens, counts, dtype, layout=ONE_DEVICE):
     """Values [B, T] of every token of rows [B, T], of which the first `counts` [B] are not padding."""
-    model, tokens = nnx.merge(graph, parameters), layout.of_rows(tokens)
+    model, tokens = nnx.merge(graph, parameters), layout.constrain_rows(tokens)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     segments = (positions < counts[:, None]).astype(jnp.int32)
-    compute = ForwardOptions(dtype, attend=functools.partial(packed_attention, block=tiled_attention))
-    return model.value(model.transformer(tokens, positions, segments, compute=compute).hidden)
+    forward_options = ForwardOptions(dtype, attend=functools.partial(packed_attention, block=tiled_attention))
+    return model.value(model.transformer(tokens, positions, segments, forward_options=forward_options).hidden)
 
 
 # The ring is donated, so that it is updated in place.
@@ -86,9 +86,13 @@ def _values_after(
     Also returns the ring, with the keys and values of the rows at `ring_rows` [R], or None if `ring` is None.
     """
     model = nnx.merge(graph, parameters)
-    cache, dtype = layout.of_rows(rows_of(bank, slots, lengths, capacity)), bank.keys[0].dtype
-    output = model.transformer(layout.of_rows(tokens), lengths[:, None] + positions, segments, (cache,), dtype=dtype)
-    return model.value(output.hidden), ring and layout.of_slots(ring.write(ring_rows, output.keys, output.values))
+    cache, dtype = layout.constrain_rows(copy_slots(bank, slots, lengths, capacity)), bank.keys[0].dtype
+    output = model.transformer(
+        layout.constrain_rows(tokens), lengths[:, None] + positions, segments, (cache,), dtype=dtype
+    )
+    return model.value(output.hidden), ring and layout.constrain_slots(
+        ring.write(ring_rows, output.keys, output.values)
+    )
 
 
 class Engine:
@@ -129,7 +133,7 @@ class Engine:
     def bytes_of_a_slot(self) -> int:
         """Memory of a cached prefix in bytes, with room for a chunk past its end and a row of the ring."""
         config, shapes = self.config, self.shapes
-        tokens = self.max_tokens + shapes.growth[-1] + shapes.kept + shapes.packed[-1]
+        tokens = self.max_tokens + shapes.growth[-1] + shapes.ring_width + shapes.packed[-1]
         return 2 * config.layers * config.kv_heads * config.head_dim * self._dtype.itemsize * tokens
 
     @property
@@ -139,7 +143,7 @@ class Engine:
         if "_bank" in self.__dict__:
             bank = self._bank
             counts = counts.plus(
-                TokenCounts(bank.tokens_encoded, bank.tokens_reused, bank.tokens_again, bank.slots_computed)
+                TokenCounts(bank.tokens_encoded, bank.tokens_reused, bank.tokens_recomputed, bank.tokens_padded)
             )
         return counts.plus(self._earlier)
 
@@ -161,7 +165,7 @@ class Engine:
             # Rows are split over the mesh, so their number is a multiple of its parts.
             max_rows -= max_rows % parts if max_rows > parts else 0
             while indices:
-                rows = rows_for(len(indices), max_rows, width) if small_batches else max_rows
+                rows = call_rows(len(indices), max_rows, width) if small_batches else max_rows
                 chunk, indices = indices[:rows], indices[rows:]
                 tokens, counts = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
                 for row, index in enumerate(chunk):
@@ -207,12 +211,12 @@ class Engine:
             with_slots = list(zip(chunk, self._bank.allocate([row.prefix for row in chunk]), strict=True))
             for row_width in widths:
                 if width is None:
-                    max_rows = alike(row_width, widths, self._rows)
+                    max_rows = equal_work_rows(row_width, widths, self._rows)
                 else:
                     max_rows = max(1, min(self._rows, TOKENS_A_CALL // 2 // row_width))
                 fitting = [pair for pair in with_slots if bucket(pair[0].used, widths) == row_width]
                 while fitting:
-                    count = rows_for(len(fitting), max_rows, row_width)
+                    count = call_rows(len(fitting), max_rows, row_width)
                     self._score(fitting[:count], count, row_width, values)
                     fitting = fitting[count:]
         return values
@@ -231,8 +235,8 @@ class Engine:
         bank = self._bank
         for capacity in bank.buckets(longest):
             for width in self.shapes.packed:
-                max_rows = alike(width, self.shapes.packed, self._rows)
-                for rows in {rows_for(1, max_rows, width), max_rows}:
+                max_rows = equal_work_rows(width, self.shapes.packed, self._rows)
+                for rows in {call_rows(1, max_rows, width), max_rows}:
                     on_program()
                     zeros, empty = np.zeros(rows, np.int32), np.zeros((rows, width), np.int32)
                     _, bank.ring = _values_after(
@@ -258,7 +262,7 @@ class Engine:
         """
         for width in (length for length in LENGTH_BUCKETS if length <= bucket(longest, LENGTH_BUCKETS)):
             max_rows = max(1, TOKENS_A_CALL // width)
-            for count in {rows_for(1, max_rows, width), max_rows}:
+            for count in {call_rows(1, max_rows, width), max_rows}:
                 on_program()
                 self.score_full([np.zeros(width, np.int32)] * count, ["warm-up"] * count, small_batches=True)
 
@@ -305,7 +309,7 @@ class Engine:
         keeps = width <= self.shapes.packed[-1]
         ring_rows = np.full(rows, bank.slots, np.int32)
         if keeps:
-            ring_rows[:count] = bank.ring_rows(count)
+            ring_rows[:count] = bank.reserve_ring_rows(count)
         result, ring = _values_after(
             self._graph,
             self._parameters,
@@ -329,7 +333,7 @@ class Engine:
             for index, (where, part) in zip(row.indices, row.slices(), strict=True):
                 values[index] = result[number, where]
                 if keeps:
-                    bank.keep(int(slot), RingEntry(len(row.prefix), part, int(ring_rows[number]), where.start))
+                    bank.remember(int(slot), RingEntry(len(row.prefix), part, int(ring_rows[number]), where.start))
 
 
 class _Row(NamedTuple):

@@ -14,7 +14,6 @@ import numpy as np
 
 from data_pipeline.encode import Encoder
 from jaxprm import config as config_lib
-from jaxprm.artifacts.checkpoints import read_parameters
 from jaxprm.artifacts.directory import RECIPE, files_of, is_checkpoint, read_recipe
 from jaxprm.errors import UserError
 from jaxprm.hf import reader
@@ -29,12 +28,16 @@ _Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 def load_reward_model(
-    model: Path, *, half: bool = False, mesh: jax.sharding.Mesh | None = None
+    model: Path, *, dtype: Any = None, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[TransformerConfig, Any]:
-    """(config, parameters) of a Hugging Face directory or a checkpoint, in bfloat16 where they are stored in it.
+    """(config, parameters) of a Hugging Face directory or a checkpoint.
 
-    half: a directory's in bfloat16 whatever they are stored in, for those who want no more of them; mesh: where the
-    parameters are to lie, as in training. Raises UserError where the model does not divide over it.
+    Args:
+        dtype: of the parameters of a directory; by default bfloat16 if all are stored in it, else float32. Those of a
+            checkpoint are always float32.
+        mesh: devices that the parameters are sharded over, as in training.
+
+    Raises UserError if the model does not divide over the mesh.
     """
     places = None
     if mesh is not None:
@@ -44,9 +47,12 @@ def load_reward_model(
         sharding.check_model(mesh, config)
         places = sharding.shardings(sharding.with_shardings(mesh, reader.abstract(config, reward=True)))
     if not is_checkpoint(model):
-        half = half or {tensor.dtype for tensor in open_tensors(model).values()} == {"BF16"}
-        dtype = jnp.bfloat16 if half else jnp.float32
+        if dtype is None:
+            stored = {tensor.dtype for tensor in open_tensors(model).values()}
+            dtype = jnp.bfloat16 if stored == {"BF16"} else jnp.float32
         return reader.load_reward_model(model, dtype=dtype, shardings=places)
+    from jaxprm.artifacts.checkpoints import read_parameters  # Orbax takes two seconds to import
+
     config, _ = reader.read_config(files_of(model))
     # Trained without an unembedding, whatever its base had.
     config = dataclasses.replace(config, tie_embeddings=True)

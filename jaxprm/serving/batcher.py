@@ -23,7 +23,7 @@ from jaxprm.scoring.scorer import Scorer
 from jaxprm.serving.requests import INTERNAL_ERROR, Classify, RequestLimits, RequestRefused, ScoreActions, Values
 
 # A third as many as a search has: all are compiled before the first answer, at the price of more padding.
-SHAPES = Shapes(growth=(256,), packed=(256, 1024), kept=256, lengths=(0, 512, 2048, 8192))
+SHAPES = Shapes(growth=(256,), packed=(256, 1024), ring_width=256, lengths=(0, 512, 2048, 8192))
 # Weight of the latest batch in the moving average of seconds per request.
 _AVERAGE_WEIGHT = 0.2
 

@@ -12,6 +12,7 @@ from jaxprm import config as config_lib
 from jaxprm.errors import UserError
 from jaxprm.model.attention import BLOCKS, MAX_QUERY_BLOCKS, MIN_QUERY_BLOCK
 from jaxprm.model.config import TransformerConfig
+from jaxprm.model.parameters import layer_matrices
 from jaxprm.objectives import has_target_network, reads_states
 
 Attention = Literal["splash", "reference"]
@@ -153,21 +154,6 @@ def attended_pairs(length: int, attention: Attention) -> int:
     return sum((end - start) * end for start, end in zip(range(0, length, size), ends, strict=True))
 
 
-def matrices(config: TransformerConfig) -> dict[str, tuple[int, int]]:
-    """(inputs, outputs) of each matrix of a layer, by name."""
-    width, ffn = config.hidden_size, config.intermediate_size
-    query, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    return {
-        "query": (width, query),
-        "key": (width, kv),
-        "value": (width, kv),
-        "output": (query, width),
-        "gate": (width, ffn),
-        "up": (width, ffn),
-        "down": (ffn, width),
-    }
-
-
 def train_step_flops(
     config: TransformerConfig, settings: config_lib.RewardModelConfig, data: config_lib.DataConfig, attention: Attention
 ) -> StepFlops:
@@ -177,7 +163,7 @@ def train_step_flops(
     passes = 1.0 * has_target_network(settings)
     if settings.trainable == "head":
         return StepFlops(head, head, passes * head, 0.0, 0.0)  # the backward pass has no gradient of the input
-    tokens, sizes = data.rows * data.length, matrices(config)
+    tokens, sizes = data.rows * data.length, layer_matrices(config)
     layers, trained_layers = config.layers, settings.last_k if settings.trainable == "last_k" else config.layers
     # Of one layer: products with its matrices, and attention (scores and the mixture of values) of one pair per row.
     products = 2.0 * tokens * sum(inputs * outputs for inputs, outputs in sizes.values())
@@ -219,7 +205,5 @@ def flops_per_token(config: TransformerConfig, context: int = 0) -> float:
 
     Embedding look-ups cost nothing, and the scalar head is too small to count.
     """
-    width, head_width = config.hidden_size, config.head_dim
-    attention = width * head_width * (2 * config.heads + 2 * config.kv_heads)
-    block = attention + 3 * width * config.intermediate_size
-    return 2.0 * config.layers * (block + 2 * context * config.heads * head_width)
+    weights = sum(inputs * outputs for inputs, outputs in layer_matrices(config).values())
+    return 2.0 * config.layers * (weights + 2 * context * config.heads * config.head_dim)

@@ -24,7 +24,7 @@ from jaxprm import environments, files
 from jaxprm.artifacts.checkpoints import Checkpoints, abstract
 from jaxprm.errors import UserError
 from jaxprm.evaluation.statistics import bootstrap
-from jaxprm.hf import reader
+from jaxprm.hf import writer
 from jaxprm.model.config import TransformerConfig
 from jaxprm.model.transformer import Transformer, transformer_graph
 from jaxprm.policies import language_model
@@ -245,7 +245,7 @@ def write_policy(output: Path, model_config, parameters, encoder: Encoder, token
     for source in tokenizer.iterdir():
         (output / source.name).write_bytes(source.read_bytes())
     ids = {"pad_id": encoder.pad_id, "end_id": encoder.end_id}
-    reader.write_model(output, model_config, parameters, **ids, max_length=experiment.policy.max_tokens)
+    writer.write_model(output, model_config, parameters, **ids, max_length=experiment.policy.max_tokens)
 
 
 def _fingerprint(environment, encoder: Encoder, experiment: config_lib.Experiment) -> str:

@@ -42,7 +42,7 @@ class Programs:
     """Jitted functions of a training run, and the shapes of their arguments. Nothing is on a device.
 
     Attributes:
-        graph, compute: the model, and how its forward pass is computed.
+        graph, forward_options: the model, and how its forward pass is computed.
         split: (parameters) -> (trained, frozen); donates its argument unless `trainable` is last_k.
         init: (trained) -> state; donates its argument.
         train_step: (state, batch, frozen) -> (state, metrics); donates the state.
@@ -53,7 +53,7 @@ class Programs:
     """
 
     graph: nnx.GraphDef
-    compute: ForwardOptions
+    forward_options: ForwardOptions
     split: Callable
     init: Callable
     train_step: Callable
@@ -80,7 +80,7 @@ def make_programs(
     sharding.check_model(mesh, config)
     trainable.check_trainable(settings, config)
     graph = reward_model_graph(config)
-    compute = make_forward_options(settings, config, mesh, length)
+    forward_options = make_forward_options(settings, config, mesh, length)
     optimizer = reward_model_optimizer(settings, steps)
 
     def split(parameters: Any) -> tuple[Any, Any]:
@@ -100,23 +100,23 @@ def make_programs(
     batch_sharding, replicated = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     return Programs(
         graph=graph,
-        compute=compute,
+        forward_options=forward_options,
         # A layer stack that is cut in two cannot reuse the buffer of the uncut one.
         split=jax.jit(split, donate_argnums=() if settings.trainable == "last_k" else 0, out_shardings=split_shardings),
         init=jax.jit(init, donate_argnums=0, out_shardings=state_shardings),
         # Pinned on both sides: left to the compiler, a parameter's sharding can drift, and the step compiles again.
         train_step=jax.jit(
-            make_train_step(graph, optimizer, settings, compute),
+            make_train_step(graph, optimizer, settings, forward_options),
             donate_argnums=0,
             in_shardings=(state_shardings, batch_sharding, frozen_shardings),
             out_shardings=(state_shardings, replicated),
         ),
         evaluation_step=jax.jit(
-            make_evaluation_step(graph, settings, compute),
+            make_evaluation_step(graph, settings, forward_options),
             in_shardings=(state_shardings["parameters"], batch_sharding, frozen_shardings),
             out_shardings=replicated,
         ),
-        features_step=jax.jit(make_features_step(graph, settings, compute), out_shardings=replicated),
+        features_step=jax.jit(make_features_step(graph, settings, forward_options), out_shardings=replicated),
         parameters=parameters,
         state=state,
         frozen=frozen,

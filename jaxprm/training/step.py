@@ -57,11 +57,16 @@ FIELDS = (
 
 
 def hidden_states(
-    model: RewardModel, batch: Batch, *, states: bool, compute: ForwardOptions = PLAIN, adapters: Any = NO_ADAPTERS
+    model: RewardModel,
+    batch: Batch,
+    *,
+    states: bool,
+    forward_options: ForwardOptions = PLAIN,
+    adapters: Any = NO_ADAPTERS,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Inputs of the head: hidden states [B, S, D] where actions end and, if `states`, before they begin."""
     tokens, positions, segments = batch["tokens"], batch["positions"], batch["segments"]
-    hidden = model.transformer(tokens, positions, segments, compute=compute, adapters=adapters).hidden
+    hidden = model.transformer(tokens, positions, segments, forward_options=forward_options, adapters=adapters).hidden
 
     def read(name: str) -> jax.Array:
         return jnp.take_along_axis(hidden, batch[name][..., None], axis=1)
@@ -70,10 +75,15 @@ def hidden_states(
 
 
 def readouts(
-    model: RewardModel, batch: Batch, *, states: bool, compute: ForwardOptions = PLAIN, adapters: Any = NO_ADAPTERS
+    model: RewardModel,
+    batch: Batch,
+    *,
+    states: bool,
+    forward_options: ForwardOptions = PLAIN,
+    adapters: Any = NO_ADAPTERS,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Promises M_t and, if `states`, state values V_t, both [B, S] float32, from one forward pass."""
-    actions, before = hidden_states(model, batch, states=states, compute=compute, adapters=adapters)
+    actions, before = hidden_states(model, batch, states=states, forward_options=forward_options, adapters=adapters)
     return model.value(actions), model.value(before) if states else None
 
 
@@ -83,7 +93,7 @@ def trained_readouts(
     frozen: Any,
     batch: Batch,
     settings: config_lib.RewardModelConfig,
-    compute: ForwardOptions,
+    forward_options: ForwardOptions,
     *,
     states: bool,
 ) -> tuple[jax.Array, jax.Array | None]:
@@ -96,7 +106,8 @@ def trained_readouts(
         values = head_values(batch["read_features"], head)
         return values, head_values(batch["state_features"], head) if states else None
     parameters, adapters = join(settings, trained, frozen)
-    return readouts(nnx.merge(graph, parameters), batch, states=states, compute=compute, adapters=adapters)
+    model = nnx.merge(graph, parameters)
+    return readouts(model, batch, states=states, forward_options=forward_options, adapters=adapters)
 
 
 class RewardSums(NamedTuple):
@@ -129,7 +140,7 @@ def reward_sums(
     target: Any | None,
     batch: Batch,
     settings: config_lib.RewardModelConfig,
-    compute: ForwardOptions = PLAIN,
+    forward_options: ForwardOptions = PLAIN,
     frozen: Any = NO_PARAMETERS,
 ) -> RewardSums:
     """The sums of `reward_loss`, for a caller that divides later. Same arguments."""
@@ -137,7 +148,7 @@ def reward_sums(
 
     # Forward pass, and a second one where targets come from a target network.
     def read(trained: Any) -> tuple[jax.Array, jax.Array | None]:
-        return trained_readouts(graph, trained, frozen, batch, settings, compute, states=states)
+        return trained_readouts(graph, trained, frozen, batch, settings, forward_options, states=states)
 
     values, state_values = read(parameters)
     target_values, target_states = (values, state_values) if target is None else read(target)
@@ -166,7 +177,7 @@ def reward_loss(
     target: Any | None,
     batch: Batch,
     settings: config_lib.RewardModelConfig,
-    compute: ForwardOptions = PLAIN,
+    forward_options: ForwardOptions = PLAIN,
     frozen: Any = NO_PARAMETERS,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss L of one batch, as in the head of this file.
@@ -178,7 +189,9 @@ def reward_loss(
     Returns:
         (loss, {"value_loss", "progress_loss", "state_loss"?, "weight", "value_mean", "target_mean"}), float32 scalars.
     """
-    return reward_sums(graph, parameters, target, batch, settings, compute, frozen).means(progress_beta(settings))
+    return reward_sums(graph, parameters, target, batch, settings, forward_options, frozen).means(
+        progress_beta(settings)
+    )
 
 
 def microbatches_of(batch: Batch, count: int) -> Batch:
@@ -193,7 +206,7 @@ def loss_and_gradients(
     target: Any | None,
     batch: Batch,
     settings: config_lib.RewardModelConfig,
-    compute: ForwardOptions = PLAIN,
+    forward_options: ForwardOptions = PLAIN,
     frozen: Any = NO_PARAMETERS,
 ) -> tuple[jax.Array, dict[str, jax.Array], Any]:
     """(loss, metrics, gradients) of `reward_loss`, computed in `settings.microbatches` passes.
@@ -205,13 +218,13 @@ def loss_and_gradients(
     if settings.microbatches == 1:
 
         def loss_of(parameters):
-            return reward_loss(graph, parameters, target, batch, settings, compute, frozen)
+            return reward_loss(graph, parameters, target, batch, settings, forward_options, frozen)
 
         (loss, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(parameters)
         return loss, metrics, gradients
 
     def total_of(parameters, microbatch):
-        sums = reward_sums(graph, parameters, target, microbatch, settings, compute, frozen)
+        sums = reward_sums(graph, parameters, target, microbatch, settings, forward_options, frozen)
         return sums.total(beta), sums
 
     def add(carry, microbatch):
@@ -245,7 +258,7 @@ def make_train_step(
     graph: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
     settings: config_lib.RewardModelConfig,
-    compute: ForwardOptions = PLAIN,
+    forward_options: ForwardOptions = PLAIN,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """The function (state, batch, frozen) -> (state, metrics).
 
@@ -257,7 +270,7 @@ def make_train_step(
         state: TrainState, batch: Batch, frozen: Any = NO_PARAMETERS
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         loss, metrics, gradients = loss_and_gradients(
-            graph, state["parameters"], state.get("target"), batch, settings, compute, frozen
+            graph, state["parameters"], state.get("target"), batch, settings, forward_options, frozen
         )
         updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["parameters"])
         new_state = {
@@ -274,12 +287,12 @@ def make_train_step(
 
 
 def make_evaluation_step(
-    graph: nnx.GraphDef, settings: config_lib.RewardModelConfig, compute: ForwardOptions = PLAIN
+    graph: nnx.GraphDef, settings: config_lib.RewardModelConfig, forward_options: ForwardOptions = PLAIN
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """The function (parameters, batch, frozen) -> (promises, returns-to-go), both [B, S]."""
 
     def evaluation_step(parameters: Any, batch: Batch, frozen: Any = NO_PARAMETERS) -> tuple[jax.Array, jax.Array]:
-        values, _ = trained_readouts(graph, parameters, frozen, batch, settings, compute, states=False)
+        values, _ = trained_readouts(graph, parameters, frozen, batch, settings, forward_options, states=False)
         returns = returns_to_go(batch["rewards"], batch["is_last"], batch["valid"], discount=settings.discount)
         return values, returns
 
@@ -287,13 +300,13 @@ def make_evaluation_step(
 
 
 def make_features_step(
-    graph: nnx.GraphDef, settings: config_lib.RewardModelConfig, compute: ForwardOptions = PLAIN
+    graph: nnx.GraphDef, settings: config_lib.RewardModelConfig, forward_options: ForwardOptions = PLAIN
 ) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array | None]]:
     """The function (parameters, batch) -> `hidden_states` in float32, for training the head only."""
 
     def features_step(parameters: Any, batch: Batch) -> Any:
         model = nnx.merge(graph, parameters)
-        features = hidden_states(model, batch, states=reads_states(settings), compute=compute)
+        features = hidden_states(model, batch, states=reads_states(settings), forward_options=forward_options)
         return jax.tree.map(lambda x: x.astype(jnp.float32), features)
 
     return features_step

@@ -92,7 +92,7 @@ def test_none_or_several_are_told_in_one_line(saved, tmp_path):
             find_checkpoint(path)
     for seed in (0, 1):
         save(tmp_path / f"reward_models/x/seed-{seed}", 1)
-    with pytest.raises(UserError, match=r"holds 2 trainings, name one of them: .*seed-0, .*seed-1"):
+    with pytest.raises(UserError, match=r"holds 2 training runs; name one of them: .*seed-0, .*seed-1"):
         find_checkpoint(tmp_path)
 
 

@@ -8,7 +8,7 @@ from flax import nnx
 
 from benchmarks import decisions, search_growth
 from jaxprm.config import PolicyConfig
-from jaxprm.hf import reader
+from jaxprm.hf import writer
 from jaxprm.policies.loading import policy_directory
 from jaxprm.scoring.bench import TreeSizes, bench_engine
 from jaxprm.search.branches import Branch
@@ -24,7 +24,7 @@ def textcraft_model(tmp_path_factory):
         (directory / name).write_bytes((base / name).read_bytes())
     config, state = from_policy(base, 0)
     state["head"] = nnx.Param(state["head"][...] * 20)
-    reader.write_model(directory, config, state, pad_id=0, end_id=1, max_length=1024)
+    writer.write_model(directory, config, state, pad_id=0, end_id=1, max_length=1024)
     return directory
 
 

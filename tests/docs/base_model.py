@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 
 from data_pipeline.encode import Encoder
-from jaxprm.hf import reader
+from jaxprm.hf import writer
 from jaxprm.model.config import TransformerConfig
 from jaxprm.model.transformer import Transformer
 from tests.data_pipeline.conftest import CHATML, make_tokenizer
@@ -24,5 +24,5 @@ def write(directory: Path) -> Path:
     encoder = Encoder.load(directory)
     parameters = jax.jit(lambda: nnx.state(Transformer(SIZES, rngs=nnx.Rngs(0))))()
     ids = {"pad_id": encoder.pad_id, "end_id": encoder.end_id}
-    reader.write_model(directory, SIZES, parameters, max_length=1024, **ids)
+    writer.write_model(directory, SIZES, parameters, max_length=1024, **ids)
     return directory

@@ -10,8 +10,8 @@ from contextlib import redirect_stdout
 import pytest
 
 from jaxprm import cli
-from jaxprm.evaluation.judge_metrics import METRICS, TERNARY
 from jaxprm.evaluation.labels import KINDS
+from jaxprm.evaluation.step_metrics import METRICS, TERNARY
 from tests.docs import pages
 from tests.model import tiny
 

@@ -134,7 +134,7 @@ def test_a_policy_of_ones_own_goes_through_training(folder):
 def test_the_benchmark_is_the_one_that_is_tested():
     (arguments,) = [arguments for arguments in pages.shell(PAGE) if "benchmarks.import_export" in arguments]
     assert arguments == ["-m", "benchmarks.import_export", "--shape", "small", "--devices", "8"]
-    tested = (pages.ROOT / "tests/model/test_sharded_import.py").read_text()
+    tested = (pages.ROOT / "tests/hf/test_sharded_import.py").read_text()
     assert "benchmarks.import_export" in tested and "[1, 8]" in tested
 
 

@@ -33,12 +33,12 @@ def promises(model, tmp_path_factory):
 
 
 def write(path, rows):
-    path.write_text("".join((one if isinstance(one, str) else json.dumps(one)) + "\n" for one in rows))
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return path
 
 
 def rows_of(make):
-    """The same conversations in every task, so that both parts of a split hold the same values."""
+    """Trajectories with the same conversations in every task, so that both parts of a split have the same values."""
     return [
         {"id": f"{task}#{number}", "task": f"task/{task}", "messages": messages} | make(task, number)
         for task in range(TASKS)
@@ -47,9 +47,9 @@ def rows_of(make):
 
 
 def planted_threshold(promises):
-    """In the widest gap that leaves a trajectory without errors, and one with: (below, above) it."""
-    values = sorted(value for one in promises for value in one)
-    lowest = sorted(min(one) for one in promises)
+    """(below, above): the widest gap of values with a trajectory above it and a step below it."""
+    values = sorted(value for trajectory in promises for value in trajectory)
+    lowest = sorted(min(trajectory) for trajectory in promises)
     neighbours = [pair for pair in itertools.pairwise(values) if lowest[0] <= pair[0] < lowest[-1]]
     return max(neighbours, key=lambda pair: pair[1] - pair[0])
 
@@ -63,34 +63,36 @@ def run(capsys, *arguments):
 
 def report_of(capsys, tmp_path, model, rows, *arguments, code=0):
     input, output = write(tmp_path / "in.jsonl", rows), tmp_path / "out.json"
-    done, out, err = run(capsys, "--model", model, "--input", input, "--json", output, "--samples", 100, *arguments)
-    assert done == code, err
-    refuse = lambda name: pytest.fail(f"{name} in the JSON")
-    return json.loads(output.read_text(), parse_constant=refuse), out
+    status, out, err = run(capsys, "--model", model, "--input", input, "--json", output, "--samples", 100, *arguments)
+    assert status == code, err
+    refuse_constant = lambda name: pytest.fail(f"{name} in the JSON")
+    return json.loads(output.read_text(), parse_constant=refuse_constant), out
 
 
-def test_labels_planted_at_a_threshold_are_all_found(capsys, tmp_path, model, promises):
+def test_labels_planted_at_a_threshold_are_all_predicted(capsys, tmp_path, model, promises):
     low, high = planted_threshold(promises)
     labels = lambda task, number: {"step_labels": [float(value > low) for value in promises[number]]}
     report, out = report_of(capsys, tmp_path, model, rows_of(labels))
     (criteria,) = report["step_labels"]["models"].values()
     promise = criteria["promise"]
     assert all(low < threshold <= high for threshold in promise["thresholds"].values())
-    assert {name: one["mean"] for name, one in promise["metrics"].items()} == dict.fromkeys(promise["metrics"], 1.0)
+    assert {name: estimate["mean"] for name, estimate in promise["metrics"].items()} == dict.fromkeys(
+        promise["metrics"], 1.0
+    )
     assert promise["metrics"]["f1"] == {"mean": 1.0, "low": 1.0, "high": 1.0, "n": TASKS // 2}
     assert report["labels"]["kind"] == "binary" and report["outcomes"] is None
     assert f"{model}, promise" in out and "thresholds from 6 tasks, numbers from 6 others" in out
 
 
-def test_labels_at_random_are_found_half_the_time(capsys, tmp_path, model, promises):
+def test_random_labels_are_predicted_half_the_time(capsys, tmp_path, model, promises):
     draw = random.Random(0)
     labels = lambda task, number: {"step_labels": [draw.randint(0, 1) for _ in promises[number]]}
     report, _ = report_of(capsys, tmp_path, model, rows_of(labels))
-    found = next(iter(report["step_labels"]["models"].values()))["promise"]["metrics"]["balanced_accuracy"]
-    assert found["low"] <= 0.5 <= found["high"] and 0.3 < found["mean"] < 0.7
+    accuracy = next(iter(report["step_labels"]["models"].values()))["promise"]["metrics"]["balanced_accuracy"]
+    assert accuracy["low"] <= 0.5 <= accuracy["high"] and 0.3 < accuracy["mean"] < 0.7
 
 
-def test_the_first_wrong_step_below_meta_and_a_threshold_of_the_users(capsys, tmp_path, model, promises):
+def test_a_first_wrong_step_in_meta_and_a_fixed_threshold(capsys, tmp_path, model, promises):
     low, high = planted_threshold(promises)
 
     def label(task, number):
@@ -103,7 +105,7 @@ def test_the_first_wrong_step_below_meta_and_a_threshold_of_the_users(capsys, tm
     (criteria,) = report["step_labels"]["models"].values()
     assert set(criteria) == {"promise"} and criteria["promise"]["metrics"]["f1"]["mean"] == 1.0
     assert report["labels"]["kind"] == "first-error" and report["labels"]["parts"]["test"]["tasks"] == TASKS
-    errors = sum(min(one) <= low for one in promises) * TASKS
+    errors = sum(min(trajectory) <= low for trajectory in promises) * TASKS
     assert report["step_labels"]["baselines"]["constant"]["metrics"]["first_error_accuracy"]["mean"] == pytest.approx(
         1 - errors / (4 * TASKS)
     )
@@ -111,19 +113,19 @@ def test_the_first_wrong_step_below_meta_and_a_threshold_of_the_users(capsys, tm
 
 
 def test_outcomes_by_hand(capsys, tmp_path, model, promises):
-    """Of each task the first two conversations succeed: all numbers follow from the four rows of promises."""
+    """The first two conversations of each task succeed: all numbers follow from the four rows of promises."""
     report, out = report_of(capsys, tmp_path, model, rows_of(lambda task, number: {"outcome": float(number < 2)}))
-    found = next(iter(report["outcomes"]["models"].values()))
-    values = np.array([value for one in promises for value in one])
-    success = np.array([number < 2 for number, one in enumerate(promises) for _ in one])
+    numbers = next(iter(report["outcomes"]["models"].values()))
+    values = np.array([value for trajectory in promises for value in trajectory])
+    success = np.array([number < 2 for number, trajectory in enumerate(promises) for _ in trajectory])
     higher = (values[success][:, None] > values[~success][None]).mean()
-    assert found["summary"]["auroc"]["mean"] == pytest.approx(higher)
-    assert found["summary"]["mse"]["mean"] == pytest.approx(np.mean((values - success) ** 2), rel=1e-5)
-    firsts = np.array([one[0] for one in promises])
-    assert found["by_depth"][0]["auroc"]["mean"] == pytest.approx((firsts[:2][:, None] > firsts[2:]).mean())
-    assert found["by_depth"][0]["success"]["mean"] == pytest.approx(firsts[:2].mean(), rel=1e-5)
+    assert numbers["summary"]["auroc"]["mean"] == pytest.approx(higher)
+    assert numbers["summary"]["mse"]["mean"] == pytest.approx(np.mean((values - success) ** 2), rel=1e-5)
+    firsts = np.array([trajectory[0] for trajectory in promises])
+    assert numbers["by_depth"][0]["auroc"]["mean"] == pytest.approx((firsts[:2][:, None] > firsts[2:]).mean())
+    assert numbers["by_depth"][0]["success"]["mean"] == pytest.approx(firsts[:2].mean(), rel=1e-5)
     best = max(range(4), key=lambda number: promises[number][-1])
-    assert found["best_of_n"][-1]["n"] == 4 and found["best_of_n"][-1]["final"]["mean"] == float(best < 2)
+    assert numbers["best_of_n"][-1]["n"] == 4 and numbers["best_of_n"][-1]["final"]["mean"] == float(best < 2)
     assert report["outcomes"]["baselines"]["constant"]["auroc"]["mean"] == 0.5
     assert "Against outcomes" in out and "other attempts" in out
 
@@ -149,15 +151,15 @@ def test_two_models_and_a_group(capsys, tmp_path, model):
     other = tiny.write_reward_model(tmp_path / "other", tiny.reward_model(seed=1), targets={"discount": 0.9})
     rows = rows_of(lambda task, number: {"outcome": float(number < 2), "split": "ab"[task % 2]})
     report, out = report_of(capsys, tmp_path, model, rows, "--model", other, "--group", "split")
-    assert [one["name"] for one in report["models"]] == [str(model), str(other)]
-    found = {one["metric"]: one for one in report["paired"]}
-    summaries = [report["outcomes"]["models"][str(one)]["summary"] for one in (model, other)]
-    assert found["mse"]["mean"] == pytest.approx(summaries[0]["mse"]["mean"] - summaries[1]["mse"]["mean"])
+    assert [entry["name"] for entry in report["models"]] == [str(model), str(other)]
+    paired = {row["metric"]: row for row in report["paired"]}
+    summaries = [report["outcomes"]["models"][str(path)]["summary"] for path in (model, other)]
+    assert paired["mse"]["mean"] == pytest.approx(summaries[0]["mse"]["mean"] - summaries[1]["mse"]["mean"])
     assert set(report["groups"]) == {"a", "b"} and report["groups"]["a"]["counts"]["tasks"] == TASKS // 2
     assert "Paired by task" in out and "== a: 24 trajectories of 6 tasks" in out
 
 
-def test_memory_holds_a_chunk_at_a_time(model, tmp_path, monkeypatch):
+def test_a_chunk_is_scored_at_a_time(model, tmp_path, monkeypatch):
     rows = rows_of(lambda task, number: {"outcome": float(number < 2)})
     input, sizes, original = write(tmp_path / "in.jsonl", rows), [], score_files.score_lines
 
@@ -165,16 +167,16 @@ def test_memory_holds_a_chunk_at_a_time(model, tmp_path, monkeypatch):
         sizes.append(len(lines))
         return original(scorer, lines, source)
 
-    whole = scored.score_models([model], input, labels="step_labels")
+    unchunked = scored.score_models([model], input, labels="step_labels")
     monkeypatch.setattr(score_files, "score_lines", score_lines)
-    parts = scored.score_models([model], input, labels="step_labels", chunk=10)
+    chunked = scored.score_models([model], input, labels="step_labels", chunk=10)
     assert sizes == [10, 10, 10, 10, 8]
-    for one, other in zip(whole.rows, parts.rows, strict=True):
-        assert one.task == other.task
-        np.testing.assert_allclose(one.promises[0], other.promises[0], atol=1e-5)
+    for first, second in zip(unchunked.rows, chunked.rows, strict=True):
+        assert first.task == second.task
+        np.testing.assert_allclose(first.promises[0], second.promises[0], atol=1e-5)
 
 
-def test_what_one_model_cannot_score_is_left_out_for_all(model, tmp_path, monkeypatch):
+def test_a_line_that_one_model_cannot_score_is_left_out_for_all(model, tmp_path, monkeypatch):
     input, calls = write(tmp_path / "in.jsonl", rows_of(lambda *_: {"outcome": 1.0})[:6]), []
     score_lines = score_files.score_lines
 
@@ -186,9 +188,9 @@ def test_what_one_model_cannot_score_is_left_out_for_all(model, tmp_path, monkey
         return results
 
     monkeypatch.setattr(score_files, "score_lines", second_fails)
-    found = scored.score_models([model, model], input, labels="step_labels")
-    assert (found.errors, found.examples, len(found.rows)) == (1, ["in.jsonl:5: too long"], 5)
-    assert all(len(row.promises) == 2 for row in found.rows)
+    scored_file = scored.score_models([model, model], input, labels="step_labels")
+    assert (scored_file.errors, scored_file.examples, len(scored_file.rows)) == (1, ["in.jsonl:5: too long"], 5)
+    assert all(len(row.promises) == 2 for row in scored_file.rows)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +205,7 @@ def test_what_one_model_cannot_score_is_left_out_for_all(model, tmp_path, monkey
         (["--labels", "meta.nothing"], ["labels meta.nothing", "no line has any"]),
     ],
 )
-def test_mistakes_are_one_line(capsys, tmp_path, monkeypatch, model, arguments, parts):
+def test_a_mistake_gives_a_message_of_one_line(capsys, tmp_path, monkeypatch, model, arguments, parts):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "in.jsonl", rows_of(lambda task, number: {"outcome": 1.0})[:2])
     model_too = ["--model", model] if "--model" not in arguments else []

@@ -1,14 +1,16 @@
-"""Step labels as people write them: per step, per message, as a first error; and what is none."""
+"""Step labels as users write them: per step, per message, as a first error; and values that are not labels."""
 
 import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_pipeline.errors import DataError
 from data_pipeline.trajectory import Message, Trajectory
 from jaxprm.errors import UserError
-from jaxprm.evaluation.labels import Labels, kind_of, lookup, read_labels, wrong_steps
+from jaxprm.evaluation.labels import Labels, kind_of, lookup, read_labels, validation_tasks, wrong_steps
 
 # Steps are messages 1, 3 and 4; message 2 is the user's.
 MESSAGES = [
@@ -26,12 +28,12 @@ def read(value, field="label"):
 
 
 def numbers(labels: Labels) -> list:
-    return [None if math.isnan(one) else one for one in labels.values]
+    return [None if math.isnan(value) else value for value in labels.values]
 
 
-def test_the_trajectorys_own_labels_keep_their_floats_and_gaps():
-    found = read_labels(trajectory(step_labels=[0.7, None, 1.0]), "step_labels", "")
-    assert numbers(found) == [0.7, None, 1.0] and not found.first_error
+def test_the_field_step_labels_keeps_floats_and_nulls():
+    labels = read_labels(trajectory(step_labels=[0.7, None, 1.0]), "step_labels", "")
+    assert numbers(labels) == [0.7, None, 1.0] and not labels.first_error
     assert read_labels(trajectory(), "step_labels", "") is None
 
 
@@ -49,12 +51,12 @@ def test_the_trajectorys_own_labels_keep_their_floats_and_gaps():
 )
 @pytest.mark.parametrize("field", ["label", "meta.label", "deep.label", "meta.deep.label"])
 def test_labels_below_meta(value, expected, field):
-    found = read(value, field)
-    assert numbers(found) == expected
-    assert found.first_error == isinstance(value, int)
+    labels = read(value, field)
+    assert numbers(labels) == expected
+    assert labels.first_error == isinstance(value, int)
 
 
-def test_a_path_that_leads_nowhere_is_no_label():
+def test_a_missing_path_gives_no_labels():
     assert read(1, "other") is None and read(1, "label.deeper") is None and read(None) is None
     assert lookup({"a": {"b": 0}}, "a.b") == 0
 
@@ -69,23 +71,23 @@ def test_a_path_that_leads_nowhere_is_no_label():
         ("good", r"label is str"),
         (True, r"label is bool"),
         (0.5, r"label is float"),
-        ({"2": 1}, r"label labels message '2', which is no step; steps are messages \[1, 3, 4\]"),
+        ({"2": 1}, r"label labels message '2', which is not a step; steps are messages \[1, 3, 4\]"),
     ],
 )
-def test_what_is_no_label_is_named_with_its_line(value, message):
+def test_an_invalid_label_is_named_with_its_line(value, message):
     with pytest.raises(DataError, match=message):
         read(value)
 
 
 def test_messages_of_several_steps_cannot_be_keys():
     parts = Message(role="assistant", content=[{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])
-    one = Trajectory(id="a", messages=[MESSAGES[0], parts], meta={"label": {"1": 1}})
+    example = Trajectory(id="a", messages=[MESSAGES[0], parts], meta={"label": {"1": 1}})
     with pytest.raises(DataError, match="several steps"):
-        read_labels(one, "label", "")
+        read_labels(example, "label", "")
 
 
 def labels(*values, first_error=False) -> Labels:
-    return Labels(np.array([math.nan if one is None else one for one in values], float), first_error)
+    return Labels(np.array([math.nan if value is None else value for value in values], float), first_error)
 
 
 @pytest.mark.parametrize(
@@ -98,20 +100,20 @@ def labels(*values, first_error=False) -> Labels:
         ([labels(1, 0, None, first_error=True)], "first-error", [False, True, False]),
     ],
 )
-def test_the_kind_is_found_by_the_values(rows, kind, wrong):
+def test_the_kind_is_detected_from_the_values(rows, kind, wrong):
     assert kind_of(rows, "label") == kind
     assert kind_of(rows, "label", kind) == kind
     if wrong is not None:
         assert wrong_steps(np.concatenate([row.values for row in rows]), kind).tolist() == wrong
 
 
-def test_a_file_of_three_labels_may_happen_to_hold_two():
+def test_ternary_labels_may_happen_to_have_two_values():
     assert kind_of([labels(1, 0)], "label", "ternary") == "ternary"
     assert not wrong_steps(np.array([1.0, 0.0]), "ternary").any()
 
 
 @pytest.mark.parametrize(
-    "rows, wanted, message",
+    "rows, requested, message",
     [
         ([labels(1, 0.5)], "binary", "labels label: not binary"),
         ([labels(1, 0.5)], "first-error", "not first-error"),
@@ -119,6 +121,25 @@ def test_a_file_of_three_labels_may_happen_to_hold_two():
         ([labels(1, 0), labels(1, 0, first_error=True)], None, "split the file"),
     ],
 )
-def test_labels_that_are_not_what_is_wanted_are_refused(rows, wanted, message):
+def test_labels_that_do_not_fit_the_requested_kind_are_refused(rows, requested, message):
     with pytest.raises(UserError, match=message):
-        kind_of(rows, "label", wanted)
+        kind_of(rows, "label", requested)
+
+
+@given(st.sets(st.text(max_size=4), min_size=2, max_size=30), st.floats(0.01, 0.99), st.integers(0, 5), st.randoms())
+@settings(max_examples=50, deadline=None)
+def test_validation_tasks_are_about_the_share_and_never_all(tasks, share, seed, random):
+    chosen = validation_tasks(tasks, share, seed)
+    assert chosen < tasks and len(chosen) >= 1
+    assert abs(len(chosen) - share * len(tasks)) <= 1
+    rows = random.sample(sorted(tasks) * 2, 2 * len(tasks))
+    assert validation_tasks(rows, share, seed) == chosen
+
+
+def test_the_seed_changes_the_split_and_impossible_shares_are_refused():
+    tasks = [f"task/{number}" for number in range(40)]
+    splits = {frozenset(validation_tasks(tasks, 0.5, seed)) for seed in range(5)}
+    assert len(splits) == 5
+    for share, names in [(0.0, tasks), (1.0, tasks), (0.5, tasks[:1])]:
+        with pytest.raises(ValueError, match="share"):
+            validation_tasks(names, share, 0)

@@ -1,4 +1,4 @@
-"""Best-of-N against all subsets, the bootstrap against simulation, AUROC against double loops, the rest by hand."""
+"""Best-of-N against all subsets, the bootstrap against simulation, AUROC against a double loop, others by hand."""
 
 import itertools
 import json
@@ -11,19 +11,20 @@ from hypothesis import strategies as st
 
 from jaxprm.evaluation import statistics
 from jaxprm.evaluation.statistics import (
-    auroc,
     best_of_n_curve,
     bootstrap,
     bootstrap_statistic,
     equal_mass_bins,
-    explained_variance,
     explained_variance_by_task,
     mean_by_task,
     oracle_curve,
     paired_difference,
+    pearson_by_task,
+    ranks,
     task_pairs,
     within_task_auroc,
 )
+from tests.evaluation import naive
 
 few_levels = st.integers(0, 3).map(float)  # so that ties are common
 
@@ -69,7 +70,7 @@ def test_a_pool_of_128_is_exact():
     np.testing.assert_allclose(oracle_curve(scores < 10, ns), few, rtol=1e-12)
 
 
-def test_leading_axes_are_tasks_of_their_own():
+def test_leading_axes_are_separate_tasks():
     random = np.random.default_rng(1)
     scores, outcomes = random.integers(0, 5, (2, 3, 10)), random.random((2, 3, 10))
     got = best_of_n_curve(scores, outcomes, [1, 4])
@@ -98,7 +99,7 @@ def test_bootstrap_of_a_mean_has_the_standard_error_of_the_mean():
     )
 
 
-def test_bootstrap_covers_the_truth_as_often_as_it_says():
+def test_bootstrap_covers_the_truth_at_about_its_level():
     """200 experiments: 40 tasks, with and without the spread of 12 seeds on the same tasks."""
     random = np.random.default_rng(3)
     hits = np.zeros(2)
@@ -133,7 +134,7 @@ def test_weights_make_a_ratio_of_sums():
     assert repeated == pytest.approx(bootstrap(np.array([[0.2, 0.8], [0.4, 0.6]])))
 
 
-def test_nothing_to_average_has_no_estimate():
+def test_without_weight_there_is_no_estimate():
     assert bootstrap([1.0, 2.0], weights=[0, 0]) == {"mean": None, "low": None, "high": None, "n": 0}
     with pytest.raises(ValueError, match="0 tasks"):
         bootstrap([])
@@ -174,28 +175,33 @@ def test_undefined_statistics_are_left_out():
     assert bootstrap_statistic([sometimes, undefined], 5) == {"mean": 2.0, "low": 2.0, "high": 2.0, "n": 5}
 
 
-def naive_auroc(scores, labels, weights, tasks=None):
-    """The double loop over pairs; with tasks, over those within one."""
-    right = total = 0.0
-    for i, j in itertools.product(range(len(scores)), repeat=2):
-        if labels[i] and not labels[j] and (tasks is None or tasks[i] == tasks[j]):
-            total += weights[i] * weights[j]
-            right += weights[i] * weights[j] * ((scores[i] > scores[j]) + 0.5 * (scores[i] == scores[j]))
-    return right / total if total else np.nan
+def on_all(statistic, tasks):
+    """The statistic of the data itself: every task once."""
+    return float(statistic(np.ones((1, tasks)))[0])
+
+
+def auroc(scores, labels, weights=None):
+    return on_all(task_pairs(scores, labels, np.zeros(np.size(scores), int), 1, weights).auroc, 1)
+
+
+def explained_variance(values, targets, weights=None):
+    return on_all(explained_variance_by_task(values, targets, np.zeros(np.size(values), int), 1, weights), 1)
 
 
 @given(st.lists(st.tuples(few_levels, st.booleans(), st.integers(0, 3), st.integers(1, 3)), max_size=14))
 @settings(max_examples=100, deadline=None)
 def test_auroc_and_within_task_auroc_equal_the_double_loop(steps):
     scores, labels, tasks, weights = np.array(steps, float).reshape(-1, 4).T
-    labels = labels.astype(bool)
-    np.testing.assert_allclose(auroc(scores, labels, weights), naive_auroc(scores, labels, weights), atol=1e-12)
-    got = within_task_auroc(scores, labels, tasks, weights)
-    np.testing.assert_allclose(got, naive_auroc(scores, labels, weights, tasks), atol=1e-12)
+    labels, tasks = labels.astype(bool), tasks.astype(int)
+    np.testing.assert_allclose(auroc(scores, labels, weights), naive.auroc(scores, labels, weights), atol=1e-12)
+    measure = within_task_auroc([task_pairs(scores, labels, tasks, 4, weights)], 4)
+    expected = naive.auroc(scores, labels, weights, tasks)
+    np.testing.assert_allclose(on_all(measure.statistic, 4), expected, atol=1e-12)
+    assert measure.n == sum(len(set(labels[tasks == task])) == 2 for task in range(4))
 
 
 def test_auroc_by_hand():
-    # Positives 3 and 1 against negatives 2 and 1: right, right; wrong, tie.
+    # Positives 3 and 1 against negatives 2 and 1: two wins; a loss and a tie.
     assert auroc([3, 1, 2, 1], [1, 1, 0, 0]) == (1 + 1 + 0 + 0.5) / 4
     assert auroc([3, 1, 2, 1], [1, 1, 0, 0], [1, 2, 1, 1]) == (1 + 1 + 0 + 2 * 0.5) / 6
     assert math.isnan(auroc([1, 2], [1, 1]))
@@ -205,7 +211,16 @@ def test_knowing_only_which_tasks_are_hard_is_worth_nothing_within_tasks():
     tasks = np.repeat([0, 1], 10)
     labels = np.concatenate([np.arange(10) < 9, np.arange(10) < 1])
     assert auroc(1 - tasks, labels) == pytest.approx((9 * 9 + 0.5 * (9 * 1 + 1 * 9)) / 100)
-    assert within_task_auroc(1 - tasks, labels, tasks) == 0.5
+    assert on_all(within_task_auroc([task_pairs(1 - tasks, labels, tasks, 2)], 2).statistic, 2) == 0.5
+
+
+def test_groups_of_pairs_are_pooled_and_a_task_drawn_twice_counts_twice():
+    # Task 0 wins its one pair; task 1 loses one pair in each of two groups.
+    first = task_pairs([2, 1, 1, 2], [1, 0, 1, 0], [0, 0, 1, 1], 2)
+    second = task_pairs([1, 2], [1, 0], [1, 1], 2)
+    measure = within_task_auroc([first, second], 2)
+    np.testing.assert_allclose(measure.statistic(np.array([[1.0, 1], [2, 1], [0, 3]])), [1 / 3, 2 / 4, 0])
+    assert measure.n == 2
 
 
 def test_task_pairs_of_a_resample_equal_auroc_of_the_repeated_steps():
@@ -217,7 +232,7 @@ def test_task_pairs_of_a_resample_equal_auroc_of_the_repeated_steps():
     np.testing.assert_allclose(got, [auroc(scores[copies], labels[copies])])
 
 
-def test_resamples_are_looked_at_a_few_at_a_time(monkeypatch):
+def test_auroc_of_resamples_does_not_depend_on_the_block_size(monkeypatch):
     random = np.random.default_rng(1)
     scores, labels = random.integers(0, 5, 30), random.integers(0, 2, 30)
     pairs = task_pairs(scores, labels, random.integers(0, 6, 30), 6)
@@ -257,11 +272,23 @@ def test_explained_variance_weighs_steps_and_tasks_as_copies():
     random = np.random.default_rng(9)
     values, targets, tasks = random.random(12), 1e7 + random.random(12), np.repeat(np.arange(4), 3)
     weights, counts = random.integers(1, 4, 12), np.array([0, 2, 1, 3])
-    naive = lambda copies: 1 - np.var((targets - values)[copies]) / np.var(targets[copies])
+    on_copies = lambda copies: naive.explained_variance(values[copies], targets[copies])
     got = explained_variance(values, targets, weights)
-    np.testing.assert_allclose(got, naive(np.repeat(np.arange(12), weights)), rtol=1e-6)
+    np.testing.assert_allclose(got, on_copies(np.repeat(np.arange(12), weights)), rtol=1e-6)
     got = explained_variance_by_task(values, targets, tasks, 4, weights)(counts[None].astype(float))
-    np.testing.assert_allclose(got, [naive(np.repeat(np.arange(12), weights * counts[tasks]))], rtol=1e-6)
+    np.testing.assert_allclose(got, [on_copies(np.repeat(np.arange(12), weights * counts[tasks]))], rtol=1e-6)
+
+
+def test_the_correlation_is_numpys_and_equal_values_share_the_mean_rank():
+    random = np.random.default_rng(0)
+    x, tasks = random.normal(size=60), random.integers(0, 6, 60)
+    y = x + random.normal(size=60) + 1e3
+    counts = random.integers(0, 3, (4, 6)).astype(float)
+    correlations = pearson_by_task(x, y, tasks, 6)(counts)
+    expected = [np.corrcoef(*(np.repeat(column, row[tasks].astype(int)) for column in (x, y)))[0, 1] for row in counts]
+    np.testing.assert_allclose(correlations, expected, atol=1e-9)
+    assert np.isnan(pearson_by_task(np.full(60, 0.1), y, tasks, 6)(counts)).all()
+    assert ranks(np.array([5.0, 1.0, 5.0, 2.0])).tolist() == [2.5, 0.0, 2.5, 1.0]
 
 
 def test_bins_have_equal_mass_and_never_split_equal_values():

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from jaxprm.evaluation.statistics import auroc, explained_variance, within_task_auroc
 from jaxprm.evaluation.value_metrics import StepRecords, calibration, validation, value_by_depth
+from tests.evaluation import naive
 
 
 def hand_records(**changes):
@@ -76,8 +76,8 @@ def test_validation_by_hand():
     assert got["loss"] == pytest.approx(squares / 2 / 10)
     copies = np.repeat(np.arange(7), [1, 1, 2, 2, 2, 1, 1])
     records = hand_records().where(copies)
-    assert got["explained_variance"] == pytest.approx(explained_variance(records.values, records.targets))
-    assert got["auroc"] == pytest.approx(auroc(records.values, records.success))
+    assert got["explained_variance"] == pytest.approx(naive.explained_variance(records.values, records.targets))
+    assert got["auroc"] == pytest.approx(naive.auroc(records.values, records.success))
     assert got["auroc_within_task"] == 1.0  # .6 > .4 and .9 > .5; .6 > .5 would be pairs of different depth
 
 
@@ -87,29 +87,29 @@ def test_within_task_auroc_of_validation_compares_equal_depths_only():
     records = hand_records().where(np.arange(6))
     records = StepRecords(-depths / 10, records.targets, depths, np.zeros(6), np.ones(6), np.arange(6) < 2)
     got = means(validation([records]))
-    assert within_task_auroc(records.values, records.success, records.tasks) > 0.7
+    assert naive.auroc(records.values, records.success, tasks=records.tasks) > 0.7
     assert got["auroc_within_task"] == 0.5 and got["auroc"] > 0.7
 
 
 def test_seeds_are_averaged_and_their_pairs_never_mixed():
     """Seed two is seed one shifted up by 10: every seed ranks as before, though all its values exceed the other's."""
-    one = hand_records()
-    two = hand_records(values=one.values + 10)
-    alone, both = value_by_depth([one]), value_by_depth([one, two])
+    first = hand_records()
+    second = hand_records(values=first.values + 10)
+    alone, both = value_by_depth([first]), value_by_depth([first, second])
     for a, b in zip(alone, both, strict=True):
         assert b["auroc"]["mean"] == a["auroc"]["mean"] and b["auroc_within_task"] == a["auroc_within_task"]
         assert b["failure"]["mean"] == pytest.approx(a["failure"]["mean"] + 5)
-    assert means(validation([one, two]))["explained_variance"] == pytest.approx(
-        means(validation([one]))["explained_variance"]
+    assert means(validation([first, second]))["explained_variance"] == pytest.approx(
+        means(validation([first]))["explained_variance"]
     )
 
 
 def test_seeds_may_have_different_steps_and_tasks():
-    one, two = hand_records(), hand_records().where(np.arange(7) >= 5)
-    rows = value_by_depth([one, two])
+    first, second = hand_records(), hand_records().where(np.arange(7) >= 5)
+    rows = value_by_depth([first, second])
     assert rows[0]["failure"]["mean"] == pytest.approx((2 * 0.4 + 0.6 + 0.6) / 4)
     assert rows[0]["auroc"]["mean"] == pytest.approx(2.5 / 3)  # not defined for seed two
-    assert calibration([two, one], bins=1)[0]["observed"]["mean"] == pytest.approx(2 / 12)
+    assert calibration([second, first], bins=1)[0]["observed"]["mean"] == pytest.approx(2 / 12)
 
 
 def test_steps_of_weight_zero_change_nothing():
@@ -143,7 +143,7 @@ def test_intervals_narrow_with_tasks_and_contain_the_mean():
     assert np.all(interval(160) < 0.8 * interval(40))
 
 
-def test_skill_shows_within_tasks_and_difficulty_does_not():
+def test_within_task_auroc_shows_skill_and_not_difficulty():
     skilled, unskilled = (value_by_depth([simulated(1, tasks=60, skill=s)], samples=300) for s in (1.0, 0.0))
     within = [row["auroc_within_task"] for row in unskilled]
     assert all(r["low"] < 0.5 < r["high"] for r in within)
@@ -152,7 +152,7 @@ def test_skill_shows_within_tasks_and_difficulty_does_not():
     assert skilled[0]["auroc_within_task"]["mean"] < skilled[3]["auroc_within_task"]["mean"]
 
 
-def test_calibrated_values_lie_on_the_diagonal_and_bins_ascend():
+def test_calibrated_values_are_on_the_diagonal_and_bins_ascend():
     random = np.random.default_rng(2)
     values = random.random(4000)
     targets = (random.random(4000) < values).astype(float)
@@ -166,7 +166,7 @@ def test_calibrated_values_lie_on_the_diagonal_and_bins_ascend():
     assert calibration([shifted], bins=8)[-1]["observed"]["low"] > 0.6
 
 
-def test_everything_is_plain_json():
+def test_results_are_plain_json():
     records = [simulated(seed, tasks=5) for seed in range(2)]
     parts = [value_by_depth(records, samples=50), calibration(records, samples=50), validation(records, samples=50)]
     assert json.loads(json.dumps(parts, allow_nan=False)) == parts

@@ -1,4 +1,4 @@
-"""Attention in blocks and in tiles equals attention all at once; and only a CPU goes in tiles."""
+"""Attention in blocks and in tiles equals attention at once; tiles are used on CPUs only."""
 
 import functools
 
@@ -18,7 +18,7 @@ ROWS, HEADS, KV_HEADS, LENGTH, HEAD_DIM = 2, 4, 2, 149, 8
 def small_tiles(monkeypatch):
     monkeypatch.setattr(attention, "TILE_SCORES", 1)
     monkeypatch.setattr(attention, "MIN_TILE", 16)
-    jax.clear_caches()  # programs that were traced with other tiles
+    jax.clear_caches()  # programs traced with other tile sizes
     yield
     jax.clear_caches()
 
@@ -41,47 +41,48 @@ def all_at_once(query, keys, values, segments):
 
 def gradients(attend, query, keys, values, segments):
     weights = normal(3, *query.shape)
-    loss = lambda *given: jnp.sum(attend(*given, segments).astype(jnp.float32) * weights)
+    loss = lambda *arrays: jnp.sum(attend(*arrays, segments).astype(jnp.float32) * weights)
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(query, keys, values)
 
 
 def test_packed_attention_and_its_gradients_equal_those_of_the_formula():
-    given = chunk()
-    np.testing.assert_allclose(packed_attention(*given), all_at_once(*given), atol=1e-6)
-    for found, expected in zip(
-        *(jax.tree.leaves(gradients(attend, *given)) for attend in (packed_attention, all_at_once)),
+    inputs = chunk()
+    np.testing.assert_allclose(packed_attention(*inputs), all_at_once(*inputs), atol=1e-6)
+    for gradient, expected in zip(
+        *(jax.tree.leaves(gradients(attend, *inputs)) for attend in (packed_attention, all_at_once)),
         strict=True,
     ):
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_in_bfloat16_gradients_keep_the_dtype_and_stay_close():
-    given = chunk(jnp.bfloat16)
-    (_, found), (_, expected) = (gradients(attend, *given) for attend in (packed_attention, all_at_once))
-    for one, other in zip(found, expected, strict=True):
-        assert one.dtype == other.dtype == jnp.bfloat16
-        error = np.linalg.norm(np.asarray(one - other, np.float32)) / np.linalg.norm(np.asarray(other, np.float32))
+    inputs = chunk(jnp.bfloat16)
+    (_, actual), (_, expected) = (gradients(attend, *inputs) for attend in (packed_attention, all_at_once))
+    for gradient, reference in zip(actual, expected, strict=True):
+        assert gradient.dtype == reference.dtype == jnp.bfloat16
+        error = np.linalg.norm(np.asarray(gradient - reference, np.float32))
+        error /= np.linalg.norm(np.asarray(reference, np.float32))
         assert error < 0.02
 
 
 def test_packed_attention_in_tiles_equals_all_at_once():
-    given = chunk()
-    np.testing.assert_allclose(PACKED_IN_TILES(*given), all_at_once(*given), atol=1e-6)
+    inputs = chunk()
+    np.testing.assert_allclose(PACKED_IN_TILES(*inputs), all_at_once(*inputs), atol=1e-6)
 
 
 @pytest.mark.parametrize("shared", [1, 2])
 def test_tiles_after_a_cache_equal_all_at_once(shared):
-    held, (query, keys, values, segments) = 11, chunk()
+    cached_tokens, (query, keys, values, segments) = 11, chunk()
     cache = (
-        normal(4, ROWS // shared, KV_HEADS, HEAD_DIM, held),
-        normal(5, ROWS // shared, KV_HEADS, held, HEAD_DIM),
-        jnp.arange(held) < jnp.asarray([[5], [held]])[: ROWS // shared],
+        normal(4, ROWS // shared, KV_HEADS, HEAD_DIM, cached_tokens),
+        normal(5, ROWS // shared, KV_HEADS, cached_tokens, HEAD_DIM),
+        jnp.arange(cached_tokens) < jnp.asarray([[5], [cached_tokens]])[: ROWS // shared],
     )
-    given = query, keys, values, chunk_mask(segments), (cache,)
-    np.testing.assert_allclose(tiled_attention(*given), attention.attention(*given), atol=1e-6)
+    inputs = query, keys, values, chunk_mask(segments), (cache,)
+    np.testing.assert_allclose(tiled_attention(*inputs), attention.attention(*inputs), atol=1e-6)
 
 
-def test_only_a_cpu_goes_in_tiles():
+def test_only_cpus_use_tiles():
     query, keys, values, segments = chunk()
     for attend, last in ((tiled_attention, chunk_mask(segments)), (PACKED_IN_TILES, segments)):
         traced = jax.jit(attend).trace(query, keys, values, last)

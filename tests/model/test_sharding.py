@@ -16,7 +16,8 @@ from jaxprm import config as config_lib
 from jaxprm.errors import UserError
 from jaxprm.model import sharding
 from jaxprm.model.config import FAMILIES, Head, TransformerConfig
-from jaxprm.model.sharding import AXES, PARAMETERS, Rules
+from jaxprm.model.parameters import PARAMETERS
+from jaxprm.model.sharding import AXES, Rules
 from jaxprm.model.transformer import RewardModel, Transformer
 from jaxprm.training.step import FIELDS
 

@@ -1,4 +1,4 @@
-"""One forward pass under three masks: packed rows, candidates after a prefix, and decoding give the same values."""
+"""Packed rows, candidates after a prefix, and decoding: one forward pass with three masks gives equal values."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ WIDTH, CHUNK, CAPACITY = 64, 24, 64
 
 
 def alone(tokens) -> np.ndarray:
-    """Values of one sequence in a row of its own, without any padding."""
+    """Values of one sequence in a row by itself, without padding."""
     return tiny.values(STATE, np.asarray(tokens)[None])[0]
 
 
@@ -28,7 +28,7 @@ def references() -> list[np.ndarray]:
 
 
 def packed(sequences) -> dict[str, np.ndarray]:
-    """One row [1, WIDTH] of all sequences, padded with token 3 (a padded token must not matter, whatever it is)."""
+    """One row [1, WIDTH] of all sequences, padded with token 3: the id of a padding token must not matter."""
     row = {name: np.zeros((1, WIDTH), np.int32) for name in ("tokens", "positions", "segments")}
     row["tokens"][:] = 3
     used = 0
@@ -42,14 +42,14 @@ def packed(sequences) -> dict[str, np.ndarray]:
 
 @jax.jit
 def after(caches: tuple[Cache, ...], tokens, positions, segments):
-    """Values of new tokens after what is cached, and the last cache with the tokens of segment 1 appended."""
+    """Values of new tokens after the caches, and the last cache with the tokens of segment 1 appended."""
     model = nnx.merge(GRAPH, STATE)
     output = model.transformer(tokens, positions, segments, caches)
     return model.value(output.hidden), caches[-1].append(output.keys, output.values, (segments == 1).sum(-1))
 
 
 def chunk(parts, starts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows [3, CHUNK] of tokens that begin at positions `starts`; what is past the end of a row is rubbish."""
+    """Rows [3, CHUNK] of tokens that begin at positions `starts`, filled up with token 7 as padding."""
     tokens, segments = np.full((3, CHUNK), 7, np.int32), np.zeros((3, CHUNK), np.int32)
     for row, part in enumerate(parts):
         tokens[row, : len(part)], segments[row, : len(part)] = part, 1
@@ -57,11 +57,11 @@ def chunk(parts, starts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def filled(prefixes) -> Cache:
-    """Rows that hold prefixes of different lengths."""
+    """A cache of prefixes of different lengths."""
     return after((Cache.empty(tiny.CONFIG, 3, CAPACITY),), *chunk(prefixes, [0, 0, 0]))[1]
 
 
-def test_the_models_of_these_tests_spread_their_scores(references):
+def test_the_values_of_the_test_model_vary(references):
     assert np.concatenate(references).std() > 0.3
 
 
@@ -80,7 +80,7 @@ def test_the_order_of_rows_and_neighbours_does_not_matter(references):
         tiny.assert_close(row[: sum(LENGTHS)], np.concatenate([references[index] for index in order]))
 
 
-def test_a_neighbour_that_can_be_read_moves_the_score():
+def test_reading_a_neighbour_changes_the_values():
     row = packed(SEQUENCES)
     broken = row | {"segments": np.minimum(row["segments"], 1)}
     moved = np.abs(tiny.values(STATE, **broken) - tiny.values(STATE, **row))[0]
@@ -90,7 +90,7 @@ def test_a_neighbour_that_can_be_read_moves_the_score():
 
 
 @pytest.mark.parametrize("at", [2, 8, 15])
-def test_one_wrong_position_moves_the_score(references, at):
+def test_a_wrong_position_changes_the_value(references, at):
     positions = np.arange(LENGTHS[0])[None]
     positions[0, at] += 1
     values = tiny.values(STATE, SEQUENCES[0][None], positions=positions)[0]
@@ -114,8 +114,8 @@ def test_decoding_token_by_token_equals_one_pass(references):
     cache = Cache.empty(tiny.CONFIG, 1, 32)
     decoded = []
     for position, token in enumerate(SEQUENCES[2]):
-        one = np.ones((1, 1), np.int32)
-        value, cache = after((cache,), one * token, one * position, one)
+        ones = np.ones((1, 1), np.int32)
+        value, cache = after((cache,), ones * token, ones * position, ones)
         decoded.append(float(value[0, 0]))
     assert cache.lengths.tolist() == [LENGTHS[2]]
     tiny.assert_close(decoded, references[2])
@@ -130,7 +130,7 @@ def candidates():
     return tokens, offsets + np.array(LENGTHS)[:, None], segments
 
 
-def test_candidates_after_a_cached_prefix_equal_whole_sequences(candidates):
+def test_candidates_after_a_cached_prefix_equal_full_sequences(candidates):
     tokens, _, segments = candidates
     values, _ = after((filled(SEQUENCES),), *candidates)
     for row, prefix in enumerate(SEQUENCES):
@@ -142,7 +142,7 @@ def test_candidates_after_a_cached_prefix_equal_whole_sequences(candidates):
 
 
 @pytest.mark.parametrize("broken", ["neighbour", "position", "prefix"])
-def test_a_candidate_that_reads_or_stands_wrongly_moves_its_score(candidates, broken):
+def test_a_candidate_with_a_wrong_mask_or_position_has_other_values(candidates, broken):
     tokens, positions, segments = candidates
     cache = filled(SEQUENCES)
     right, _ = after((cache,), tokens, positions, segments)
@@ -157,8 +157,8 @@ def test_a_candidate_that_reads_or_stands_wrongly_moves_its_score(candidates, br
     assert (moved.max(axis=-1) > 1e-2).all()
 
 
-def test_a_cached_row_serves_several_rows_and_each_row_its_own_turn(references):
-    """Six rows after three prefixes and a turn of their own equal the same with every prefix copied."""
+def test_a_cached_row_serves_several_rows_with_different_turns(references):
+    """Six rows after three shared prefixes and a turn each equal six rows with every prefix copied."""
     prefix, twice = filled([tokens[:5] for tokens in SEQUENCES]), np.repeat(np.arange(3), 2)
     copied = jax.tree.map(lambda leaf: leaf[twice], prefix)
     tokens, positions, segments = chunk([tokens[5:8] for tokens in SEQUENCES], [5, 5, 5])
@@ -188,7 +188,7 @@ def test_a_prefix_and_a_turn_in_two_caches_equal_one_pass(references):
         tiny.assert_close(rest[row, : len(reference) - 8], reference[8:])
 
 
-def test_append_keeps_what_is_counted_and_overwrites_the_rest():
+def test_append_keeps_counted_tokens_and_overwrites_the_others():
     shape = (2, tiny.CONFIG.kv_heads, 3, tiny.CONFIG.head_dim)
     layers = range(tiny.CONFIG.layers)
     first, second = (tuple(jnp.full(shape, value + layer) for layer in layers) for value in (10.0, 20.0))

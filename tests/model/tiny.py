@@ -1,4 +1,4 @@
-"""Small random models whose scores spread, and conversations to score: for the tests of model, policy and scorer."""
+"""Small random models with varied scores, and conversations to score, for many tests."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ import numpy as np
 from flax import nnx
 
 from data_pipeline.encode import Encoder
-from jaxprm.hf import reader
+from jaxprm.hf import writer
 from jaxprm.model.config import TransformerConfig
 from jaxprm.model.transformer import RewardModel, Transformer, reward_model_graph
 from jaxprm.training.imitate import train_tokenizer
 
-# Every size differs from every other, so that no two axes can be mistaken for each other.
+# All sizes differ, so that a confusion of two axes is an error.
 CONFIG = TransformerConfig(
     vocab_size=304, hidden_size=40, layers=3, heads=4, kv_heads=2, head_dim=12, intermediate_size=56, rope_theta=500.0
 )
@@ -31,7 +31,7 @@ ITEMS = ["oak log", "oak planks", "stick", "iron ingot", "lantern", "torch"]
 
 
 def randomised(state, seed: int):
-    """Parameters of the same shapes with nothing left at zero or one, large enough for every part to matter."""
+    """Random parameters of the same shapes, none at zero or one, large enough that every part matters."""
     leaves, treedef = jax.tree.flatten(state)
     rng = np.random.default_rng(seed)
 
@@ -39,7 +39,7 @@ def randomised(state, seed: int):
         scale = 0.7 if leaf.ndim > 1 and leaf.shape[-2] == CONFIG.vocab_size else leaf.shape[-2] ** -0.5
         return jnp.asarray(rng.normal(size=leaf.shape) * scale, jnp.float32)
 
-    # Stacked vectors are norms (ones) and biases (zeros): kept near what they are, but not at it.
+    # Vectors are norms (ones) and biases (zeros): moved a little from their initial value.
     def near(leaf):
         return leaf + 0.3 * jnp.asarray(rng.normal(size=leaf.shape), jnp.float32)
 
@@ -53,7 +53,7 @@ def transformer(config: TransformerConfig = CONFIG, seed: int = 0):
 
 
 def reward_model(config: TransformerConfig = CONFIG, seed: int = 0):
-    """nnx.State of a random RewardModel; its values spread (standard deviation about .6) at the ends of turns too."""
+    """nnx.State of a random RewardModel, whose values vary (standard deviation about 0.6), also at ends of turns."""
     state = randomised(nnx.state(RewardModel(config, rngs=nnx.Rngs(seed))), seed)
     head = np.random.default_rng(seed + 1).normal(size=config.hidden_size) * 2 * config.hidden_size**-0.5
     state["head"] = nnx.Param(jnp.asarray(head, jnp.float32))
@@ -62,7 +62,7 @@ def reward_model(config: TransformerConfig = CONFIG, seed: int = 0):
 
 @cache
 def tokenizer_directory() -> Path:
-    """A byte-level tokenizer of 304 tokens with the default chat template, made once a process."""
+    """A byte-level tokenizer of 304 tokens with the default chat template, made once per process."""
     directory = Path(mkdtemp(prefix="tiny-tokenizer-"))
     texts = [message["content"] for seed in range(8) for message in conversation(seed, turns=4)]
     train_tokenizer(texts, CONFIG.vocab_size, directory)
@@ -87,7 +87,7 @@ def conversation(seed: int, *, turns: int = 3) -> list[dict]:
 
 
 def write_policy(directory: Path, config: TransformerConfig = CONFIG) -> Path:
-    """A language model's directory, to start a reward model from."""
+    """The directory of a language model, to start a reward model from."""
     return _write(directory, config, transformer(config))
 
 
@@ -95,12 +95,12 @@ def _write(directory: Path, config: TransformerConfig, state) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     for source in tokenizer_directory().iterdir():
         (directory / source.name).write_bytes(source.read_bytes())
-    reader.write_model(directory, config, state, pad_id=encoder().pad_id, end_id=encoder().end_id, max_length=1024)
+    writer.write_model(directory, config, state, pad_id=encoder().pad_id, end_id=encoder().end_id, max_length=1024)
     return directory
 
 
 def write_reward_model(directory: Path, state=None, config: TransformerConfig = CONFIG, **described) -> Path:
-    """A trained reward model's directory, as training leaves it."""
+    """The directory of a trained reward model, as training writes it."""
     _write(directory, config, reward_model(config) if state is None else state)
     about = {
         "label": "agentprm",
@@ -115,7 +115,7 @@ def write_reward_model(directory: Path, state=None, config: TransformerConfig = 
 
 
 def values(state, tokens, positions=None, segments=None, config: TransformerConfig = CONFIG) -> np.ndarray:
-    """Values [B, T] of every token, uncached; one sequence a row unless told otherwise."""
+    """Values [B, T] of every token, uncached; by default with one sequence per row."""
     tokens = jnp.asarray(tokens)
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -142,7 +142,7 @@ def _values(graph, state, tokens, positions, segments):
 
 @contextmanager
 def compilations() -> Iterator[list[str]]:
-    """What XLA compiles inside the block: a list that grows by the name of the event."""
+    """A list of the compilations of XLA inside the block, one event name each."""
     seen: list[str] = []
 
     def listen(event: str, *_, **__) -> None:

@@ -98,7 +98,7 @@ def test_drive_is_mounted_on_colab_and_nowhere_else(monkeypatch, tmp_path, capsy
 def test_the_code_is_cloned_or_a_folder_and_needs_an_address(monkeypatch, tmp_path, capsys):
     source = tmp_path / "source"
     git = ["git", "-C", str(source), "-c", "user.name=a", "-c", "user.email=a@b"]
-    subprocess.run(["git", "init", "-q", "-b", "trunk", str(source)], check=True)
+    subprocess.run(["git", "init", "-q", "-b", "backbone", str(source)], check=True)
     (source / "file").write_text("")
     subprocess.run([*git, "add", "file"], check=True)
     subprocess.run([*git, "commit", "-q", "-m", "first"], check=True)
@@ -115,7 +115,7 @@ def test_the_code_is_cloned_or_a_folder_and_needs_an_address(monkeypatch, tmp_pa
         root()
     with pytest.raises(ValueError, match=r"CODE file://.*nowhere"):
         root(CODE=f"file://{tmp_path}/nowhere")
-    cloned = root(CODE=f"file://{source}", REVISION="trunk")
+    cloned = root(CODE=f"file://{source}", REVISION="backbone")
     assert (cloned / "file").is_file() and root(CODE=f"file://{source}") == cloned
     assert root(CODE=str(source)) == source
     assert sys.path[0] == str(source)

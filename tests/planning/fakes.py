@@ -1,4 +1,4 @@
-"""A slice of this machine's CPUs and a compiler that answers at once, in place of a TPU's."""
+"""A slice of this machine's CPUs, and a compiler that answers at once instead of the TPU compiler."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxprm.planning.compiling import Compilation, Memory
 from jaxprm.planning.plan import Slice, SliceEstimate, make_plan
 
 TINY = TransformerConfig(vocab_size=96, hidden_size=16, layers=3, heads=4, kv_heads=2, head_dim=8, intermediate_size=40)
-# A loop of 3 whose body has a gather, begun and ended in fusions of one channel, and a reduce-scatter as a TPU has it.
+# A loop of 3 runs: an asynchronous gather in two fusions of one channel, and a reduce-scatter as TPU programs write it.
 LOOP = """HloModule jit_step, is_scheduled=true
 
 %add (x: f32[], y: f32[]) -> f32[] {
@@ -65,7 +65,7 @@ MEMORY = Memory(arguments=7, outputs=6, aliased=5, temporaries=40, program=2, to
 
 
 def compiles(memory: Memory = MEMORY, text: str = LOOP, refused: str = ""):
-    """In place of `compile_ahead`; what it was asked to compile is in its `calls`."""
+    """A fake `compile_ahead` with a fixed result; it records its arguments in `calls`."""
 
     def compile_ahead(function, *shapes, limit):
         compile_ahead.calls.append(SimpleNamespace(function=function, shapes=shapes, limit=limit))
@@ -76,7 +76,7 @@ def compiles(memory: Memory = MEMORY, text: str = LOOP, refused: str = ""):
 
 
 def too_large(memory: Memory = MEMORY):
-    """A compiler that refuses."""
+    """A fake compiler that refuses every program as too large."""
     refusal = dataclasses.replace(memory, outputs=None, aliased=None, temporaries=None, program=None, total=80)
     return compiles(refusal, refused="RESOURCE_EXHAUSTED: Ran out of memory")
 

@@ -1,4 +1,4 @@
-"""The edges of the compiler: its messages, its figures, and its absence. The compiler itself runs in the slow tier."""
+"""Around the TPU compiler: its messages, its figures, and its absence. The compiler itself runs in the slow tier."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ GIB = 1 << 30
 LIMIT = 16 * GIB
 
 
-def test_outputs_in_the_place_of_arguments_are_counted_once():
-    found = SimpleNamespace(
+def test_outputs_that_reuse_the_memory_of_arguments_count_once():
+    analysis = SimpleNamespace(
         argument_size_in_bytes=100,
         output_size_in_bytes=90,
         alias_size_in_bytes=80,
         temp_size_in_bytes=30,
         generated_code_size_in_bytes=7,
     )
-    memory = compiled_memory(found, 150)
+    memory = compiled_memory(analysis, 150)
     assert memory.total == 100 + 10 + 30 + 7
-    assert memory.fits and not compiled_memory(found, 146).fits
+    assert memory.fits and not compiled_memory(analysis, 146).fits
 
 
-def test_what_the_compiler_says_it_needs_is_read():
+def test_the_figures_in_the_compilers_message_are_read():
     memory = refused_memory(
         "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.50G of 15.75G hbm. Exceeded hbm capacity "
         "by 1.75G.",
@@ -44,7 +44,7 @@ def test_what_the_compiler_says_it_needs_is_read():
     assert memory.temporaries is None and not memory.fits
 
 
-def test_what_it_calls_temporaries_is_all_of_the_program():
+def test_the_figure_for_temporaries_is_that_of_the_program():
     """Its message of the 7B scorer on a v6e chip; on a v5p chip, with room, the same program needs 39.7 GiB in all."""
     message = (
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (39.87G) exceeds "
@@ -71,35 +71,35 @@ class Refuses:
         raise jax.errors.JaxRuntimeError(self.message)
 
 
-def test_too_large_is_an_answer_and_anything_else_an_error():
+def test_too_large_is_a_result_and_any_other_refusal_an_error():
     shape = jax.ShapeDtypeStruct((256, 4), jnp.float32, sharding=SingleDeviceSharding(jax.devices()[0]))
-    found = compile_ahead(Refuses("RESOURCE_EXHAUSTED: Used 20G of 16G hbm"), shape, limit=LIMIT)
-    assert not found.memory.fits and found.text == "" and "Used 20G" in found.refused
-    assert found.memory.arguments == 4096
+    compilation = compile_ahead(Refuses("RESOURCE_EXHAUSTED: Used 20G of 16G hbm"), shape, limit=LIMIT)
+    assert not compilation.memory.fits and compilation.text == "" and "Used 20G" in compilation.refused
+    assert compilation.memory.arguments == 4096
     with pytest.raises(UserError, match="refuses the program: INTERNAL: Mosaic"):
         compile_ahead(Refuses("INTERNAL: Mosaic failed\nmore"), shape, limit=LIMIT)
 
 
-def test_a_program_of_this_machine_compiles():
-    place = SingleDeviceSharding(jax.devices()[0])
-    shape = jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=place)
-    found = compile_ahead(jax.jit(lambda x: x @ x.T), shape, limit=LIMIT)
-    assert found.memory.arguments == 128 == argument_bytes([shape, None])
-    assert found.memory.outputs == 8 * 8 * 4 and found.memory.fits and "ENTRY" in found.text
+def test_a_program_for_this_machine_compiles():
+    device = SingleDeviceSharding(jax.devices()[0])
+    shape = jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=device)
+    compilation = compile_ahead(jax.jit(lambda x: x @ x.T), shape, limit=LIMIT)
+    assert compilation.memory.arguments == 128 == argument_bytes([shape, None])
+    assert compilation.memory.outputs == 8 * 8 * 4 and compilation.memory.fits and "ENTRY" in compilation.text
 
 
-def test_without_the_compiler_one_line_says_how_to_get_it(monkeypatch):
+def test_without_the_compiler_the_message_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     environment = {}
     with pytest.raises(UserError, match=rf"pip install 'jax\[tpu\]=={re.escape(jax.__version__)}'"):
-        compiling.prepare(environment)
+        compiling.prepare_environment(environment)
     assert environment == {}
 
 
 def test_the_environment_keeps_what_the_user_set(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     environment = {"TPU_WORKER_HOSTNAMES": "mine"}
-    compiling.prepare(environment)
+    compiling.prepare_environment(environment)
     assert environment["TPU_WORKER_HOSTNAMES"] == "mine" and environment["JAX_PLATFORMS"] == "cpu"
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from jaxprm import config as config_lib
 from jaxprm.model import sharding
-from jaxprm.planning.command import MODELS
+from jaxprm.planning.models import MODELS
 from jaxprm.training.flops import attended_pairs, train_step_flops
 from jaxprm.training.programs import batch_fields, batch_shapes, make_programs
 from tests.planning.fakes import TINY
@@ -32,7 +32,7 @@ SETTINGS = {
 
 
 def products(jaxpr) -> int:
-    """FLOPs of every dot_general, a loop's as often as it runs."""
+    """FLOPs of every dot_general; those in a loop count as often as it runs."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -42,13 +42,13 @@ def products(jaxpr) -> int:
             total += 2 * size * math.prod(left[axis] for axis in contracted)
         times = equation.params["length"] if equation.primitive.name == "scan" else 1
         inner = [getattr(value, "jaxpr", value) for value in jax.tree.leaves(list(equation.params.values()))]
-        total += times * sum(products(one) for one in inner if hasattr(one, "eqns"))
+        total += times * sum(products(part) for part in inner if hasattr(part, "eqns"))
     return total
 
 
 @pytest.mark.parametrize("length", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("changes", SETTINGS.values(), ids=SETTINGS)
-def test_the_formula_counts_every_product_that_is_traced(changes, length):
+def test_the_formula_counts_every_traced_product(changes, length):
     settings = config_lib.RewardModelConfig(label="x", **changes)
     data = config_lib.DataConfig(rows=2, length=length, steps_per_row=5)
     mesh = sharding.make_mesh(config_lib.MeshConfig(), jax.devices()[:1])
@@ -74,10 +74,10 @@ def test_pairs_by_hand():
 
 
 def test_six_flops_a_weight_and_token():
-    """The rule of thumb, without the embedding and with short rows: 6 N for each token."""
+    """The rule of thumb of 6 N FLOPs a token, N without the embedding, at short rows."""
     model = MODELS["llama-3.1-8b"]
     data = config_lib.DataConfig(rows=1, length=128, steps_per_row=1)
-    found = train_step_flops(model, config_lib.RewardModelConfig(label="x"), data, "splash")
+    flops = train_step_flops(model, config_lib.RewardModelConfig(label="x"), data, "splash")
     weights = 32 * (4096 * 4096 * 2 + 4096 * 1024 * 2 + 3 * 4096 * 14_336)
-    assert found.model / 128 == pytest.approx(6 * weights, rel=0.01)
-    assert found.backward == 2 * found.forward
+    assert flops.model / 128 == pytest.approx(6 * weights, rel=0.01)
+    assert flops.backward == 2 * flops.forward

@@ -1,11 +1,13 @@
-from jaxprm.planning.compiling import attention_of, communication, host_transfers
+"""Collectives and host transfers in HLO text, by hand."""
+
+from jaxprm.planning.hlo import attention_of, host_transfers, read_communication
 from tests.planning.fakes import LOOP
 
 
-def test_collectives_are_counted_once_and_their_bytes_as_often_as_they_run():
-    found = communication(LOOP, 8)
-    assert found.counts == {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 1, "collective-permute": 1}
-    assert found.sent == {
+def test_collectives_in_loops_count_once_and_send_in_every_run():
+    sends = read_communication(LOOP, 8)
+    assert sends.counts == {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 1, "collective-permute": 1}
+    assert sends.sent == {
         "all-gather": 3 * 16 * 8 * 2 * 3 / 4,  # three runs, bfloat16, three of four parts come from others
         "reduce-scatter": 3 * 16 * 4 * 3 / 4,
         "all-reduce": 2 * 11 * 4 * 7 / 8,
@@ -22,26 +24,26 @@ def test_asynchronous_forms_count_their_results():
   ROOT %moved = f32[6,2]{1,0} collective-permute-done(%moving)
 }
 """
-    found = communication(text, 2)
-    assert found.counts == {"all-gather": 1, "collective-permute": 1}
-    assert found.sent == {"all-gather": 8 * 4 / 2, "collective-permute": 6 * 2 * 4}
+    sends = read_communication(text, 2)
+    assert sends.counts == {"all-gather": 1, "collective-permute": 1}
+    assert sends.sent == {"all-gather": 8 * 4 / 2, "collective-permute": 6 * 2 * 4}
 
 
-def test_a_scatter_of_its_own_sends_what_it_reduces():
+def test_a_reduce_scatter_outside_a_fusion_sends_the_array_it_reduces():
     text = """ENTRY %main (a: f32[8]) -> f32[4] {
   %a = f32[8]{0} parameter(0)
   ROOT %r = f32[4]{0} reduce-scatter(%a), channel_id=1, replica_groups={}, dimensions={0}, to_apply=%add
 }
 """
-    assert communication(text, 2).sent == {"reduce-scatter": 8 * 4 / 2}
+    assert read_communication(text, 2).sent == {"reduce-scatter": 8 * 4 / 2}
 
 
-def test_a_program_of_one_device_sends_nothing():
-    found = communication("ENTRY %main (a: f32[8]) -> f32[8] {\n  ROOT %a = f32[8]{0} parameter(0)\n}\n", 1)
-    assert (found.counts, found.sent) == ({}, {})
+def test_a_program_for_one_device_sends_nothing():
+    sends = read_communication("ENTRY %main (a: f32[8]) -> f32[8] {\n  ROOT %a = f32[8]{0} parameter(0)\n}\n", 1)
+    assert (sends.counts, sends.sent) == ({}, {})
 
 
-def test_transfers_with_the_host_are_found():
+def test_transfers_with_the_host_are_detected():
     lines = [
         "  %a = f32[8]{0:T(128)S(5)} copy(%b)",
         "  %c = (f32[], token[]) infeed(%d)",
@@ -57,6 +59,6 @@ def test_transfers_with_the_host_are_found():
     assert host_transfers(LOOP) == []
 
 
-def test_the_kernel_is_known_by_its_name():
+def test_the_attention_kernel_is_recognized_by_its_name():
     assert attention_of(LOOP) == "splash"
     assert attention_of(LOOP.replace("splash_mha", "other")) == "reference"

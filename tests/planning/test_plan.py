@@ -1,8 +1,10 @@
-"""Plans with a compiler that answers at once: what is compiled, what is said, which status comes out."""
+"""Plans with a fake compiler that answers at once: what is compiled, the report, and the exit status."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -11,7 +13,7 @@ from jaxprm import cli
 from jaxprm.errors import UserError
 from jaxprm.planning import compiling
 from jaxprm.planning import plan as plan_lib
-from jaxprm.planning.command import MODELS, policy_config
+from jaxprm.planning.models import MODELS, policy_config
 from jaxprm.planning.report import as_json, as_text
 from jaxprm.scoring import engine
 from tests.planning import fakes
@@ -20,7 +22,7 @@ from tests.planning.fakes import TINY, fake_plan
 CONFIG = "configs/forkme.py"
 
 
-def test_a_plan_compiles_the_step_that_training_jits_and_the_scorer(monkeypatch):
+def test_a_plan_compiles_the_jitted_training_step_and_the_scorer(monkeypatch):
     compiler = fakes.compiles()
     fake_plan(monkeypatch, compiler, TINY)
     step, scoring = compiler.calls
@@ -28,54 +30,54 @@ def test_a_plan_compiles_the_step_that_training_jits_and_the_scorer(monkeypatch)
     assert jax.tree.leaves(state["parameters"]["transformer"]["blocks"]["down"])[0].shape == (3, 40, 16)
     assert batch["tokens"].shape == (2, 128) and batch["rewards"].shape == (2, 4)
     assert not jax.tree.leaves(frozen)
-    # The step that training runs gives the state's memory away.
+    # The step of training donates its state.
     assert step.function.lower(*step.shapes).args_info[0][0]["step"].donated
     assert scoring.function is engine.values_of_rows
     assert scoring.shapes[2].shape == (engine.TOKENS_A_CALL // 256, 256)
 
 
-def test_json_has_what_others_read(monkeypatch):
-    found = json.loads(json.dumps(as_json(fake_plan(monkeypatch, fakes.compiles(), TINY))))
-    assert found["fits"] is True
-    assert {"arguments": 7, "temporaries": 40, "total": 50, "limit": 64}.items() <= found["bytes_per_device"].items()
-    assert found["free_bytes_per_device"] == 14
-    assert found["tokens_per_step"] == 256
-    assert found["flops_per_step"] == found["flops"]["forward"] + found["flops"]["backward"]
-    assert found["collectives"]["all-gather"] == 1
-    assert found["compile_seconds"] == 12.3
-    assert found["attention"] == "splash"
-    assert {"step_seconds", "tokens_per_second_per_chip", "mfu"} <= set(found["estimate"])
-    assert found["scorer"]["fits"] is True
+def test_the_json_of_a_plan_that_fits(monkeypatch):
+    report = json.loads(json.dumps(as_json(fake_plan(monkeypatch, fakes.compiles(), TINY))))
+    assert report["fits"] is True
+    assert {"arguments": 7, "temporaries": 40, "total": 50, "limit": 64}.items() <= report["bytes_per_device"].items()
+    assert report["free_bytes_per_device"] == 14
+    assert report["tokens_per_step"] == 256
+    assert report["flops_per_step"] == report["flops"]["forward"] + report["flops"]["backward"]
+    assert report["collectives"]["all-gather"] == 1
+    assert report["compile_seconds"] == 12.3
+    assert report["attention"] == "splash"
+    assert {"step_seconds", "tokens_per_second_per_chip", "mfu"} <= set(report["estimate"])
+    assert report["scorer"]["fits"] is True
 
 
 def test_a_refused_program_does_not_fit_and_has_no_estimate(monkeypatch):
     plan = fake_plan(monkeypatch, fakes.too_large(), TINY)
-    found = json.loads(json.dumps(as_json(plan)))
-    assert found["fits"] is False
-    assert found["free_bytes_per_device"] == 64 - 80
-    assert found["bytes_per_device"]["temporaries"] is None
-    assert [found["estimate"][name] for name in ("step_seconds", "tokens_per_second_per_chip", "mfu")] == [None] * 3
-    assert found["attention"] == "reference"  # there is no text to ask; on a CPU nothing else is chosen
+    report = json.loads(json.dumps(as_json(plan)))
+    assert report["fits"] is False
+    assert report["free_bytes_per_device"] == 64 - 80
+    assert report["bytes_per_device"]["temporaries"] is None
+    assert [report["estimate"][name] for name in ("step_seconds", "tokens_per_second_per_chip", "mfu")] == [None] * 3
+    assert report["attention"] == "reference"  # no text to read it from; on a CPU it is always chosen
     assert "does not fit" in as_text(plan) and "RESOURCE_EXHAUSTED" in as_text(plan)
 
 
-def test_the_table_of_the_documentation_is_made_of_that_json(monkeypatch):
+def test_the_table_of_the_documentation_is_made_from_that_json(monkeypatch):
     from benchmarks import plans
 
-    asked = plans.Plan("tiny", "v5e:1x1", "data=1", 2, 128)
-    fitting = plans.row(asked, as_json(fake_plan(monkeypatch, fakes.compiles(), TINY)))
-    refused = plans.row(asked, as_json(fake_plan(monkeypatch, fakes.too_large(), TINY)))
+    plan = plans.Plan("tiny", "v5e:1x1", "data=1", 2, 128)
+    fitting = plans.row(plan, as_json(fake_plan(monkeypatch, fakes.compiles(), TINY)))
+    refused = plans.row(plan, as_json(fake_plan(monkeypatch, fakes.too_large(), TINY)))
     assert {line.count(" | ") for line in (plans.HEAD.splitlines()[0], fitting, refused)} == {11}
     assert "| yes, 0.00 free |" in fitting and "| no, 0.00 too much |" in refused and "| - | - |" in refused
 
 
-def test_text_labels_its_estimates_and_says_what_was_assumed(monkeypatch):
+def test_the_text_labels_estimates_and_states_assumptions(monkeypatch):
     text = as_text(fake_plan(monkeypatch, fakes.compiles(), TINY))
     assert text.count("(estimate)") == 2 and text.count("assumed") == 3
     assert "fits: 50 B of 64 B, 14 B free" in text and "MaxText" in text and "splash attention" in text
 
 
-def test_the_head_alone_needs_the_pass_over_the_data_too(monkeypatch):
+def test_training_only_the_head_needs_the_pass_over_the_data_too(monkeypatch):
     compiler = fakes.compiles()
     plan = fake_plan(monkeypatch, compiler, TINY, trainable="head")
     step, features, _ = compiler.calls
@@ -85,10 +87,10 @@ def test_the_head_alone_needs_the_pass_over_the_data_too(monkeypatch):
 
 
 def test_shapes_of_public_models():
-    """Parameters as their model cards give them: without the embedding 0.36, 2.77 and 6.53 billion; Llama has 8.03."""
+    """Parameters as on their model cards: 0.36, 2.77 and 6.53 billion without the embedding; Llama 8.03 with it."""
     from math import prod
 
-    from jaxprm.hf.names import parameter_shapes
+    from jaxprm.model.parameters import parameter_shapes
 
     counts = {}
     for name, config in MODELS.items():
@@ -104,7 +106,7 @@ def test_shapes_of_public_models():
     }
 
 
-def test_models_by_name_and_by_directory(tmp_path):
+def test_a_model_is_a_name_or_a_directory(tmp_path):
     from jaxprm.policies import language_model
 
     assert policy_config("Qwen2.5-7B") is MODELS["qwen2.5-7b"]
@@ -114,7 +116,7 @@ def test_models_by_name_and_by_directory(tmp_path):
             policy_config(missing)
 
 
-def test_of_the_hub_a_config_alone_is_fetched(monkeypatch):
+def test_only_the_config_is_fetched_from_the_hub(monkeypatch):
     import huggingface_hub
 
     from jaxprm.policies import language_model
@@ -127,41 +129,52 @@ def test_of_the_hub_a_config_alone_is_fetched(monkeypatch):
     assert policy_config("someone/model@v2") == policy_config(language_model.default_directory())
 
 
+def test_jax_is_not_imported_before_its_environment_is_prepared():
+    """JAX and libtpu read their environment variables when they are loaded."""
+    program = (
+        "import sys; from jaxprm import cli, config; from jaxprm.planning import command; "
+        f"config.load({CONFIG!r}, []); sys.exit('jax' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 @pytest.fixture
 def command(monkeypatch, capsys):
     """Runs `plan` on this machine's device with a fake compiler: (status, stdout, stderr)."""
-    monkeypatch.setattr(compiling, "prepare", lambda environment: None)
+    monkeypatch.setattr(compiling, "prepare_environment", lambda environment: None)
     monkeypatch.setattr(plan_lib, "open_slice", lambda topology: fakes.here())
 
     def run(compiler, *arguments):
         monkeypatch.setattr(plan_lib, "compile_ahead", compiler)
         status = cli.main(["plan", CONFIG, "--topology", "v5e:1x1", *map(str, arguments)])
-        said = capsys.readouterr()
-        return status, said.out, said.err
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
 
     return run
 
 
-def test_status_0_where_it_fits_and_3_where_not(command, tmp_path):
+def test_the_status_is_0_if_it_fits_and_3_if_not(command, tmp_path):
     status, out, _ = command(fakes.compiles(), "--batch", 4, "--length", 256, "--json", tmp_path / "new" / "plan.json")
-    found = json.loads((tmp_path / "new" / "plan.json").read_text())
-    assert (status, found["fits"], found["rows"], found["length"]) == (0, True, 4, 256)
+    report = json.loads((tmp_path / "new" / "plan.json").read_text())
+    assert (status, report["fits"], report["rows"], report["length"]) == (0, True, 4, 256)
     assert "4 rows of 256 tokens" in out
     assert command(fakes.too_large())[0] == 3
 
 
-def test_search_prints_each_and_the_frontier(command, tmp_path):
-    status, out, _ = command(fakes.compiles(), "--search", "--batch", 2, "--json", tmp_path / "found.json")
-    found = json.loads((tmp_path / "found.json").read_text())
+def test_search_prints_each_candidate_and_the_frontier(command, tmp_path):
+    status, out, _ = command(fakes.compiles(), "--search", "--batch", 2, "--json", tmp_path / "search.json")
+    report = json.loads((tmp_path / "search.json").read_text())
     assert status == 0
-    assert [one["rows"] for one in found["tried"]] == [2, 4, 8, 16]
-    assert "frontier" in out and out.count("remat=none") == 4 + len(found["frontier"])
-    status, out, _ = command(fakes.too_large(), "--search")
+    assert [plan["rows"] for plan in report["tried"]] == [2, 4, 8, 16]
+    assert "frontier" in out and out.count("remat=none") == 4 + len(report["frontier"])
+    status, out, _ = command(fakes.too_large(), "--search", "--json", tmp_path / "none.json")
     assert status == 3 and "none fits" in out
+    report = json.loads((tmp_path / "none.json").read_text())
+    assert [plan["remat"] for plan in report["tried"]] == ["none", "minimal", "full"] and not report["frontier"]
 
 
 @pytest.mark.parametrize(
-    "arguments, said",
+    "arguments, message",
     [
         (["--batch", 0], "--batch 0"),
         (["--length", -1], "--length -1"),
@@ -170,6 +183,6 @@ def test_search_prints_each_and_the_frontier(command, tmp_path):
         (["--model", "nothing"], "nothing"),
     ],
 )
-def test_mistakes_are_one_line(command, arguments, said):
+def test_a_mistake_gives_a_message_of_one_line(command, arguments, message):
     status, _, err = command(fakes.compiles(), *arguments)
-    assert status == 2 and err.count("\n") == 1 and said in err
+    assert status == 2 and err.count("\n") == 1 and message in err

@@ -1,8 +1,10 @@
+"""The roofline of a step by hand, and against a published run."""
+
 import pytest
 
 from jaxprm import config as config_lib
-from jaxprm.planning.command import MODELS
-from jaxprm.planning.plan import estimate
+from jaxprm.planning.models import MODELS
+from jaxprm.planning.plan import estimate_step_time
 from jaxprm.training.flops import CHIPS, Chip, Efficiency, train_step_flops
 
 CHIP = Chip(flops=100.0, hbm=10.0, interconnect=5.0, source="here", efficiency=Efficiency(0.5, 0.8, "there"))
@@ -10,41 +12,41 @@ STEP = {"model_flops": 800.0, "computed_flops": 1000.0, "memory_bytes": 20.0, "s
 
 
 def test_the_largest_of_the_three_binds():
-    found = estimate(CHIP, 2, **STEP)
-    assert (found.compute_seconds, found.memory_seconds, found.interconnect_seconds) == (5.0, 2.0, 1.0)
-    assert (found.binds, found.bound_seconds, found.bound_tokens_per_second_per_chip) == ("compute", 5.0, 6.0)
-    assert estimate(CHIP, 2, **STEP | {"memory_bytes": 200.0}).binds == "memory"
-    assert estimate(CHIP, 2, **STEP | {"sent_bytes": 200.0}).binds == "interconnect"
+    time = estimate_step_time(CHIP, 2, **STEP)
+    assert (time.compute_seconds, time.memory_seconds, time.interconnect_seconds) == (5.0, 2.0, 1.0)
+    assert (time.binds, time.bound_seconds, time.bound_tokens_per_second_per_chip) == ("compute", 5.0, 6.0)
+    assert estimate_step_time(CHIP, 2, **STEP | {"memory_bytes": 200.0}).binds == "memory"
+    assert estimate_step_time(CHIP, 2, **STEP | {"sent_bytes": 200.0}).binds == "interconnect"
 
 
-def test_the_expectation_is_of_the_lowest_efficiency():
-    found = estimate(CHIP, 2, **STEP)
-    assert found.expected
-    assert (found.step_seconds, found.best_seconds) == (8.0, 5.0)  # 400 FLOPs at half of 100, and at 0.8
-    assert (found.tokens_per_second_per_chip, found.mfu) == (3.75, 0.5)
+def test_the_expectation_uses_the_lowest_efficiency():
+    time = estimate_step_time(CHIP, 2, **STEP)
+    assert time.expected
+    assert (time.step_seconds, time.best_seconds) == (8.0, 5.0)  # 400 FLOPs at half of 100, and at 0.8
+    assert (time.tokens_per_second_per_chip, time.mfu) == (3.75, 0.5)
 
 
 def test_nothing_is_expected_to_be_faster_than_its_bound():
-    found = estimate(CHIP, 2, **STEP | {"sent_bytes": 100.0})
-    assert found.step_seconds == found.best_seconds == found.bound_seconds == 20.0
-    assert found.mfu == pytest.approx(0.2)
+    time = estimate_step_time(CHIP, 2, **STEP | {"sent_bytes": 100.0})
+    assert time.step_seconds == time.best_seconds == time.bound_seconds == 20.0
+    assert time.mfu == pytest.approx(0.2)
 
 
-def test_without_a_published_run_the_bound_is_all_there_is():
-    found = estimate(Chip(100.0, 10.0, 5.0, "here"), 2, **STEP)
-    assert not found.expected
-    assert found.step_seconds == found.bound_seconds == 5.0
+def test_without_a_published_run_the_expectation_is_the_bound():
+    time = estimate_step_time(Chip(100.0, 10.0, 5.0, "here"), 2, **STEP)
+    assert not time.expected
+    assert time.step_seconds == time.bound_seconds == 5.0
 
 
-def test_the_published_run_is_what_its_efficiency_predicts():
+def test_the_efficiency_predicts_the_run_it_was_published_for():
     """tpu-recipes, v6e-8: Llama 3.1 8B, three rows of 8192 tokens a chip, 3.443 s and 7,139 tokens/s/chip.
 
-    With an unembedding, which it trains and a reward model has not.
+    The published run trains an unembedding too, which a reward model does not have.
     """
     data = config_lib.DataConfig(rows=24, length=8192, steps_per_row=1)
     flops = train_step_flops(MODELS["llama-3.1-8b"], config_lib.RewardModelConfig(label="x"), data, "splash")
     unembedding = 6 * 24 * 8192 * 4096 * 128_256
-    found = estimate(
+    time = estimate_step_time(
         CHIPS["v6e"],
         8,
         model_flops=flops.model + unembedding,
@@ -53,8 +55,8 @@ def test_the_published_run_is_what_its_efficiency_predicts():
         sent_bytes=1.0,
         tokens=24 * 8192,
     )
-    assert found.tokens_per_second_per_chip == pytest.approx(7139, rel=0.01)
-    assert found.step_seconds == pytest.approx(3.443, rel=0.01)
+    assert time.tokens_per_second_per_chip == pytest.approx(7139, rel=0.01)
+    assert time.step_seconds == pytest.approx(3.443, rel=0.01)
 
 
 @pytest.mark.parametrize("name", CHIPS)

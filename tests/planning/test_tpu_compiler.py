@@ -14,7 +14,7 @@ from jaxprm.hf.config import hf_config
 from jaxprm.model.config import TransformerConfig
 
 ROOT = Path(__file__).parents[2]
-# Figures of one version of the compiler; another may need more, which is then to be looked at and recorded.
+# Figures of one version of the compiler. If another needs more, check why and record its figures.
 RECORDED = json.loads((Path(__file__).parent / "recorded_memory.json").read_text())
 MODEL = TransformerConfig(
     vocab_size=1024, hidden_size=256, layers=4, heads=4, kv_heads=2, head_dim=64, intermediate_size=512
@@ -22,7 +22,7 @@ MODEL = TransformerConfig(
 
 
 @pytest.mark.slow
-def test_a_small_model_fits_sends_nothing_to_the_host_and_has_not_grown(tmp_path):
+def test_a_small_model_fits_without_host_transfers_in_the_recorded_memory(tmp_path):
     config = hf_config(MODEL, reward=False, pad_id=0, end_id=1, max_length=512)
     (tmp_path / "config.json").write_text(json.dumps(config))
     command = [
@@ -48,16 +48,16 @@ def test_a_small_model_fits_sends_nothing_to_the_host_and_has_not_grown(tmp_path
     ]
     done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads((tmp_path / "plan.json").read_text())
-    assert found["fits"] and found["scorer"]["fits"]
-    assert found["attention"] == "splash"
-    assert found["host_transfers"] == 0
-    assert {"all-gather", "reduce-scatter", "all-reduce"} <= set(found["collectives"])
-    # Parameters and moments over four devices, in float32; norms and the head are whole on each.
-    state = found["parameters"] * 4 * 3 / 4
-    assert found["bytes_per_device"]["arguments"] == pytest.approx(state, rel=0.1)
-    assert found["bytes_per_device"]["limit"] == pytest.approx(15.75 * 2**30)
-    for program, sizes in (("step", found["bytes_per_device"]), ("scorer", found["scorer"]["bytes_per_device"])):
+    report = json.loads((tmp_path / "plan.json").read_text())
+    assert report["fits"] and report["scorer"]["fits"]
+    assert report["attention"] == "splash"
+    assert report["host_transfers"] == 0
+    assert {"all-gather", "reduce-scatter", "all-reduce"} <= set(report["collectives"])
+    # Parameters and two moments in float32, split over four devices; norms and the head are on every device.
+    state_bytes = report["parameters"] * 4 * 3 / 4
+    assert report["bytes_per_device"]["arguments"] == pytest.approx(state_bytes, rel=0.1)
+    assert report["bytes_per_device"]["limit"] == pytest.approx(15.75 * 2**30)
+    for program, sizes in (("step", report["bytes_per_device"]), ("scorer", report["scorer"]["bytes_per_device"])):
         for part, recorded in RECORDED[program].items():
-            said = f"{program}: {part} {sizes[part]}, recorded {recorded} with {RECORDED['versions']}"
-            assert 0.5 * recorded <= sizes[part] <= 1.05 * recorded, said
+            message = f"{program}: {part} {sizes[part]}, recorded {recorded} with {RECORDED['versions']}"
+            assert 0.5 * recorded <= sizes[part] <= 1.05 * recorded, message

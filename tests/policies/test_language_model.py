@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 from data_pipeline.encode import Encoder
 from jaxprm import config
 from jaxprm.errors import UserError
-from jaxprm.hf import reader
+from jaxprm.hf import writer
 from jaxprm.model.transformer import transformer_graph
 from jaxprm.policies import language_model
 from jaxprm.policies.language_model import LanguageModelPolicy
@@ -230,7 +230,7 @@ def test_nothing_compiles_again_after_the_first_round():
 def directory(tmp_path):
     for source in tiny.tokenizer_directory().iterdir():
         (tmp_path / source.name).write_bytes(source.read_bytes())
-    reader.write_model(
+    writer.write_model(
         tmp_path, tiny.UNTIED, PARAMETERS, pad_id=ENCODER.pad_id, end_id=ENCODER.end_id, max_length=LONGEST
     )
     return tmp_path

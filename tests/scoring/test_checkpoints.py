@@ -13,7 +13,7 @@ from jaxprm.artifacts.checkpoints import Checkpoints
 from jaxprm.artifacts.directory import DESCRIPTION, files_of, find_model, model_identity, read_recipe
 from jaxprm.errors import UserError
 from jaxprm.export.export import export
-from jaxprm.hf import reader
+from jaxprm.hf import writer
 from jaxprm.scoring import loading
 from jaxprm.training import reward_model
 from tests.model import tiny
@@ -33,7 +33,7 @@ LOG = [
 def original(tmp_path_factory):
     """The output of a training run that has two checkpoints and no model."""
     base = tmp_path_factory.mktemp("base")
-    reader.write_model(base, tiny.UNTIED, tiny.transformer(tiny.UNTIED), pad_id=0, end_id=1, max_length=777)
+    writer.write_model(base, tiny.UNTIED, tiny.transformer(tiny.UNTIED), pad_id=0, end_id=1, max_length=777)
     for file in tiny.tokenizer_directory().iterdir():
         shutil.copy(file, base)
     output = tmp_path_factory.mktemp("run") / "agentprm" / "seed-0"
@@ -123,7 +123,9 @@ def test_every_checkpoint_is_another_model(output):
 
 def test_a_checkpoint_without_its_model_files_is_refused(output):
     shutil.rmtree(output / DESCRIPTION)
-    with pytest.raises(UserError, match=r"checkpoint .*/40: .*model-files is missing, .* give the training's output"):
+    with pytest.raises(
+        UserError, match=r"checkpoint .*/40: .*model-files is missing, .* give the complete training output"
+    ):
         find_model(output)
 
 
@@ -131,7 +133,9 @@ def test_a_checkpoint_without_its_model_files_is_refused(output):
 def test_a_checkpoint_of_a_part_of_the_model_is_refused_in_words(output, trainable):
     path = output / DESCRIPTION / "reward_model.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"config": {"trainable": trainable}}))
-    with pytest.raises(UserError, match=f"trainable = '{trainable}', it holds the part .* let the training end"):
+    with pytest.raises(
+        UserError, match=f"trainable = '{trainable}', it holds only the trained part .* finish the training run"
+    ):
         find_model(output)
 
 
@@ -145,6 +149,6 @@ def test_a_checkpoint_of_another_model_is_refused_by_parameter(output):
 def test_a_checkpoint_that_vanishes_while_it_is_read_is_one_line(output):
     for name in ("manifest.ocdbt", "_METADATA"):
         (output / "checkpoints" / "40" / "state" / name).unlink()
-        with pytest.raises(UserError, match="40: cannot be read .*name a newer one") as caught:
+        with pytest.raises(UserError, match="40: cannot be read .*give a newer checkpoint") as caught:
             loading.load_reward_model(output / "checkpoints" / "40")
         assert "\n" not in str(caught.value)

@@ -14,7 +14,7 @@ from tests.model import tiny
 STATE = tiny.reward_model()
 LONGEST, REST = 120, 12
 # One length of each kind, so that little is compiled: continuations share rows of 30 tokens, growth takes two chunks.
-SHAPES = Shapes(growth=(16,), packed=(30,), kept=REST, lengths=(LONGEST,))
+SHAPES = Shapes(growth=(16,), packed=(30,), ring_width=REST, lengths=(LONGEST,))
 # Bytes of keys and values: layers, kv heads, head dim, float32, and the tokens a slot has room for.
 SLOT = 2 * 3 * 2 * 12 * 4 * (LONGEST + 16 + REST + 30)
 
@@ -102,7 +102,7 @@ def test_what_was_dropped_is_encoded_again_and_counted():
 
 
 def test_the_record_of_dropped_prefixes_is_bounded(monkeypatch):
-    monkeypatch.setattr("jaxprm.model.prefix_bank.DROPPED", 3)
+    monkeypatch.setattr("jaxprm.model.prefix_bank.MAX_DROPPED_PREFIXES", 3)
     engine, rng = new_engine(2), np.random.default_rng(3)
     states = [tokens_of(rng, 10 + number % 4) for number in range(9)]
     for state in states:

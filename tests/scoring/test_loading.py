@@ -7,7 +7,7 @@ import pytest
 from data_pipeline.errors import DataError
 from jaxprm.artifacts.directory import find_model, read_recipe
 from jaxprm.errors import UserError
-from jaxprm.model.prefix_bank import WIDEST, Shapes, TurnTokens
+from jaxprm.model.prefix_bank import MAX_TURN_WIDTH, Shapes, TurnTokens
 from jaxprm.scoring import loading
 from tests.model import tiny
 
@@ -67,7 +67,7 @@ def test_turns_as_long_as_those_of_the_training_data_are_encoded_once(tmp_path):
     turns = {"action": {"median": 150, "most": 300}, "observation": {"median": 9, "most": 400}}
     directory = tiny.write_reward_model(tmp_path, turn_tokens=turns)
     scorer = loading.load_scorer(directory, rows=1, max_tokens=1000)
-    assert scorer.engine.shapes == Shapes(growth=(16, 128, 512), packed=(128, 256, 512, 1024), kept=512)
+    assert scorer.engine.shapes == Shapes(growth=(16, 128, 512), packed=(128, 256, 512, 1024), ring_width=512)
     encoder, state = scorer.encoder, tiny.conversation(1)[:1]
     long = [f"Action: get {number} stick" + " and then the lantern" * 25 for number in (1, 2)]
     lengths = [
@@ -104,4 +104,4 @@ def test_shapes_grow_with_the_turns_but_not_beyond_bounds():
     longer = plain.for_turns(TurnTokens(65, 65), TurnTokens(1, 257))
     assert longer == plain._replace(growth=(16, 128, 512), packed=(64, 128, 256, 512))
     longest = plain.for_turns(*[TurnTokens(10**9, 10**9)] * 2)
-    assert longest[:3] == ((64, 512, WIDEST), (256, 512, 1024, WIDEST), WIDEST)
+    assert longest[:3] == ((64, 512, MAX_TURN_WIDTH), (256, 512, 1024, MAX_TURN_WIDTH), MAX_TURN_WIDTH)

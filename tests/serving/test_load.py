@@ -29,7 +29,7 @@ from jaxprm.host_memory import keep_freed
 keep_freed()
 import data_pipeline.chat_template, data_pipeline.encode, jaxprm.model.prefix_bank, jaxprm.scoring.scorer
 data_pipeline.chat_template._RENDERINGS = data_pipeline.encode._PIECES = 1 << 20
-jaxprm.model.prefix_bank.DROPPED = jaxprm.scoring.scorer.MAX_CACHED = 200
+jaxprm.model.prefix_bank.MAX_DROPPED_PREFIXES = jaxprm.scoring.scorer.MAX_CACHED = 200
 from jaxprm.__main__ import run
 run()
 """

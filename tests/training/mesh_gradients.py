@@ -50,7 +50,7 @@ def run(sizes: tuple[int, ...], parameters, batches) -> tuple[dict, dict, int]:
     settings = msgspec.structs.replace(SETTINGS, microbatches=2 if parts else 1)
     sharding.check_rows(mesh, 8, 128, settings.microbatches)
     sharding.check_model(mesh, SIZES)
-    compute = ForwardOptions(remat="full" if parts else "none", constrain=sharding.constraints(mesh))
+    forward_options = ForwardOptions(remat="full" if parts else "none", constrain=sharding.constraints(mesh))
 
     def init(parameters):
         return initial_state(parameters, OPTIMIZER, settings)
@@ -59,12 +59,14 @@ def run(sizes: tuple[int, ...], parameters, batches) -> tuple[dict, dict, int]:
     state = jax.jit(init, out_shardings=placed)(jax.device_put(parameters, placed["parameters"]))
 
     def gradients_of(parameters, batch):
-        return loss_and_gradients(GRAPH, parameters, None, batch, settings, compute)[2]
+        return loss_and_gradients(GRAPH, parameters, None, batch, settings, forward_options)[2]
 
     gradients = jax.jit(gradients_of, out_shardings=placed["parameters"])(
         state["parameters"], sharding.put_batch(batches[0], mesh, FIELDS)
     )
-    step = jax.jit(make_train_step(GRAPH, OPTIMIZER, settings, compute), donate_argnums=0, out_shardings=(placed, None))
+    step = jax.jit(
+        make_train_step(GRAPH, OPTIMIZER, settings, forward_options), donate_argnums=0, out_shardings=(placed, None)
+    )
     for batch in batches:
         state, _ = step(state, sharding.put_batch(batch, mesh, FIELDS))
     split = sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state["parameters"]))

@@ -226,7 +226,7 @@ def test_settings_that_train_nothing_are_refused_before_any_file_is_read(toy, tm
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_last_good_checkpoint(toy, tmp_path, monkeypatch):
-    def make_train_step(graph, optimizer, settings, compute):
+    def make_train_step(graph, optimizer, settings, forward_options):
         def train_step(state, batch, frozen):
             step = state["step"] + 1
             loss = jnp.where(step == 8, jnp.nan, 1.0)

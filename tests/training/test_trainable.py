@@ -66,7 +66,7 @@ def names(state: nnx.State) -> set[str]:
 
 @functools.cache
 def forward(kind: str):
-    step = functools.partial(trained_readouts, settings=settings(kind), compute=ForwardOptions(), states=True)
+    step = functools.partial(trained_readouts, settings=settings(kind), forward_options=ForwardOptions(), states=True)
     return jax.jit(lambda trained, frozen, batch: jnp.stack(step(GRAPH, trained, frozen, batch)))
 
 
@@ -119,10 +119,11 @@ def test_another_seed_draws_other_adapters():
     assert np.abs(first - other).max() > 0.1
 
 
-def gradients(kind: str, compute: ForwardOptions, batch: dict):
+def gradients(kind: str, forward_options: ForwardOptions, batch: dict):
     trained, frozen = split(kind)
     chosen = settings(kind, bootstrap="state")
-    return jax.jit(lambda t, f, b: loss_and_gradients(GRAPH, t, None, b, chosen, compute, f)[2])(trained, frozen, batch)
+    step = jax.jit(lambda t, f, b: loss_and_gradients(GRAPH, t, None, b, chosen, forward_options, f)[2])
+    return step(trained, frozen, batch)
 
 
 @functools.cache
@@ -143,10 +144,10 @@ def test_nothing_of_frozen_layers_is_kept_for_the_backward_pass():
 
     def residuals(frozen_layers: int) -> int:
         trained, frozen = split("last_k")
-        chosen, compute = settings("last_k"), ForwardOptions(frozen_layers=frozen_layers)
+        chosen, forward_options = settings("last_k"), ForwardOptions(frozen_layers=frozen_layers)
 
         def values(trained):
-            return trained_readouts(GRAPH, trained, frozen, batch(), chosen, compute, states=False)[0]
+            return trained_readouts(GRAPH, trained, frozen, batch(), chosen, forward_options, states=False)[0]
 
         _, backward = jax.vjp(values, trained)
         shapes = [np.shape(leaf) for leaf in jax.tree.leaves(backward)]

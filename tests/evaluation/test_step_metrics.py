@@ -1,4 +1,4 @@
-"""Step and first-error metrics against loops that judge one trajectory at a time, and against numbers by hand."""
+"""Metrics against step labels: compared with loops over single trajectories, and with numbers by hand."""
 
 import math
 
@@ -7,31 +7,31 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxprm.evaluation import labels as core
-from jaxprm.evaluation.judge_metrics import METRICS
+from jaxprm.evaluation import step_metrics
+from jaxprm.evaluation.step_metrics import METRICS
 
 few_levels = st.integers(0, 4).map(float)  # so that ties are common
-# One trajectory: the value and the wrongness of each of its labelled steps.
+# A trajectory: value and wrongness of each labelled step.
 trajectory = st.lists(st.tuples(few_levels, st.booleans()), min_size=1, max_size=5)
 some_trajectories = st.lists(trajectory, min_size=1, max_size=8)
 
 
 def first(flags):
-    """The index of the first that is true, -1 for none."""
+    """Index of the first true flag, -1 for none."""
     return next((index for index, flag in enumerate(flags) if flag), -1)
 
 
 def naive(trajectories, threshold, name):
-    """A metric as its benchmark words it, from predicted labels; None where it is not defined."""
-    steps, found = {True: [], False: []}, {True: [], False: []}
-    for one in trajectories:
-        predicted = [value < threshold for value, _ in one]
-        labelled = [wrong for _, wrong in one]
+    """A metric as its benchmark defines it, from predicted labels; None where it is not defined."""
+    step_hits, trajectory_hits = {True: [], False: []}, {True: [], False: []}
+    for labelled_trajectory in trajectories:
+        predicted = [value < threshold for value, _ in labelled_trajectory]
+        labelled = [wrong for _, wrong in labelled_trajectory]
         for guess, wrong in zip(predicted, labelled, strict=True):
-            steps[wrong].append(guess == wrong)
-        found[any(labelled)].append(first(predicted) == first(labelled))
-    hits = steps if METRICS[name].unit == "step" else found
-    mean = lambda some: sum(some) / len(some) if some else None
+            step_hits[wrong].append(guess == wrong)
+        trajectory_hits[any(labelled)].append(first(predicted) == first(labelled))
+    hits = step_hits if METRICS[name].unit == "step" else trajectory_hits
+    mean = lambda flags: sum(flags) / len(flags) if flags else None
     on_wrong, on_right = mean(hits[True]), mean(hits[False])
     if name in ("step_accuracy", "first_error_accuracy"):
         return mean(hits[True] + hits[False])
@@ -46,31 +46,31 @@ def naive(trajectories, threshold, name):
 
 def columns(trajectories, tasks=None):
     """values, wrong, tasks, trajectories, all [N]."""
-    places = [index for index, one in enumerate(trajectories) for _ in one]
-    flat = [step for one in trajectories for step in one]
+    rows = [index for index, labelled_trajectory in enumerate(trajectories) for _ in labelled_trajectory]
+    flat = [step for labelled_trajectory in trajectories for step in labelled_trajectory]
     tasks = range(len(trajectories)) if tasks is None else tasks
     values, wrong = np.array([value for value, _ in flat]), np.array([wrong for _, wrong in flat])
-    return values, wrong, np.array([tasks[place] for place in places]), np.array(places)
+    return values, wrong, np.array([tasks[row] for row in rows]), np.array(rows)
 
 
 def verdicts_of(trajectories, name, tasks=None):
-    values, wrong, task, places = columns(trajectories, tasks)
+    values, wrong, task, rows = columns(trajectories, tasks)
     if METRICS[name].unit == "step":
-        return core.step_verdicts(values, wrong, task)
-    return core.first_error_verdicts(values, wrong, task, places)
+        return step_metrics.step_verdicts(values, wrong, task)
+    return step_metrics.first_error_verdicts(values, wrong, task, rows)
 
 
 def ours(trajectories, threshold, name, tasks=None, counts=None):
     tasks = list(range(len(trajectories))) if tasks is None else tasks
     count = max(tasks) + 1
-    statistic = core.rate_by_task(verdicts_of(trajectories, name, tasks), threshold, METRICS[name].rate, count)
+    statistic = step_metrics.rate_by_task(verdicts_of(trajectories, name, tasks), threshold, METRICS[name].rate, count)
     (rate,) = statistic(np.ones((1, count)) if counts is None else counts)
     return None if math.isnan(rate) else float(rate)
 
 
 W, R = True, False
-# Judged at .5, ProcessBench: the error is found in the first, too late in the second, too early in the third;
-# the fourth is accepted, the fifth is not, the sixth is.
+# At threshold .5 the first error is found in the first trajectory, too late in the second, too early in the third;
+# the fourth is accepted, the fifth is rejected, the sixth is accepted.
 BY_HAND = [
     [(0.9, R), (0.2, W), (0.1, W)],
     [(0.9, W), (0.2, R)],
@@ -92,8 +92,8 @@ BY_HAND = [
         ("balanced_accuracy", (3 / 4 + 5 / 8) / 2),
     ],
 )
-def test_the_benchmarks_by_hand(name, expected):
-    # Steps: wrong ones .2 .1 .3 found, .9 missed; right ones .2 .4 .1 rejected, .9 .9 .8 .9 .5 accepted.
+def test_the_metrics_of_the_benchmarks_by_hand(name, expected):
+    # Wrong steps: .2 .1 .3 are detected, .9 is missed. Right steps: .2 .4 .1 are rejected, .9 .9 .8 .9 .5 accepted.
     assert ours(BY_HAND, 0.5, name) == pytest.approx(expected)
 
 
@@ -110,8 +110,8 @@ def test_every_metric_equals_the_loop(name, trajectories, threshold):
 @given(some_trajectories)
 @settings(max_examples=30, deadline=None)
 def test_the_chosen_threshold_is_the_best_of_all(name, trajectories):
-    thresholds = core.candidates(columns(trajectories)[0])
-    chosen = core.best_threshold(verdicts_of(trajectories, name), thresholds, METRICS[name].rate)
+    thresholds = step_metrics.candidates(columns(trajectories)[0])
+    chosen = step_metrics.best_threshold(verdicts_of(trajectories, name), thresholds, METRICS[name].rate)
     everywhere = [naive(trajectories, threshold, name) for threshold in np.arange(-0.75, 5.5, 0.25)]
     if everywhere[0] is None:
         assert chosen is None
@@ -121,14 +121,16 @@ def test_the_chosen_threshold_is_the_best_of_all(name, trajectories):
 
 @given(some_trajectories, st.sampled_from([0.25, 1.0, 8.0]), st.sampled_from([-16.0, 0.0, 3.0]))
 @settings(max_examples=30, deadline=None)
-def test_another_scale_of_the_values_changes_no_verdict(trajectories, scale, shift):
-    moved = [[(scale * value + shift, wrong) for value, wrong in one] for one in trajectories]
-    found = []
-    for some in (trajectories, moved):
-        verdicts = verdicts_of(some, "first_error_accuracy")
-        chosen = core.best_threshold(verdicts, core.candidates(columns(some)[0]), core.accuracy)
-        found.append(verdicts.hits(chosen).tolist())
-    assert found[0] == found[1]
+def test_rescaling_the_values_changes_no_verdict(trajectories, scale, shift):
+    moved = [[(scale * value + shift, wrong) for value, wrong in steps] for steps in trajectories]
+    hits = []
+    for scaled in (trajectories, moved):
+        verdicts = verdicts_of(scaled, "first_error_accuracy")
+        chosen = step_metrics.best_threshold(
+            verdicts, step_metrics.candidates(columns(scaled)[0]), step_metrics.accuracy
+        )
+        hits.append(verdicts.hits(chosen).tolist())
+    assert hits[0] == hits[1]
 
 
 @given(some_trajectories, st.randoms(use_true_random=False))
@@ -137,13 +139,13 @@ def test_the_order_of_the_trajectories_changes_nothing(trajectories, random):
     shuffled = random.sample(trajectories, len(trajectories))
     for name, metric in METRICS.items():
         results = []
-        for some in (trajectories, shuffled):
-            chosen = core.best_threshold(
-                verdicts_of(some, metric.chosen_by),
-                core.candidates(columns(some)[0]),
+        for ordered in (trajectories, shuffled):
+            chosen = step_metrics.best_threshold(
+                verdicts_of(ordered, metric.chosen_by),
+                step_metrics.candidates(columns(ordered)[0]),
                 METRICS[metric.chosen_by].rate,
             )
-            results.append((chosen, None if chosen is None else ours(some, chosen, name)))
+            results.append((chosen, None if chosen is None else ours(ordered, chosen, name)))
         assert results[0] == results[1]
 
 
@@ -152,7 +154,7 @@ def test_the_order_of_the_trajectories_changes_nothing(trajectories, random):
 def test_a_resample_of_tasks_equals_the_repeated_trajectories(trajectories, data):
     tasks = data.draw(st.lists(st.integers(0, 2), min_size=len(trajectories), max_size=len(trajectories)))
     counts = data.draw(st.lists(st.integers(0, 2), min_size=max(tasks) + 1, max_size=max(tasks) + 1))
-    repeated = [one for one, task in zip(trajectories, tasks, strict=True) for _ in range(counts[task])]
+    repeated = [steps for steps, task in zip(trajectories, tasks, strict=True) for _ in range(counts[task])]
     for name in METRICS:
         expected = naive(repeated, 1.5, name)
         got = ours(trajectories, 1.5, name, tasks, np.array([counts], float))
@@ -163,21 +165,25 @@ def test_a_first_step_without_progress_is_accepted_whatever_the_threshold():
     endless = [[(math.inf, R), (0.2, W)], [(math.inf, W)], [(math.inf, R)]]
     for threshold in (-1.0, 0.5, 1e9):
         assert ours(endless, threshold, "accuracy_on_correct") == 1.0
-    assert ours(endless, 0.5, "accuracy_on_erroneous") == 0.5  # the error at a first step is not found
-    assert core.candidates(np.array([math.inf])).tolist() == [0.0]
+    assert ours(endless, 0.5, "accuracy_on_erroneous") == 0.5  # the error at the first step is missed
+    assert step_metrics.candidates(np.array([math.inf])).tolist() == [0.0]
 
 
-def test_candidates_part_neighbouring_floats_and_reach_both_ends():
+def test_candidates_split_neighbouring_floats_and_reach_both_ends():
     low, high = 1.0, np.nextafter(1.0, 2)
-    found = core.candidates(np.array([high, low, high, math.inf]))
-    assert [[bool(value < t) for value in (low, high)] for t in found] == [[False, False], [True, False], [True, True]]
+    thresholds = step_metrics.candidates(np.array([high, low, high, math.inf]))
+    assert [[bool(value < t) for value in (low, high)] for t in thresholds] == [
+        [False, False],
+        [True, False],
+        [True, True],
+    ]
 
 
 def test_without_wrong_steps_some_thresholds_are_not_defined():
     right = [[(0.1, R), (0.9, R)], [(0.5, R)]]
-    thresholds = core.candidates(columns(right)[0])
+    thresholds = step_metrics.candidates(columns(right)[0])
     for name, defined in {"step_accuracy": True, "balanced_accuracy": False, "f1": False}.items():
-        chosen = core.best_threshold(verdicts_of(right, name), thresholds, METRICS[name].rate)
+        chosen = step_metrics.best_threshold(verdicts_of(right, name), thresholds, METRICS[name].rate)
         assert (chosen is not None) == defined
     assert ours(right, 0.0, "f1") is None and ours(right, 0.0, "accuracy_on_correct") == 1.0
 
@@ -189,40 +195,9 @@ def test_two_thresholds_are_the_best_pair_of_all(steps):
     share = lambda low, high: np.mean(
         [(-1 if v < low else 0 if v < high else 1) == label for v, label in zip(values, labels, strict=True)]
     )
-    low, high = core.best_ternary_thresholds(values, labels, core.candidates(values))
+    low, high = step_metrics.best_ternary_thresholds(values, labels, step_metrics.candidates(values))
     grid = np.arange(-0.5, 6, 0.5)
     best = max(share(a, b) for a in grid for b in grid if a <= b)
     assert low <= high
-    assert core.ternary_hits(values, labels, low, high).mean() == pytest.approx(best)
+    assert step_metrics.ternary_hits(values, labels, low, high).mean() == pytest.approx(best)
     assert share(low, high) == pytest.approx(best)
-
-
-@given(st.sets(st.text(max_size=4), min_size=2, max_size=30), st.floats(0.01, 0.99), st.integers(0, 5), st.randoms())
-@settings(max_examples=50, deadline=None)
-def test_the_validation_part_is_some_tasks_and_never_all(tasks, share, seed, random):
-    chosen = core.validation_tasks(tasks, share, seed)
-    assert chosen < tasks and len(chosen) >= 1
-    assert abs(len(chosen) - share * len(tasks)) <= 1
-    rows = random.sample(sorted(tasks) * 2, 2 * len(tasks))
-    assert core.validation_tasks(rows, share, seed) == chosen
-
-
-def test_another_seed_is_another_split_and_a_share_of_nothing_is_refused():
-    tasks = [f"task/{number}" for number in range(40)]
-    splits = {frozenset(core.validation_tasks(tasks, 0.5, seed)) for seed in range(5)}
-    assert len(splits) == 5
-    for share, some in [(0.0, tasks), (1.0, tasks), (0.5, tasks[:1])]:
-        with pytest.raises(ValueError, match="share"):
-            core.validation_tasks(some, share, 0)
-
-
-def test_the_correlation_is_numpys_and_the_ranks_are_means_of_places():
-    random = np.random.default_rng(0)
-    x, tasks = random.normal(size=60), random.integers(0, 6, 60)
-    y = x + random.normal(size=60) + 1e3
-    counts = random.integers(0, 3, (4, 6)).astype(float)
-    found = core.pearson_by_task(x, y, tasks, 6)(counts)
-    expected = [np.corrcoef(*(np.repeat(one, row[tasks].astype(int)) for one in (x, y)))[0, 1] for row in counts]
-    np.testing.assert_allclose(found, expected, atol=1e-9)
-    assert np.isnan(core.pearson_by_task(np.full(60, 0.1), y, tasks, 6)(counts)).all()
-    assert core.ranks(np.array([5.0, 1.0, 5.0, 2.0])).tolist() == [2.5, 0.0, 2.5, 1.0]

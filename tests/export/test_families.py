@@ -1,4 +1,4 @@
-"""Reward models of every family, in and out: torch's values of the source, ours, and torch's of what was exported."""
+"""Import and export of every family: values of torch for the source, ours, and values of torch for the export."""
 
 import json
 
@@ -15,8 +15,8 @@ from jaxprm.errors import UserError
 from jaxprm.export.export import export
 from jaxprm.hf import reader
 from jaxprm.scoring import loading
+from tests.hf.test_families import CASES, LENGTHS, TOKENS, as_version_4, padded_logits, real, torch_model
 from tests.model import tiny
-from tests.model.test_families import CASES, LENGTHS, TOKENS, as_version_4, padded_logits, real, torch_model
 
 torch.set_num_threads(1)
 AUTO = {
@@ -28,7 +28,7 @@ SEGMENTS = (np.arange(TOKENS.shape[1]) < np.array(LENGTHS)[:, None]).astype(np.i
 
 
 def cases(fast) -> list:
-    """All, of which those in `fast` stand for the others where time is short."""
+    """All cases; those that are not in `fast` run in the slow tier."""
     return [pytest.param(case, marks=[] if case in fast else pytest.mark.slow) for case in CASES]
 
 
@@ -44,8 +44,8 @@ def source(directory, case: str, kind: str, *, bias=None, **fields):
     return model, directory
 
 
-def read_back(directory, form: str) -> torch.nn.Module:
-    model, report = AUTO[form].from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+def read_back(directory, head_format: str) -> torch.nn.Module:
+    model, report = AUTO[head_format].from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
     assert not any(report.values())
     return model.eval()
 
@@ -56,7 +56,7 @@ def our_values(directory) -> np.ndarray:
 
 
 def value(logits: np.ndarray) -> np.ndarray:
-    """Of two labels the second's probability."""
+    """The logit of a single label, or the probability of the second of two."""
     return logits[:, 0] if logits.shape[-1] == 1 else torch.tensor(logits).softmax(-1)[:, 1].numpy()
 
 
@@ -69,17 +69,17 @@ def test_values_survive_import_and_export_in_both_formats(tmp_path, case):
     reference = real(padded_logits(theirs))
     assert reference.std() > 0.3
     np.testing.assert_allclose(our_values(directory), reference[:, 0], atol=1e-4)
-    for form, origin in (("token", directory), ("sequence", tmp_path / "token")):
-        export(origin, tmp_path / form, form=form)
-        again = read_back(tmp_path / form, form)
-        assert type(again).__name__ == f"{CASES[case][0]}For{form.title()}Classification"
+    for head_format, origin in (("token", directory), ("sequence", tmp_path / "token")):
+        export(origin, tmp_path / head_format, head_format=head_format)
+        again = read_back(tmp_path / head_format, head_format)
+        assert type(again).__name__ == f"{CASES[case][0]}For{head_format.title()}Classification"
         np.testing.assert_array_equal(real(padded_logits(again)), reference)
-        np.testing.assert_allclose(our_values(tmp_path / form), reference[:, 0], atol=1e-4)
-        described = json.loads((tmp_path / form / "config.json").read_text())
+        np.testing.assert_allclose(our_values(tmp_path / head_format), reference[:, 0], atol=1e-4)
+        described = json.loads((tmp_path / head_format / "config.json").read_text())
         assert (described["num_labels"], described["problem_type"]) == (1, "regression")
         # Read by the last token that is not padding, as consumers do.
-        if form == "sequence":
-            encoder = Encoder.load(tmp_path / form)
+        if head_format == "sequence":
+            encoder = Encoder.load(tmp_path / head_format)
             row = torch.tensor([[*TOKENS[1, :17].tolist(), encoder.pad_id, encoder.pad_id]])
             with torch.no_grad():
                 pooled = again(input_ids=row, attention_mask=(row != encoder.pad_id).long()).logits
@@ -87,7 +87,7 @@ def test_values_survive_import_and_export_in_both_formats(tmp_path, case):
             np.testing.assert_allclose(pooled[0].numpy(), ends, atol=1e-5)
 
 
-def test_what_the_source_said_of_itself_is_kept_and_what_is_ours_is_not(tmp_path):
+def test_the_config_keeps_the_sources_keys_and_replaces_ours(tmp_path):
     _, directory = source(tmp_path / "in", "llama-tied", "Sequence", num_labels=1)
     path = directory / "config.json"
     theirs = json.loads(path.read_text())
@@ -112,18 +112,18 @@ def test_what_the_source_said_of_itself_is_kept_and_what_is_ours_is_not(tmp_path
 
 
 @pytest.mark.parametrize("case", cases(fast=("qwen3-tied",)))
-def test_bfloat16_weights_are_torchs_rounding_in_shards_that_transformers_reads(tmp_path, case):
+def test_bfloat16_weights_are_rounded_as_by_torch_and_readable_in_shards(tmp_path, case):
     theirs, directory = source(tmp_path / "in", case, "Sequence", num_labels=1)
-    made = export(directory, tmp_path / "out", dtype="bfloat16", max_shard_size="20KB")
-    shards = [name for name in made["files"] if name.endswith(".safetensors")]
-    assert len(shards) > 2 and "model.safetensors.index.json" in made["files"]
+    result = export(directory, tmp_path / "out", dtype="bfloat16", max_shard_size="20KB")
+    shards = [name for name in result["files"] if name.endswith(".safetensors")]
+    assert len(shards) > 2 and "model.safetensors.index.json" in result["files"]
     rounded = {name: tensor.to(torch.bfloat16) for name, tensor in theirs.state_dict().items()}
-    found = {name: tensor for shard in shards for name, tensor in load_file(tmp_path / "out" / shard).items()}
-    assert found.keys() == rounded.keys()
-    assert all(torch.equal(found[name], rounded[name]) for name in found)
+    written = {name: tensor for shard in shards for name, tensor in load_file(tmp_path / "out" / shard).items()}
+    assert written.keys() == rounded.keys()
+    assert all(torch.equal(written[name], rounded[name]) for name in written)
     stored = read_back(tmp_path / "out", "sequence")
     np.testing.assert_allclose(our_values(tmp_path / "out"), real(padded_logits(stored))[:, 0], atol=1e-4)
-    # Kept in bfloat16, and the same bits when they are exported once more.
+    # They stay in bfloat16, and a second export has the same bits.
     assert str(loading.load_reward_model(tmp_path / "out")[1]["transformer"]["embedding"][...].dtype) == "bfloat16"
     export(tmp_path / "out", tmp_path / "again", dtype="bfloat16", max_shard_size="20KB")
     for shard in shards:
@@ -131,32 +131,32 @@ def test_bfloat16_weights_are_torchs_rounding_in_shards_that_transformers_reads(
 
 
 @pytest.mark.parametrize("labels", [1, 2])
-def test_a_head_with_a_bias_is_a_token_classifiers_and_no_other(tmp_path, labels):
+def test_a_head_with_a_bias_is_exported_as_a_token_classifier_only(tmp_path, labels):
     theirs, directory = source(tmp_path / "in", "qwen3-tied", "Token", num_labels=labels, bias=A_BIAS[:labels])
     reference = real(padded_logits(theirs))
     np.testing.assert_allclose(our_values(directory), value(reference), atol=1e-4)
-    export(directory, tmp_path / "token", form="token")
+    export(directory, tmp_path / "token", head_format="token")
     again = read_back(tmp_path / "token", "token")
     np.testing.assert_array_equal(real(padded_logits(again)), reference)
     with pytest.raises(UserError, match="Qwen3ForSequenceClassification has none; use --format token"):
-        export(directory, tmp_path / "sequence", form="sequence")
+        export(directory, tmp_path / "sequence", head_format="sequence")
     assert not (tmp_path / "sequence").exists()
 
 
-def test_two_labels_without_a_bias_may_be_either(tmp_path):
+def test_two_labels_without_a_bias_are_exported_in_both_formats(tmp_path):
     theirs, directory = source(tmp_path / "in", "llama-tied", "Sequence", num_labels=2, id2label={0: "bad", 1: "good"})
     reference = real(padded_logits(theirs))
-    for form in ("token", "sequence"):
-        export(directory, tmp_path / form, form=form)
-        again = read_back(tmp_path / form, form)
+    for head_format in ("token", "sequence"):
+        export(directory, tmp_path / head_format, head_format=head_format)
+        again = read_back(tmp_path / head_format, head_format)
         np.testing.assert_array_equal(real(padded_logits(again)), reference)
-        np.testing.assert_allclose(our_values(tmp_path / form), value(reference), atol=1e-4)
+        np.testing.assert_allclose(our_values(tmp_path / head_format), value(reference), atol=1e-4)
         assert again.config.id2label == {0: "bad", 1: "good"}
-        assert "softmax(logits)[1]" in (tmp_path / form / "README.md").read_text()
+        assert "softmax(logits)[1]" in (tmp_path / head_format / "README.md").read_text()
 
 
-def test_a_template_chosen_for_a_model_from_elsewhere_is_exported_with_it(tmp_path):
-    """Its own takes back what it said before, so that no step can be read; a file of the user's does not."""
+def test_a_given_chat_template_replaces_the_models_own(tmp_path):
+    """The model's own template rewrites earlier turns, so that steps have no read position; the given one does not."""
     _, directory = source(tmp_path / "in", "qwen3-tied", "Sequence", num_labels=1)
     own = (directory / "chat_template.jinja").read_text()
     (directory / "chat_template.jinja").write_text("{{ messages | length }}" + own)
@@ -170,7 +170,7 @@ def test_a_template_chosen_for_a_model_from_elsewhere_is_exported_with_it(tmp_pa
     assert jaxprm.load(tmp_path / "out").score([conversation]) == theirs
 
 
-def test_a_language_model_is_no_reward_model_and_nothing_is_left(tmp_path):
+def test_a_language_model_is_refused_without_leftovers(tmp_path):
     torch_model("qwen2-tied").save_pretrained(tmp_path / "in")
     for file in tiny.tokenizer_directory().iterdir():
         (tmp_path / "in" / file.name).write_bytes(file.read_bytes())
@@ -179,9 +179,9 @@ def test_a_language_model_is_no_reward_model_and_nothing_is_left(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"in"}
 
 
-def test_options_that_do_not_exist_are_refused_before_anything_is_read(tmp_path):
+def test_unsupported_options_are_refused_before_the_model_is_read(tmp_path):
     for options, words in (
-        ({"form": "rows"}, "format = 'rows' is not supported; supported: sequence, token"),
+        ({"head_format": "rows"}, "format = 'rows' is not supported; supported: sequence, token"),
         ({"dtype": "float16"}, "dtype = 'float16' is not supported; supported: float32, bfloat16"),
         ({"max_shard_size": "many"}, "max_shard_size = 'many' is not a size"),
     ):
@@ -189,8 +189,8 @@ def test_options_that_do_not_exist_are_refused_before_anything_is_read(tmp_path)
             export(tmp_path / "missing", tmp_path / "out", **options)
 
 
-def test_one_wrong_tensor_shows_in_the_values(tmp_path):
-    """What the round trips above would see: a layer's keys of another layer."""
+def test_a_wrong_tensor_shows_in_the_values(tmp_path):
+    """The round trips above would detect it: here the keys of a layer are those of another."""
     theirs, directory = source(tmp_path / "in", "llama-tied", "Sequence", num_labels=1)
     tensors = load_file(directory / "model.safetensors")
     tensors["model.layers.1.self_attn.k_proj.weight"] = tensors["model.layers.2.self_attn.k_proj.weight"].clone()

@@ -1,4 +1,4 @@
-"""Names on the hub: found in the cache without a network, asked for only where there is no such directory."""
+"""Models by their name on the hub: taken from the cache without a network, and only if there is no such directory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 
 def store(cache: Path, name: str, directory: Path) -> Path:
-    """A model as huggingface_hub keeps it: blobs, and a snapshot of links to them."""
+    """Stores a model in the cache as huggingface_hub does: blobs, and a snapshot of links to them."""
     folder = cache / f"models--{name.replace('/', '--')}"
     snapshot = folder / "snapshots" / COMMIT
     snapshot.mkdir(parents=True)
@@ -52,7 +52,7 @@ def test_a_directory_is_never_looked_up(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["org", "a/b/c", "/org/name", "org/name@", "org/na me", "../x", "~/x", "http://a/b"])
-def test_what_is_no_name_is_never_looked_up(name, monkeypatch):
+def test_invalid_names_are_never_looked_up(name, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
     with pytest.raises(UserError, match="no such directory; give one, or a name on the hub"):
         hub.resolve(name)
@@ -69,7 +69,7 @@ def test_a_cached_model_is_found_scored_and_sampled_from_without_a_network(cache
         language_model.load("org/prm", seed=0, settings=PolicyConfig())
 
 
-def test_a_model_that_is_nowhere_is_one_line(cache, capsys, tmp_path):
+def test_a_missing_model_is_refused_in_one_line(cache, capsys, tmp_path):
     (tmp_path / "in.jsonl").write_text("")
     options = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
     assert cli.main(["score", "--model", "org/missing@v2", *options]) == 2
@@ -78,7 +78,7 @@ def test_a_model_that_is_nowhere_is_one_line(cache, capsys, tmp_path):
     assert "model org/missing@v2: no such directory, and HF_HUB_OFFLINE is set, and the model is not in" in error
 
 
-def test_a_network_that_is_down_is_one_line(cache, monkeypatch):
+def test_a_network_failure_is_reported_in_one_line(cache, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(socket, "getaddrinfo", _no_network)
     with pytest.raises(UserError, match=r"org/name: no such directory, and the hub cannot be reached") as caught:
@@ -100,11 +100,11 @@ def _no_network(*_, **__):
         (ValueError, "cannot be reached"),
     ],
 )
-def test_what_the_hub_says_becomes_one_line(monkeypatch, error, named):
+def test_errors_of_the_hub_become_one_line(monkeypatch, error, named):
     def refuse(*_, **__):
-        found = error.__new__(error)
-        found.args = ("first line\nRequest ID: 7",)
-        raise found
+        raised = error.__new__(error)
+        raised.args = ("first line\nRequest ID: 7",)
+        raise raised
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(UserError, match=named) as caught:
@@ -112,8 +112,8 @@ def test_what_the_hub_says_becomes_one_line(monkeypatch, error, named):
     assert "\n" not in str(caught.value)
 
 
-def test_only_what_a_model_is_made_of_is_downloaded(monkeypatch, tmp_path):
-    held = [
+def test_only_the_files_of_a_model_are_downloaded(monkeypatch, tmp_path):
+    repository = [
         "config.json",
         "model-00001-of-00002.safetensors",
         "model.safetensors.index.json",
@@ -131,8 +131,8 @@ def test_only_what_a_model_is_made_of_is_downloaded(monkeypatch, tmp_path):
 
     def download(name, *, revision, allow_patterns, ignore_patterns):
         assert (name, revision) == ("org/name", None)
-        chosen = filter_repo_objects(held, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
-        assert list(chosen) == held[:6]
+        chosen = filter_repo_objects(repository, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        assert list(chosen) == repository[:6]
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
@@ -146,7 +146,7 @@ def test_a_model_is_recorded_by_its_name(cache, tmp_path):
 
 
 def test_work_on_local_directories_opens_no_connection(tmp_path, monkeypatch):
-    """Without HF_HUB_OFFLINE: nothing relies on a setting to stay away from the network."""
+    """Even without HF_HUB_OFFLINE."""
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(socket, "getaddrinfo", _no_network)
     monkeypatch.setattr(socket.socket, "connect", _no_network)

@@ -1,4 +1,4 @@
-"""Tokenizers as Llama ships them: no padding token, a token that begins every text, a template that prints the date."""
+"""Tokenizers like Llama's: no padding token, a token that begins every text, a template that prints the date."""
 
 import dataclasses
 import json
@@ -8,7 +8,8 @@ from transformers import AutoTokenizer
 
 import jaxprm
 from data_pipeline.encode import Encoder
-from jaxprm.export.export import dated, export
+from jaxprm.export.export import export
+from jaxprm.export.tokenizer import pin_date
 from tests.data_pipeline.conftest import make_tokenizer
 from tests.model import tiny
 
@@ -31,10 +32,10 @@ CONVERSATION = tiny.conversation(2, turns=3)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A Llama with such a tokenizer, which adds the beginning itself unless it is told not to."""
+    """A Llama with such a tokenizer, which adds the begin token itself unless add_special_tokens is False."""
     directory = tiny.write_reward_model(tmp_path_factory.mktemp("model"), tiny.reward_model(CONFIG), CONFIG)
-    made = make_tokenizer(TEMPLATE, SPECIALS, "<|eot_id|>")
-    made.save_pretrained(directory)
+    trained = make_tokenizer(TEMPLATE, SPECIALS, "<|eot_id|>")
+    trained.save_pretrained(directory)
     tokenizer = json.loads((directory / "tokenizer.json").read_text())
     begin = {"SpecialToken": {"id": "<|begin_of_text|>", "type_id": 0}}
     tokenizer["post_processor"] = {
@@ -44,7 +45,7 @@ def model(tmp_path_factory):
         "special_tokens": {
             "<|begin_of_text|>": {
                 "id": "<|begin_of_text|>",
-                "ids": [made.convert_tokens_to_ids("<|begin_of_text|>")],
+                "ids": [trained.convert_tokens_to_ids("<|begin_of_text|>")],
                 "tokens": ["<|begin_of_text|>"],
             }
         },
@@ -55,7 +56,7 @@ def model(tmp_path_factory):
     return directory
 
 
-def test_it_is_exported_with_a_token_to_pad_with_and_the_date_of_its_training(model, tmp_path):
+def test_it_is_exported_with_a_padding_token_and_the_date_of_training(model, tmp_path):
     encoder = Encoder.load(model)
     recipe = json.loads((model / "reward_model.json").read_text())
     (model / "reward_model.json").write_text(json.dumps(recipe | {"fingerprints": {"tokenizer": encoder.fingerprint}}))
@@ -64,13 +65,13 @@ def test_it_is_exported_with_a_token_to_pad_with_and_the_date_of_its_training(mo
     assert theirs.pad_token == "<|finetune_right_pad_id|>"
     text = theirs.apply_chat_template(CONVERSATION, tokenize=False)
     assert "Today Date: 26 Jul 2024" in text
-    untold = AutoTokenizer.from_pretrained(model).apply_chat_template(CONVERSATION, tokenize=False)
-    assert "Today Date: " in untold and "26 Jul 2024" not in untold
+    today = AutoTokenizer.from_pretrained(model).apply_chat_template(CONVERSATION, tokenize=False)
+    assert "Today Date: " in today and "26 Jul 2024" not in today
     ours = encoder.trajectory(CONVERSATION, row="").tokens.tolist()
     assert theirs(text, add_special_tokens=False)["input_ids"] == ours
-    # Once more, as those who forget to say so get it.
+    # Without add_special_tokens=False there is a second begin token.
     assert theirs(text)["input_ids"] == [encoder.tokenizer.convert_tokens_to_ids("<|begin_of_text|>"), *ours]
-    # Their tokenizer, ours and the model's own are one: what was exported scores the same, and is exported again.
+    # The export scores like the model, and a second export is the same.
     assert jaxprm.load(tmp_path / "out").score([CONVERSATION]) == jaxprm.load(model).score([CONVERSATION])
     export(tmp_path / "out", tmp_path / "again")
     templates = [(tmp_path / name / "chat_template.jinja").read_text() for name in ("out", "again")]
@@ -79,9 +80,9 @@ def test_it_is_exported_with_a_token_to_pad_with_and_the_date_of_its_training(mo
 
 @pytest.mark.parametrize("reads", ["{{ date_string }}", "{{ strftime_now('%Y') }}"])
 def test_a_date_is_pinned_once(reads):
-    assert dated(reads) == "{%- set date_string = '26 Jul 2024' -%}\n" + reads
-    assert dated(dated(reads)) == dated(reads)
+    assert pin_date(reads) == "{%- set date_string = '26 Jul 2024' -%}\n" + reads
+    assert pin_date(pin_date(reads)) == pin_date(reads)
 
 
-def test_a_template_without_a_date_is_left_as_it_is():
-    assert dated("{{ messages }}") == "{{ messages }}"
+def test_a_template_without_a_date_is_not_changed():
+    assert pin_date("{{ messages }}") == "{{ messages }}"

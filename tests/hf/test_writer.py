@@ -1,4 +1,4 @@
-"""Weights written a tensor at a time: read by safetensors and torch as they were, in shards that transformers knows."""
+"""Weights written one tensor at a time: read back by safetensors and torch, in the shards of transformers."""
 
 import json
 import tracemalloc
@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from jaxprm.errors import UserError
-from jaxprm.hf import writer as weights_writer
+from jaxprm.hf import writer
 from jaxprm.hf.writer import TensorToWrite, parse_size, write_weights
 
 RNG = np.random.default_rng(0)
@@ -24,7 +24,7 @@ def tensors(values=VALUES) -> list[TensorToWrite]:
     return [TensorToWrite(name, array.shape, lambda array=array: array) for name, array in values.items()]
 
 
-def test_one_file_holds_every_tensor_as_it_was(tmp_path):
+def test_one_file_holds_every_tensor_unchanged(tmp_path):
     assert write_weights(tmp_path, tensors()) == ["model.safetensors"]
     read = load_file(tmp_path / "model.safetensors")
     assert read.keys() == VALUES.keys()
@@ -32,12 +32,12 @@ def test_one_file_holds_every_tensor_as_it_was(tmp_path):
         np.testing.assert_array_equal(read[name].numpy(), array)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
-    # Readers that map the file want the data aligned.
+    # Readers that map the file expect aligned data.
     assert int.from_bytes((tmp_path / "model.safetensors").read_bytes()[:8], "little") % 8 == 0
 
 
 def test_bfloat16_is_rounded_to_nearest_even_as_torch_does(tmp_path, monkeypatch):
-    monkeypatch.setattr(weights_writer, "_BLOCK", 64)  # several blocks a tensor
+    monkeypatch.setattr(writer, "_BLOCK", 64)  # several blocks per tensor
     ties = np.array([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 1e-40, np.inf, 3.4e38], np.float32)
     values = VALUES | {"ties": ties}
     write_weights(tmp_path, tensors(values), dtype="bfloat16")
@@ -48,15 +48,15 @@ def test_bfloat16_is_rounded_to_nearest_even_as_torch_does(tmp_path, monkeypatch
     assert back[:3] == [1.0, 1 + 2 * 2**-7, -1.0]
 
 
-def test_arrays_on_a_device_in_either_precision_are_written(tmp_path):
-    half = jnp.asarray(VALUES["large"], jnp.bfloat16)
-    write_weights(tmp_path, [TensorToWrite("x", half.shape, lambda: np.asarray(half))], dtype="float32")
-    np.testing.assert_array_equal(load_file(tmp_path / "model.safetensors")["x"].numpy(), np.asarray(half, np.float32))
+def test_arrays_in_bfloat16_are_written_as_float32(tmp_path):
+    array = jnp.asarray(VALUES["large"], jnp.bfloat16)
+    write_weights(tmp_path, [TensorToWrite("x", array.shape, lambda: np.asarray(array))], dtype="float32")
+    np.testing.assert_array_equal(load_file(tmp_path / "model.safetensors")["x"].numpy(), np.asarray(array, np.float32))
 
 
 @pytest.mark.parametrize("limit", [1, 200, 1000, 1700, 10**9])
 @pytest.mark.parametrize(("dtype", "theirs"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
-def test_shards_are_cut_where_the_hub_cuts_them(tmp_path, limit, dtype, theirs):
+def test_shards_are_those_of_the_hub(tmp_path, limit, dtype, theirs):
     names = write_weights(tmp_path, tensors(), dtype=dtype, max_shard_bytes=limit)
     plan = split_torch_state_dict_into_shards(
         {name: torch.empty(shape, dtype=theirs) for name, shape in SHAPES.items()},
@@ -80,7 +80,7 @@ def test_sizes_are_decimal():
 
 
 @pytest.mark.parametrize("text", ["", "5", "GB", "-5GB", "5GiB", "0MB", "0.0001KB", "1e3GB", "five GB"])
-def test_what_is_no_size_is_refused_with_an_example(text):
+def test_an_invalid_size_is_refused_with_an_example(text):
     with pytest.raises(UserError, match=r"max_shard_size = .* such as 5GB"):
         parse_size(text)
 
@@ -106,8 +106,8 @@ def test_a_tensor_of_another_shape_than_planned_is_an_error(tmp_path):
         write_weights(tmp_path, [TensorToWrite("x", (3,), lambda: np.zeros(2, np.float32))])
 
 
-def test_a_file_that_does_not_hold_what_was_written_is_noticed(tmp_path):
+def test_a_file_that_reads_back_differently_is_an_error(tmp_path):
     header = {"x": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}}
     write_weights(tmp_path, [TensorToWrite("x", (1, 3), lambda: np.zeros((1, 3), np.float32))])
-    with pytest.raises(OSError, match="reads back otherwise"):
-        weights_writer._check(tmp_path / "model.safetensors", header)
+    with pytest.raises(OSError, match="reads back differently"):
+        writer._check(tmp_path / "model.safetensors", header)

@@ -1,4 +1,4 @@
-"""Checkpoints of the Qwen2 family: equal to transformers' torch models, in and out, and strict about what they hold."""
+"""Reading and writing Qwen2 checkpoints: equal to the torch models of transformers, and strict about their content."""
 
 import dataclasses
 import json
@@ -12,12 +12,12 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from jaxprm.errors import UserError
-from jaxprm.hf import reader
+from jaxprm.hf import reader, writer
 from jaxprm.model.config import TransformerConfig
 from jaxprm.model.transformer import rotary_tables, transformer_graph
 from tests.model import tiny
 
-# Beside JAX's own threads, torch's wait for each other longer than they work.
+# With JAX's threads running too, several torch threads wait for each other longer than they work.
 torch.set_num_threads(1)
 RNG = np.random.default_rng(7)
 TOKENS = RNG.integers(4, tiny.CONFIG.vocab_size, size=(3, 23))
@@ -25,7 +25,7 @@ TOKENS[:, -1] = 1
 
 
 def write(directory, state, config=tiny.CONFIG):
-    reader.write_model(directory, config, state, pad_id=0, end_id=1, max_length=512)
+    writer.write_model(directory, config, state, pad_id=0, end_id=1, max_length=512)
     return directory
 
 
@@ -41,7 +41,7 @@ def logits(state, tokens, config) -> np.ndarray:
 
 
 def randomise(model: torch.nn.Module) -> torch.nn.Module:
-    """Biases and norms of a new torch model are zeros and ones, which would hide a swap."""
+    """A new torch model has biases of zero and norms of one; random ones show if two are swapped."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -65,7 +65,7 @@ def torch_config(**extra) -> transformers.Qwen2Config:
 
 
 @pytest.mark.parametrize("config", [tiny.CONFIG, tiny.UNTIED], ids=["tied", "untied"])
-def test_a_language_model_we_wrote_gives_torch_the_same_logits(tmp_path, config):
+def test_a_written_language_model_has_the_same_logits_in_torch(tmp_path, config):
     state = tiny.transformer(config)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(write(tmp_path, state, config), dtype=torch.float32)
     assert type(theirs) is transformers.Qwen2ForCausalLM
@@ -75,7 +75,7 @@ def test_a_language_model_we_wrote_gives_torch_the_same_logits(tmp_path, config)
     tiny.assert_close(logits(state, TOKENS, config), reference)
 
 
-def test_a_reward_model_we_wrote_gives_torch_the_same_value_at_every_length(tmp_path):
+def test_a_written_reward_model_has_the_same_value_in_torch_at_every_length(tmp_path):
     state = tiny.reward_model()
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(write(tmp_path, state)).eval()
     assert type(theirs) is transformers.Qwen2ForSequenceClassification
@@ -89,7 +89,7 @@ def test_a_reward_model_we_wrote_gives_torch_the_same_value_at_every_length(tmp_
 
 
 def test_long_conversations_do_not_drift_from_torch(tmp_path):
-    """A frequency of the rotary embedding that is one rounding off shows after some hundred tokens."""
+    """A rotary frequency that is one rounding off makes a difference after some hundred tokens."""
     state = tiny.reward_model()
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(write(tmp_path, state)).eval()
     tokens = np.random.default_rng(0).integers(4, tiny.CONFIG.vocab_size, size=(2, 900))
@@ -99,7 +99,7 @@ def test_long_conversations_do_not_drift_from_torch(tmp_path):
 
 
 @pytest.mark.parametrize(("theta", "head_dim"), [(500.0, 12), (1e4, 32), (1e6, 64)])
-def test_rotary_frequencies_are_torchs_bit_for_bit(theta, head_dim):
+def test_rotary_tables_have_torchs_frequencies(theta, head_dim):
     cos, sin = rotary_tables(np.array([[1]]), head_dim, theta)
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     angles = (1.0 / theta**exponents).numpy().astype(np.float64)
@@ -109,7 +109,7 @@ def test_rotary_frequencies_are_torchs_bit_for_bit(theta, head_dim):
 
 
 @pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
-def test_a_language_model_torch_wrote_gives_us_the_same_logits(tmp_path, tie):
+def test_a_language_model_written_by_torch_has_the_same_logits(tmp_path, tie):
     theirs = randomise(transformers.Qwen2ForCausalLM(torch_config(tie_word_embeddings=tie)))
     theirs.save_pretrained(tmp_path)
     config, state = reader.load_transformer(tmp_path)
@@ -120,7 +120,7 @@ def test_a_language_model_torch_wrote_gives_us_the_same_logits(tmp_path, tie):
     tiny.assert_close(logits(state, tokens, config), reference)
 
 
-def test_a_classifier_torch_wrote_gives_us_the_same_values(tmp_path):
+def test_a_classifier_written_by_torch_has_the_same_values(tmp_path):
     theirs = randomise(transformers.Qwen2ForSequenceClassification(torch_config(num_labels=1)))
     theirs.save_pretrained(tmp_path)
     config, state = reader.load_reward_model(tmp_path)
@@ -133,19 +133,19 @@ def test_a_classifier_torch_wrote_gives_us_the_same_values(tmp_path):
 def test_reading_what_was_written_gives_the_same_bits_and_config(tmp_path):
     state = tiny.reward_model(tiny.UNTIED)
     config, read = reader.load_reward_model(write(tmp_path, state, tiny.UNTIED))
-    # A classifier has no unembedding; everything else comes back.
+    # A classifier has no unembedding; everything else is read back.
     assert config == tiny.CONFIG
     del state["transformer"]["unembedding"]
     jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(read), nnx.to_pure_dict(state))
 
 
-def test_the_trunk_of_a_reward_model_is_its_transformer(tmp_path):
+def test_the_backbone_of_a_reward_model_can_be_loaded_alone(tmp_path):
     state = tiny.reward_model()
     write(tmp_path, state)
     with pytest.raises(UserError, match="is a reward model; give a language model"):
         reader.load_transformer(tmp_path)
-    _, trunk = reader.load_transformer(tmp_path, unembedding=False)
-    jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(trunk), nnx.to_pure_dict(state["transformer"]))
+    _, backbone = reader.load_transformer(tmp_path, unembedding=False)
+    jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(backbone), nnx.to_pure_dict(state["transformer"]))
 
 
 def test_weights_stored_in_half_precision_are_read_as_float32(tmp_path):
@@ -189,7 +189,7 @@ def test_a_config_that_cannot_be_represented_is_refused_by_field(tmp_path, chang
     assert "\n" not in str(caught.value)
 
 
-def broken(tmp_path, change, config=tiny.CONFIG, state=None):
+def write_broken(tmp_path, change, config=tiny.CONFIG, state=None):
     write(tmp_path, tiny.transformer() if state is None else state, config)
     tensors = load_file(tmp_path / "model.safetensors")
     change(tensors)
@@ -205,13 +205,13 @@ def broken(tmp_path, change, config=tiny.CONFIG, state=None):
     ],
 )
 def test_missing_misshapen_and_unknown_tensors_are_refused_by_name(tmp_path, change, named):
-    broken(tmp_path, change)
+    write_broken(tmp_path, change)
     with pytest.raises(UserError, match=named):
         reader.load_transformer(tmp_path)
 
 
 def test_an_untied_language_model_without_its_unembedding_is_refused(tmp_path):
-    broken(tmp_path, lambda tensors: tensors.pop("lm_head.weight"), tiny.UNTIED, tiny.transformer(tiny.UNTIED))
+    write_broken(tmp_path, lambda tensors: tensors.pop("lm_head.weight"), tiny.UNTIED, tiny.transformer(tiny.UNTIED))
     with pytest.raises(UserError, match=r"lm_head\.weight is missing"):
         reader.load_transformer(tmp_path)
 
@@ -222,7 +222,7 @@ def test_a_language_model_is_no_reward_model(tmp_path):
         reader.load_reward_model(tmp_path)
 
 
-def test_files_that_are_missing_or_torn_are_one_line(tmp_path):
+def test_missing_and_torn_files_are_refused_in_one_line(tmp_path):
     with pytest.raises(UserError, match=r"no config.json"):
         reader.load_transformer(tmp_path)
     write(tmp_path, tiny.transformer())

@@ -1,9 +1,9 @@
-"""Exports, or scores a file, in a process of its own that stops to be killed where the test wants it.
+"""Exports, or scores a file, in a separate process, and waits to be killed at a chosen point.
 
-    python killed_export.py export MODEL OUTPUT    # stops after the second file of weights
-    python killed_export.py score MODEL INPUT OUTPUT    # stops after the third chunk, with half a line more
+    python killed_export.py export MODEL OUTPUT    # waits after the second file of weights
+    python killed_export.py score MODEL INPUT OUTPUT    # waits after the third chunk and part of a line
 
-Prints "ready" when it has stopped.
+Prints "ready" when it waits.
 """
 
 import sys
@@ -16,13 +16,13 @@ from jaxprm.hf import writer
 from jaxprm.scoring.files import score_file
 
 
-def stop(*_):
+def wait(*_):
     print("ready", flush=True)
     time.sleep(600)
 
 
-def stop_after(function, calls: int, last=stop):
-    """The function, which stops when it has been called so often."""
+def wait_after(function, calls: int, then=wait):
+    """The function, which calls `then` after its call number `calls`."""
     seen = 0
 
     def counted(*arguments):
@@ -30,23 +30,23 @@ def stop_after(function, calls: int, last=stop):
         seen += 1
         result = function(*arguments)
         if seen == calls:
-            last(*arguments)
+            then(*arguments)
         return result
 
     return counted
 
 
-def half_a_line(target, data):
+def write_part_of_a_line(target, data):
     target.write(data[: len(data) // 7])
-    stop()
+    wait()
 
 
 def main(verb: str, *paths: str) -> None:
     if verb == "export":
-        writer._write_shard = stop_after(writer._write_shard, 2)
+        writer._write_shard = wait_after(writer._write_shard, 2)
         export(*map(Path, paths), max_shard_size="40KB")
     else:
-        files.write_all = stop_after(files.write_all, 3, half_a_line)
+        files.write_all = wait_after(files.write_all, 3, write_part_of_a_line)
         score_file(*map(Path, paths), chunk=4)
 
 

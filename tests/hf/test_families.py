@@ -1,4 +1,4 @@
-"""Every family against transformers' torch model of it: the same logits and values, in and out."""
+"""Every family against its torch model in transformers: equal logits and values, read and written back."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ import pytest
 import torch
 import transformers
 from flax import nnx
+from jax.sharding import AbstractMesh
 
-from jaxprm.hf import reader
+from jaxprm.hf import reader, writer
 from jaxprm.hf.config import read_config
-from jaxprm.hf.names import parameter_shapes
-from jaxprm.model.config import FAMILIES, Head, RopeScaling
+from jaxprm.hf.names import LAYER_TENSORS, tensors
+from jaxprm.model import sharding
+from jaxprm.model.config import FAMILIES, Family, Head, RopeScaling
+from jaxprm.model.parameters import PARAMETERS, parameter_shapes
 from jaxprm.model.transformer import RewardModel, Transformer, reward_model_graph, rotary_frequencies, transformer_graph
 from tests.model import tiny
 
-# Beside JAX's own threads, torch's wait for each other longer than they work.
+# With JAX's threads running too, several torch threads wait for each other longer than they work.
 torch.set_num_threads(1)
 VOCABULARY, LENGTHS = 211, (29, 17, 5)
 RNG = np.random.default_rng(3)
@@ -32,7 +35,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
-# Odd sizes: seven queries to a key, a head_dim that is not hidden_size / heads, no two axes alike.
+# Unusual sizes: seven query heads per kv head, head_dim not hidden_size / heads, no two axes of equal size.
 SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 42,
@@ -57,7 +60,7 @@ CASES = {
 
 
 def torch_model(case: str, kind: str = "CausalLM", **extra) -> torch.nn.Module:
-    """A small random model whose every tensor matters and whose scores spread."""
+    """A small random model in which every tensor matters and scores vary."""
     name, fields = CASES[case]
     config = getattr(transformers, f"{name}Config")(**SIZES | fields | extra)
     model = getattr(transformers, f"{name}For{kind}")(config).float().eval()
@@ -86,7 +89,7 @@ def as_version_4(directory) -> None:
 
 
 def padded_logits(model: torch.nn.Module) -> np.ndarray:
-    """[B, T, ...] of rows of several lengths, padded on the right; what padding gets is left out by `real`."""
+    """[B, T, ...] of rows of several lengths, padded on the right; `real` removes the values of padding."""
     mask = torch.arange(TOKENS.shape[1])[None] < torch.tensor(LENGTHS)[:, None]
     with torch.no_grad():
         tokens = torch.tensor(TOKENS) * mask
@@ -95,16 +98,16 @@ def padded_logits(model: torch.nn.Module) -> np.ndarray:
 
 
 def real(values: np.ndarray) -> np.ndarray:
-    """What belongs to tokens that are no padding."""
+    """The values of tokens that are not padding."""
     return np.concatenate([row[:length] for row, length in zip(values, LENGTHS, strict=True)])
 
 
 @jax.jit(static_argnames=("graph", "dtype"))
 def _outputs(graph, state, positions, segments, dtype):
     model = nnx.merge(graph, state)
-    trunk = getattr(model, "transformer", model)
-    hidden = trunk(TOKENS, positions, segments, dtype=dtype).hidden
-    return model.logits(hidden) if trunk is model else model.value(hidden)
+    backbone = getattr(model, "transformer", model)
+    hidden = backbone(TOKENS, positions, segments, dtype=dtype).hidden
+    return model.logits(hidden) if backbone is model else model.value(hidden)
 
 
 def our_outputs(config, state, *, reward=False, positions=None, segments=None, dtype=jnp.float32) -> np.ndarray:
@@ -117,7 +120,7 @@ def our_outputs(config, state, *, reward=False, positions=None, segments=None, d
 
 
 def some_slow(cases, fast) -> list:
-    """Parameters of which those in `fast` stand for all where time is short."""
+    """Parameters for pytest, slow unless they are in `fast`."""
     split = lambda case: case if isinstance(case, tuple) else (case,)
     return [case if case in fast else pytest.param(*split(case), marks=pytest.mark.slow) for case in cases]
 
@@ -129,7 +132,7 @@ def some_slow(cases, fast) -> list:
         fast=[("qwen2-untied", 5), ("qwen3-tied", 4), ("qwen3-untied", 5), ("llama-tied", 4)],
     ),
 )
-def test_language_models_give_torchs_logits_and_give_them_back(tmp_path, case, version):
+def test_language_models_have_torchs_logits_and_are_written_back(tmp_path, case, version):
     theirs = torch_model(case)
     theirs.save_pretrained(tmp_path / "in")
     if version == 4:
@@ -141,7 +144,7 @@ def test_language_models_give_torchs_logits_and_give_them_back(tmp_path, case, v
     np.testing.assert_allclose(real(our_outputs(config, state)), reference, atol=1e-4)
     _, source = read_config(tmp_path / "in")
     (tmp_path / "out").mkdir()
-    reader.write_model(tmp_path / "out", config, state, pad_id=0, end_id=1, max_length=7, source=source)
+    writer.write_model(tmp_path / "out", config, state, pad_id=0, end_id=1, max_length=7, source=source)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     assert type(again) is type(theirs)
     np.testing.assert_array_equal(real(padded_logits(again)), reference)
@@ -162,7 +165,7 @@ SEQUENCE, TOKEN = "SequenceClassification", "TokenClassification"
         fast=[("qwen2-tied", TOKEN, 2), ("qwen3-untied", SEQUENCE, 1), ("llama-tied", TOKEN, 1)],
     ),
 )
-def test_reward_models_give_torchs_values_and_give_them_back(tmp_path, case, kind, labels):
+def test_reward_models_have_torchs_values_and_are_written_back(tmp_path, case, kind, labels):
     theirs = torch_model(case, kind, num_labels=labels)
     theirs.save_pretrained(tmp_path / "in")
     if labels == 2:
@@ -175,27 +178,27 @@ def test_reward_models_give_torchs_values_and_give_them_back(tmp_path, case, kin
     np.testing.assert_allclose(real(our_outputs(config, state, reward=True)), values, atol=1e-4)
     (tmp_path / "out").mkdir()
     source = read_config(tmp_path / "in")[1]
-    reader.write_model(tmp_path / "out", config, state, pad_id=0, end_id=1, max_length=7, source=source)
+    writer.write_model(tmp_path / "out", config, state, pad_id=0, end_id=1, max_length=7, source=source)
     again = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     assert type(again) is type(theirs)
     np.testing.assert_array_equal(real(padded_logits(again)), logits)
 
 
-def test_a_sequence_classifiers_own_answer_is_the_value_of_the_last_token(tmp_path):
+def test_the_output_of_a_sequence_classifier_is_the_value_of_the_last_token(tmp_path):
     theirs = torch_model("qwen3-tied", SEQUENCE, num_labels=1)
     theirs.save_pretrained(tmp_path)
     mask = torch.arange(TOKENS.shape[1])[None] < torch.tensor(LENGTHS)[:, None]
     with torch.no_grad():
-        answers = theirs(input_ids=torch.tensor(TOKENS) * mask, attention_mask=mask.long()).logits[:, 0].numpy()
+        outputs = theirs(input_ids=torch.tensor(TOKENS) * mask, attention_mask=mask.long()).logits[:, 0].numpy()
     config, state = reader.load_reward_model(tmp_path)
     values = our_outputs(config, state, reward=True)
     last = [row[length - 1] for row, length in zip(values, LENGTHS, strict=True)]
-    np.testing.assert_allclose(last, answers, atol=1e-4)
+    np.testing.assert_allclose(last, outputs, atol=1e-4)
 
 
 @pytest.mark.parametrize("case", ["qwen2-untied", "qwen3-untied", "llama-tied"])
-def test_one_wrong_tensor_mask_or_position_would_be_seen(tmp_path, case):
-    """What the tests above compare within 1e-4 moves a hundred times as much for any single mistake."""
+def test_any_wrong_tensor_mask_or_position_changes_the_logits(tmp_path, case):
+    """The logits compared above within 1e-4 change by more than 1e-2 for any single mistake."""
     torch_model(case).save_pretrained(tmp_path)
     config, state = reader.load_transformer(tmp_path)
     right = real(our_outputs(config, state))
@@ -225,7 +228,7 @@ def test_bfloat16_weights_are_kept_bit_for_bit(tmp_path, case):
     table = theirs.model.embed_tokens.weight.detach().view(torch.int16).numpy()
     np.testing.assert_array_equal(np.asarray(state["embedding"][...]).view(np.int16), table)
     assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype(jnp.bfloat16)}
-    # Loaded anew: a model that is cast casts its rotary frequencies too.
+    # Loaded again: a model that is cast casts its rotary frequencies too.
     load = transformers.AutoModelForCausalLM.from_pretrained
     exact = real(padded_logits(load(tmp_path, dtype=torch.float32).eval()))
     np.testing.assert_allclose(real(our_outputs(config, state)), exact, atol=1e-4)
@@ -271,9 +274,46 @@ def test_rotary_frequencies_are_torchs(theta, head_dim, scaling):
     assert np.sum(ours != theirs) <= head_dim / 128
 
 
+@pytest.mark.parametrize("kind", ["CausalLM", SEQUENCE])
+def test_a_family_with_known_traits_is_one_record(tmp_path, monkeypatch, kind):
+    """Mistral without its window has Llama's layer: registered, it is read, computed and written like the others."""
+    monkeypatch.setitem(FAMILIES, "mistral", Family("mistral", "Mistral"))
+    monkeypatch.setitem(CASES, "mistral", ("Mistral", {"tie_word_embeddings": False, "rope_theta": 1000.0}))
+    theirs = torch_model("mistral", kind, sliding_window=None, **({} if kind == "CausalLM" else {"num_labels": 1}))
+    theirs.save_pretrained(tmp_path / "in")
+    reference = real(padded_logits(theirs))
+    reward = kind != "CausalLM"
+    config, state = (reader.load_reward_model if reward else reader.load_transformer)(tmp_path / "in")
+    outputs = real(our_outputs(config, state, reward=reward))
+    np.testing.assert_allclose(outputs, reference[:, 0] if reward else reference, atol=1e-4)
+    mesh = AbstractMesh((1, 2, 1, 1), sharding.AXES)
+    placed = sharding.with_shardings(mesh, reader.abstract(config, reward=reward))
+    assert jax.tree.structure(placed) == jax.tree.structure(state)
+    (tmp_path / "out").mkdir()
+    source = read_config(tmp_path / "in")[1]
+    writer.write_model(tmp_path / "out", config, state, pad_id=0, end_id=1, max_length=7, source=source)
+    again = type(theirs).from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    np.testing.assert_array_equal(real(padded_logits(again)), reference)
+
+
+def test_traits_combine_freely(monkeypatch):
+    monkeypatch.setitem(FAMILIES, "both", Family("both", "Both", biases=True, head_norms=True))
+    config = tiny.dataclasses.replace(tiny.UNTIED, family="both")
+    modules = nnx.to_flat_state(nnx.state(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))))
+    shapes = {path: leaf.shape for path, leaf in modules}
+    assert shapes == parameter_shapes(config, reward=False)
+    assert shapes["blocks", "query_norm"] == (3, 12) and shapes["blocks", "value_bias"] == (3, 24)
+    assert {spec.path for spec in tensors(config, reward=False)} == set(shapes)
+
+
+def test_every_parameter_of_a_layer_has_a_tensor_name():
+    layers = {name for name in PARAMETERS if name not in ("embedding", "unembedding", "norm", "head", "head_bias")}
+    assert layers == set(LAYER_TENSORS) and len(set(LAYER_TENSORS.values())) == len(layers)
+
+
 @pytest.mark.parametrize("head", [Head(), Head(1, bias=True), Head(2), Head(2, bias=True)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_table_names_the_parameters_of_the_modules(family, head):
+def test_the_table_has_the_parameters_of_the_modules(family, head):
     config = tiny.dataclasses.replace(tiny.UNTIED, family=family, head=head)
     for reward, kind in ((False, Transformer), (True, RewardModel)):
         expected = nnx.state(nnx.eval_shape(lambda kind=kind: kind(config, rngs=nnx.Rngs(0))))

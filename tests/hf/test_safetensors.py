@@ -1,4 +1,4 @@
-"""Hundreds of broken configs, headers and indexes: each is one line for the user, before any memory is spent."""
+"""Hundreds of broken configs, headers and indexes: each is refused in one line, before any memory is allocated."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxprm import cli
 from jaxprm.errors import UserError
-from jaxprm.hf import reader
-from jaxprm.hf import reader as weights
+from jaxprm.hf import reader, writer
 from jaxprm.hf.config import read_config
 from jaxprm.hf.safetensors import INDEX, WEIGHTS, model_files, open_tensors, weight_files
 from tests.model import tiny
@@ -34,7 +33,7 @@ HUGE = 10**18
 def single(tmp_path_factory) -> Path:
     """A model in one file, without metadata in its header."""
     directory = tmp_path_factory.mktemp("single")
-    reader.write_model(directory, CONFIG, tiny.transformer(CONFIG), pad_id=0, end_id=1, max_length=512)
+    writer.write_model(directory, CONFIG, tiny.transformer(CONFIG), pad_id=0, end_id=1, max_length=512)
     save_file(load_file(directory / WEIGHTS), directory / WEIGHTS)
     return directory
 
@@ -55,10 +54,10 @@ def sharded(tmp_path_factory, single) -> Path:
 
 
 def refuse(directory: Path, what: Any, read: Callable = reader.load_transformer) -> str:
-    """The one line that reading it gives, in no time, and before the first parameter is filled."""
+    """The error of reading a model: one line, within two seconds, before a parameter is allocated."""
     began = time.process_time()
     try:
-        with mock.patch.object(weights, "_fill", side_effect=AssertionError("memory was spent")):
+        with mock.patch.object(reader, "_fill", side_effect=AssertionError("memory was allocated")):
             read(directory)
     except UserError as error:
         message = str(error)
@@ -69,12 +68,12 @@ def refuse(directory: Path, what: Any, read: Callable = reader.load_transformer)
     return pytest.fail(f"accepted: {what}")
 
 
-def test_the_checkpoints_of_these_tests_are_read_when_they_are_whole(single, sharded):
-    _, one = reader.load_transformer(single)
-    _, other = reader.load_transformer(sharded)
+def test_the_checkpoints_of_these_tests_are_read_when_they_are_intact(single, sharded):
+    _, from_one_file = reader.load_transformer(single)
+    _, from_shards = reader.load_transformer(sharded)
     for name in ("embedding", "unembedding", "norm"):
-        np.testing.assert_array_equal(one[name][...], other[name][...])
-    np.testing.assert_array_equal(one["blocks"]["down"][...], other["blocks"]["down"][...])
+        np.testing.assert_array_equal(from_one_file[name][...], from_shards[name][...])
+    np.testing.assert_array_equal(from_one_file["blocks"]["down"][...], from_shards["blocks"]["down"][...])
     assert weight_files(sharded) == [INDEX, *SHARDS]
     assert model_files(single) == ["config.json", WEIGHTS]
 
@@ -97,25 +96,25 @@ LLAMA3 = {
 }
 
 
-def broken_configs(whole: dict) -> Iterator[dict]:
-    """Every one with a single thing wrong."""
+def broken_configs(intact: dict) -> Iterator[dict]:
+    """Configs with a single field wrong."""
     for name in COUNTS:
         for value in (0, -1, 1.5, "40", True, [], {}, math.nan, math.inf, HUGE, 1 << 31):
-            yield whole | {name: value}
-        yield whole | {name: whole[name] * 2}
-        yield whole | {name: whole[name] + 1}
-        if whole[name] > 1:
-            yield whole | {name: whole[name] - 1}
+            yield intact | {name: value}
+        yield intact | {name: intact[name] * 2}
+        yield intact | {name: intact[name] + 1}
+        if intact[name] > 1:
+            yield intact | {name: intact[name] - 1}
     for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
-        yield whole | {name: None}
-        yield {key: value for key, value in whole.items() if key != name}
+        yield intact | {name: None}
+        yield {key: value for key, value in intact.items() if key != name}
     for name in ("rms_norm_eps", "rope_theta"):
         for value in (0, -1.0, "1", True, [], math.nan, math.inf, 10**400):
-            yield whole | {name: value}
+            yield intact | {name: value}
     for value in ("yes", 1, 0, [], {}):
-        yield whole | {"tie_word_embeddings": value}
+        yield intact | {"tie_word_embeddings": value}
     for value in ("mistral", "qwen2_moe", "Qwen2", "", 3, ["qwen2"], {}, None):
-        yield whole | {"model_type": value}
+        yield intact | {"model_type": value}
     for value in (
         "Qwen2ForCausalLM",
         [],
@@ -131,7 +130,7 @@ def broken_configs(whole: dict) -> Iterator[dict]:
         [None],
         {"0": "Qwen2ForCausalLM"},
     ):
-        yield whole | {"architectures": value}
+        yield intact | {"architectures": value}
     for name, values in {
         "hidden_act": ("gelu", "relu", 1, ["silu"]),
         "use_sliding_window": (True, 1, "yes"),
@@ -176,22 +175,22 @@ def broken_configs(whole: dict) -> Iterator[dict]:
         ),
     }.items():
         for value in values:
-            yield whole | {name: value}
+            yield intact | {name: value}
     # Another family's decoder has other tensors.
     for model_type, name in (("qwen3", "Qwen3"), ("llama", "Llama")):
-        yield whole | {"model_type": model_type, "architectures": [f"{name}ForCausalLM"]}
-    llama = whole | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+        yield intact | {"model_type": model_type, "architectures": [f"{name}ForCausalLM"]}
+    llama = intact | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     yield from (llama | {"attention_bias": True}, llama | {"sliding_window": 4096}, llama | {"mlp_bias": True})
-    yield whole | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "attention_bias": True}
+    yield intact | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "attention_bias": True}
 
 
 def test_every_broken_config_is_refused_by_field(single, tmp_path):
-    whole = json.loads((single / "config.json").read_text())
+    intact = json.loads((single / "config.json").read_text())
     (tmp_path / WEIGHTS).symlink_to(single / WEIGHTS)
     count = 0
-    for config in broken_configs(whole):
+    for config in broken_configs(intact):
         (tmp_path / "config.json").write_text(json.dumps(config))
-        changed = {name: config.get(name) for name in {*config, *whole} if config.get(name) != whole.get(name)}
+        changed = {name: config.get(name) for name in {*config, *intact} if config.get(name) != intact.get(name)}
         refuse(tmp_path, changed)
         count += 1
     assert count > 200
@@ -219,14 +218,14 @@ CLASSIFIER_CHANGES = [
 
 def test_every_broken_classifier_is_refused(tmp_path):
     tiny.write_reward_model(tmp_path)
-    whole = json.loads((tmp_path / "config.json").read_text())
+    intact = json.loads((tmp_path / "config.json").read_text())
     for change in CLASSIFIER_CHANGES:
-        (tmp_path / "config.json").write_text(json.dumps(whole | change))
+        (tmp_path / "config.json").write_text(json.dumps(intact | change))
         refuse(tmp_path, change, reader.load_reward_model)
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"a": ' * 50_000, b"1e999"])
-def test_a_config_or_an_index_that_is_no_object_is_refused(single, sharded, tmp_path, text):
+def test_a_config_or_an_index_must_be_an_object(single, sharded, tmp_path, text):
     (tmp_path / "config.json").write_bytes(text)
     refuse(tmp_path, text[:20], read_config)
     (tmp_path / INDEX).write_bytes(text)
@@ -308,7 +307,7 @@ def test_every_broken_header_is_refused(single, tmp_path):
     shutil.copyfile(single / "config.json", tmp_path / "config.json")
     header, data = split(single / WEIGHTS)
     text = json.dumps(header).encode()
-    whole = join(header, data)
+    intact = join(header, data)
     cases = [(what, join(changed, data)) for what, changed in broken_entries(header, data)]
     name = b'"model.norm.weight":'
     assert text.count(name) == 1
@@ -319,19 +318,21 @@ def test_every_broken_header_is_refused(single, tmp_path):
     cases += [("deep", join(b"[" * 99_999, data))]
     lengths = (0, 1, 2, 7, len(text) - 1, len(text) + 1, 1 << 40, (1 << 64) - 1)
     cases += [(f"length {length}", join(text, data, length)) for length in lengths]
-    cases += [(f"cut at {n}", whole[:n]) for n in np.linspace(0, len(whole) - 1, 60, dtype=int)]
+    cases += [(f"cut at {n}", intact[:n]) for n in np.linspace(0, len(intact) - 1, 60, dtype=int)]
     rng = np.random.default_rng(0)
-    for place in rng.choice(len(text), size=200, replace=False):
-        if chr(text[place]).isspace():
+    for position in rng.choice(len(text), size=200, replace=False):
+        if chr(text[position]).isspace():
             continue
         changed = bytearray(text)
-        changed[place] = rng.choice([byte for byte in range(33, 127) if byte != text[place]])
-        cases.append((f"byte {place}: {bytes(changed[max(place - 20, 0) : place + 20])!r}", join(bytes(changed), data)))
+        changed[position] = rng.choice([byte for byte in range(33, 127) if byte != text[position]])
+        cases.append(
+            (f"byte {position}: {bytes(changed[max(position - 20, 0) : position + 20])!r}", join(bytes(changed), data))
+        )
     for what, content in cases:
         (tmp_path / WEIGHTS).write_bytes(content)
         refuse(tmp_path, what)
     assert len(cases) > 300
-    (tmp_path / WEIGHTS).write_bytes(whole)
+    (tmp_path / WEIGHTS).write_bytes(intact)
     assert len(open_tensors(tmp_path)) == len(header)
 
 
@@ -390,7 +391,7 @@ def test_every_broken_index_is_refused(sharded, tmp_path):
     (tmp_path / INDEX).write_text(text[:-2] + f', "lm_head.weight": "{SHARDS[0]}"}}}}')
     assert "is there twice" in refuse(tmp_path, "twice")
     (tmp_path / INDEX).write_text(text)
-    # Shards that do not agree with a whole index.
+    # Shards that do not agree with an intact index.
     for number, shard in enumerate(SHARDS):
         (tmp_path / shard).write_bytes((sharded / SHARDS[(number + 1) % 3]).read_bytes())
         refuse(tmp_path, f"{shard} is another shard")
@@ -407,7 +408,7 @@ def test_every_broken_index_is_refused(sharded, tmp_path):
     assert name in refuse(tmp_path, "tensor in two files")
 
 
-def test_a_pipe_in_the_place_of_weights_does_not_hang(single, tmp_path):
+def test_a_pipe_instead_of_weights_does_not_hang(single, tmp_path):
     shutil.copyfile(single / "config.json", tmp_path / "config.json")
     os.mkfifo(tmp_path / WEIGHTS)
     assert "no model.safetensors" in refuse(tmp_path, "pipe")
@@ -422,7 +423,7 @@ def test_tensors_of_other_precisions_are_refused_by_name(single, tmp_path):
         assert f"{name} has dtype" in refuse(tmp_path, dtype)
 
 
-def test_buffers_of_old_checkpoints_are_passed_over(single, tmp_path):
+def test_rotary_buffers_of_old_checkpoints_are_ignored(single, tmp_path):
     shutil.copyfile(single / "config.json", tmp_path / "config.json")
     tensors = load_file(single / WEIGHTS)
     buffers = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": np.ones(6, np.float64) for layer in range(3)}
@@ -431,7 +432,7 @@ def test_buffers_of_old_checkpoints_are_passed_over(single, tmp_path):
 
 
 def test_a_tied_models_unembedding_must_be_its_embedding(tmp_path):
-    reader.write_model(tmp_path, tiny.CONFIG, tiny.transformer(), pad_id=0, end_id=1, max_length=512)
+    writer.write_model(tmp_path, tiny.CONFIG, tiny.transformer(), pad_id=0, end_id=1, max_length=512)
     tensors = load_file(tmp_path / WEIGHTS)
     table = tensors["model.embed_tokens.weight"]
     other = table.copy()
@@ -443,7 +444,7 @@ def test_a_tied_models_unembedding_must_be_its_embedding(tmp_path):
     reader.load_transformer(tmp_path)
 
 
-def test_the_command_line_says_one_line_and_no_traceback(tmp_path, capsys):
+def test_the_command_line_prints_one_line_and_no_traceback(tmp_path, capsys):
     model = tiny.write_reward_model(tmp_path / "model")
     (tmp_path / "in.jsonl").write_text(json.dumps({"id": "a", "messages": tiny.conversation(0)}) + "\n")
     options = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]

@@ -1,4 +1,4 @@
-"""An exported reward model: others read the same scores from it; it is whole or absent, and overwrites nothing else."""
+"""An export has the scores of its model, is complete or absent, and replaces nothing but an earlier export."""
 
 import ast
 import json
@@ -19,11 +19,11 @@ from data_pipeline.encode import Encoder
 from data_pipeline.errors import DataError
 from jaxprm.errors import UserError
 from jaxprm.export import export as export_module
-from jaxprm.export import export as export_tokenizer
 from jaxprm.export import model_card
+from jaxprm.export import tokenizer as export_tokenizer
 from jaxprm.export import verify as export_verify
 from jaxprm.export.export import MARKER, export
-from jaxprm.hf import writer as save
+from jaxprm.hf import writer
 from tests.model import tiny
 
 STATE = tiny.reward_model()
@@ -43,11 +43,11 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trajectories(tmp_path_factory):
-    """Six conversations, one of which has steps that are parts, and an episode that failed before its first action."""
+    """Six conversations, one with two steps in a message, and an episode that failed before its first action."""
     path = tmp_path_factory.mktemp("data") / "trajectories.jsonl"
     conversations = [tiny.conversation(seed, turns=turns) for seed, turns in enumerate((1, 2, 7, 3, 10, 5))]
     conversations[1][1]["content"] = [{"type": "text", "text": "I look.\n"}, {"type": "text", "text": "get 1 stick"}]
-    lines = [json.dumps({"id": str(index), "messages": one}) for index, one in enumerate(conversations)]
+    lines = [json.dumps({"id": str(index), "messages": messages}) for index, messages in enumerate(conversations)]
     lines.append(json.dumps({"id": "failed", "messages": tiny.conversation(0)[:1], "ended": "error"}))
     path.write_text("\n".join(lines) + "\n")
     return path
@@ -55,7 +55,7 @@ def trajectories(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(model, trajectories, tmp_path_factory):
-    """(directory, what export returned), verified by transformers on the trajectories."""
+    """(directory, result of export), verified by transformers on the trajectories."""
     output = tmp_path_factory.mktemp("hub") / "agentprm"
     return output, export(model, output, verify=True, trajectories=trajectories)
 
@@ -64,18 +64,18 @@ def names(directory) -> set[str]:
     return {path.name for path in directory.iterdir()}
 
 
-def test_transformers_scores_every_read_position_the_same(exported):
-    output, made = exported
-    assert made["trajectories"] == 6
-    assert made["read_positions"] == 1 + 3 + 7 + 3 + 10 + 5
-    assert 0 < made["largest_difference"] <= made["bound"] == pytest.approx(1e-4 * max(1, made["rms"]))
-    assert made["largest_difference"] < 1e-5
-    assert made["rms"] > 0.3
-    assert names(output) == {*made["files"], MARKER}
+def test_transformers_gives_our_score_at_every_read_position(exported):
+    output, result = exported
+    assert result["trajectories"] == 6
+    assert result["read_positions"] == 1 + 3 + 7 + 3 + 10 + 5
+    assert 0 < result["largest_difference"] <= result["bound"] == pytest.approx(1e-4 * max(1, result["rms"]))
+    assert result["largest_difference"] < 1e-5
+    assert result["rms"] > 0.3
+    assert names(output) == {*result["files"], MARKER}
     assert names(output.parent) == {"agentprm"}
 
 
-def test_the_config_says_what_consumers_look_for(exported):
+def test_the_config_has_what_consumers_need(exported):
     config = json.loads((exported[0] / "config.json").read_text())
     assert config["architectures"] == ["Qwen2ForSequenceClassification"]
     assert (config["num_labels"], config["problem_type"], config["id2label"]) == (1, "regression", {"0": "value"})
@@ -109,8 +109,8 @@ def test_the_code_of_the_model_card_runs_and_gives_our_scores(exported):
     assert float(re.search(r"promise=([-\d.e]+)", actions)[1]) == pytest.approx(ours[1]["promise"], abs=1e-5)
 
 
-def test_the_model_card_tells_what_it_is_and_what_was_checked(exported):
-    output, made = exported
+def test_the_model_card_states_facts_and_checks(exported):
+    output, result = exported
     card = (output / "README.md").read_text()
     for words in (
         "pipeline_tag: text-classification",
@@ -121,8 +121,8 @@ def test_the_model_card_tells_what_it_is_and_what_was_checked(exported):
         "gae_lambda 0.95",
         "Read position: last token",
         "Seed: 3",
-        f"all {made['read_positions']} read positions of 6 conversations",
-        f"{made['largest_difference']:.1e}",
+        f"all {result['read_positions']} read positions of 6 conversations",
+        f"{result['largest_difference']:.1e}",
         "were not run",
         "| auroc | 0.75 |",
         "| by_depth 1 | 0.5 |",
@@ -133,29 +133,37 @@ def test_the_model_card_tells_what_it_is_and_what_was_checked(exported):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("form", "dtype"), [("sequence", "bfloat16"), ("token", "float32"), ("token", "bfloat16")])
-def test_every_format_and_precision_is_verified_and_a_wrong_tensor_is_found(
-    model, trajectories, tmp_path, monkeypatch, form, dtype
+@pytest.mark.parametrize(
+    ("head_format", "dtype"), [("sequence", "bfloat16"), ("token", "float32"), ("token", "bfloat16")]
+)
+def test_every_format_and_precision_is_verified_and_a_wrong_tensor_is_detected(
+    model, trajectories, tmp_path, monkeypatch, head_format, dtype
 ):
-    options = {"form": form, "dtype": dtype, "max_shard_size": "20KB", "verify": True, "trajectories": trajectories}
-    made = export(model, tmp_path / "out", **options)
-    assert made["read_positions"] == 1 + 3 + 7 + 3 + 10 + 5 and made["largest_difference"] < 1e-5
+    options = {
+        "head_format": head_format,
+        "dtype": dtype,
+        "max_shard_size": "20KB",
+        "verify": True,
+        "trajectories": trajectories,
+    }
+    result = export(model, tmp_path / "out", **options)
+    assert result["read_positions"] == 1 + 3 + 7 + 3 + 10 + 5 and result["largest_difference"] < 1e-5
     card = (tmp_path / "out" / "README.md").read_text()
     if dtype == "float32":
-        assert "rounding" not in made and "against the model as it was trained" in card
+        assert "rounding" not in result and "against the model as it was trained" in card
     else:
         # Eight bits of mantissa: far above the bound of the comparison, far below the spread of the scores.
-        assert made["bound"] < made["rounding"] < 0.1
-        assert f"moved scores by up to {made['rounding']:.1e}" in card
-    original = save.tensors_of
+        assert result["bound"] < result["rounding"] < 0.1
+        assert f"moved scores by up to {result['rounding']:.1e}" in card
+    original = writer.tensors_of
 
     def swapped(config, state):
-        """One layer's keys are another's, in what is written alone."""
-        tensors = {one.name: one for one in original(config, state)}
-        one, other = (f"model.layers.{layer}.self_attn.k_proj.weight" for layer in (0, 1))
-        return list((tensors | {one: tensors[other]._replace(name=one)}).values())
+        """The keys of layer 0 are written with the values of layer 1; the model in memory is unchanged."""
+        tensors = {tensor.name: tensor for tensor in original(config, state)}
+        first, second = (f"model.layers.{layer}.self_attn.k_proj.weight" for layer in (0, 1))
+        return list((tensors | {first: tensors[second]._replace(name=first)}).values())
 
-    monkeypatch.setattr(save, "tensors_of", swapped)
+    monkeypatch.setattr(writer, "tensors_of", swapped)
     reason = "scores differ by" if dtype == "float32" else r"transformer\.blocks\.key was not written as"
     with pytest.raises(UserError, match=f"{reason} .*nothing was exported"):
         export(model, tmp_path / "wrong", **options)
@@ -163,12 +171,12 @@ def test_every_format_and_precision_is_verified_and_a_wrong_tensor_is_found(
 
 
 @pytest.mark.slow
-def test_a_tensor_that_transformers_would_draw_at_random_is_an_error(plain):
+def test_a_missing_tensor_is_an_error(plain):
     tensors = load_file(plain / "model.safetensors")
     del tensors["score.weight"]
     save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"does not read the export: .*score\.weight"):
-        export_verify.their_scores(plain, [])
+    with pytest.raises(UserError, match=r"cannot read the export: .*score\.weight"):
+        export_verify.score_with_transformers(plain, [])
 
 
 def test_the_results_of_the_run_are_on_the_card(tmp_path):
@@ -196,12 +204,12 @@ def test_the_results_of_the_run_are_on_the_card(tmp_path):
     ):
         assert row in card
     assert "guided by orm" not in card
-    # The table travels with the model.
+    # The table is exported again with the export.
     export(tmp_path / "out", tmp_path / "again")
     assert (tmp_path / "again" / "README.md").read_text() == card
 
 
-def test_an_exported_model_is_one_of_ours(exported, model):
+def test_jaxprm_loads_an_export(exported, model):
     conversation = [tiny.conversation(4, turns=5)]
     ours, theirs = (jaxprm.load(directory).score(conversation) for directory in (model, exported[0]))
     assert ours == theirs
@@ -209,16 +217,16 @@ def test_an_exported_model_is_one_of_ours(exported, model):
 
 @pytest.fixture
 def plain(model, tmp_path):
-    """An export that was not verified."""
+    """An export without verification."""
     export(model, tmp_path / "out")
     return tmp_path / "out"
 
 
-def test_an_export_that_was_not_checked_says_so(plain):
+def test_the_card_of_an_unverified_export_says_so(plain):
     assert "Nothing: exported without `--verify`" in (plain / "README.md").read_text()
 
 
-def test_an_earlier_export_is_replaced_and_nothing_is_left_beside_it(plain, tmp_path):
+def test_an_earlier_export_is_replaced_without_leftovers(plain, tmp_path):
     other = tiny.write_reward_model(tmp_path / "other", tiny.reward_model(seed=1))
     before = (plain / "model.safetensors").read_bytes()
     export(other, plain)
@@ -226,7 +234,7 @@ def test_an_earlier_export_is_replaced_and_nothing_is_left_beside_it(plain, tmp_
     assert names(tmp_path) == {"out", "other"}
 
 
-def test_a_directory_with_anything_else_in_it_is_refused_and_left_alone(model, plain, tmp_path):
+def test_a_directory_with_other_files_is_refused_and_not_touched(model, plain, tmp_path):
     (plain / ".git").mkdir()
     before = names(plain)
     with pytest.raises(UserError, match=r"holds \.git, which export did not write"):
@@ -242,18 +250,18 @@ def test_a_directory_with_anything_else_in_it_is_refused_and_left_alone(model, p
         export(model, foreign / "thesis.tex")
     (tmp_path / ".new.partial").mkdir()
     (tmp_path / ".new.partial" / "mine").touch()
-    with pytest.raises(UserError, match="is in the way"):
+    with pytest.raises(UserError, match="exists but was not made by export"):
         export(model, tmp_path / "new")
 
 
 def test_an_empty_directory_is_filled(model, tmp_path):
     (tmp_path / "out").mkdir()
-    made = export(model, tmp_path / "out")
-    assert names(tmp_path / "out") == {*made["files"], MARKER}
+    result = export(model, tmp_path / "out")
+    assert names(tmp_path / "out") == {*result["files"], MARKER}
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
-def test_an_export_that_fails_leaves_what_was_there(model, plain, tmp_path, monkeypatch, error):
+def test_a_failed_export_keeps_the_earlier_one(model, plain, tmp_path, monkeypatch, error):
     before = {path.name: path.read_bytes() for path in plain.iterdir()}
 
     def fail(*_):
@@ -267,7 +275,7 @@ def test_an_export_that_fails_leaves_what_was_there(model, plain, tmp_path, monk
     assert names(tmp_path) == {"out"}
 
 
-def test_what_a_killed_export_left_is_cleared_away(model, plain, tmp_path):
+def test_leftovers_of_a_killed_export_are_removed(model, plain, tmp_path):
     """Killed while writing, and killed between the two renames."""
     for name in (".out.partial", ".out.old"):
         leftover = tmp_path / name
@@ -288,20 +296,20 @@ def test_scores_that_differ_are_an_error_and_nothing_is_exported(model, trajecto
         values[2][4] = np.nan if broken == "nan" else values[2][4] + 2e-4
         return {"values": values, "transformers": "5", "torch": "2"}
 
-    monkeypatch.setattr(export_verify, "their_scores", wrong)
+    monkeypatch.setattr(export_verify, "score_with_transformers", wrong)
     with pytest.raises(UserError, match=r"scores differ by .* in .*trajectories.jsonl:3, bound 1.00e-04"):
         export(model, tmp_path / "out", verify=True, trajectories=trajectories)
     assert names(tmp_path) == set()
 
 
-def test_a_directory_that_transformers_cannot_read_is_told_in_its_words(plain):
+def test_the_error_of_transformers_is_passed_on_in_one_line(plain):
     (plain / "config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"transformers does not read the export: .") as caught:
-        export_verify.their_scores(plain, [])
+    with pytest.raises(UserError, match=r"transformers cannot read the export: .") as caught:
+        export_verify.score_with_transformers(plain, [])
     assert "\n" not in str(caught.value)
 
 
-def test_missing_torch_is_told_with_the_line_that_installs_it(model, tmp_path, monkeypatch):
+def test_without_torch_the_message_says_how_to_install_it(model, tmp_path, monkeypatch):
     monkeypatch.setattr(export_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install torch=="):
         export(model, tmp_path / "out", verify=True)
@@ -309,7 +317,7 @@ def test_missing_torch_is_told_with_the_line_that_installs_it(model, tmp_path, m
     export(model, tmp_path / "out")
 
 
-def test_trajectories_that_cannot_be_read_are_named(model, tmp_path):
+def test_the_message_names_trajectories_that_cannot_be_read(model, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"id": "x"}\n')
     for path, words in ((bad, r"bad\.jsonl:1"), (tmp_path / "missing.jsonl", r"missing\.jsonl: cannot be read")):
@@ -323,7 +331,7 @@ def test_trajectories_that_cannot_be_read_are_named(model, tmp_path):
     assert names(tmp_path) == {"bad.jsonl"}
 
 
-def test_a_pad_token_that_ends_messages_gives_way_to_one_that_does_not(tmp_path):
+def test_a_pad_token_that_ends_messages_is_replaced(tmp_path):
     directory = tiny.write_reward_model(tmp_path / "model", STATE)
     path = directory / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": "<|end|>"}))
@@ -351,15 +359,15 @@ def test_a_model_whose_special_tokens_all_end_messages_is_refused(tmp_path):
 TEXT = "get 1 stick, 12 in all"
 
 
-def test_a_tokenizer_that_transformers_would_rebuild_is_declared_to_be_read_as_it_is(model, plain):
-    """Its words keep the space before a number; Qwen2's, by which AutoTokenizer would rebuild it, do not."""
+def test_a_tokenizer_that_transformers_would_rebuild_declares_the_plain_class(model, plain):
+    """It keeps the space before a number in the word; by Qwen2's rules AutoTokenizer would split it off."""
     ours = tiny.encoder().prompt([{"role": "user", "content": TEXT}])[:-1]
     assert AutoTokenizer.from_pretrained(model)(f"<|user|>{TEXT}<|end|>")["input_ids"] != ours
     assert AutoTokenizer.from_pretrained(plain)(f"<|user|>{TEXT}<|end|>")["input_ids"] == ours
     assert "without `trust_remote_code`" in (plain / "README.md").read_text()
 
 
-def test_a_tokenizer_of_the_models_own_family_needs_no_declaration(tmp_path):
+def test_a_tokenizer_with_the_rules_of_its_family_needs_no_declaration(tmp_path):
     directory = tiny.write_reward_model(tmp_path / "model", STATE)
     path = directory / "tokenizer.json"
     settings = json.loads(path.read_text())
@@ -374,8 +382,8 @@ def test_a_tokenizer_of_the_models_own_family_needs_no_declaration(tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "out")(f"<|user|>{TEXT}<|end|>")["input_ids"] == ours
 
 
-def test_a_tokenizer_that_transformers_reads_otherwise_all_the_same_is_refused(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(export_tokenizer, "_AS_IT_IS", {})
+def test_a_tokenizer_that_transformers_cannot_reproduce_is_refused(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_tokenizer, "_PLAIN_CLASS", {})
     with pytest.raises(UserError, match="AutoTokenizer does not give the tokens it was trained on"):
         export(model, tmp_path / "out")
     assert names(tmp_path) == set()
@@ -385,7 +393,7 @@ def test_a_tokenizer_that_transformers_reads_otherwise_all_the_same_is_refused(m
     ("base", "shown"),
     [("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B"), ("/home/someone/policies/mine", "mine"), (None, "unknown")],
 )
-def test_the_base_model_is_named_without_anybodys_paths(base, shown):
+def test_the_base_model_is_named_without_local_paths(base, shown):
     assert export_module.base_name({"base": base}) == shown
     sizes = {
         "head_dim": 1,

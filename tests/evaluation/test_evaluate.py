@@ -1,4 +1,4 @@
-"""The report as a whole, from promises made up so that the right answer is known."""
+"""The report of `evaluate`, from promises constructed so that the correct numbers are known."""
 
 import json
 import math
@@ -10,35 +10,37 @@ from hypothesis import strategies as st
 
 from jaxprm import files
 from jaxprm.errors import UserError
-from jaxprm.evaluation.judge import JudgedModel, Settings, judge
+from jaxprm.evaluation.evaluate import EvaluatedModel, Settings, evaluate_scores
 from jaxprm.evaluation.labels import Labels, validation_tasks
 from jaxprm.evaluation.scored import ScoredFile, ScoredTrajectory
 from jaxprm.evaluation.statistics import Resampling
-from jaxprm.evaluation.tables import judge_table
+from jaxprm.evaluation.tables import evaluation_table
 
 QUICK = Resampling(samples=60)
-ONE = [JudgedModel("m", 1.0)]
+MODELS = [EvaluatedModel("m", 1.0)]
 
 
 def make_row(task, promises, labels=None, outcome=None, group=None, *others):
-    values = None if labels is None else Labels(np.array([math.nan if x is None else x for x in labels], float), False)
+    step_labels = (
+        None if labels is None else Labels(np.array([math.nan if x is None else x for x in labels], float), False)
+    )
     return ScoredTrajectory(
-        task, group, outcome, None, False, values, tuple(np.array(one, float) for one in (promises, *others))
+        task, group, outcome, None, False, step_labels, tuple(np.array(values, float) for values in (promises, *others))
     )
 
 
-def report_of(rows, models=ONE, **settings):
-    report = judge(
+def report_of(rows, models=MODELS, **settings):
+    report = evaluate_scores(
         ScoredFile(list(rows), len(rows), "0" * 64, 0), models, Settings(**({"resampling": QUICK} | settings))
     )
     report = files.without_nan(report)
     json.dumps(report, allow_nan=False)
-    assert judge_table(report)
+    assert evaluation_table(report)
     return report
 
 
 def planted(count=24, seed=0, labels="planted"):
-    """Promises below .3 or above .7; a step is labelled wrong below one half, or at random."""
+    """Trajectories with promises below .3 or above .7; steps are labelled wrong below one half, or at random."""
     random = np.random.default_rng(seed)
     rows = []
     for number in range(count):
@@ -49,11 +51,11 @@ def planted(count=24, seed=0, labels="planted"):
     return rows
 
 
-def means(found):
-    return {name: one["mean"] for name, one in found["metrics"].items()}
+def means(criterion):
+    return {name: estimate["mean"] for name, estimate in criterion["metrics"].items()}
 
 
-def test_a_planted_threshold_is_found_and_everything_is_right():
+def test_a_planted_threshold_is_chosen_and_every_metric_is_perfect():
     report = report_of(planted())
     promise = report["step_labels"]["models"]["m"]["promise"]
     assert all(0.3 <= threshold <= 0.7 for threshold in promise["thresholds"].values())
@@ -63,25 +65,25 @@ def test_a_planted_threshold_is_found_and_everything_is_right():
     assert means(baselines["depth"])["step_accuracy"] < 0.9
 
 
-def test_random_labels_are_a_coin():
+def test_random_labels_give_chance_level():
     report = report_of(planted(80, labels="random"), resampling=Resampling(samples=400))
-    found = report["step_labels"]["models"]["m"]["promise"]["metrics"]
+    metrics = report["step_labels"]["models"]["m"]["promise"]["metrics"]
     for name in ("balanced_accuracy", "step_accuracy", "auroc"):
-        assert found[name]["low"] <= 0.5 <= found[name]["high"], name
+        assert metrics[name]["low"] <= 0.5 <= metrics[name]["high"], name
 
 
 def test_thresholds_come_from_the_validation_tasks_alone():
-    """Turning every label of the test part round leaves the thresholds and turns the accuracy."""
+    """Inverting every label of the test part keeps the thresholds and inverts the accuracy."""
     rows = planted()
     chosen = validation_tasks({row.task for row in rows}, 0.5, 0)
     turned = [row if row.task in chosen else make_row(row.task, row.promises[0], 1 - row.labels.values) for row in rows]
-    before, after = (report_of(some)["step_labels"]["models"]["m"]["promise"] for some in (rows, turned))
+    before, after = (report_of(labelled)["step_labels"]["models"]["m"]["promise"] for labelled in (rows, turned))
     assert before["thresholds"] == after["thresholds"]
     assert means(before)["step_accuracy"] == 1.0 and means(after)["step_accuracy"] == 0.0
 
 
 def test_numbers_come_from_the_test_tasks_alone():
-    """Labels of the validation part that say the opposite move the thresholds, and the numbers only through these."""
+    """Without the validation part, and with a fixed threshold instead, the numbers are the same."""
     rows = planted()
     chosen = validation_tasks({row.task for row in rows}, 0.5, 0)
     report = report_of(rows)
@@ -105,7 +107,7 @@ def test_no_task_is_in_both_parts(seed, share, tasks):
 
 
 def test_the_order_of_the_rows_changes_nothing():
-    """But for the last digits of sums."""
+    """Up to the rounding of sums."""
     rows = planted(labels="random")
     rounded = lambda report: json.loads(json.dumps(report), parse_float=lambda text: round(float(text), 9) + 0.0)
     assert rounded(report_of(rows)) == rounded(report_of(rows[::-1]))
@@ -115,15 +117,15 @@ def test_a_given_threshold_is_used_on_all_rows_and_nothing_is_chosen():
     rows = [make_row("t", [0.2, 0.6], [1, 0]), make_row("t", [0.9, 0.4], [1, 0])]
     report = report_of(rows, threshold=0.5)
     (criterion,) = report["step_labels"]["models"]["m"]
-    found = means(report["step_labels"]["models"]["m"]["promise"])
-    assert criterion == "promise" and found["step_accuracy"] == 0.5 and found["first_error_accuracy"] == 0.5
+    metrics = means(report["step_labels"]["models"]["m"]["promise"])
+    assert criterion == "promise" and metrics["step_accuracy"] == 0.5 and metrics["first_error_accuracy"] == 0.5
     assert set(report["step_labels"]["baselines"]) == {"constant"}
     assert means(report["step_labels"]["baselines"]["constant"])["step_accuracy"] == 0.5
     with pytest.raises(UserError, match="all on one task.*--threshold"):
         report_of(rows)
 
 
-def test_three_labels_have_two_thresholds():
+def test_ternary_labels_have_two_thresholds():
     rows = []
     for number in range(12):
         labels = [[-1, 0, 1], [1, 0, 0], [0, 1, 1]][number % 3]
@@ -137,7 +139,7 @@ def test_three_labels_have_two_thresholds():
     assert means(fixed)["ternary_accuracy"] is None and means(fixed)["step_accuracy"] == 1.0
 
 
-def test_soft_labels_are_compared_as_they_are():
+def test_soft_labels_are_compared_without_thresholds():
     random = np.random.default_rng(0)
     rows = []
     for number in range(10):
@@ -156,15 +158,15 @@ def test_soft_labels_are_compared_as_they_are():
 
 
 def test_steps_without_a_label_are_ignored():
-    """A null step of lowest promise is no first error, whatever the threshold."""
+    """An unlabelled step with the lowest promise is not a first error, whatever the threshold."""
     rows = [make_row(f"t{n}", [0.9, -5.0, 0.8, 0.1], [1, None, 1, 0]) for n in range(4)]
-    found = means(report_of(rows)["step_labels"]["models"]["m"]["promise"])
-    assert found["f1"] is None  # there is no correct trajectory
-    assert found["first_error_accuracy"] == 1.0 and found["step_accuracy"] == 1.0
+    metrics = means(report_of(rows)["step_labels"]["models"]["m"]["promise"])
+    assert metrics["f1"] is None  # there is no correct trajectory
+    assert metrics["first_error_accuracy"] == 1.0 and metrics["step_accuracy"] == 1.0
 
 
-def test_progress_is_judged_by_its_own_threshold_and_not_at_all_where_there_is_none():
-    """The promise starts anywhere below 0, which is no progress; what tells a wrong step is that it falls."""
+def test_progress_has_its_own_threshold_and_is_left_out_for_a_model_with_a_discount():
+    """Promises start anywhere below 0, and a wrong step is one at which the promise falls."""
     random = np.random.default_rng(1)
     rows = []
     for number in range(40):
@@ -172,10 +174,10 @@ def test_progress_is_judged_by_its_own_threshold_and_not_at_all_where_there_is_n
         wrong[0] = False
         gains = np.where(wrong, -0.2, 0.1)
         rows.append(make_row(f"t{number}", 3 * random.random() - 3 + np.cumsum(gains), 1.0 - wrong))
-    judged = report_of(rows)["step_labels"]["models"]["m"]
-    assert means(judged["progress"])["f1"] == 1.0 and -0.2 < judged["progress"]["thresholds"]["f1"] <= 0.1
-    assert means(judged["promise"])["f1"] < 0.8
-    assert set(report_of(rows, [JudgedModel("m", 0.9)])["step_labels"]["models"]["m"]) == {"promise"}
+    criteria = report_of(rows)["step_labels"]["models"]["m"]
+    assert means(criteria["progress"])["f1"] == 1.0 and -0.2 < criteria["progress"]["thresholds"]["f1"] <= 0.1
+    assert means(criteria["promise"])["f1"] < 0.8
+    assert set(report_of(rows, [EvaluatedModel("m", 0.9)])["step_labels"]["models"]["m"]) == {"promise"}
 
 
 def test_without_failures_nothing_is_nan():
@@ -186,11 +188,11 @@ def test_without_failures_nothing_is_nan():
     assert promise["f1"] is None and promise["accuracy_on_correct"] is None and promise["step_accuracy"] == 1.0
 
 
-def test_groups_share_the_thresholds_and_have_numbers_of_their_own():
+def test_groups_share_the_thresholds_and_have_their_own_numbers():
     rows = planted(48)
-    for place, row in enumerate(rows):
-        wrong = row.labels.values if place % 2 else 1 - row.labels.values
-        rows[place] = make_row(row.task, row.promises[0], wrong, row.outcome, group="good" if place % 2 else "bad")
+    for index, row in enumerate(rows):
+        wrong = row.labels.values if index % 2 else 1 - row.labels.values
+        rows[index] = make_row(row.task, row.promises[0], wrong, row.outcome, group="good" if index % 2 else "bad")
     report = report_of([*rows, make_row("t0", [0.5], None, 0.0, group="bare")], threshold=0.5)
     accuracy = lambda part: means(part["step_labels"]["models"]["m"]["promise"])["step_accuracy"]
     assert accuracy(report) == 0.5
@@ -208,16 +210,17 @@ def test_two_models_are_compared_on_the_same_tasks():
     for row in planted(40):
         noise = random.random(4)
         rows.append(make_row(row.task, row.promises[0], row.labels.values, row.outcome, None, noise, row.promises[0]))
-    report = report_of(rows, [JudgedModel("good", 1.0), JudgedModel("noise", 1.0), JudgedModel("same", 1.0)])
-    found = {(one["a"], one["b"], one["metric"]): one for one in report["paired"]}
-    worse = found["good", "noise", "promise balanced_accuracy"]
-    judged = report["step_labels"]["models"]
+    report = report_of(rows, [EvaluatedModel("good", 1.0), EvaluatedModel("noise", 1.0), EvaluatedModel("same", 1.0)])
+    paired = {(row["a"], row["b"], row["metric"]): row for row in report["paired"]}
+    to_noise = paired["good", "noise", "promise balanced_accuracy"]
+    criteria = report["step_labels"]["models"]
     gain = (
-        means(judged["good"]["promise"])["balanced_accuracy"] - means(judged["noise"]["promise"])["balanced_accuracy"]
+        means(criteria["good"]["promise"])["balanced_accuracy"]
+        - means(criteria["noise"]["promise"])["balanced_accuracy"]
     )
-    assert worse["mean"] == pytest.approx(gain) and worse["low"] > 0
-    same = {name: one for name, one in found.items() if name[:2] == ("good", "same")}
-    assert {(one["mean"], one["low"], one["high"]) for one in same.values()} == {(0.0, 0.0, 0.0)}
+    assert to_noise["mean"] == pytest.approx(gain) and to_noise["low"] > 0
+    same = {name: row for name, row in paired.items() if name[:2] == ("good", "same")}
+    assert {(row["mean"], row["low"], row["high"]) for row in same.values()} == {(0.0, 0.0, 0.0)}
     assert {"auroc", "mse", "best_of_2", "progress f1"} <= {name[2] for name in same}
 
 

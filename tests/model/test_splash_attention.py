@@ -1,4 +1,4 @@
-"""The TPU's attention kernel, interpreted on the CPU, against the attention that all else is tested with."""
+"""The TPU's attention kernel, interpreted on the CPU, against the reference attention."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def inputs():
 
 
 @pytest.mark.slow
-def test_the_kernel_is_the_reference_in_values_and_gradients():
+def test_the_kernel_equals_the_reference_in_values_and_gradients():
     from jaxprm import config as config_lib
 
     mesh = sharding.make_mesh(config_lib.MeshConfig(), jax.devices()[:1])
@@ -40,17 +40,17 @@ def test_the_kernel_is_the_reference_in_values_and_gradients():
 
         return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))(*arrays)
 
-    ((_, found), found_gradients) = with_gradients(kernel)
+    ((_, values), kernel_gradients) = with_gradients(kernel)
     ((_, expected), gradients) = with_gradients(packed_attention)
     real = np.asarray(segments > 0)
-    np.testing.assert_allclose(np.moveaxis(found, 2, 1)[real], np.moveaxis(expected, 2, 1)[real], rtol=1e-4, atol=1e-5)
-    for one, other in zip(found_gradients, gradients, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(np.moveaxis(values, 2, 1)[real], np.moveaxis(expected, 2, 1)[real], rtol=1e-4, atol=1e-5)
+    for gradient, reference in zip(kernel_gradients, gradients, strict=True):
+        np.testing.assert_allclose(gradient, reference, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
     "length, head_dim, shards, expected",
     [(256, 64, 1, True), (256, 128, 2, True), (192, 64, 1, False), (256, 64, 4, False), (256, 80, 1, False)],
 )
-def test_shapes_that_the_kernel_takes(length, head_dim, shards, expected):
+def test_supported_shapes_of_the_kernel(length, head_dim, shards, expected):
     assert attention.fits(length, head_dim, shards) is expected

@@ -1,12 +1,14 @@
+"""The candidates that a search over meshes compiles, and its frontier."""
+
 from jaxprm import config as config_lib
-from jaxprm.planning.command import MODELS
 from jaxprm.planning.compiling import Memory
-from jaxprm.planning.plan import Candidate, MeshSearchResult, changed, frontier, meshes, staircase
+from jaxprm.planning.mesh_search import Candidate, MeshSearchResult, compile_candidates, frontier, meshes
+from jaxprm.planning.models import MODELS
 
 SETTINGS = config_lib.RewardModelConfig(label="x")
 
 
-def found(rows: int, total: int, speed: float | None, *, limit: int = 100) -> MeshSearchResult:
+def result_of(rows: int, total: int, speed: float | None, *, limit: int = 100) -> MeshSearchResult:
     memory = Memory(0, 0, 0, total, 0, total, limit)
     return MeshSearchResult(Candidate(config_lib.MeshConfig(), rows, "full"), memory, speed)
 
@@ -19,16 +21,16 @@ def test_meshes_divide_the_model():
     assert (1, 4, 4) in [(mesh.data, mesh.fsdp, mesh.tensor) for mesh in meshes(16, MODELS["llama-3.1-8b"])]
 
 
-def test_larger_batches_are_rematerialised_more_until_none_fits():
-    """A device holds 40 rows by their cost: 10 a row, 5 with `minimal`, 2 with `full`."""
+def test_larger_batches_use_more_rematerialisation_until_none_fits():
+    """A device has memory for 40: a row takes 10, 5 with `minimal`, 2 with `full`."""
     cost = {"none": 10, "minimal": 5, "full": 2}
 
     def evaluate(candidate):
         total = candidate.rows * cost[candidate.remat]
         return MeshSearchResult(candidate, Memory(0, 0, 0, total, 0, total, 40), 1.0)
 
-    tried = list(staircase([config_lib.MeshConfig(data=4)], evaluate, settings=SETTINGS, devices=4))
-    assert [(one.candidate.rows, one.candidate.remat, one.memory.fits) for one in tried] == [
+    tried = list(compile_candidates([config_lib.MeshConfig(data=4)], evaluate, settings=SETTINGS, devices=4))
+    assert [(result.candidate.rows, result.candidate.remat, result.memory.fits) for result in tried] == [
         (4, "none", True),
         (8, "none", False),
         (8, "minimal", True),
@@ -43,18 +45,15 @@ def test_the_first_batch_divides_over_the_mesh():
         return MeshSearchResult(candidate, Memory(0, 0, 0, 9, 0, 9, 1), None)
 
     rows = config_lib.RewardModelConfig(label="x", microbatches=2)
-    tried = list(staircase([config_lib.MeshConfig(fsdp=4, tensor=2)], evaluate, settings=rows, devices=8, rows=10))
-    rows_and_remats = [(one.candidate.rows, one.candidate.remat) for one in tried]
+    tried = list(
+        compile_candidates([config_lib.MeshConfig(fsdp=4, tensor=2)], evaluate, settings=rows, devices=8, rows=10)
+    )
+    rows_and_remats = [(result.candidate.rows, result.candidate.remat) for result in tried]
     assert rows_and_remats == [(16, "none"), (16, "minimal"), (16, "full")]
 
 
-def test_the_frontier_is_what_nothing_beats():
-    fast, lean = found(8, 90, 30.0), found(2, 20, 10.0)
-    beaten, too_large, middle = found(4, 95, 20.0), found(16, 120, None), found(4, 50, 20.0)
+def test_the_frontier_has_the_results_that_no_other_beats():
+    fast, lean = result_of(8, 90, 30.0), result_of(2, 20, 10.0)
+    beaten, too_large, middle = result_of(4, 95, 20.0), result_of(16, 120, None), result_of(4, 50, 20.0)
     assert frontier([lean, beaten, too_large, fast, middle]) == [fast, middle, lean]
     assert frontier([too_large]) == []
-
-
-def test_a_candidate_changes_what_it_names():
-    settings, data = changed(SETTINGS, config_lib.DataConfig(), Candidate(config_lib.MeshConfig(), 24, "minimal"))
-    assert (settings.remat, data.rows, settings.label) == ("minimal", 24, "x")

@@ -1,0 +1,88 @@
+"""The tokenizer of an export: files from which transformers' AutoTokenizer gives the tokens of training."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.chat_template import DATE, Messages
+from data_pipeline.encode import Encoder
+from jaxprm import files
+from jaxprm.errors import UserError
+
+_TEMPLATE = "chat_template.jinja"
+_SPECIAL = "special_tokens_map.json"
+# Some consumers want the last three.
+_COPIED = ("tokenizer.json", "added_tokens.json", "vocab.json", "merges.txt")
+# AutoTokenizer rebuilds the tokenizer of some families by their own rules, unless it declares a class. The class named
+# here is transformers' plain one, so no code is loaded.
+_PLAIN_CLASS = {"auto_map": {"AutoTokenizer": [None, "PreTrainedTokenizerFast"]}}
+
+
+def write_tokenizer(source: Path, target: Path, encoder: Encoder, conversations: Sequence[Messages]) -> list[str]:
+    """Writes the tokenizer of `source` into `target`, which has its config.json; returns the names of the files.
+
+    Args:
+        encoder: that of `source`.
+        conversations: on which AutoTokenizer must give the encoder's tokens.
+
+    Raises:
+        UserError: AutoTokenizer gives other tokens, with and without a declared class.
+    """
+    names = [name for name in _COPIED if (source / name).is_file()]
+    for name in names:
+        shutil.copyfile(source / name, target / name)
+    if (source / _SPECIAL).is_file():  # in transformers 4 it overrides tokenizer_config.json
+        names.append(_SPECIAL)
+        files.write_json(target / _SPECIAL, files.read_json(source / _SPECIAL) | _special_tokens(encoder))
+    files.write_atomic(target / _TEMPLATE, pin_date(encoder.template))
+    settings = _settings(source, encoder)
+    for declaration in ({}, _PLAIN_CLASS):
+        files.write_json(target / "tokenizer_config.json", settings | declaration)
+        if _same_tokens(target, encoder, conversations):
+            return [*names, _TEMPLATE, "tokenizer_config.json"]
+    raise UserError(
+        f"model {source}: transformers' AutoTokenizer does not give the tokens it was trained on; "
+        "train with a tokenizer that transformers reads without changes, such as imitate makes"
+    )
+
+
+def pin_date(template: str) -> str:
+    """The template with the date of training. Llama's templates print today's date unless they are given another."""
+    pinned = f"{{%- set date_string = '{DATE}' -%}}\n"
+    reads_it = re.search(r"\b(date_string|strftime_now)\b", template)
+    return pinned + template if reads_it and not template.startswith(pinned) else template
+
+
+def _settings(source: Path, encoder: Encoder) -> dict[str, Any]:
+    """The source's tokenizer_config.json, with a class that every version of transformers knows."""
+    path = source / "tokenizer_config.json"
+    settings = files.read_json(path) if path.is_file() else {}
+    # An auto_map names code of the source's repository; the template is written as a file.
+    for name in ("backend", "auto_map", "chat_template"):
+        settings.pop(name, None)
+    ours = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    # Whatever class is named, Qwen2's rules want an unknown token and would add one.
+    return {"unk_token": None} | settings | ours | _special_tokens(encoder)
+
+
+def _special_tokens(encoder: Encoder) -> dict[str, str]:
+    return {"pad_token": encoder.decode([encoder.pad_id]), "eos_token": encoder.decode([encoder.end_id])}
+
+
+def _same_tokens(directory: Path, encoder: Encoder, conversations: Sequence[Messages]) -> bool:
+    """Whether AutoTokenizer gives the encoder's tokens, padding and vocabulary size."""
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    if len(theirs) != encoder.vocabulary_size or theirs.pad_token_id != encoder.pad_id:
+        return False
+    for messages in conversations:
+        text = theirs.apply_chat_template(messages, tokenize=False)
+        ours = encoder.trajectory(messages, row="example").tokens.tolist()
+        if theirs(text, add_special_tokens=False)["input_ids"] != ours:
+            return False
+    return True
