@@ -1,8 +1,5 @@
 """The registry of searches: names, recorded inputs, running, resuming and counting, and a search from outside."""
 
-import re
-from pathlib import Path
-
 import msgspec
 import pytest
 
@@ -12,7 +9,7 @@ from jaxprm.search import methods
 from jaxprm.search.methods import SEARCHES, guided_search, search_specs
 from jaxprm.search.tree import Prices
 from tests.search import toy
-from tests.search.fakes import ScriptedPolicy, ScriptedScorer, SeededPolicy, Walk
+from tests.search.fakes import ScriptedScorer, SeededPolicy, Walk
 
 SETTINGS = config.SearchConfig(
     beams=((2, 2),), stepwise=(3,), diverse=((2, 3),), lookahead=((2, 2, 1),), mcts=((4, 3),), trees=1
@@ -163,18 +160,3 @@ def test_a_config_without_custom_searches_is_recorded_as_before():
     plain = config.to_dict(experiment)
     assert plain["search"]["custom"] == {"tests.search.toy:FIRST": [[2], [3]]}
     assert config.from_dict(plain, where="") == experiment
-
-
-def test_the_search_in_the_documentation_runs(tmp_path):
-    page = (Path(__file__).parents[2] / "docs/search.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?LONGEST = .*?)```", page, re.DOTALL)
-    names = {}
-    exec(code, names)
-    policy = SeededPolicy(texts=("up", "sideways", "down"))
-    lines = lines_of(run(names["LONGEST"].spec(6), tmp_path / "out.jsonl", policy))
-    # Of six draws the longest text is nearly always among them, and nothing moves.
-    assert all(line["rounds"] > 3 for line in lines)
-    for rounds, script in ((1, lambda task, path: ["none"]), (2, lambda task, path: ["none"] if path else ["up"])):
-        failing = ScriptedPolicy(script, fail={"none"})
-        lines = lines_of(run(names["LONGEST"].spec(2), tmp_path / f"failing-{rounds}.jsonl", failing))
-        assert [(line["rounds"], line["outcome"], line["failed"]) for line in lines] == [(rounds, 0.0, 2)] * 3
