@@ -1,4 +1,4 @@
-"""Read `results.json` and `search/trees.json`: what is missing is tolerated, what is wrong is not."""
+"""Read `results.json` and `search/trees.json`. A missing part is accepted, a part of the wrong form is an error."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import msgspec
 from jaxprm.errors import UserError
 
 T = TypeVar("T")
-AGGREGATED = tuple(f"best_of_n_{how}" for how in ("mean", "min", "max", "product", "sum", "vote", "weighted_vote"))
+AGGREGATED = tuple(f"best_of_n_{rule}" for rule in ("mean", "min", "max", "product", "sum", "vote", "weighted_vote"))
 TREE_SEARCHES = ("diverse", "lookahead", "mcts")
 SEARCHES = ("best_of_n", "prefix_best_of_n", "stepwise", "beam", *TREE_SEARCHES, *AGGREGATED)
 
 
 class ReportedEstimate(msgspec.Struct, frozen=True):
-    """A measured mean with its 95 % interval over n units; any part may be unknown."""
+    """A measured mean with its 95 % interval over n units; each part may be missing."""
 
     mean: float | None = None
     low: float | None = None
@@ -30,7 +30,9 @@ class ReportedEstimate(msgspec.Struct, frozen=True):
         return self.low is not None and self.high is not None
 
     def negated(self) -> ReportedEstimate:
-        return ReportedEstimate(*(None if v is None else -v for v in (self.mean, self.high, self.low)), self.n)
+        return ReportedEstimate(
+            *(None if value is None else -value for value in (self.mean, self.high, self.low)), self.n
+        )
 
 
 Curve = dict[str, ReportedEstimate | None]
@@ -53,7 +55,7 @@ class Paired(msgspec.Struct, frozen=True):
 
 
 class EqualBudget(msgspec.Struct, frozen=True):
-    """A search, and best of the n trajectories that cost as much."""
+    """A search, and best-of-n at the same cost; `capped` where the pool has fewer than n trajectories."""
 
     label: str
     at: str
@@ -66,7 +68,7 @@ class EqualBudget(msgspec.Struct, frozen=True):
 
 
 class NeededBudget(msgspec.Struct, frozen=True):
-    """How many times less budget a needs to reach the best-of-`at` of b; 0 where it does not."""
+    """How many times less budget best-of-N by a needs to reach best-of-`at` by b; 0 where it does not reach it."""
 
     a: str
     b: str
@@ -96,9 +98,9 @@ class CalibrationRow(msgspec.Struct, frozen=True):
 
 
 class RunResults(msgspec.Struct, frozen=True):
-    """What one run measured. Every part is optional: a page shows the parts that exist.
+    """The measurements of one run. Every part is optional: the page shows the parts that exist.
 
-    `methods[label][search][size]`, `search` one of SEARCHES; other keys of a method are kept out.
+    methods: `methods[label][search][size]`, where search is one of SEARCHES; other keys of a method are dropped.
     """
 
     name: str | None = None
@@ -117,21 +119,21 @@ class RunResults(msgspec.Struct, frozen=True):
     provenance: Any = None
 
     def curve(self, label: str, search: str) -> dict[str, ReportedEstimate]:
-        """Measured points of one method under one search, by size in ascending order; empty when it was not run."""
+        """The measured points of one method under one search, by ascending size; empty if it was not run."""
         return _measured(self.methods.get(label, {}).get(search) or {})
 
     def at(self, label: str, search: str, size: str) -> ReportedEstimate | None:
         return self.curve(label, search).get(size)
 
     def with_search(self, search: str) -> list[str]:
-        """Labels of the methods that were measured under `search`, in the file's order."""
+        """The labels of the methods that were measured under this search, in the file's order."""
         return [label for label in self.methods if self.curve(label, search)]
 
     def oracle_curve(self) -> dict[str, ReportedEstimate]:
         return _measured(self.oracle)
 
     def baseline(self, name: str) -> ReportedEstimate | None:
-        """`sampled` or `greedy` policy, None when it was not measured."""
+        """The success of the policy alone, "sampled" or "greedy"; None if it was not measured."""
         return _measured(self.policy).get(name)
 
 
@@ -152,7 +154,7 @@ class TreeNode(msgspec.Struct, frozen=True):
 
 
 class SearchTree(msgspec.Struct, frozen=True):
-    """One searched task: every candidate that was scored, and which of them was returned."""
+    """The search of one task: every scored candidate, and the id of the returned one."""
 
     task: str
     nodes: list[TreeNode] = []
@@ -177,17 +179,17 @@ def size_key(size: str) -> tuple:
 
 
 def load_results(path: Path) -> RunResults:
-    """Read results.json. Raises UserError when it is missing or does not have the documented form."""
+    """Read results.json. Raises UserError if it is missing or does not have the documented form."""
     results = _decode(path, RunResults)
     methods = {
-        label: {search: _convert(path, label, search, found[search]) for search in SEARCHES if found.get(search)}
-        for label, found in results.methods.items()
+        label: {search: _convert(path, label, search, curves[search]) for search in SEARCHES if curves.get(search)}
+        for label, curves in results.methods.items()
     }
     return msgspec.structs.replace(results, methods=methods)
 
 
 def load_trees(path: Path) -> list[SearchTree]:
-    """Read trees.json; no file means no trees. Raises UserError for another form or a node whose parent is unknown."""
+    """Read trees.json; no file means no trees. Raises UserError for another form or a node without its parent."""
     if not path.exists():
         return []
     trees = _decode(path, list[SearchTree])
@@ -217,11 +219,12 @@ def _convert(path: Path, label: str, search: str, curve: Any) -> Curve:
 
 
 def _measured(curve: Curve) -> dict[str, ReportedEstimate]:
-    known = {size: found for size, found in curve.items() if found is not None and found.mean is not None}
-    return dict(sorted(known.items(), key=lambda item: size_key(item[0])))
+    measured = {size: point for size, point in curve.items() if point is not None and point.mean is not None}
+    return dict(sorted(measured.items(), key=lambda item: size_key(item[0])))
 
 
 def _orphans(tree: SearchTree) -> Iterator[TreeNode]:
+    """The nodes whose parent is not listed before them, or whose id is taken: the viewer could not draw them."""
     seen = {0}
     for node in tree.nodes:
         if node.parent not in seen or node.id in seen:
