@@ -207,6 +207,7 @@ def _write_figure(results: RunResults, directory: Path) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    # A reader, or a killed run, never sees half a file.
+    staging = path.with_name(path.name + ".partial")
+    staging.write_bytes(content)
+    os.replace(staging, path)

@@ -97,6 +97,7 @@ def draw(panel: Panel, *, colour: Colour, width: float, height: float) -> tuple[
 
 def canvas(columns: int, *, colour: Colour, width: float, height: float) -> tuple[Figure, list[Axes]]:
     """An empty figure with `columns` styled axes side by side."""
+    # Imported here, as in the other functions: matplotlib is slow to import, and few commands draw.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width / POINTS_PER_INCH, height / POINTS_PER_INCH), layout="constrained")
@@ -179,7 +180,9 @@ def _draw_line(axes: Axes, series: Series, gid: str, colour: Colour, _: float) -
     style = method_style(series.label)
     tint = colour(style.role)
     points = series.points
+    # Two lines of one method have its colour, so their dashes must differ; the method's own dash is not used.
     dash = {"hollow": (3, 2.5), "solid": ()}.get(series.variant, style.dash)
+    # A band needs an interval at every point; otherwise each interval is a bar.
     if len(points) > 1 and all(point.has_interval for point in points):
         lows, highs = [point.low for point in points], [point.high for point in points]
         axes.fill_between(series.xs, lows, highs, color=tint, alpha=0.11, linewidth=0, zorder=2)
@@ -191,6 +194,7 @@ def _draw_line(axes: Axes, series: Series, gid: str, colour: Colour, _: float) -
         line.set_dashes(dash)
     if series.faint:
         line.set_alpha(0.75)
+    # A line of a single point would be invisible.
     if not series.faint or len(points) == 1:
         _draw_markers(axes, series, series.xs, gid, colour)
 
@@ -210,8 +214,10 @@ def _draw_bars(axes: Axes, xs: Sequence[float], points: Sequence[ReportedEstimat
 def _draw_markers(axes: Axes, series: Series, xs: Sequence[float], gid: str, colour: Colour) -> None:
     style = method_style(series.label)
     tint = colour(style.role)
+    # A mark has an outline in the colour of the ground, which keeps overlapping marks apart.
     face = colour("surface") if series.variant == "hollow" else tint
     edge = colour("surface") if face == tint else tint
+    # Marks are a separate artist: its gid finds them in the SVG, where they get their tooltips.
     axes.plot(
         xs,
         [point.mean for point in series.points],
@@ -227,6 +233,7 @@ def _draw_markers(axes: Axes, series: Series, xs: Sequence[float], gid: str, col
 
 
 def _dodge(index: int, count: int) -> float:
+    # At most 0.6 wide: categories are 1 apart, and a gap between them has to stay.
     return 0.0 if count < 2 else (index / (count - 1) - 0.5) * min(0.6, 0.13 * count)
 
 

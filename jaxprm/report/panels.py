@@ -71,6 +71,7 @@ def _scaling_panel(results: RunResults, search: str, title: str, x_label: str) -
         x_label=x_label,
         y_label="tasks solved",
         series=[
+            # N doubles from size to size: in log2 the sizes are evenly spaced.
             _series(label, {math.log2(int(size)): point for size, point in curve.items() if _is_count(size)})
             for label, curve in curves.items()
         ],
@@ -122,6 +123,7 @@ def auroc_panels(results: RunResults) -> list[Panel]:
         for kind, title in kinds
     )
     limits = shared_limits(panels)
+    # Chance, at 0.5, is always in view.
     return [replace(_with_depth_ticks(panel), limits=(min(limits[0], 0.4), max(limits[1], 0.6))) for panel in panels]
 
 
@@ -139,6 +141,7 @@ def calibration_panel(results: RunResults) -> Panel:
     )
     reach = [x for each in series for x in each.xs]
     low, high = shared_limits([panel]) or (0.0, 1.0)
+    # The margin keeps markers at 0 and 1 clear of the axes.
     margin = 0.02
     return replace(
         panel,
@@ -201,6 +204,7 @@ def compute_panel(results: RunResults) -> Panel:
 def _spent(
     compute: Mapping[str, Any], label: str, curve: dict[str, ReportedEstimate]
 ) -> Iterator[tuple[float, ReportedEstimate]]:
+    # The counts have no checked form: what is not as expected is not drawn.
     for size, point in curve.items():
         counts: Any = compute
         for key in ("methods", label, size):

@@ -106,6 +106,7 @@ class RunResults(msgspec.Struct, frozen=True):
     name: str | None = None
     policy: Curve = {}
     oracle: Curve = {}
+    # Other keys of a method may have any form; load_results checks the searches.
     methods: dict[str, dict[str, Any]] = {}
     paired: list[Paired] = []
     value_by_depth: dict[str, list[DepthRow]] = {}
@@ -138,7 +139,10 @@ class RunResults(msgspec.Struct, frozen=True):
 
 
 class TreeNode(msgspec.Struct, frozen=True):
-    """One candidate action of a search tree; parent 0 is the prompt."""
+    """One candidate action of a search tree; parent 0 is the prompt.
+
+    looked: the promise that looking ahead from it found, absent in searches that do not look ahead.
+    """
 
     id: int
     parent: int = 0
@@ -151,6 +155,7 @@ class TreeNode(msgspec.Struct, frozen=True):
     count: int = 1
     done: bool = False
     outcome: float | None = None
+    looked: float | msgspec.UnsetType = msgspec.UNSET
 
 
 class SearchTree(msgspec.Struct, frozen=True):
@@ -175,6 +180,7 @@ def is_number(value: Any) -> bool:
 def size_key(size: str) -> tuple:
     """Sort key of a search size: "4" before "16", "2x2" before "4x4", anything else last."""
     numbers = [int(part) for part in re.findall(r"\d+", size)]
+    # The text decides last, so that the order does not depend on the order in the file.
     return (not numbers, numbers, size)
 
 
@@ -193,6 +199,7 @@ def load_trees(path: Path) -> list[SearchTree]:
     if not path.exists():
         return []
     trees = _decode(path, list[SearchTree])
+    # The viewer draws a tree in one pass over its nodes, so a parent has to come first.
     for index, tree in enumerate(trees):
         for node in _orphans(tree):
             raise UserError(

@@ -307,6 +307,16 @@ def test_an_unknown_method_is_shown_under_its_own_name(leave: Callable[..., Path
     assert "3×5" in page.words["beam"]
 
 
+def test_the_viewer_gets_the_promise_that_looking_ahead_found(
+    leave: Callable[..., Path], trees: list[dict[str, Any]]
+) -> None:
+    trees[0]["nodes"][0]["looked"] = 0.75
+    page = Page(build_report(leave({}, trees[:1])).read_text())
+    first, second, *_ = json.loads(page.raw["script"][0])[0]["nodes"]
+    assert first["looked"] == 0.75
+    assert "looked" not in second
+
+
 def test_trees_beyond_the_budget_are_left_out_and_counted(
     leave: Callable[..., Path], trees: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
