@@ -3,43 +3,45 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
-from html import escape
 from importlib import resources
 from pathlib import Path
-from string import Template
 from typing import Any
 
+import jinja2
 import msgspec
 
 from data_pipeline.output import staged_file
-from jaxprm.report import model_sections, panels, run_sections, search_sections
+from jaxprm.report import labels, panels, sections
 from jaxprm.report.figures import canvas, draw_on, legend_on, shared_limits
 from jaxprm.report.headline import PREFERRED_BEAM, headline
-from jaxprm.report.labels import COLOURS, look, name
+from jaxprm.report.labels import COLOURS, method_name, method_style
 from jaxprm.report.results import RunResults, SearchTree, load_results, load_trees, size_key
 from jaxprm.report.svg import light_colour, standalone_svg, themed_colour
 
 MAX_TREE_BYTES = 8_000_000
+# The figure shows beam search and the first of these that was measured.
 FIGURE_ORDER = ("Best of N prefixes", "Best of N whole trajectories", "Best of K at every step")
+# Below the headline's evidence, in this order: the name of the template, the title in the page's bar, the data.
 SECTIONS = (
-    ("beam", "Beam search", search_sections.beam),
-    ("scaling", "Scaling", search_sections.scaling),
-    ("pairs", "Differences", search_sections.pairs),
-    ("judgement", "Judgement", model_sections.judgement),
-    ("training", "Training", model_sections.training),
-    ("cost", "Cost", run_sections.cost),
-    ("provenance", "Provenance", run_sections.provenance),
+    ("beam", "Beam search", sections.beam),
+    ("scaling", "Scaling", sections.scaling),
+    ("pairs", "Differences", sections.pairs),
+    ("judgement", "Judgement", sections.judgement),
+    ("training", "Training", sections.training),
+    ("cost", "Cost", sections.cost),
+    ("provenance", "Provenance", sections.provenance),
 )
 
 
 def build_report(workdir: Path) -> Path:
     """Write the report of a finished (or partly finished) run and return the path of its page.
 
-    Reads WORKDIR/results.json and, if there, WORKDIR/search/trees.json. Shows the parts that exist and nothing else.
-    Raises UserError when results.json is missing or when either file does not have its documented form.
+    Reads WORKDIR/results.json and, if it exists, WORKDIR/search/trees.json. Shows the parts that exist, nothing else.
+    Raises UserError if results.json is missing or if either file does not have its documented form.
     """
     workdir = Path(workdir)
     results = load_results(workdir / "results.json")
@@ -53,76 +55,109 @@ def build_report(workdir: Path) -> Path:
 
 
 def render(results: RunResults, trees: Sequence[SearchTree]) -> str:
-    """The whole page as one string of HTML that loads nothing."""
-    asset = _asset("template.html")
+    """The page as one string of HTML that loads nothing."""
     style = _theme() + _asset("style.css")
     script = _asset("theme.js") + _asset("viewer.js")
-    summary = headline(results)
-    bodies = [(ident, title, write(results)) for ident, title, write in SECTIONS]
-    shown, viewer = _viewer(trees)
-    links = [("viewer", "Watch it choose")] if shown else []
-    links += [(ident, title) for ident, title, body in bodies if body]
-    return Template(asset).substitute(
-        policy=escape(_policy(style, script)),
-        title=escape(summary.claim),
+    shown_trees = _fitting(trees)
+    # In the order of the page: (id, title in the bar, HTML).
+    parts = [("viewer", "Watch it choose", _viewer(len(shown_trees), len(trees)))]
+    parts += [(name, title, _section(name, get_data(results))) for name, title, get_data in SECTIONS]
+    return _template("page").render(
+        policy=_content_security_policy(style, script),
         style=style,
         script=script,
-        subject=escape(_subject(results)),
-        nav="".join(f'<a href="#{ident}">{escape(text)}</a>' for ident, text in links),
-        claim=escape(summary.claim),
-        detail=escape(summary.detail),
-        verdict=summary.verdict,
-        result=search_sections.result(results),
-        viewer=viewer,
-        sections="".join(body for _, _, body in bodies),
-        trees=_json(shown),
-        names=_json(_looks(results, shown)),
+        headline=headline(results),
+        subject=_subject(results),
+        result=_section("result", sections.result(results)),
+        parts=[part for part in parts if part[2]],
+        trees=_json(shown_trees),
+        method_styles=_json(_styles_by_label(results, shown_trees)),
     )
 
 
-def _viewer(trees: Sequence[SearchTree]) -> tuple[list[SearchTree], str]:
-    shown = _fitting(trees)
-    if not shown:
-        return [], ""
-    note = ""
-    if len(shown) < len(trees):
-        note = f"This page holds {len(shown)} of {len(trees)} searches; all are in search/trees.json."
-    return shown, Template(_asset("viewer.html")).substitute(note=escape(note))
+def _section(name: str, data: sections.Context | None) -> str:
+    """The HTML of a section, empty where nothing was measured."""
+    return "" if data is None else _template(name).render(data)
+
+
+def _viewer(shown: int, total: int) -> str:
+    note = f"This page holds {shown} of {total} searches; all are in search/trees.json." if shown < total else ""
+    return _template("viewer").render(note=note) if shown else ""
+
+
+def _template(name: str) -> jinja2.Template:
+    return _environment().get_template(f"{name}.html.jinja")
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    # Autoescape covers every text of a template. What is HTML already passes through `safe`, at the place of its use.
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("jaxprm.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    formats = (
+        labels.bare_percent,
+        labels.decimal,
+        labels.duration,
+        labels.method_style,
+        labels.number,
+        labels.percent,
+        labels.search_name,
+        labels.signed_points,
+        axis_position,
+    )
+    environment.globals |= {function.__name__: function for function in formats} | {"BAND": labels.BAND}
+    environment.filters["size_name"] = labels.size_name
+    return environment
+
+
+def axis_position(value: float, low: float, high: float) -> str:
+    """Where a value is on an axis from `low` to `high`, in per cent of its length; its end for a value outside."""
+    return f"{(min(max(value, low), high) - low) / (high - low) * 100:.2f}%"
 
 
 def _fitting(trees: Sequence[SearchTree]) -> list[SearchTree]:
     """As many trees as keep the page loadable: MAX_TREE_BYTES of JSON, in the order given.
 
-    The first seed goes before the others and the headline's beam before other sizes, whatever came out of a search.
+    The first seed comes before the others and the headline's beam before other sizes, regardless of the outcomes.
     """
     seeds = list(dict.fromkeys(tree.seed for tree in trees))
-    wanted = sorted(
+    by_preference = sorted(
         range(len(trees)),
-        key=lambda at: (seeds.index(trees[at].seed), trees[at].beam != PREFERRED_BEAM, size_key(trees[at].beam)),
+        key=lambda index: (
+            seeds.index(trees[index].seed),
+            trees[index].beam != PREFERRED_BEAM,
+            size_key(trees[index].beam),
+        ),
     )
     chosen, total = set(), 0
-    for at in wanted:
-        total += len(msgspec.json.encode(trees[at]))
+    for index in by_preference:
+        total += len(msgspec.json.encode(trees[index]))
         if total > MAX_TREE_BYTES:
             break
-        chosen.add(at)
-    return [tree for at, tree in enumerate(trees) if at in chosen]
+        chosen.add(index)
+    return [tree for index, tree in enumerate(trees) if index in chosen]
 
 
-def _looks(results: RunResults, trees: Sequence[SearchTree]) -> dict[str, dict[str, str]]:
-    labels = dict.fromkeys([*results.methods, *(tree.method for tree in trees)])
-    return {label: {"name": name(label), "role": look(label).role} for label in labels}
+def _styles_by_label(results: RunResults, trees: Sequence[SearchTree]) -> dict[str, dict[str, str]]:
+    by_label = dict.fromkeys([*results.methods, *(tree.method for tree in trees)])
+    return {label: {"name": method_name(label), "role": method_style(label).role} for label in by_label}
 
 
 def _json(value: Any) -> str:
-    """JSON that cannot end the script element it stands in."""
+    """JSON that cannot end the script element it is in."""
     text = msgspec.json.encode(value).decode()
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
 
 
-def _policy(style: str, script: str) -> str:
+def _content_security_policy(style: str, script: str) -> str:
+    # The digests allow the page's own style and script and no others, so HTML that slipped in could not run anything.
     return (
         f"default-src 'none'; script-src '{_digest(script)}'; style-src '{_digest(style)}'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
@@ -139,13 +174,13 @@ def _theme() -> str:
 
 
 def _subject(results: RunResults) -> str:
-    """What the run was about, as far as it says: its name, environment and date."""
-    about = results.provenance if isinstance(results.provenance, dict) else {}
-    config = about.get("config") if isinstance(about.get("config"), dict) else {}
-    environment = about.get("environment") or config.get("environment")
+    """The run's name, environment and date, those that its provenance has."""
+    provenance = results.provenance if isinstance(results.provenance, dict) else {}
+    config = provenance.get("config") if isinstance(provenance.get("config"), dict) else {}
+    environment = provenance.get("environment") or config.get("environment")
     if isinstance(environment, dict):
         environment = environment.get("name")
-    words = [word for word in (results.name, environment, about.get("date")) if isinstance(word, str)]
+    words = [word for word in (results.name, environment, provenance.get("date")) if isinstance(word, str)]
     return " · ".join(words)
 
 
@@ -154,17 +189,17 @@ def _asset(file: str) -> str:
 
 
 def _write_figure(results: RunResults, directory: Path) -> None:
-    """Two panels, beam search and a scaling curve if they exist, as SVG (both themes) and PNG (light)."""
+    """Write two panels, beam search and a scaling curve if they exist, as SVG (both themes) and PNG (light)."""
     scaling = sorted(panels.scaling_panels(results), key=lambda panel: FIGURE_ORDER.index(panel.title))
-    found = panels.present([panels.beam_panel(results), *scaling])[:2]
-    if not found:
+    shown = panels.non_empty([panels.beam_panel(results), *scaling])[:2]
+    if not shown:
         return
-    limits = shared_limits(found)
+    limits = shared_limits(shown)
     for colour, file in ((themed_colour, "figure.svg"), (light_colour, "figure.png")):
-        figure, axes = canvas(len(found), colour=colour, width=440 * len(found), height=330)
-        for each, panel in zip(axes, found, strict=True):
-            draw_on(each, replace(panel, limits=limits), colour=colour)
-        legend_on(figure, found, colour=colour)
+        figure, all_axes = canvas(len(shown), colour=colour, width=440 * len(shown), height=330)
+        for axes, panel in zip(all_axes, shown, strict=True):
+            draw_on(axes, replace(panel, limits=limits), colour=colour)
+        legend_on(figure, shown, colour=colour)
         if file.endswith("svg"):
             _write(directory / file, standalone_svg(figure, headline(results).claim).encode())
         else:

@@ -1,4 +1,4 @@
-"""Figures as data (panels of series) and how matplotlib draws one panel. Nothing here reads files or knows HTML."""
+"""Figures as data (panels of series), and their drawing by matplotlib. Nothing here reads files or knows HTML."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from jaxprm.report.labels import compact, look, percent
+from jaxprm.report.labels import compact, method_style, percent
 from jaxprm.report.results import ReportedEstimate
 
 if TYPE_CHECKING:
@@ -22,10 +22,10 @@ MARGIN = 0.02
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One method's points. `xs` are positions, `points` what was measured there.
+    """One method's points: positions `xs` and the estimates measured there.
 
-    Two lines of one method are told apart by `variant` (solid with filled marks, dashed with hollow ones) and in words
-    by `note`.
+    Where one method has two lines, `variant` (solid with filled marks, dashed with hollow ones) and the words of `note`
+    tell them apart.
     """
 
     label: str
@@ -38,7 +38,7 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
-    """A horizontal line with its interval: what is compared against, the same at every x."""
+    """A horizontal line with its interval: a baseline, the same at every x."""
 
     label: str
     value: ReportedEstimate
@@ -46,8 +46,12 @@ class Level:
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """One set of axes. `ticks` names x positions (categories or powers of two); `limits` fixes the y range, `reach`
-    the x range."""
+    """One set of axes.
+
+    ticks: names of x positions (categories or powers of two). limits, reach: the range of y and of x. fractions: y is
+    a share, written in per cent. diagonal: a dotted line at y = x. bars: dodged marks instead of lines. chance: a
+    dotted line at this y. unit: the word for x in tooltips.
+    """
 
     title: str
     x_label: str
@@ -70,7 +74,7 @@ class Panel:
 
 
 def shared_limits(panels: Sequence[Panel]) -> tuple[float, float] | None:
-    """One y range, in steps of 10 %, that holds every point, interval and level of `panels`."""
+    """One y range, in steps of 10 %, that holds every point, interval and level of the panels."""
     values = [
         bound
         for panel in panels
@@ -93,6 +97,7 @@ def draw(panel: Panel, *, colour: Colour, width: float, height: float) -> tuple[
 
 def canvas(columns: int, *, colour: Colour, width: float, height: float) -> tuple[Figure, list[Axes]]:
     """An empty figure with `columns` styled axes side by side."""
+    # Imported here, as in the other functions: matplotlib is slow to import, and few commands draw.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width / POINTS_PER_INCH, height / POINTS_PER_INCH), layout="constrained")
@@ -104,7 +109,7 @@ def canvas(columns: int, *, colour: Colour, width: float, height: float) -> tupl
 
 
 def draw_on(axes: Axes, panel: Panel, *, colour: Colour) -> Titles:
-    """Draw `panel` on styled axes; returns the tooltips of its markers by artist gid."""
+    """Draw a panel on styled axes; returns the tooltips of its markers by artist gid."""
     if panel.log_x:
         axes.set_xscale("log")
     if panel.diagonal:
@@ -116,22 +121,22 @@ def draw_on(axes: Axes, panel: Panel, *, colour: Colour) -> Titles:
     titles = {}
     for index, series in enumerate(panel.series):
         gid = f"points-{index}"
-        draw_one = _draw_dodged if panel.bars else _draw_line
-        draw_one(axes, series, gid, colour, _dodge(index, len(panel.series)))
+        draw_series = _draw_dodged if panel.bars else _draw_line
+        draw_series(axes, series, gid, colour, _dodge(index, len(panel.series)))
         titles[gid] = [_tooltip(series, x, point, panel) for x, point in zip(series.xs, series.points, strict=True)]
     _finish(axes, panel, colour)
     return titles
 
 
 def legend_on(figure: Figure, panels: Sequence[Panel], *, colour: Colour) -> None:
-    """One legend below all axes; the page has its own in HTML, a figure that stands alone needs this one."""
+    """Draw one legend below all axes. The page has its legends in HTML; a figure in a file needs its own."""
     from matplotlib.lines import Line2D
 
     labels = [each.label for panel in panels for each in panel.series if each.xs]
     labels += [level.label for panel in panels for level in panel.levels]
     handles = []
     for label in dict.fromkeys(labels):
-        style = look(label)
+        style = method_style(label)
         tint = colour(style.role)
         line = Line2D(
             [], [], color=tint, linewidth=2, marker=style.marker or "none", markersize=7, label=_literal(style.name)
@@ -163,7 +168,7 @@ def _style(axes: Axes, colour: Colour) -> None:
 
 
 def _draw_level(axes: Axes, level: Level, colour: Colour) -> None:
-    style = look(level.label)
+    style = method_style(level.label)
     if level.value.has_interval and not style.dash:
         axes.axhspan(level.value.low, level.value.high, color=colour(style.role), alpha=0.07, linewidth=0, zorder=1)
     line = axes.axhline(level.value.mean, color=colour(style.role), linewidth=1.6, zorder=2)
@@ -172,10 +177,12 @@ def _draw_level(axes: Axes, level: Level, colour: Colour) -> None:
 
 
 def _draw_line(axes: Axes, series: Series, gid: str, colour: Colour, _: float) -> None:
-    style = look(series.label)
+    style = method_style(series.label)
     tint = colour(style.role)
     points = series.points
+    # Two lines of one method have its colour, so their dashes must differ; the method's own dash is not used.
     dash = {"hollow": (3, 2.5), "solid": ()}.get(series.variant, style.dash)
+    # A band needs an interval at every point; otherwise each interval is a bar.
     if len(points) > 1 and all(point.has_interval for point in points):
         lows, highs = [point.low for point in points], [point.high for point in points]
         axes.fill_between(series.xs, lows, highs, color=tint, alpha=0.11, linewidth=0, zorder=2)
@@ -187,26 +194,30 @@ def _draw_line(axes: Axes, series: Series, gid: str, colour: Colour, _: float) -
         line.set_dashes(dash)
     if series.faint:
         line.set_alpha(0.75)
+    # A line of a single point would be invisible.
     if not series.faint or len(points) == 1:
         _draw_markers(axes, series, series.xs, gid, colour)
 
 
 def _draw_dodged(axes: Axes, series: Series, gid: str, colour: Colour, offset: float) -> None:
     xs = [x + offset for x in series.xs]
-    _draw_bars(axes, xs, series.points, colour(look(series.label).role))
+    _draw_bars(axes, xs, series.points, colour(method_style(series.label).role))
     _draw_markers(axes, series, xs, gid, colour)
 
 
 def _draw_bars(axes: Axes, xs: Sequence[float], points: Sequence[ReportedEstimate], tint: str) -> None:
-    known = [(x, point) for x, point in zip(xs, points, strict=True) if point.has_interval]
-    axes.vlines([x for x, _ in known], [p.low for _, p in known], [p.high for _, p in known], color=tint, linewidth=2)
+    bounded = [(x, point) for x, point in zip(xs, points, strict=True) if point.has_interval]
+    lows, highs = [point.low for _, point in bounded], [point.high for _, point in bounded]
+    axes.vlines([x for x, _ in bounded], lows, highs, color=tint, linewidth=2)
 
 
 def _draw_markers(axes: Axes, series: Series, xs: Sequence[float], gid: str, colour: Colour) -> None:
-    style = look(series.label)
+    style = method_style(series.label)
     tint = colour(style.role)
+    # A mark has an outline in the colour of the ground, which keeps overlapping marks apart.
     face = colour("surface") if series.variant == "hollow" else tint
     edge = colour("surface") if face == tint else tint
+    # Marks are a separate artist: its gid finds them in the SVG, where they get their tooltips.
     axes.plot(
         xs,
         [point.mean for point in series.points],
@@ -222,6 +233,7 @@ def _draw_markers(axes: Axes, series: Series, xs: Sequence[float], gid: str, col
 
 
 def _dodge(index: int, count: int) -> float:
+    # At most 0.6 wide: categories are 1 apart, and a gap between them has to stay.
     return 0.0 if count < 2 else (index / (count - 1) - 0.5) * min(0.6, 0.13 * count)
 
 
@@ -238,7 +250,7 @@ def _finish(axes: Axes, panel: Panel, colour: Colour) -> None:
     if panel.log_x:
         _log_ticks(axes)
     elif not panel.ticks and not panel.diagonal:
-        _whole_ticks(axes, {x for series in panel.series for x in series.xs})
+        _integer_ticks(axes, {x for series in panel.series for x in series.xs})
     if panel.bars:
         positions = [x for x, _ in panel.ticks]
         axes.set_xlim(min(positions) - 0.5, max(positions) + 0.5)
@@ -253,13 +265,14 @@ def _finish(axes: Axes, panel: Panel, colour: Colour) -> None:
 
 
 def _literal(text: str) -> str:
-    """Names come from users: a dollar sign in one is no formula."""
+    """Text from users, with its dollar signs escaped: matplotlib would read a formula."""
     return text.replace("$", r"\$")
 
 
-def _whole_ticks(axes: Axes, places: set[float]) -> None:
-    if len(places) == 1:
-        axes.set_xticks(list(places))
+def _integer_ticks(axes: Axes, xs: set[float]) -> None:
+    # For a single x the locator would choose ticks between integers.
+    if len(xs) == 1:
+        axes.set_xticks(list(xs))
     else:
         axes.xaxis.get_major_locator().set_params(integer=True)
 
@@ -276,5 +289,5 @@ def _tooltip(series: Series, x: float, point: ReportedEstimate, panel: Panel) ->
     tick = dict(panel.ticks).get(x) or (percent(x) if panel.diagonal else f"{x:g}")
     shown = percent if panel.fractions else "{:.3g}".format
     interval = f" [{shown(point.low)}, {shown(point.high)}]" if point.has_interval else ""
-    who = f"{look(series.label).name} {series.note}".strip()
+    who = f"{method_style(series.label).name} {series.note}".strip()
     return f"{who}, {panel.unit or panel.x_label} {tick}: {shown(point.mean)}{interval}"

@@ -1,12 +1,22 @@
-"""The result in words, computed from the results alone: it says so when there is no gain, or none that is certain."""
+"""The result in words, computed from the results alone. It says when there is no gain, or no certain one."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from jaxprm.report.blocks import sample_words
-from jaxprm.report.labels import ALIASES, THIN_SPACE, name, percent, plural, search_name, signed_points, split_search
+from jaxprm.report.labels import (
+    ALIASES,
+    THIN_SPACE,
+    method_name,
+    number,
+    percent,
+    plural,
+    search_name,
+    signed_points,
+    split_search,
+)
 from jaxprm.report.results import ReportedEstimate, RunResults
 
 PREFERRED = ("agentprm", "pvm", "orm", "mc")
@@ -15,7 +25,10 @@ FEW_TASKS = 50
 
 
 class Headline(NamedTuple):
-    """`claim` is the title, `detail` the sentence below; `label` and `size` say which guided search they speak of."""
+    """The claim is the page's title, the detail the sentence below it.
+
+    label, size: the method and the beam of the guided search that is compared, None where there is none.
+    """
 
     claim: str
     detail: str
@@ -25,27 +38,24 @@ class Headline(NamedTuple):
 
 
 def headline(results: RunResults) -> Headline:
-    """Plain policy against beam search with AgentPRM at 4x4; where that was not run, the next method and size that was.
-
-    The order of preference is fixed, so no result chooses its own headline.
-    """
+    """Compare the plain policy with beam search by AgentPRM at 4x4, or by the next method and size that was run."""
     plain = results.baseline("sampled")
     guided = _guided(results)
     if guided is None:
         alone = f"The policy alone solves {percent(plain.mean)} of unseen tasks. " if plain else ""
         return Headline(f"{alone}No guided search was measured in this run.", "", "unknown")
-    label, size, found = guided
+    label, size, success = guided
     if plain is None:
-        claim = f"Guided by {name(label)}, the policy solves {percent(found.mean)} of unseen tasks."
+        claim = f"Guided by {method_name(label)}, the policy solves {percent(success.mean)} of unseen tasks."
         return Headline(claim, "The policy alone was not measured in this run.", "unknown", label, size)
     difference = paired_with_policy(results, label, size)
     verdict = _verdict(difference)
     detail = _detail(verdict, size, difference, results)
-    return Headline(_claim(verdict, label, plain, found), detail, verdict, label, size)
+    return Headline(_claim(verdict, label, plain, success), detail, verdict, label, size)
 
 
 def paired_with_policy(results: RunResults, label: str, size: str) -> ReportedEstimate | None:
-    """Mean of (`label` with this beam minus plain policy) over the same tasks, None when it was not computed."""
+    """Mean over tasks of the success of `label` with this beam minus that of the plain policy, None if not computed."""
     for pair in results.paired:
         if pair.mean is None or split_search(pair.at) != ("beam", size):
             continue
@@ -57,8 +67,23 @@ def paired_with_policy(results: RunResults, label: str, size: str) -> ReportedEs
     return None
 
 
+def sample_words(results: RunResults, estimates: Sequence[ReportedEstimate]) -> str:
+    """What the means were taken over, for a caption: " (120 tasks, 3 seeds)"; empty when neither is known."""
+    counts = sorted({estimate.n for estimate in estimates if estimate.n is not None})
+    words = []
+    if counts:
+        span = plural(counts[0], "task") if len(counts) == 1 else f"{number(counts[0])} to {number(counts[-1])} tasks"
+        words.append(span)
+    seeds = results.provenance.get("seeds") if isinstance(results.provenance, dict) else None
+    if isinstance(seeds, list) and seeds:
+        words.append(plural(len(seeds), "seed"))
+    return f" ({', '.join(words)})" if words else ""
+
+
 def _guided(results: RunResults) -> tuple[str, str, ReportedEstimate] | None:
+    """The label, size and success of the search that the headline reports."""
     measured = [label for label in results.with_search("beam") if label != "random"]
+    # The order of preference is fixed: the headline does not depend on which result looks best.
     for label in sorted(measured, key=lambda each: PREFERRED.index(each) if each in PREFERRED else len(PREFERRED)):
         curve = results.curve(label, "beam")
         size = PREFERRED_BEAM if PREFERRED_BEAM in curve else next(iter(curve))
@@ -74,8 +99,8 @@ def _verdict(difference: ReportedEstimate | None) -> Literal["better", "unclear"
     return "worse" if difference.high < 0 else "unclear"
 
 
-def _claim(verdict: str, label: str, plain: ReportedEstimate, found: ReportedEstimate) -> str:
-    alone, guided, model = percent(plain.mean), percent(found.mean), name(label)
+def _claim(verdict: str, label: str, plain: ReportedEstimate, success: ReportedEstimate) -> str:
+    alone, guided, model = percent(plain.mean), percent(success.mean), method_name(label)
     return {
         "better": f"Guided by {model}, the policy solves {guided} of unseen tasks. Alone it solves {alone}.",
         "worse": f"Guided by {model}, the policy solves fewer unseen tasks: {guided}. Alone it solves {alone}.",
@@ -86,7 +111,7 @@ def _claim(verdict: str, label: str, plain: ReportedEstimate, found: ReportedEst
 
 def _detail(verdict: str, size: str, difference: ReportedEstimate | None, results: RunResults) -> str:
     if difference is None:
-        return f"{_sentence(search_name(f'beam {size}'))}. The paired difference was not computed."
+        return f"{_capitalized(search_name(f'beam {size}'))}. The paired difference was not computed."
     interval = ""
     if difference.has_interval:
         interval = f", 95{THIN_SPACE}% interval {signed_points(difference.low)} to {signed_points(difference.high)}"
@@ -99,10 +124,10 @@ def _detail(verdict: str, size: str, difference: ReportedEstimate | None, result
     small = difference.n is not None and difference.n < FEW_TASKS
     caution = f" Only {plural(difference.n, 'task')}: enough to see that it runs, not to conclude." if small else ""
     return (
-        f"{_sentence(search_name(f'beam {size}'))} against one plain sample, paired by task"
+        f"{_capitalized(search_name(f'beam {size}'))} against one plain sample, paired by task"
         f"{sample_words(results, [difference])}: {signed_points(difference.mean)} points{interval}. {meaning}{caution}"
     )
 
 
-def _sentence(text: str) -> str:
+def _capitalized(text: str) -> str:
     return re.sub(r"^\w", lambda first: first[0].upper(), text)

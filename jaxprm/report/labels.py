@@ -1,4 +1,4 @@
-"""Names, colours, markers and number formats: one look per method, in every figure and table.
+"""Names, colours, markers and number formats: one style per method, in every figure and table.
 
 Colours follow Okabe and Ito, so that the common kinds of colour blindness keep them apart; a marker and a dash
 pattern say the same again. Each role has a light and a dark value and reaches the page as the CSS variable `--<role>`.
@@ -15,11 +15,16 @@ from jaxprm.search.methods import SEARCHES
 
 THIN_SPACE = "\u202f"
 MINUS = "\u2212"
+BAND = f"95{THIN_SPACE}% bootstrap interval over tasks and seeds"
 RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-class Look(NamedTuple):
-    """How a line is drawn. `dash` is in points (on, off, ...), empty for a solid line; `marker` is matplotlib's."""
+class MethodStyle(NamedTuple):
+    """The name of a method and how its line is drawn.
+
+    role: the colour, a key of COLOURS. marker: matplotlib's name of it, empty for none. dash: lengths on and off in
+    points, empty for a solid line.
+    """
 
     name: str
     role: str
@@ -48,16 +53,16 @@ COLOURS: dict[str, tuple[str, str]] = {
     "bad": ("#a63d00", "#f39a5f"),
 }
 
-LOOKS = {
-    "agentprm": Look("AgentPRM", "agentprm", "o"),
-    "agentprm_no_progress": Look("AgentPRM without progress loss", "ablation", "D", (5, 2)),
-    "pvm": Look("PVM", "pvm", "s", (7, 2, 1.5, 2)),
-    "orm": Look("ORM", "orm", "^", (3, 1.5)),
-    "mc": Look("Monte Carlo", "extra1", "P", (4, 1.5, 1, 1.5)),
-    "random": Look("Random scores", "random", "X", (1.5, 2)),
-    "oracle": Look("Oracle", "oracle", "v", (9, 3)),
-    "policy": Look("Plain policy", "ink"),
-    "greedy": Look("Greedy policy", "ink", "", (1.5, 2.5)),
+METHOD_STYLES = {
+    "agentprm": MethodStyle("AgentPRM", "agentprm", "o"),
+    "agentprm_no_progress": MethodStyle("AgentPRM without progress loss", "ablation", "D", (5, 2)),
+    "pvm": MethodStyle("PVM", "pvm", "s", (7, 2, 1.5, 2)),
+    "orm": MethodStyle("ORM", "orm", "^", (3, 1.5)),
+    "mc": MethodStyle("Monte Carlo", "extra1", "P", (4, 1.5, 1, 1.5)),
+    "random": MethodStyle("Random scores", "random", "X", (1.5, 2)),
+    "oracle": MethodStyle("Oracle", "oracle", "v", (9, 3)),
+    "policy": MethodStyle("Plain policy", "ink"),
+    "greedy": MethodStyle("Greedy policy", "ink", "", (1.5, 2.5)),
 }
 ALIASES = {"sampled": "policy", "plain": "policy", "policy_sampled": "policy", "policy_greedy": "greedy"}
 EXTRA_MARKERS = ("P", "h", "*")
@@ -72,17 +77,18 @@ METRICS = {
 }
 
 
-def look(label: str) -> Look:
-    """The look of a method or line; a label unknown here gets its own name and one of the spare colours."""
+def method_style(label: str) -> MethodStyle:
+    """The style of a method or baseline; an unknown label keeps its name and gets one of the spare colours."""
     label = ALIASES.get(label, label)
-    if label in LOOKS:
-        return LOOKS[label]
+    if label in METHOD_STYLES:
+        return METHOD_STYLES[label]
+    # A hash of the label: the same method has the same style in every run, whichever others are measured.
     marker, colour = divmod(zlib.crc32(label.encode()) % 9, 3)
-    return Look(label, f"extra{colour + 1}", EXTRA_MARKERS[marker], (4, 1.5, 1, 1.5))
+    return MethodStyle(label, f"extra{colour + 1}", EXTRA_MARKERS[marker], (4, 1.5, 1, 1.5))
 
 
-def name(label: str) -> str:
-    return look(label).name
+def method_name(label: str) -> str:
+    return method_style(label).name
 
 
 # Ways to choose among whole trajectories; searches of actions bring their own words (jaxprm/search/methods.py).
@@ -95,6 +101,7 @@ def search_name(at: str, custom: Mapping[str, str] = MappingProxyType({})) -> st
     custom: words for searches from outside the package, by kind, with "{}" for the size.
     """
     kind, size = split_search(at, custom)
+    # A beam that keeps one path is best-of-K at every step.
     if kind == "beam" and size.startswith("1x"):
         kind, size = "stepwise", size[2:]
     words = {**_BEST_OF_N, **{kind: method.label for kind, method in SEARCHES.items()}, **custom}
@@ -119,6 +126,11 @@ def split_search(at: str, custom: Collection[str] = ()) -> tuple[str, str]:
 def percent(value: float, digits: int = 1) -> str:
     """A fraction as per cent: 0.4125 -> "41.3 %"."""
     return f"{value * 100:.{digits}f}{THIN_SPACE}%".replace("-", MINUS)
+
+
+def bare_percent(value: float) -> str:
+    """A fraction in per cent without the sign, for the bounds of an interval: 0.4125 -> "41.2"."""
+    return f"{value * 100:.1f}"
 
 
 def signed_points(value: float, digits: int = 1) -> str:
@@ -151,10 +163,11 @@ def compact(value: float) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds as people say them: 71.2 -> "1 min 11 s", 8.4 -> "8.4 s", 7300 -> "2 h 2 min"."""
+    # Above 59.95, one decimal would read "60.0 s".
     if seconds < 59.95:
         return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    minutes, full_seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {full_seconds} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def plural(count: float, unit: str) -> str:

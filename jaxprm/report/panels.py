@@ -1,4 +1,4 @@
-"""Which panels a run's results give. A panel holds only what was measured; a panel without points is left out."""
+"""The panels of a run's results. A panel holds only what was measured; a panel without points is left out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from jaxprm.report.figures import Level, Panel, Series, shared_limits
-from jaxprm.report.labels import METRICS, name
+from jaxprm.report.labels import METRICS, method_name
 from jaxprm.report.results import ReportedEstimate, RunResults, is_number, size_key
 
 T = TypeVar("T")
@@ -22,32 +22,32 @@ MAX_TICKS = 8
 MAX_POINTS = 200
 
 
-def present(panels: Iterable[Panel]) -> list[Panel]:
+def non_empty(panels: Iterable[Panel]) -> list[Panel]:
     """The panels that have something to show."""
     return [panel for panel in panels if not panel.empty]
 
 
 def levels(results: RunResults) -> list[Level]:
-    """The plain and the greedy policy, as far as they were measured."""
-    found = {"policy": results.baseline("sampled"), "greedy": results.baseline("greedy")}
-    return [Level(label=label, value=value) for label, value in found.items() if value]
+    """The plain and the greedy policy, where they were measured."""
+    baselines = {"policy": results.baseline("sampled"), "greedy": results.baseline("greedy")}
+    return [Level(label=label, value=value) for label, value in baselines.items() if value]
 
 
 def beam_panel(results: RunResults) -> Panel:
     """Success by beam size, one dodged mark per method."""
     sizes = sorted({size for label in results.methods for size in results.curve(label, "beam")}, key=size_key)
-    place = {size: float(index) for index, size in enumerate(sizes)}
+    position = {size: float(index) for index, size in enumerate(sizes)}
     return _with_limits(
         Panel(
             title="Beam search",
             x_label="beam: kept × actions tried for each",
             y_label="tasks solved",
             series=[
-                _series(label, {place[size]: point for size, point in results.curve(label, "beam").items()})
+                _series(label, {position[size]: point for size, point in results.curve(label, "beam").items()})
                 for label in results.with_search("beam")
             ],
             levels=levels(results),
-            ticks=[(place[size], size.replace("x", "×")) for size in sizes],
+            ticks=[(position[size], size.replace("x", "×")) for size in sizes],
             bars=True,
             unit="beam",
         )
@@ -55,8 +55,8 @@ def beam_panel(results: RunResults) -> Panel:
 
 
 def scaling_panels(results: RunResults) -> list[Panel]:
-    """Success against N, for every search that takes the best of N; the oracle stands with whole trajectories."""
-    panels = present(_scaling_panel(results, *search) for search in SCALING)
+    """Success against N, for every search that picks the best of N; the oracle is in the panel of best-of-N."""
+    panels = non_empty(_scaling_panel(results, *search) for search in SCALING)
     limits = shared_limits(panels)
     return [replace(panel, limits=limits) for panel in panels]
 
@@ -71,6 +71,7 @@ def _scaling_panel(results: RunResults, search: str, title: str, x_label: str) -
         x_label=x_label,
         y_label="tasks solved",
         series=[
+            # N doubles from size to size: in log2 the sizes are evenly spaced.
             _series(label, {math.log2(int(size)): point for size, point in curve.items() if _is_count(size)})
             for label, curve in curves.items()
         ],
@@ -87,7 +88,7 @@ def value_panels(results: RunResults) -> list[Panel]:
         failure = {row.depth: row.failure for row in rows}
         panels.append(
             Panel(
-                title=name(label),
+                title=method_name(label),
                 x_label="step of the trajectory",
                 y_label="mean promise",
                 series=[
@@ -98,7 +99,7 @@ def value_panels(results: RunResults) -> list[Panel]:
                 unit="step",
             )
         )
-    panels = [_with_depth_ticks(panel) for panel in present(panels)]
+    panels = [_with_depth_ticks(panel) for panel in non_empty(panels)]
     limits = shared_limits(panels)
     return [replace(panel, limits=limits) for panel in panels]
 
@@ -106,7 +107,7 @@ def value_panels(results: RunResults) -> list[Panel]:
 def auroc_panels(results: RunResults) -> list[Panel]:
     """How well step values tell success from failure by step, over all steps and within a task."""
     kinds = (("auroc", "Over all tasks"), ("auroc_within_task", "Within a task"))
-    panels = present(
+    panels = non_empty(
         Panel(
             title=title,
             x_label="step of the trajectory",
@@ -122,6 +123,7 @@ def auroc_panels(results: RunResults) -> list[Panel]:
         for kind, title in kinds
     )
     limits = shared_limits(panels)
+    # Chance, at 0.5, is always in view.
     return [replace(_with_depth_ticks(panel), limits=(min(limits[0], 0.4), max(limits[1], 0.6))) for panel in panels]
 
 
@@ -139,6 +141,7 @@ def calibration_panel(results: RunResults) -> Panel:
     )
     reach = [x for each in series for x in each.xs]
     low, high = shared_limits([panel]) or (0.0, 1.0)
+    # The margin keeps markers at 0 and 1 clear of the axes.
     margin = 0.02
     return replace(
         panel,
@@ -148,8 +151,8 @@ def calibration_panel(results: RunResults) -> Panel:
 
 
 def training_panels(results: RunResults) -> list[Panel]:
-    """One panel per logged quantity, one line per method and seed, each thinned to MAX_POINTS."""
-    return present(
+    """One panel per logged quantity, one line per method and seed, each of at most MAX_POINTS points."""
+    return non_empty(
         Panel(
             title=METRICS[metric],
             x_label="training step",
@@ -166,16 +169,16 @@ def training_panels(results: RunResults) -> list[Panel]:
     )
 
 
-def thin(items: Sequence[T], most: int) -> list[T]:
-    """At most `most` of `items`, evenly spaced, the first and the last among them."""
-    if len(items) <= most:
+def evenly_spaced(items: Sequence[T], limit: int) -> list[T]:
+    """At most `limit` of the items, evenly spaced, with the first and the last."""
+    if len(items) <= limit:
         return list(items)
-    return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]
+    return [items[round(index * (len(items) - 1) / (limit - 1))] for index in range(limit)]
 
 
 def _logged(rows: Sequence[Mapping[str, float | None]], metric: str) -> dict[float, ReportedEstimate]:
-    known = [(row["step"], row[metric]) for row in rows if row.get("step") is not None and row.get(metric) is not None]
-    return {step: ReportedEstimate(value) for step, value in thin(known, MAX_POINTS)}
+    logged = [(row["step"], row[metric]) for row in rows if row.get("step") is not None and row.get(metric) is not None]
+    return {step: ReportedEstimate(value) for step, value in evenly_spaced(logged, MAX_POINTS)}
 
 
 def compute_panel(results: RunResults) -> Panel:
@@ -201,18 +204,20 @@ def compute_panel(results: RunResults) -> Panel:
 def _spent(
     compute: Mapping[str, Any], label: str, curve: dict[str, ReportedEstimate]
 ) -> Iterator[tuple[float, ReportedEstimate]]:
+    # The counts have no checked form: what is not as expected is not drawn.
     for size, point in curve.items():
-        found: Any = compute
+        counts: Any = compute
         for key in ("methods", label, size):
-            found = found.get(key) if isinstance(found, Mapping) else None
-        tokens = [found.get(kind) for kind in ("policy_tokens", "reward_tokens")] if isinstance(found, Mapping) else []
+            counts = counts.get(key) if isinstance(counts, Mapping) else None
+        kinds = ("policy_tokens", "reward_tokens")
+        tokens = [counts.get(kind) for kind in kinds] if isinstance(counts, Mapping) else []
         if tokens and all(is_number(count) for count in tokens) and sum(tokens) > 0:
             yield float(sum(tokens)), point
 
 
-def _series(label: str, curve: Mapping[float, ReportedEstimate | None], **how: Any) -> Series:
-    known = {x: curve[x] for x in sorted(curve) if curve[x] is not None and curve[x].mean is not None}
-    return Series(label=label, xs=list(known), points=list(known.values()), **how)
+def _series(label: str, curve: Mapping[float, ReportedEstimate | None], **options: Any) -> Series:
+    measured = {x: curve[x] for x in sorted(curve) if curve[x] is not None and curve[x].mean is not None}
+    return Series(label=label, xs=list(measured), points=list(measured.values()), **options)
 
 
 def _with_limits(panel: Panel) -> Panel:
@@ -224,6 +229,6 @@ def _is_count(size: str) -> bool:
 
 
 def _with_depth_ticks(panel: Panel) -> Panel:
-    known = sorted({depth for series in panel.series for depth in series.xs})
-    stride = max(1, math.ceil(len(known) / MAX_TICKS))
-    return replace(panel, ticks=[(depth, f"{depth:g}") for depth in known[::stride]])
+    depths = sorted({depth for series in panel.series for depth in series.xs})
+    stride = max(1, math.ceil(len(depths) / MAX_TICKS))
+    return replace(panel, ticks=[(depth, f"{depth:g}") for depth in depths[::stride]])

@@ -1,4 +1,4 @@
-"""Read `results.json` and `search/trees.json`: what is missing is tolerated, what is wrong is not."""
+"""Read `results.json` and `search/trees.json`. A missing part is accepted, a part of the wrong form is an error."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from jaxprm.errors import UserError
 from jaxprm.search.methods import SEARCHES
 
 T = TypeVar("T")
-AGGREGATED = tuple(f"best_of_n_{how}" for how in ("mean", "min", "max", "product", "sum", "vote", "weighted_vote"))
+AGGREGATED = tuple(f"best_of_n_{rule}" for rule in ("mean", "min", "max", "product", "sum", "vote", "weighted_vote"))
 # Searches with figures of their own; all others share a table.
 _SHOWN_ALONE = ("best_of_n", "prefix_best_of_n", "stepwise", "beam")
 TREE_SEARCHES = tuple(kind for kind in SEARCHES if kind not in _SHOWN_ALONE)
 
 
 class ReportedEstimate(msgspec.Struct, frozen=True):
-    """A measured mean with its 95 % interval over n units; any part may be unknown."""
+    """A measured mean with its 95 % interval over n units; each part may be missing."""
 
     mean: float | None = None
     low: float | None = None
@@ -32,7 +32,9 @@ class ReportedEstimate(msgspec.Struct, frozen=True):
         return self.low is not None and self.high is not None
 
     def negated(self) -> ReportedEstimate:
-        return ReportedEstimate(*(None if v is None else -v for v in (self.mean, self.high, self.low)), self.n)
+        return ReportedEstimate(
+            *(None if value is None else -value for value in (self.mean, self.high, self.low)), self.n
+        )
 
 
 Curve = dict[str, ReportedEstimate | None]
@@ -55,7 +57,7 @@ class Paired(msgspec.Struct, frozen=True):
 
 
 class EqualBudget(msgspec.Struct, frozen=True):
-    """A search, and best of the n trajectories that cost as much."""
+    """A search, and best-of-n at the same cost; `capped` where the pool has fewer than n trajectories."""
 
     label: str
     at: str
@@ -68,7 +70,7 @@ class EqualBudget(msgspec.Struct, frozen=True):
 
 
 class NeededBudget(msgspec.Struct, frozen=True):
-    """How many times less budget a needs to reach the best-of-`at` of b; 0 where it does not."""
+    """How many times less budget best-of-N by a needs to reach best-of-`at` by b; 0 where it does not reach it."""
 
     a: str
     b: str
@@ -105,7 +107,7 @@ class CustomSearch(msgspec.Struct, frozen=True):
 
 
 class RunResults(msgspec.Struct, frozen=True):
-    """What one run measured. Every part is optional: a page shows the parts that exist.
+    """The measurements of one run. Every part is optional: the page shows the parts that exist.
 
     `methods[label][search][size]`, with a known search or one of `searches`; other keys of a method are left out.
     `searches` are those from outside the package, by kind.
@@ -114,6 +116,7 @@ class RunResults(msgspec.Struct, frozen=True):
     name: str | None = None
     policy: Curve = {}
     oracle: Curve = {}
+    # Other keys of a method may have any form; load_results checks the searches.
     methods: dict[str, dict[str, Any]] = {}
     paired: list[Paired] = []
     value_by_depth: dict[str, list[DepthRow]] = {}
@@ -133,26 +136,29 @@ class RunResults(msgspec.Struct, frozen=True):
         return {kind: search.label for kind, search in self.searches.items()}
 
     def curve(self, label: str, search: str) -> dict[str, ReportedEstimate]:
-        """Measured points of one method under one search, by size in ascending order; empty when it was not run."""
+        """The measured points of one method under one search, by ascending size; empty if it was not run."""
         return _measured(self.methods.get(label, {}).get(search) or {})
 
     def at(self, label: str, search: str, size: str) -> ReportedEstimate | None:
         return self.curve(label, search).get(size)
 
     def with_search(self, search: str) -> list[str]:
-        """Labels of the methods that were measured under `search`, in the file's order."""
+        """The labels of the methods that were measured under this search, in the file's order."""
         return [label for label in self.methods if self.curve(label, search)]
 
     def oracle_curve(self) -> dict[str, ReportedEstimate]:
         return _measured(self.oracle)
 
     def baseline(self, name: str) -> ReportedEstimate | None:
-        """`sampled` or `greedy` policy, None when it was not measured."""
+        """The success of the policy alone, "sampled" or "greedy"; None if it was not measured."""
         return _measured(self.policy).get(name)
 
 
 class TreeNode(msgspec.Struct, frozen=True):
-    """One candidate action of a search tree; parent 0 is the prompt."""
+    """One candidate action of a search tree; parent 0 is the prompt.
+
+    looked: the promise that looking ahead from it found, absent in searches that do not look ahead.
+    """
 
     id: int
     parent: int = 0
@@ -165,10 +171,11 @@ class TreeNode(msgspec.Struct, frozen=True):
     count: int = 1
     done: bool = False
     outcome: float | None = None
+    looked: float | msgspec.UnsetType = msgspec.UNSET
 
 
 class SearchTree(msgspec.Struct, frozen=True):
-    """One searched task: every candidate that was scored, and which of them was returned."""
+    """The search of one task: every scored candidate, and the id of the returned one."""
 
     task: str
     nodes: list[TreeNode] = []
@@ -189,25 +196,27 @@ def is_number(value: Any) -> bool:
 def size_key(size: str) -> tuple:
     """Sort key of a search size: "4" before "16", "2x2" before "4x4", anything else last."""
     numbers = [int(part) for part in re.findall(r"\d+", size)]
+    # The text decides last, so that the order does not depend on the order in the file.
     return (not numbers, numbers, size)
 
 
 def load_results(path: Path) -> RunResults:
-    """Read results.json. Raises UserError when it is missing or does not have the documented form."""
+    """Read results.json. Raises UserError if it is missing or does not have the documented form."""
     results = _decode(path, RunResults)
     kinds = (*_SHOWN_ALONE, *TREE_SEARCHES, *results.searches, *AGGREGATED)
     methods = {
-        label: {kind: _convert(path, label, kind, by_kind[kind]) for kind in kinds if by_kind.get(kind)}
-        for label, by_kind in results.methods.items()
+        label: {kind: _convert(path, label, kind, curves[kind]) for kind in kinds if curves.get(kind)}
+        for label, curves in results.methods.items()
     }
     return msgspec.structs.replace(results, methods=methods)
 
 
 def load_trees(path: Path) -> list[SearchTree]:
-    """Read trees.json; no file means no trees. Raises UserError for another form or a node whose parent is unknown."""
+    """Read trees.json; no file means no trees. Raises UserError for another form or a node without its parent."""
     if not path.exists():
         return []
     trees = _decode(path, list[SearchTree])
+    # The viewer draws a tree in one pass over its nodes, so a parent has to come first.
     for index, tree in enumerate(trees):
         for node in _orphans(tree):
             raise UserError(
@@ -234,11 +243,12 @@ def _convert(path: Path, label: str, search: str, curve: Any) -> Curve:
 
 
 def _measured(curve: Curve) -> dict[str, ReportedEstimate]:
-    known = {size: found for size, found in curve.items() if found is not None and found.mean is not None}
-    return dict(sorted(known.items(), key=lambda item: size_key(item[0])))
+    measured = {size: point for size, point in curve.items() if point is not None and point.mean is not None}
+    return dict(sorted(measured.items(), key=lambda item: size_key(item[0])))
 
 
 def _orphans(tree: SearchTree) -> Iterator[TreeNode]:
+    """The nodes whose parent is not listed before them, or whose id is taken: the viewer could not draw them."""
     seen = {0}
     for node in tree.nodes:
         if node.parent not in seen or node.id in seen:

@@ -1,6 +1,6 @@
 """Turn a matplotlib figure into SVG that follows the page's theme and its Content-Security-Policy.
 
-The figure is drawn in marker colours, one per role, which become `var(--role)`. Inline style attributes and style
+The figure is drawn in placeholder colours, one per role, which become `var(--role)`. Inline style attributes and style
 elements become presentation attributes, since the policy allows only the page's own stylesheet.
 """
 
@@ -19,27 +19,29 @@ if TYPE_CHECKING:
 SVG = "http://www.w3.org/2000/svg"
 XLINK = "http://www.w3.org/1999/xlink"
 FONTS = "ui-sans-serif, system-ui, -apple-system, 'Segoe UI', Roboto, Helvetica, Arial, sans-serif"
-MARKERS = {role: f"#fe00{index:02x}" for index, role in enumerate(COLOURS)}
-ROLE_OF = {colour: role for role, colour in MARKERS.items()}
+# Matplotlib accepts no CSS variables, so each role is drawn in a colour that no figure uses otherwise.
+PLACEHOLDERS = {role: f"#fe00{index:02x}" for index, role in enumerate(COLOURS)}
+ROLE_OF = {colour: role for role, colour in PLACEHOLDERS.items()}
 
 
 def themed_colour(role: str) -> str:
-    """The colour to draw `role` in when the figure is to follow the page's theme."""
-    return MARKERS[role]
+    """The colour that stands for a role in a figure that follows the theme of the page."""
+    return PLACEHOLDERS[role]
 
 
 def light_colour(role: str) -> str:
-    """The colour to draw `role` in when the figure has to be a bitmap."""
+    """The colour of a role in a bitmap, which has no theme."""
     return COLOURS[role][0]
 
 
 def inline_svg(figure: Figure, prefix: str, label: str, titles: dict[str, list[str]]) -> str:
-    """SVG for the inside of an HTML page.
+    """SVG to be embedded in an HTML page.
 
-    `prefix` keeps ids unique on the page, `label` is read aloud for the image, `titles[gid][k]` is the tooltip of
-    the k-th marker of the artist with that gid.
+    prefix: keeps ids unique on the page. label: the image's description for screen readers. titles: `titles[gid][k]` is
+    the tooltip of the k-th marker of the artist with that gid.
     """
     root = _themed(figure, prefix, titles)
+    # Without a size, the drawing fills its panel and keeps the proportions of its viewBox.
     for name in ("width", "height"):
         root.attrib.pop(name, None)
     root.set("role", "img")
@@ -50,7 +52,7 @@ def inline_svg(figure: Figure, prefix: str, label: str, titles: dict[str, list[s
 
 
 def standalone_svg(figure: Figure, label: str) -> str:
-    """SVG as a file of its own: light, or dark where the viewer prefers it."""
+    """SVG for a separate file: light, or dark where the reader prefers it."""
     root = _themed(figure, "f", {})
     root.set("role", "img")
     root.set("aria-label", label)
@@ -68,16 +70,19 @@ def _themed(figure: Figure, prefix: str, titles: dict[str, list[str]]) -> Elemen
     import matplotlib
 
     buffer = io.StringIO()
+    # Text stays text, to be searched and read aloud. A fixed salt and no date make the same figure the same bytes.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     root = ElementTree.fromstring(buffer.getvalue())
     _remove(root, f"{{{SVG}}}metadata")
     _remove(root, f"{{{SVG}}}style")
-    # What matplotlib's style element says for every shape.
+    # Matplotlib's style element sets this for every shape.
     root.set("stroke-linejoin", "round")
     for element in root.iter():
         _title_markers(element, titles.get(element.get("id", ""), []))
-    used = set(re.findall(r"#([\w.-]+)", " ".join(v for e in root.iter() for v in e.attrib.values())))
+    used = set(
+        re.findall(r"#([\w.-]+)", " ".join(value for element in root.iter() for value in element.attrib.values()))
+    )
     for element in root.iter():
         _plain_attributes(element, prefix, used)
     return root
@@ -85,7 +90,7 @@ def _themed(figure: Figure, prefix: str, titles: dict[str, list[str]]) -> Elemen
 
 def _remove(root: ElementTree.Element, tag: str) -> None:
     for parent in root.iter():
-        for child in [c for c in parent if c.tag == tag]:
+        for child in [child for child in parent if child.tag == tag]:
             parent.remove(child)
 
 

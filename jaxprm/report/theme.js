@@ -1,6 +1,6 @@
 "use strict";
 
-/* Theme: the system's, until the button says otherwise. Where storage is refused, the choice lasts for the visit. */
+/* The system's theme, until the reader presses the button. Where storage is refused, the choice lasts for the visit. */
 (function theme() {
   const root = document.documentElement;
   const button = document.getElementById("theme");

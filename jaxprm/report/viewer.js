@@ -15,7 +15,7 @@
   let cards = new Map(); // id -> element
   let selected = 0;
 
-  function make(tag, className, text) {
+  function create(tag, className, text) {
     const element = document.createElement(tag);
     if (className) element.className = className;
     if (text !== undefined) element.textContent = text;
@@ -23,23 +23,23 @@
   }
   const methodName = (label) => (names[label] ? names[label].name : label || "unnamed");
   const role = (label) => (names[label] ? names[label].role : "muted");
-  const known = (value) => typeof value === "number";
-  const fixed = (value) => (known(value) ? value.toFixed(2).replace("-", "−") : "–");
-  const signed = (value) => (known(value) ? (value >= 0 ? "+" : "−") + Math.abs(value).toFixed(2) : "–");
+  const isNumber = (value) => typeof value === "number";
+  const fixed = (value) => (isNumber(value) ? value.toFixed(2).replace("-", "−") : "–");
+  const signed = (value) => (isNumber(value) ? (value >= 0 ? "+" : "−") + Math.abs(value).toFixed(2) : "–");
   function ending(outcome, words = ["unknown", "solved", "failed"]) {
-    if (!known(outcome)) return words[0];
+    if (!isNumber(outcome)) return words[0];
     if (outcome >= 1) return words[1];
     return outcome <= 0 ? words[2] : `outcome ${outcome.toFixed(2)}`;
   }
   const mark = (outcome) => ending(outcome, ["?", "✓", "✕"]).replace("outcome ", "");
-  function searchKey(found) {
-    const size = /^(\d+)x(\d+)$/.exec(found.beam);
-    let search = size ? `beam ${size[1]}×${size[2]}` : found.beam || "search";
+  function searchKey(each) {
+    const size = /^(\d+)x(\d+)$/.exec(each.beam);
+    let search = size ? `beam ${size[1]}×${size[2]}` : each.beam || "search";
     if (size && size[1] === "1") search = `best of ${size[2]} at every step`;
-    return found.seed === null ? search : `${search}, seed ${found.seed}`;
+    return each.seed === null ? search : `${search}, seed ${each.seed}`;
   }
 
-  /* The line a reader wants of a turn: what follows the last "Action:", else the last line with text. */
+  /* The line of a turn that a card shows: what follows the last "Action:", else the last line with text. */
   function gist(text) {
     const parts = text.split(/action:/i);
     const lines = parts[parts.length - 1].split("\n").map((line) => line.trim()).filter(Boolean);
@@ -47,17 +47,18 @@
     return parts.length > 1 ? lines[0] : lines[lines.length - 1];
   }
 
-  function index(found) {
+  /* Fills `nodes` from the tree, with children in the order in which they are drawn. */
+  function index() {
     const root = { id: 0, parent: null, round: 0, kept: true, count: 1, children: [], root: true };
     nodes = new Map([[0, root]]);
-    for (const raw of found.nodes) {
+    for (const raw of tree.nodes) {
       const parent = nodes.get(raw.parent);
       const node = { ...raw, children: [], round: raw.round ?? parent.round + 1 };
       nodes.set(raw.id, node);
       parent.children.push(node);
     }
-    for (let node = nodes.get(found.best ?? -1); node; node = nodes.get(node.parent)) node.returned = true;
-    const promise = (node) => (known(node.promise) ? node.promise : -Infinity);
+    for (let node = nodes.get(tree.best ?? -1); node; node = nodes.get(node.parent)) node.returned = true;
+    const promise = (node) => (isNumber(node.promise) ? node.promise : -Infinity);
     const rank = (node) => [Number(Boolean(node.returned)), Number(node.kept), promise(node)];
     const better = (a, b) => rank(a).map((part, at) => rank(b)[at] - part).find((by) => by) || 0;
     for (const node of nodes.values()) node.children.sort(better);
@@ -74,29 +75,29 @@
   }
 
   function gauge(value, label) {
-    const box = make("span", "gauge");
-    const fill = make("i");
+    const box = create("span", "gauge");
+    const fill = create("i");
     fill.style.setProperty("--bar", `var(--${role(label)})`);
-    fill.style.width = `${Math.min(1, Math.max(0, known(value) ? value : 0)) * 100}%`;
+    fill.style.width = `${Math.min(1, Math.max(0, isNumber(value) ? value : 0)) * 100}%`;
     box.append(fill);
     box.setAttribute("aria-hidden", "true");
     return box;
   }
 
   function change(value) {
-    const arrow = !known(value) ? "" : value > 0.005 ? "▲" : value < -0.005 ? "▼" : "";
-    return make("span", `change ${arrow === "▲" ? "up" : arrow === "▼" ? "down" : ""}`, `${arrow}${signed(value)}`);
+    const arrow = !isNumber(value) ? "" : value > 0.005 ? "▲" : value < -0.005 ? "▼" : "";
+    return create("span", `change ${arrow === "▲" ? "up" : arrow === "▼" ? "down" : ""}`, `${arrow}${signed(value)}`);
   }
 
   function badges(node) {
     const list = [];
     if (node.root) return list;
-    if (node.returned) list.push(make("span", "badge returned", "★ returned"));
-    list.push(make("span", `badge ${node.kept ? "kept" : "dropped"}`, node.kept ? "✓ kept" : "✕ dropped"));
-    if (node.count > 1) list.push(make("span", "badge", `×${node.count}`));
+    if (node.returned) list.push(create("span", "badge returned", "★ returned"));
+    list.push(create("span", `badge ${node.kept ? "kept" : "dropped"}`, node.kept ? "✓ kept" : "✕ dropped"));
+    if (node.count > 1) list.push(create("span", "badge", `×${node.count}`));
     if (node.done) {
       const how = ending(node.outcome);
-      list.push(make("span", `badge ${how}`, how === "unknown" ? "ended" : `ended: ${how}`));
+      list.push(create("span", `badge ${how}`, how === "unknown" ? "ended" : `ended: ${how}`));
     }
     return list;
   }
@@ -104,8 +105,8 @@
   function describe(node) {
     if (node.root) return `Task: ${tree.goal || tree.task}`;
     const parts = [`Round ${node.round}`, gist(node.action)];
-    if (known(node.promise)) parts.push(`promise ${fixed(node.promise)}`);
-    if (known(node.progress)) parts.push(`progress ${signed(node.progress)}`);
+    if (isNumber(node.promise)) parts.push(`promise ${fixed(node.promise)}`);
+    if (isNumber(node.progress)) parts.push(`progress ${signed(node.progress)}`);
     parts.push(node.kept ? "kept" : "dropped");
     if (node.count > 1) parts.push(`proposed ${node.count} times`);
     if (node.returned) parts.push("on the returned path");
@@ -114,7 +115,7 @@
   }
 
   function card(node, level) {
-    const element = make("div", "card");
+    const element = create("div", "card");
     element.classList.toggle("dropped", !node.kept);
     element.classList.toggle("returned", Boolean(node.returned));
     const siblings = node.root ? [node] : nodes.get(node.parent).children;
@@ -127,19 +128,19 @@
     element.setAttribute("aria-label", describe(node));
     element.tabIndex = -1;
     element.dataset.node = String(node.id);
-    const top = make("div", "top");
-    if (!node.kept) top.append(make("span", "cross", "✕"));
-    top.append(make("span", "says", node.root ? tree.goal || gist(tree.prompt) : gist(node.action)));
-    if (!node.kept && node.count > 1) top.append(make("span", "badge", `×${node.count}`));
+    const top = create("div", "top");
+    if (!node.kept) top.append(create("span", "cross", "✕"));
+    top.append(create("span", "says", node.root ? tree.goal || gist(tree.prompt) : gist(node.action)));
+    if (!node.kept && node.count > 1) top.append(create("span", "badge", `×${node.count}`));
     element.append(top);
-    if (!node.root && known(node.promise)) {
-      const meter = make("div", "meter");
-      const promise = make("span", "promise", fixed(node.promise));
+    if (!node.root && isNumber(node.promise)) {
+      const meter = create("div", "meter");
+      const promise = create("span", "promise", fixed(node.promise));
       meter.append(gauge(node.promise, tree.method), promise, change(node.progress));
       element.append(meter);
     }
     if (node.kept) {
-      const row = make("div", "badges");
+      const row = create("div", "badges");
       row.append(...badges(node));
       element.append(row);
     }
@@ -151,11 +152,11 @@
     cards = new Map();
     const built = levels().map((level, depth) => {
       const shown = level.filter((node) => showDropped || node.kept);
-      const column = make("div", "column");
+      const column = create("div", "column");
       column.setAttribute("role", "group");
       const dropped = level.filter((node) => !node.kept).length;
       const kept = `${level.length - dropped} kept of ${level.length}`;
-      const head = make("h3", "", depth === 0 ? "Task" : `Round ${level[0].round} · ${kept}`);
+      const head = create("h3", "", depth === 0 ? "Task" : `Round ${level[0].round} · ${kept}`);
       column.setAttribute("aria-label", head.textContent);
       column.append(head);
       for (const node of shown) {
@@ -192,29 +193,29 @@
 
   function showDetail(node) {
     const parts = [];
-    const block = (title, text) => parts.push(make("h3", "", title), make("pre", "", text));
+    const block = (title, text) => parts.push(create("h3", "", title), create("pre", "", text));
     if (node.root) {
       block("The task, as the policy reads it", tree.prompt || tree.goal || tree.task);
     } else {
-      parts.push(make("h3", "", `Round ${node.round}`));
-      const row = make("div", "badges");
+      parts.push(create("h3", "", `Round ${node.round}`));
+      const row = create("div", "badges");
       row.append(...badges(node));
       parts.push(row);
-      const list = make("dl");
+      const list = create("dl");
       const entry = (term, ...content) => {
-        const definition = make("dd");
+        const definition = create("dd");
         definition.append(...content);
-        list.append(make("dt", "", term), definition);
+        list.append(create("dt", "", term), definition);
       };
-      if (known(node.promise)) entry("promise", make("b", "", fixed(node.promise)), gauge(node.promise, tree.method));
-      if (known(node.looked)) entry("further on", make("b", "", fixed(node.looked)), gauge(node.looked, tree.method));
-      if (known(node.progress)) entry("progress", change(node.progress));
-      if (node.count > 1) entry("proposed", make("span", "", `${node.count} times, merged`));
-      if (node.done) entry("ended", make("span", "", ending(node.outcome)));
+      if (isNumber(node.promise)) entry("promise", create("b", "", fixed(node.promise)), gauge(node.promise, tree.method));
+      if (isNumber(node.looked)) entry("lookahead", create("b", "", fixed(node.looked)), gauge(node.looked, tree.method));
+      if (isNumber(node.progress)) entry("progress", change(node.progress));
+      if (node.count > 1) entry("proposed", create("span", "", `${node.count} times, merged`));
+      if (node.done) entry("ended", create("span", "", ending(node.outcome)));
       parts.push(list);
       block("Action, in full", node.action);
       if (node.observation !== null) block("The environment answers", node.observation);
-      else if (!node.kept) parts.push(make("h3", "", "Dropped: never executed, so nothing answered."));
+      else if (!node.kept) parts.push(create("h3", "", "Dropped: never executed, so nothing answered."));
       parts.push(conversation(node));
     }
     detail.replaceChildren(...parts);
@@ -224,12 +225,12 @@
   function conversation(node) {
     const path = [];
     for (let each = node; each && !each.root; each = nodes.get(each.parent)) path.unshift(each);
-    const box = make("details");
-    box.append(make("summary", "", "The whole conversation up to here"));
-    box.append(make("h3", "", "Task"), make("pre", "", tree.prompt));
+    const box = create("details");
+    box.append(create("summary", "", "The whole conversation up to here"));
+    box.append(create("h3", "", "Task"), create("pre", "", tree.prompt));
     for (const each of path) {
-      box.append(make("h3", "", `Round ${each.round}, promise ${fixed(each.promise)}`), make("pre", "", each.action));
-      if (each.observation !== null) box.append(make("h3", "", "Answer"), make("pre", "", each.observation));
+      box.append(create("h3", "", `Round ${each.round}, promise ${fixed(each.promise)}`), create("pre", "", each.action));
+      if (each.observation !== null) box.append(create("h3", "", "Answer"), create("pre", "", each.observation));
     }
     return box;
   }
@@ -283,9 +284,9 @@
   }
 
   /* Opens on the first action of the returned path, unless a node is asked for. */
-  function show(found, wantedNode, options = {}) {
-    tree = found;
-    index(found);
+  function show(newTree, wantedNode, options = {}) {
+    tree = newTree;
+    index();
     const start = nodes.get(0).children.find((child) => child.returned);
     const node = nodes.has(wantedNode) ? wantedNode : start ? start.id : 0;
     if (!nodes.get(node).kept) byId("dropped").checked = true;
@@ -299,27 +300,27 @@
 
   function fillControls() {
     taskSelect.value = String(tasks.indexOf(tree.task));
-    const here = trees.filter((each) => each.task === tree.task);
-    const methods = Object.keys(names).filter((label) => here.some((each) => each.method === label));
+    const sameTask = trees.filter((each) => each.task === tree.task);
+    const methods = Object.keys(names).filter((label) => sameTask.some((each) => each.method === label));
     methodsBox.replaceChildren(methodsBox.querySelector("legend"), ...methods.map((label) => {
-      const box = make("label", "choice");
-      const input = make("input");
+      const box = create("label", "choice");
+      const input = create("input");
       Object.assign(input, { type: "radio", name: "method", value: label, checked: label === tree.method });
-      const same = here.find((each) => each.method === label && searchKey(each) === searchKey(tree));
-      const text = make("span", "", methodName(label));
-      if (same) text.append(make("b", "", mark(same.outcome)));
+      const same = sameTask.find((each) => each.method === label && searchKey(each) === searchKey(tree));
+      const text = create("span", "", methodName(label));
+      if (same) text.append(create("b", "", mark(same.outcome)));
       box.append(input, text);
       input.setAttribute("aria-label", `${methodName(label)}${same ? `, ${ending(same.outcome)}` : ""}`);
       return box;
     }));
-    const searches = here.filter((each) => each.method === tree.method);
+    const searches = sameTask.filter((each) => each.method === tree.method);
     searchSelect.replaceChildren(...searches.map((each) => option(String(trees.indexOf(each)), searchKey(each))));
     searchSelect.value = String(trees.indexOf(tree));
     byId("search-field").hidden = searches.length < 2;
   }
 
   function option(value, text) {
-    const element = make("option", "", text);
+    const element = create("option", "", text);
     element.value = value;
     return element;
   }
@@ -328,13 +329,13 @@
     const all = [...nodes.values()].filter((node) => !node.root);
     const proposed = all.reduce((sum, node) => sum + node.count, 0);
     const kept = all.filter((node) => node.kept).length;
-    const rounds = all.reduce((most, node) => Math.max(most, node.round), 0);
+    const rounds = all.reduce((last, node) => Math.max(last, node.round), 0);
     const text = `${methodName(tree.method)}, ${searchKey(tree)}: ${ending(tree.outcome)}. `
       + `${proposed} actions proposed in ${rounds} rounds, ${all.length} different ones scored, ${kept} kept.`;
     byId("summary").textContent = text;
   }
 
-  /* The address names task, method, search, seed and action, so it survives another order of the trees. */
+  /* The address names task, method, search, seed and action: it stays valid if the trees change their order. */
   function address() {
     const parts = [tree.task, tree.method, tree.beam, tree.seed ?? "", selected];
     return `#/${parts.map((part) => encodeURIComponent(part)).join("/")}`;
@@ -345,19 +346,19 @@
     let parts;
     try { parts = location.hash.slice(2).split("/").map(decodeURIComponent); } catch { return null; }
     const [task, method, beam, seed, node] = parts;
-    const found = trees.find((each) => each.task === task && each.method === method && each.beam === beam
+    const target = trees.find((each) => each.task === task && each.method === method && each.beam === beam
       && String(each.seed ?? "") === seed);
-    return found ? { found, node: Number(node) } : null;
+    return target ? { tree: target, node: Number(node) } : null;
   }
 
   function nearest(task, wanted) {
-    const here = trees.filter((each) => each.task === task);
+    const sameTask = trees.filter((each) => each.task === task);
     const score = (each) => 2 * Number(each.method === wanted.method) + Number(searchKey(each) === searchKey(wanted));
-    return here.reduce((best, each) => (score(each) > score(best) ? each : best));
+    return sameTask.reduce((best, each) => (score(each) > score(best) ? each : best));
   }
 
-  /* Opens on a solved search of some length, where there is one: it shows most. */
-  function first() {
+  /* The page opens on a solved search of several rounds if there is one: it shows the most. */
+  function defaultTree() {
     const solved = (each) => each.outcome >= 1 && each.nodes.some((node) => (node.round ?? 1) > 2);
     const worth = (each) => (
       4 * Number(each.method === "agentprm") + 2 * Number(solved(each)) + Number(each.beam === "4x4")
@@ -372,7 +373,7 @@
 
   tasks.forEach((task, at) => {
     const sample = trees.find((each) => each.task === task);
-    const extra = [sample.goal, known(sample.depth) ? `depth ${sample.depth}` : null].filter(Boolean).join(", ");
+    const extra = [sample.goal, isNumber(sample.depth) ? `depth ${sample.depth}` : null].filter(Boolean).join(", ");
     taskSelect.append(option(String(at), extra ? `${extra} (${task})` : task));
   });
   byId("controls").addEventListener("submit", (event) => event.preventDefault());
@@ -405,15 +406,15 @@
   });
   addEventListener("hashchange", () => {
     const wanted = fromAddress();
-    if (wanted) show(wanted.found, wanted.node, { link: false });
+    if (wanted) show(wanted.tree, wanted.node, { link: false });
   });
   new ResizeObserver(connect).observe(columns);
 
   const wanted = fromAddress();
   if (wanted) {
-    show(wanted.found, wanted.node, { focus: false, link: false });
+    show(wanted.tree, wanted.node, { focus: false, link: false });
     byId("viewer").scrollIntoView();
   } else {
-    show(first(), undefined, { focus: false, link: false });
+    show(defaultTree(), undefined, { focus: false, link: false });
   }
 })();

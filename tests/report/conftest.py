@@ -29,18 +29,18 @@ def trees() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def full_run() -> Callable[[Path], Path]:
-    """full_run(directory) leaves a complete run there."""
+    """full_run(directory) writes the files of a complete run there."""
     return lambda directory: write(directory, make_results(), make_trees())
 
 
 @pytest.fixture
 def leave(tmp_path: Path) -> Callable[..., Path]:
-    """leave(results, trees) puts the files where a run leaves them and returns the work directory."""
+    """leave(results, trees) writes the files where a run leaves them and returns the work directory."""
 
-    def put(found: dict[str, Any] | None = None, searched: list[dict[str, Any]] | None = None) -> Path:
-        return write(tmp_path / "run", found, searched)
+    def write_run(results: dict[str, Any] | None = None, trees: list[dict[str, Any]] | None = None) -> Path:
+        return write(tmp_path / "run", results, trees)
 
-    return put
+    return write_run
 
 
 def estimate(rng: random.Random, mean: float, spread: float = 0.06, n: int = 120) -> dict[str, float]:
@@ -140,13 +140,13 @@ def tree(rng: random.Random, task: str, goal: str, method: str, beam: str, round
     }
 
 
-def write(workdir: Path, found: dict[str, Any] | None = None, searched: list[dict[str, Any]] | None = None) -> Path:
-    """Put the files where a run leaves them; a None is left out."""
+def write(workdir: Path, results: dict[str, Any] | None = None, trees: list[dict[str, Any]] | None = None) -> Path:
+    """Write the files where a run leaves them; None writes no file."""
     (workdir / "search").mkdir(parents=True, exist_ok=True)
-    if found is not None:
-        (workdir / "results.json").write_text(json.dumps(found))
-    if searched is not None:
-        (workdir / "search" / "trees.json").write_text(json.dumps(searched))
+    if results is not None:
+        (workdir / "results.json").write_text(json.dumps(results))
+    if trees is not None:
+        (workdir / "search" / "trees.json").write_text(json.dumps(trees))
     return workdir
 
 
@@ -170,13 +170,13 @@ def _paired(rng: random.Random) -> list[dict[str, Any]]:
         ("agentprm", "orm"),
     ]
     level = {**LEVEL, "policy": 0.41}
-    found = []
+    rows = []
     for a, b in pairs:
         mean = level[a] - level[b] + rng.uniform(-0.01, 0.01)
-        found.append(
+        rows.append(
             {"a": a, "b": b, "at": "beam/4x4", "mean": mean, "low": mean - 0.055, "high": mean + 0.055, "n": 120}
         )
-    return found
+    return rows
 
 
 def _depths(rng: random.Random, label: str) -> list[dict[str, Any]]:

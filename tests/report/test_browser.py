@@ -38,7 +38,7 @@ class Browser:
         from selenium import webdriver
 
         programs = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
-        assert all(programs.values()), f"not found: {programs}; run tests/install_browser.sh"
+        assert all(programs.values()), f"missing: {programs}; run tests/install_browser.sh"
         options = webdriver.ChromeOptions()
         options.binary_location = programs["chromium"]
         for flag in (*FLAGS, f"--user-data-dir={profile}"):
@@ -78,9 +78,9 @@ class Browser:
             ActionChains(self.driver).send_keys(getattr(Keys, key)).perform()
 
     def click(self, selector: str) -> None:
-        found = self.driver.find_element("css selector", selector)
-        self.run("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", found)
-        found.click()
+        element = self.driver.find_element("css selector", selector)
+        self.run("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", element)
+        element.click()
 
     def text(self, selector: str) -> str:
         return self.run("return document.querySelector(arguments[0]).textContent", selector)
@@ -109,9 +109,9 @@ class Browser:
 
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    found = Browser(tmp_path_factory.mktemp("profile"))
-    yield found
-    found.driver.quit()
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.driver.quit()
 
 
 @pytest.fixture
@@ -141,11 +141,11 @@ def trees(built: tuple[Path, Trees]) -> Trees:
 @pytest.fixture
 def page(browser: Browser, built: tuple[Path, Trees]) -> Path:
     """The page, opened on the end of the first search (AgentPRM, 4x4) without a stored theme."""
-    found, trees = built
-    browser.open(found)
+    file, trees = built
+    browser.open(file)
     browser.run("localStorage.clear()")
-    browser.open(found, address(trees[0], trees[0]["best"]))
-    return found
+    browser.open(file, address(trees[0], trees[0]["best"]))
+    return file
 
 
 def address(tree: dict[str, Any], node: int) -> str:
@@ -281,9 +281,9 @@ def test_the_tree_speaks_to_assistive_software(browser: Browser, page: Path, tre
     attributes = (
         "return Object.fromEntries([...document.querySelector(arguments[0]).attributes].map(a => [a.name, a.value]))"
     )
-    found = browser.run(attributes, f".card[data-node='{node['id']}']")
-    assert found["role"] == "treeitem" and found["aria-level"] == "3"
-    assert f"promise {node['promise']:.2f}" in found["aria-label"] and "kept" in found["aria-label"]
+    spoken = browser.run(attributes, f".card[data-node='{node['id']}']")
+    assert spoken["role"] == "treeitem" and spoken["aria-level"] == "3"
+    assert f"promise {node['promise']:.2f}" in spoken["aria-label"] and "kept" in spoken["aria-label"]
     assert browser.run("return document.querySelectorAll('.card[tabindex=\"0\"]').length") == 1
     assert browser.run("return document.getElementById('tree').getAttribute('role')") == "tree"
 
@@ -326,13 +326,13 @@ def test_the_keyboard_reaches_every_control_and_shows_where_it_is(browser: Brows
     reached = set()
     for _ in range(60):
         browser.press("TAB")
-        found = browser.run(
+        control, outline = browser.run(
             "const e = document.activeElement, mark = e.closest('.choice') ? e.nextElementSibling : e;"
             "return [e.id || e.name || e.classList[0] || e.tagName, getComputedStyle(mark).outlineStyle]"
         )
-        assert found[1] == "solid", found
-        reached.add(found[0])
-        if found[0] == "card":
+        assert outline == "solid", control
+        reached.add(control)
+        if control == "card":
             break
     assert {"skip", "theme", "task", "previous", "next", "method", "dropped", "card"} <= reached
 

@@ -1,4 +1,4 @@
-"""The page: its numbers are those of results.json, nothing is loaded, nothing untrusted is run, gaps stay gaps."""
+"""The page shows the numbers of results.json, loads nothing, runs nothing untrusted, and leaves gaps as gaps."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jaxprm.errors import UserError
 from jaxprm.report import build, build_report
 
-HOSTILE = "</script><img src=x onerror=alert(1)>\u2028<!-- $x_{$"
+ROOT = Path(__file__).parents[2]
+HOSTILE = "</script><img src=x onerror=alert(1)>\u2028<!-- $x_{$ {{ 7 * 7 }}"
 
 
 class Page(HTMLParser):
-    """What a browser would see: elements with attributes, texts by section, tables as rows of texts, script bodies."""
+    """What a browser sees: elements with attributes, texts by section, tables as rows of texts, script bodies."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -38,16 +40,16 @@ class Page(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = dict(attrs)
-        self.elements.append((tag, found))
+        attributes = dict(attrs)
+        self.elements.append((tag, attributes))
         if tag == "section":
-            self.section = found["id"]
+            self.section = attributes["id"]
         if tag == "tr":
             self.rows.append((self.section, []))
         if tag in ("th", "td") and self.rows:
             self.rows[-1][1].append("")
         if tag == "data":
-            self.values.append(float(found["value"]))
+            self.values.append(float(attributes["value"]))
         self._tag = tag
         if tag == "title":
             self.titles.append("")
@@ -72,7 +74,7 @@ class Page(HTMLParser):
             self.rows[-1][1][-1] += data
 
     def table_row(self, section: str, first: str) -> list[str]:
-        """Cells of the first row of a section that begins so, without the thin spaces."""
+        """The cells of a section's first row that begins so, without the thin spaces."""
         row = next(cells for where, cells in self.rows if where == section and cells and cells[0].startswith(first))
         return [cell.replace("\u202f", " ").strip() for cell in row]
 
@@ -153,7 +155,7 @@ def test_many_differences_are_grouped_by_search_the_headline_s_first(leave: Call
     beams = {"4x4": {"mean": 0.5}}
     page = Page(build_report(leave({"paired": paired, "methods": {"agentprm": {"beam": beams}}})).read_text())
     firsts = [cells[0] for where, cells in page.rows if where == "pairs" and cells and "AgentPRM" in cells[0]]
-    assert [first.split("policy")[1] for first in firsts] == ["beam 4×4", "beam 2×2", "best of 16"]
+    assert [first.split("policy")[1].strip() for first in firsts] == ["beam 4×4", "beam 2×2", "best of 16"]
     assert "best of 16: 5 differences" in page.words["pairs"]
 
 
@@ -206,13 +208,19 @@ def test_untrusted_text_stays_text(
     node["action"] = node["observation"] = HOSTILE
     trees[0]["goal"] = trees[0]["prompt"] = trees[0]["task"] = trees[0]["method"] = HOSTILE
     minimal = {
-        "methods": {HOSTILE: {"beam": {HOSTILE: results["policy"]["sampled"]}}},
+        "name": HOSTILE,
+        "methods": {HOSTILE: {search: {HOSTILE: results["policy"]["sampled"]} for search in ("beam", "mcts")}},
         "paired": [{"a": HOSTILE, "b": HOSTILE, "at": HOSTILE, "mean": 0.1}],
         "value_by_depth": {
             HOSTILE: [{"depth": 1, "success": results["policy"]["sampled"]}],
             "pvm": [{"depth": 1, "success": results["policy"]["sampled"]}],
         },
         "training": {HOSTILE: {HOSTILE: [{"step": 1, "value_loss": 0.5}]}},
+        "validation": {HOSTILE: {"loss": 0.5}},
+        "budget": {
+            "equal": [{"label": HOSTILE, "at": HOSTILE, "unit": HOSTILE, "n": 2.0}],
+            "needed": [{"a": HOSTILE, "b": HOSTILE, "at": 16, "mean": 2.0}],
+        },
         "compute": {"unit": HOSTILE, HOSTILE: 3, "methods": {HOSTILE: {HOSTILE: {HOSTILE: 3}}}},
         "seconds": {HOSTILE: 1.0},
         "data": {HOSTILE: HOSTILE},
@@ -220,11 +228,12 @@ def test_untrusted_text_stays_text(
     }
     page = Page(build_report(leave(minimal, trees)).read_text())
     assert "img" not in {tag for tag, _ in page.elements}
-    found = json.loads(page.raw["script"][0])
-    assert found[0]["nodes"][0]["action"] == HOSTILE
-    assert found[0]["task"] == HOSTILE
+    assert "{{ 7 * 7 }}" in page.words["pairs"] and "49" not in page.words["pairs"]
+    embedded = json.loads(page.raw["script"][0])
+    assert embedded[0]["nodes"][0]["action"] == HOSTILE
+    assert embedded[0]["task"] == HOSTILE
     assert len(page.raw["script"]) == 3
-    assert page.sections >= {"viewer", "beam", "pairs", "training", "cost", "provenance"}
+    assert page.sections >= {"viewer", "beam", "pairs", "judgement", "training", "cost", "provenance"}
 
 
 def test_figures_are_images_with_a_description_and_unique_ids(page: Page) -> None:
@@ -266,15 +275,15 @@ def test_a_run_with_one_part_shows_that_part_alone(
     }
 
 
-def test_what_was_not_measured_is_a_dash_not_a_number(leave: Callable[..., Path], results: dict[str, Any]) -> None:
-    known = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 3}
-    nothing = {"mean": None, "low": None, "high": None, "n": 0}
+def test_a_missing_measurement_is_a_dash_not_a_number(leave: Callable[..., Path], results: dict[str, Any]) -> None:
+    measured = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 3}
+    missing = {"mean": None, "low": None, "high": None, "n": 0}
     minimal = {
         "methods": {
-            "agentprm": {"beam": {"2x2": known, "4x4": nothing, "8x8": known}},
-            "pvm": {"beam": {"2x2": known}},
+            "agentprm": {"beam": {"2x2": measured, "4x4": missing, "8x8": measured}},
+            "pvm": {"beam": {"2x2": measured}},
         },
-        "value_by_depth": {"agentprm": [{"depth": 1, "success": known, "failure": nothing, "auroc": None}]},
+        "value_by_depth": {"agentprm": [{"depth": 1, "success": measured, "failure": missing, "auroc": None}]},
         "calibration": {"agentprm": [{"predicted": 0.5, "observed": None}]},
         "training": {"agentprm": {"0": [{"step": 1, "value_loss": None}]}},
     }
@@ -291,11 +300,21 @@ def test_an_empty_run_says_that_nothing_was_measured(leave: Callable[..., Path])
     assert not page.values
 
 
-def test_a_method_unknown_here_is_shown_under_its_own_name(leave: Callable[..., Path]) -> None:
+def test_an_unknown_method_is_shown_under_its_own_name(leave: Callable[..., Path]) -> None:
     estimate = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 60}
     page = Page(build_report(leave({"methods": {"my_model": {"beam": {"3x5": estimate}}}})).read_text())
     assert page.table_row("beam", "my_model")[1] == "50.0 % [40.0, 60.0]"
     assert "3×5" in page.words["beam"]
+
+
+def test_the_viewer_gets_the_promise_that_looking_ahead_found(
+    leave: Callable[..., Path], trees: list[dict[str, Any]]
+) -> None:
+    trees[0]["nodes"][0]["looked"] = 0.75
+    page = Page(build_report(leave({}, trees[:1])).read_text())
+    first, second, *_ = json.loads(page.raw["script"][0])[0]["nodes"]
+    assert first["looked"] == 0.75
+    assert "looked" not in second
 
 
 def test_trees_beyond_the_budget_are_left_out_and_counted(
@@ -316,28 +335,15 @@ def test_the_same_results_give_the_same_page(leave: Callable[..., Path], results
     assert build_report(leave(copy.deepcopy(part))).read_bytes() == first
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "no such file"),
-        ("{", "results.json"),
-        ('{"policy": {"sampled": {"mean": NaN}}}', "results.json"),
-        ('{"policy": {"sampled": {"mean": "0.5"}}}', "policy"),
-        ('{"methods": {"pvm": {"beam": {"4x4": {"mean": "0.5"}}}}}', "methods.pvm.beam"),
-    ],
-)
-def test_unreadable_results_are_one_clear_line(content: str | None, message: str, tmp_path: Path) -> None:
-    if content is not None:
-        (tmp_path / "results.json").write_text(content)
-    with pytest.raises(UserError, match=message) as raised:
-        build_report(tmp_path)
-    assert "\n" not in str(raised.value)
-
-
-def test_a_tree_with_a_lost_parent_is_refused(leave: Callable[..., Path], trees: list[dict[str, Any]]) -> None:
-    trees[1]["nodes"][5]["parent"] = 9999
-    with pytest.raises(UserError, match=r"tree 1 .*parent 9999"):
-        build_report(leave({}, trees))
+def test_the_templates_are_package_data() -> None:
+    templates = resources.files("jaxprm.report") / "templates"
+    names = {file.name for file in templates.iterdir()}
+    assert {f"{name}.html.jinja" for name, _, _ in build.SECTIONS} < names
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["jaxprm"]
+    for file in (ROOT / "jaxprm/report").rglob("*.*"):
+        if file.suffix not in (".py", ".pyc"):
+            assert any(file.match(f"jaxprm/{pattern}") for pattern in patterns), file
 
 
 def test_importing_the_report_does_not_import_matplotlib() -> None:

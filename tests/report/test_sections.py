@@ -1,4 +1,4 @@
-"""The tables of equal budgets: every row of results.json, and nothing where there is none."""
+"""Tables that few runs have: equal budgets, other searches and aggregations."""
 
 import re
 
@@ -7,13 +7,13 @@ from jaxprm.report import build_report
 
 def rows_of(page: str, caption: str) -> list[list[str]]:
     """The cells of a table as plain text."""
-    found = next(table for table in re.findall(r"<table.*?</table>", page, re.DOTALL) if caption in table)
-    rows = re.findall(r"<tr.*?</tr>", found, re.DOTALL)[1:]
+    matching = next(table for table in re.findall(r"<table.*?</table>", page, re.DOTALL) if caption in table)
+    rows = re.findall(r"<tr.*?</tr>", matching, re.DOTALL)[1:]
     cells = [re.findall(r"<t[dh].*?</t[dh]>", row, re.DOTALL) for row in rows]
     return [[" ".join(re.sub(r"<[^>]+>", " ", cell).split()) for cell in row] for row in cells]
 
 
-def test_a_search_stands_beside_the_best_of_n_that_costs_as_much(results, leave):
+def test_a_search_is_in_one_row_with_the_best_of_n_of_the_same_cost(results, leave):
     estimate = lambda mean: {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "n": 9}
     row = {"label": "orm", "at": "beam 4x4", "unit": "tokens", "budget": 900.0, "n": 6.25, "capped": False}
     row |= {"searched": estimate(0.5), "best_of_n": estimate(0.4), "difference": estimate(0.1)}
@@ -36,7 +36,7 @@ def test_a_budget_that_never_suffices_says_so(results, leave):
     assert second == ["ORM", "AgentPRM best of 16", "does not [0.00, 0.90]"]
 
 
-def test_other_searches_and_aggregations_have_tables_of_their_own(results, leave):
+def test_other_searches_and_aggregations_have_their_tables(results, leave):
     estimate = lambda mean: {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "n": 9}
     results["methods"]["orm"] |= {
         "best_of_n_mean": {"2": estimate(0.3), "16": estimate(0.4)},

@@ -1,4 +1,4 @@
-"""The headline says what was measured, whichever way it came out."""
+"""The headline reports a gain, a loss, or no clear difference, as measured."""
 
 from __future__ import annotations
 
@@ -31,36 +31,36 @@ def plain_text(text: str) -> str:
 
 
 def test_a_gain_clear_of_zero_is_stated_with_its_interval() -> None:
-    found = headline(run(0.1705, 0.11, 0.231))
-    assert found.verdict == "better"
+    summary = headline(run(0.1705, 0.11, 0.231))
+    assert summary.verdict == "better"
     assert (
-        plain_text(found.claim)
+        plain_text(summary.claim)
         == "Guided by AgentPRM, the policy solves 58.3 % of unseen tasks. Alone it solves 41.2 %."
     )
-    assert plain_text(found.detail) == (
+    assert plain_text(summary.detail) == (
         "Beam 4×4 against one plain sample, paired by task (120 tasks, 3 seeds): +17.1 points, "
         "95 % interval +11.0 to +23.1. The interval is clear of zero."
     )
 
 
 def test_an_interval_with_zero_inside_is_no_finding() -> None:
-    found = headline(run(0.02, -0.03, 0.07))
-    assert found.verdict == "unclear"
-    assert "no clear difference" in found.claim
-    assert "includes zero" in found.detail and "does not show that guidance helps" in found.detail
+    summary = headline(run(0.02, -0.03, 0.07))
+    assert summary.verdict == "unclear"
+    assert "no clear difference" in summary.claim
+    assert "includes zero" in summary.detail and "does not show that guidance helps" in summary.detail
 
 
 def test_a_loss_is_called_a_loss() -> None:
-    found = headline(run(-0.08, -0.13, -0.03))
-    assert found.verdict == "worse"
-    assert "fewer" in found.claim and "guidance hurt" in found.detail
-    assert "−8.0 points" in found.detail
+    summary = headline(run(-0.08, -0.13, -0.03))
+    assert summary.verdict == "worse"
+    assert "fewer" in summary.claim and "guidance hurt" in summary.detail
+    assert "−8.0 points" in summary.detail
 
 
-def test_a_pair_written_the_other_way_round_is_turned() -> None:
-    turned = headline(run(-0.17, -0.23, -0.11, a="sampled", b="agentprm"))
-    assert turned.verdict == "better"
-    assert "+17.0 points" in turned.detail and "+11.0 to +23.0" in turned.detail
+def test_a_pair_in_the_other_order_is_negated() -> None:
+    negated = headline(run(-0.17, -0.23, -0.11, a="sampled", b="agentprm"))
+    assert negated.verdict == "better"
+    assert "+17.0 points" in negated.detail and "+11.0 to +23.0" in negated.detail
 
 
 @pytest.mark.parametrize("at", ["beam/4x4", "beam 4x4", "beam:4x4", "4x4"])
@@ -70,9 +70,9 @@ def test_the_search_may_be_written_in_several_ways(at: str) -> None:
 
 @pytest.mark.parametrize("pair", [{"at": "beam/2x2"}, {"at": "best_of_n/4"}, {"b": "greedy"}, {"a": "pvm"}])
 def test_another_comparison_does_not_stand_in(pair: dict[str, str]) -> None:
-    found = headline(run(0.17, 0.11, 0.23, **pair))
-    assert found.verdict == "unknown"
-    assert "not computed" in found.detail
+    summary = headline(run(0.17, 0.11, 0.23, **pair))
+    assert summary.verdict == "unknown"
+    assert "not computed" in summary.detail
 
 
 def test_few_tasks_are_pointed_out() -> None:
@@ -81,23 +81,23 @@ def test_few_tasks_are_pointed_out() -> None:
 
 
 def test_a_difference_without_interval_may_be_chance() -> None:
-    found = headline(run(0.17, None, None))
-    assert found.verdict == "unknown" and "may be chance" in found.detail
+    summary = headline(run(0.17, None, None))
+    assert summary.verdict == "unknown" and "may be chance" in summary.detail
 
 
 def test_the_method_and_size_are_chosen_by_rule_not_by_result() -> None:
-    found = headline(run(0.1, 0.05, 0.15))
-    assert (found.label, found.size) == ("agentprm", "4x4")
+    summary = headline(run(0.1, 0.05, 0.15))
+    assert (summary.label, summary.size) == ("agentprm", "4x4")
     without = RunResults(methods={"random": {"beam": {"4x4": GUIDED}}, "orm": {"beam": {"8x8": GUIDED, "2x2": PLAIN}}})
-    found = headline(without)
-    assert (found.label, found.size) == ("orm", "2x2")
-    assert "The policy alone was not measured" in found.detail
+    summary = headline(without)
+    assert (summary.label, summary.size) == ("orm", "2x2")
+    assert "The policy alone was not measured" in summary.detail
 
 
 def test_random_scores_are_never_the_headline() -> None:
-    found = headline(RunResults(policy={"sampled": PLAIN}, methods={"random": {"beam": {"4x4": GUIDED}}}))
-    assert found.label is None
-    assert plain_text(found.claim) == (
+    summary = headline(RunResults(policy={"sampled": PLAIN}, methods={"random": {"beam": {"4x4": GUIDED}}}))
+    assert summary.label is None
+    assert plain_text(summary.claim) == (
         "The policy alone solves 41.2 % of unseen tasks. No guided search was measured in this run."
     )
 
