@@ -140,7 +140,8 @@ def pairs(results: RunResults) -> Context | None:
     if not measured:
         return None
     groups = [measured] if len(measured) <= MAX_PAIRS_IN_ONE_TABLE else _by_search(results, measured)
-    return {"groups": [_pair_group(group, results.custom_labels) for group in groups], "sample": sample_words(results, [])}
+    custom = results.custom_labels
+    return {"groups": [_pair_group(group, custom) for group in groups], "sample": sample_words(results, [])}
 
 
 def _by_search(results: RunResults, measured: Sequence[Paired]) -> list[list[Paired]]:
