@@ -49,6 +49,7 @@ def lambda_returns(
         return current, current
 
     steps = tuple(jnp.moveaxis(x, -1, 0) for x in (rewards, discounts, next_values, mixes))
+    # The carry starts as G_S = v_S: past the row there is only the bootstrap.
     _, returns = jax.lax.scan(backward, steps[2][-1], steps, reverse=True)
     return jnp.moveaxis(returns, 0, -1)
 

@@ -26,14 +26,7 @@ def test_matrices_decay_and_vectors_do_not_stacked_or_not():
             "norm": jnp.ones(3),
         },
     }
-    zeros = {
-        "head": jnp.zeros(3),
-        "transformer": {
-            "blocks": {"query": jnp.zeros((2, 3, 3)), "norm": jnp.zeros((2, 3))},
-            "embedding": jnp.zeros((4, 3)),
-            "norm": jnp.zeros(3),
-        },
-    }
+    zeros = jax.tree.map(jnp.zeros_like, parameters)
     updates = first_update(parameters, zeros)
     # Without a gradient an update is the decay alone: minus learning rate times 0.5 times 1.
     np.testing.assert_allclose(updates["transformer"]["blocks"]["query"], -0.05, rtol=1e-6)
@@ -59,7 +52,7 @@ def test_the_learning_rate_warms_up_and_decays_to_a_tenth():
         updates, state = optimizer.update(gradients, state, parameters)
         rates.append(-float(updates["other"][0]))
     assert rates[:5] == pytest.approx([0, 0.025, 0.05, 0.075, 0.1], rel=1e-4)
-    assert rates[8] == pytest.approx((0.1 + 0.01) / 2, rel=1e-4)  # half way down the cosine
+    assert rates[8] == pytest.approx((0.1 + 0.01) / 2, rel=1e-4)  # the middle of the cosine
     assert rates[12] == pytest.approx(0.01, rel=1e-4)
 
 
@@ -77,7 +70,7 @@ def test_a_run_of_one_step_has_a_schedule():
     ],
 )
 def test_schedules_by_name(name, expected):
-    """Two steps of warmup to 0.1, then eight to a tenth: looked at after 0, 1, 2, 4, 6 and 10 steps."""
+    """Two steps of warmup to 0.1, then eight to a tenth: the rates after 0, 1, 2, 4, 6 and 10 steps."""
     schedule = make_schedule(name, 0.1, steps=10, warmup_steps=2)
     assert [float(schedule(step)) for step in (0, 1, 2, 4, 6, 10)] == pytest.approx(expected, rel=1e-5)
 
