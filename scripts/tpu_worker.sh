@@ -152,7 +152,7 @@ check() {
 # ---- the work directory and its copy in the bucket
 
 # Restores the last complete copy. Files that its manifest does not list come from an interrupted copy and are removed:
-# half a checkpoint would pass for a whole one. A list_objects file that is missing is an error.
+# half a checkpoint would pass for a whole one. A listed file that is missing is an error.
 restore() {
   [[ ! -f $ROOT/restored ]] || return 0 # after a restart the local files are the newest
   rm -rf "$ROOT/work"
@@ -227,7 +227,7 @@ wait_for_exit() {
   done
 }
 
-# run_once TREE ARGUMENT...: runs the command and returns its exit code. Copies the work directory and the log meanwhile.
+# run_once TREE ARGUMENT...: runs the command, copying the work directory and the log meanwhile; returns its exit code.
 run_once() {
   local tree=$1 child timer failure
   shift
