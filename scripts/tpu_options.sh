@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# shellcheck disable=SC2034 # what is set here is used there
-# The options of launch_tpu.sh: help, reading, and every check that needs no cloud. Sourced by it.
+# shellcheck disable=SC2034 # launch_tpu.sh uses the variables that are set here
+# The options of launch_tpu.sh, which sources this file: the help text, the parser, and all checks that need no cloud.
 
-SECRET_FILES=(':(glob)**/*.env' ':(glob)**/.env*') # stay at home
+SECRET_FILES=(':(glob)**/*.env' ':(glob)**/.env*') # never sent to the bucket
 VERBS_WITH_WORKDIR=" run collect build train search report imitate "
 
 usage() {
@@ -10,41 +10,41 @@ usage() {
 launch_tpu.sh VERB --name NAME --project PROJECT --zone ZONE --bucket BUCKET [OPTION ...] [-- COMMAND ...]
 
 Runs `python -m jaxprm COMMAND ... --workdir DIR` on every worker of a Cloud TPU at once. DIR is a directory of the
-machine; it is copied to gs://BUCKET/NAME/work every five minutes and at the end, and taken from there at the start.
+machine. It is copied from gs://BUCKET/NAME/work at the start, and to it every five minutes and at the end.
 
 verbs
-  up        create, set up, run, watch, and make the machine again when it is preempted; at the end delete it.
-            Called again it watches the run of that name, and goes on with it when the machine is gone
-  create    the machine alone
-  setup     the code and Python 3.11 with its packages on all workers (TPU images have 3.10, too old: uv brings 3.11);
-            refuses to go on unless every worker sees its chips
-  run       start COMMAND on all workers of a machine that is there; it replaces a command that runs
-  status    the machine, every worker, the run
-  logs      what a worker printed: [--worker N] [--follow], or [--output DIR] for all of them
-  ssh       a shell on a worker: [--worker N]
-  delete    the machine, its queued resource and its secret; asks first. The bucket is kept
+  up        create, set up, run and watch. If the machine is preempted, create it again; delete it at the end.
+            Without COMMAND: watch the run of that name, and resume it if the machine is gone
+  create    create the machine only
+  setup     install the code, Python 3.11 and the packages on all workers (TPU images have Python 3.10, which is too
+            old; uv installs 3.11). Fails unless every worker sees its chips
+  run       start COMMAND on all workers of an existing machine; replaces a running command
+  status    print the state of the machine, of every worker and of the run
+  logs      print the output of a worker: [--worker N] [--follow], or copy all logs: [--output DIR]
+  ssh       open a shell on a worker: [--worker N]
+  delete    delete the machine, its queued resource and its secret, after a question. The bucket is kept
 
 options
-  --name NAME            of the machine and of the run's folder in the bucket. A finished name can be used again: its
-                         work directory is still there, and finished stages are skipped
+  --name NAME            name of the machine, and of the run's folder in the bucket. A run that has ended may be
+                         started again under its name: the work directory is kept, and finished stages are skipped
   --project, --zone, --bucket    default: $JAXPRM_PROJECT, $JAXPRM_ZONE, $JAXPRM_BUCKET
-  --accelerator TYPE     v5e-8 (or v5litepod-8), v6e-16, v5p-8, v4-8, ...: create, setup, run, up
-  --runtime VERSION      in place of the image that goes with the accelerator
-  --spot                 cheap, and preempted at any time
-  --reserved             from your reservation
-  --queued               wait in Google's queue for capacity; else a create that finds none is tried again here
-  --valid-until 6h       give up a place in the queue after that time
+  --accelerator TYPE     create, setup, run, up: v5e-8 (or v5litepod-8), v6e-16, v5p-8, v4-8, ...
+  --runtime VERSION      TPU image (default: the image for the accelerator)
+  --spot                 cheap, but can be preempted at any time
+  --reserved             use your reservation
+  --queued               wait for capacity in Google's queue. Otherwise, without capacity, create is tried again
+  --valid-until 6h       leave the queue after that time
   --service-account EMAIL, --network NAME, --subnetwork NAME     as for gcloud
-  --env-file FILE        secrets for COMMAND, NAME=value a line, mode 600: run, up. Kept in Secret Manager as
-                         jaxprm-NAME, from where a machine that is made again reads them too
+  --env-file FILE        run, up: secrets for COMMAND, one NAME=value per line, file mode 600. Stored in Secret Manager
+                         as jaxprm-NAME, where a machine that is created again reads them too
   --keep                 up: do not delete the machine at the end
   --yes                  delete: do not ask
   --dry-run              print every command, run none
-  --help
+  --help                 print this text
 
-exit codes: 0 done; 1 the run or the machine failed; 2 a mistake that you can mend; 130 Ctrl-C
+exit codes: 0 success; 1 the run or the machine failed; 2 wrong usage; 130 interrupted by Ctrl-C
 
-A TPU costs money from create to delete, whether it works or not. `status` says what there is.
+A TPU costs money from create to delete, even if it is idle. `status` prints what exists.
 HELP
 }
 
@@ -85,7 +85,8 @@ parse() {
   done
 }
 
-# Identifiers go into commands on the machine and into paths: nothing but what Google allows in them passes.
+# Identifiers become part of commands on the machine and of paths. Only the characters that Google allows are accepted,
+# so none can be read as shell syntax.
 valid() { # valid OPTION VALUE PATTERN EXAMPLE
   [[ -n $2 ]] || die "$1: missing; for example $1 $4"
   [[ $2 =~ ^$3$ ]] || die "$1: $(printf %q "$2") is not valid; for example $1 $4"
@@ -112,28 +113,28 @@ validate() {
   [[ -z $ENV_FILE ]] || validate_env_file
 }
 
-# Sets the image, and how many devices jax must see on how many hosts. v4 and v5p types count cores, two a chip and
-# device; the others count chips. Hosts have 4 chips, but one host has up to 8 of v5e and v6e.
+# Sets the image, and how many devices jax must see on how many hosts. Sizes of v4 and v5p count cores, of which a chip
+# has two and jax sees one device; other sizes count chips. A host has 4 chips, or up to 8 in a v5e or v6e of one host.
 read_accelerator() {
-  local size hosted chips=1
+  local size slices cores_per_chip=1
   valid --accelerator "$ACCELERATOR" '(v4|v5litepod|v5e|v5p|v6e)-[1-9][0-9]{0,4}' \
-    'v5e-8 (v4, v5e, v5p and v6e are known)'
+    'v5e-8 (supported: v4, v5e, v5p, v6e)'
   size=${ACCELERATOR##*-} GENERATION=${ACCELERATOR%-*}
   [[ $GENERATION != v5litepod ]] || GENERATION=v5e
   case $GENERATION in
-    v4) IMAGE=tpu-ubuntu2204-base chips=2 ;;
+    v4) IMAGE=tpu-ubuntu2204-base cores_per_chip=2 ;;
     v5e) IMAGE=v2-alpha-tpuv5-lite ACCELERATOR=v5litepod-$size ;;
-    v5p) IMAGE=v2-alpha-tpuv5 chips=2 ;;
+    v5p) IMAGE=v2-alpha-tpuv5 cores_per_chip=2 ;;
     v6e) IMAGE=v2-alpha-tpuv6e ;;
   esac
   IMAGE=${RUNTIME:-$IMAGE}
-  DEVICES=$((size / chips)) WORKERS=$((size / chips / 4))
-  hosted=" 1 4 8 16 32 64 128 256 "
-  if ((chips == 1)); then
-    [[ $hosted == *" $size "* ]] || die "--accelerator: $GENERATION has no slice of $size chips; one of${hosted% }"
+  DEVICES=$((size / cores_per_chip)) WORKERS=$((DEVICES / 4))
+  slices=" 1 4 8 16 32 64 128 256 "
+  if ((cores_per_chip == 1)); then
+    [[ $slices == *" $size "* ]] || die "--accelerator: $GENERATION has no slice of $size chips; one of${slices% }"
     ((size > 8)) || WORKERS=1
   else
-    ((size % 8 == 0)) || die "--accelerator: $GENERATION-$size counts cores, 8 to a host; take a multiple of 8"
+    ((size % 8 == 0)) || die "--accelerator: $GENERATION-$size counts cores, 8 to a host; use a multiple of 8"
   fi
 }
 
@@ -142,25 +143,25 @@ validate_command() {
   [[ $VERBS_WITH_WORKDIR == *" ${COMMAND[0]} "* ]] ||
     die "command $(printf %q "${COMMAND[0]}"): one of${VERBS_WITH_WORKDIR% }, as after \`python -m jaxprm\`"
   for argument in "${COMMAND[@]}"; do
-    [[ $argument != --workdir* ]] || die "command: --workdir is given by the launcher"
-    [[ $argument != *$'\n'* ]] || die "command: an argument holds a line break"
+    [[ $argument != --workdir* ]] || die "command: the launcher sets --workdir; remove it"
+    [[ $argument != *$'\n'* ]] || die "command: an argument contains a line break"
   done
   local config=${COMMAND[1]:-}
-  [[ $config =~ ^[A-Za-z0-9_][A-Za-z0-9_./-]*$ && $config != *..* && -f $TREE/$config ]] ||
-    die "command: $(printf %q "$config") is no config file in $TREE; for example configs/textcraft_tiny.py"
+  [[ $config =~ ^[A-Za-z0-9_][A-Za-z0-9_./-]*$ && $config != *..* && -f $REPOSITORY/$config ]] ||
+    die "command: $(printf %q "$config") is not a config file in $REPOSITORY; for example configs/textcraft_tiny.py"
 }
 
-# The file's content appears nowhere: not in messages, not in commands.
+# No message and no command may contain text of the file.
 validate_env_file() {
   [[ $VERB == run || $VERB == up ]] || die "--env-file: only for run and up"
-  ((${#COMMAND[@]})) || die "--env-file: goes with a command after --"
+  ((${#COMMAND[@]})) || die "--env-file: needs a command after --"
   [[ -f $ENV_FILE ]] || die "--env-file $ENV_FILE: no such file"
   [[ -n $(find "$ENV_FILE" -perm 600) ]] || die "--env-file $ENV_FILE: others may read it; chmod 600 it"
   local line number=0 folder
   folder=$(cd "$(dirname "$ENV_FILE")" && pwd)
-  [[ $folder/ != "$TREE"/* || $ENV_FILE == *.env || $(basename "$ENV_FILE") == .env* ]] ||
-    git -C "$TREE" check-ignore -q "$folder/$(basename "$ENV_FILE")" ||
-    die "--env-file $ENV_FILE: lies in the tree that is sent to the bucket; call it $(basename "$ENV_FILE").env"
+  [[ $folder/ != "$REPOSITORY"/* || $ENV_FILE == *.env || $(basename "$ENV_FILE") == .env* ]] ||
+    git -C "$REPOSITORY" check-ignore -q "$folder/$(basename "$ENV_FILE")" ||
+    die "--env-file $ENV_FILE: is in the tree that is sent to the bucket; rename it to $(basename "$ENV_FILE").env"
   while IFS= read -r line || [[ -n $line ]]; do
     number=$((number + 1))
     [[ $line =~ ^([A-Za-z_][A-Za-z0-9_]*=|#|$) ]] || die "--env-file $ENV_FILE: line $number is not NAME=value"

@@ -1,18 +1,18 @@
 # shellcheck shell=bash
-# What runs on a TPU machine: on every worker of it, as root. launch_tpu.sh writes the settings in front (NAME, BUCKET,
-# PROJECT, GENERATION, DEVICES, WORKERS) and gives the whole to the machine as its startup script. So a machine that is
-# made again after a preemption sets itself up, takes the work directory from the bucket and goes on, with nobody there.
+# Runs on every worker of a TPU machine, as root. launch_tpu.sh writes the settings (NAME, BUCKET, PROJECT, GENERATION,
+# DEVICES, WORKERS) before this text and passes both as the startup script of the machine. So a machine that is created
+# again after a preemption sets itself up, copies the work directory from the bucket and resumes without a user.
 #
-#   boot         (no argument; at every start of the machine) starts `job` as the service jaxprm
+#   boot         (the default, at every start of the machine) start `job` as the service jaxprm
 #   job          set up, check the chips, restore the work directory, run the command until it is done
-#   setup TREE   brings the code and its packages
-#   check TREE   refuses unless the chips are there
+#   setup TREE   install the code and its packages
+#   check TREE   fail unless jax sees the chips
 #
-# In the bucket, below gs://BUCKET/NAME:
-#   job/command        tree of the code, name of the secret or "none", then the arguments of jaxprm, one a line
+# TREE is the hash of the code's git tree. Objects below gs://BUCKET/NAME:
+#   job/command        TREE, name of the secret or "none", then the arguments of jaxprm, one per line
 #   job/code-TREE.tar.gz
-#   state/worker-N     what worker N does now
-#   state/done, state/failed   the end of the run: with either, no machine starts it again
+#   state/worker-N     status of worker N
+#   state/done, state/failed   the run has ended; with either, no machine starts it again
 #   state/manifest     the files of the last complete copy of the work directory
 #   work/, logs/worker-N.log
 set -euo pipefail
@@ -26,30 +26,30 @@ RUN=gs://$BUCKET/$NAME
 RETRY_SECONDS=${RETRY_SECONDS:-10} SYNC_SECONDS=${SYNC_SECONDS:-300} RESTART_SECONDS=${RESTART_SECONDS:-30}
 CHECK_SECONDS=${CHECK_SECONDS:-2400}
 METADATA=http://metadata.google.internal/computeMetadata/v1/instance/attributes
-PATH=$PATH:/snap/bin # gcloud, which startup scripts do not find
-export HOME=${HOME:-/root} # services have none
+PATH=$PATH:/snap/bin # gcloud is there, but it is not on the PATH of a startup script
+export HOME=${HOME:-/root} # systemd sets none for a service
 WORKER=$(curl -sf -H 'Metadata-Flavor: Google' "$METADATA/agent-worker-number" || true)
-[[ $WORKER =~ ^[0-9]+$ ]] || WORKER=0 # a machine of one worker has no number
+[[ $WORKER =~ ^[0-9]+$ ]] || WORKER=0 # a machine with one worker has no number
 
 say() { echo "worker $WORKER: $*" >&2; }
 
-# put OBJECT TEXT: writes a small object of the run.
-put() { printf '%s\n' "$2" | gcloud storage cp - "$RUN/$1" >/dev/null 2>&1; }
+# write_object OBJECT TEXT: writes a small object of the run.
+write_object() { printf '%s\n' "$2" | gcloud storage cp - "$RUN/$1" >/dev/null 2>&1; }
 
-report() { put "state/worker-$WORKER" "$*" || say "cannot write $RUN/state/worker-$WORKER"; }
+report() { write_object "state/worker-$WORKER" "$*" || say "cannot write $RUN/state/worker-$WORKER"; }
 
-# The end, for all workers: the first failure is kept, the others follow it.
+# Ends the run on all workers: each stops when it sees state/failed. The first failure is kept, as it causes the others.
 fail() {
   say "$*"
   report "failed: $*"
-  local found
-  found=$(listed state/failed) || found=
-  [[ -n $found ]] || put state/failed "worker $WORKER: $*" || say "cannot write $RUN/state/failed"
+  local failure
+  failure=$(list_objects state/failed) || failure=
+  [[ -n $failure ]] || write_object state/failed "worker $WORKER: $*" || say "cannot write $RUN/state/failed"
   send_log
   exit 1
 }
 
-# retry COMMAND...: five times, waiting twice as long each time.
+# retry COMMAND...: up to five times; the wait doubles each time.
 retry() {
   local attempt delay=$RETRY_SECONDS
   for attempt in 1 2 3 4 5; do
@@ -61,18 +61,18 @@ retry() {
   return 1
 }
 
-# listed PREFIX: the run's objects below it. None is no error; a bucket that cannot be asked is.
-listed() {
-  local found
-  if found=$(gcloud storage ls "$RUN/$1" 2>&1); then
-    printf '%s\n' "$found"
-  elif [[ $found != *"matched no objects"* ]]; then
-    printf '%s\n' "$found" >&2
+# list_objects PREFIX: prints the run's objects below it. No object is not an error, an unreadable bucket is.
+list_objects() {
+  local output
+  if output=$(gcloud storage ls "$RUN/$1" 2>&1); then
+    printf '%s\n' "$output"
+  elif [[ $output != *"matched no objects"* ]]; then
+    printf '%s\n' "$output" >&2
     return 1
   fi
 }
 
-# ---- setup: steps chain with &&, because `retry` tests them and bash then ignores `set -e` inside.
+# ---- setup: the commands of a step are joined by &&, because bash ignores `set -e` in a function that `retry` tests
 
 fetch_code() {
   local code=$ROOT/code-$1
@@ -93,7 +93,7 @@ make_environment() {
   [[ -x $ROOT/venv/bin/python ]] || "$ROOT/bin/uv" venv --clear --python "$PYTHON_VERSION" "$ROOT/venv"
 }
 
-# jax[tpu] beside a pinned jax takes that version: it adds libtpu and changes nothing else.
+# With jax pinned in requirements.txt, jax[tpu] keeps that version and only adds its libtpu.
 install_packages() {
   local requirements=$ROOT/code-$1/requirements.txt
   grep -q '^jax==[0-9]' "$requirements" || { say "requirements.txt pins no jax==VERSION" && return 1; }
@@ -103,10 +103,10 @@ install_packages() {
 setup() {
   mkdir -p "$ROOT"
   if [[ -f $ROOT/ready-$1 ]]; then
-    say "set up already"
+    say "already set up"
     return
   fi
-  say "setting up; the image has $(python3 --version 2>&1), uv brings Python $PYTHON_VERSION beside it"
+  say "setting up; the image has $(python3 --version 2>&1), uv installs Python $PYTHON_VERSION next to it"
   report "setting up"
   local step
   for step in fetch_code install_uv make_environment install_packages; do
@@ -116,8 +116,9 @@ setup() {
   say "set up"
 }
 
-# What a run before a preemption left in the environment makes the next one wait for hosts that are gone.
-# libtpu reads LIBTPU_INIT_ARGS once, before Python knows of jax. With platforms named, jax never falls back silently.
+# Removes variables of an earlier slice, which would make jax wait for hosts that no longer exist. libtpu reads
+# LIBTPU_INIT_ARGS once, when it is loaded, so Python would set it too late. With JAX_PLATFORMS set, jax raises an error
+# if it finds no TPU, instead of using the CPU.
 prepare_environment() {
   local name overlap
   for name in $(compgen -e); do
@@ -136,13 +137,13 @@ prepare_environment() {
   export LIBTPU_INIT_ARGS JAX_PLATFORMS=tpu,cpu
 }
 
-# All workers at once: the chips of a slice open together. The last line is what is wrong.
+# Runs on all workers at once, because the chips of a slice open together. The last line of the output is the result.
 check() {
   prepare_environment
   local output status=0
   output=$(timeout "$CHECK_SECONDS" "$ROOT/venv/bin/python" "$ROOT/code-$1/scripts/tpu_check.py" \
     "$DEVICES" "$WORKERS" 2>&1) || status=$?
-  ((status != 124)) || output="chips did not open in $CHECK_SECONDS s: another worker is missing, or holds no TPU"
+  ((status != 124)) || output="chips did not open in $CHECK_SECONDS s: another worker is missing or has no TPU"
   CHECKED=${output##*$'\n'}
   say "$CHECKED"
   return "$status"
@@ -150,45 +151,46 @@ check() {
 
 # ---- the work directory and its copy in the bucket
 
-# A copy that was cut short is no copy: files outside the last manifest are dropped (half a checkpoint would pass for
-# one), and a file of the manifest that is missing is an error.
+# Restores the last complete copy. Files that its manifest does not list come from an interrupted copy and are removed:
+# half a checkpoint would pass for a whole one. A listed file that is missing is an error.
 restore() {
-  [[ ! -f $ROOT/restored ]] || return 0 # only restarted: the files here are the newest
+  [[ ! -f $ROOT/restored ]] || return 0 # after a restart the local files are the newest
   rm -rf "$ROOT/work"
   mkdir -p "$ROOT/work"
-  local found
-  found=$(retry listed state/manifest) || fail "cannot read $RUN/state: give the machine's service account access"
-  if [[ -n $found ]]; then
+  local manifest
+  manifest=$(retry list_objects state/manifest) ||
+    fail "cannot read $RUN/state: give the machine's service account access"
+  if [[ -n $manifest ]]; then
     retry gcloud storage cp "$RUN/state/manifest" "$ROOT/manifest" || fail "cannot read $RUN/state/manifest"
-    # An empty copy is no folder in a bucket, and rsync wants one.
+    # A bucket has no empty folders, so rsync would fail on an empty copy.
     [[ ! -s $ROOT/manifest ]] || retry gcloud storage rsync --recursive "$RUN/work" "$ROOT/work" ||
       fail "cannot read $RUN/work"
     (
       cd "$ROOT/work"
-      files | comm -23 - "$ROOT/manifest" | tr '\n' '\0' | xargs -0 -r rm -f --
+      list_files | comm -23 - "$ROOT/manifest" | tr '\n' '\0' | xargs -0 -r rm -f --
       find . -mindepth 1 -type d -empty -delete
     )
-    local lost
-    lost=$(cd "$ROOT/work" && files | comm -13 - "$ROOT/manifest")
-    [[ -z $lost ]] || fail "work directory: ${lost%%$'\n'*} is in $RUN/state/manifest but not in $RUN/work"
+    local missing
+    missing=$(cd "$ROOT/work" && list_files | comm -13 - "$ROOT/manifest")
+    [[ -z $missing ]] || fail "work directory: ${missing%%$'\n'*} is in $RUN/state/manifest but not in $RUN/work"
     say "work directory restored: $(wc -l <"$ROOT/manifest") files"
   fi
   touch "$ROOT/restored"
 }
 
-# The files below the current directory that a manifest names. Stage records are none of them: they are copied last.
-files() { find . -type f -not -path './stages/*' -printf '%P\n' | LC_ALL=C sort; }
+# The files below the current directory, for a manifest. Without the records of stages, which are copied last.
+list_files() { find . -type f -not -path './stages/*' -printf '%P\n' | LC_ALL=C sort; }
 
-# The copy in the bucket is whole at any moment, however this is cut short: a frozen snapshot is copied without
-# deleting, then named by the manifest, and only then what is gone here goes there, and stages count as finished there.
+# The bucket has a complete copy at any moment, even if this is interrupted. The order matters: copy a frozen snapshot
+# without deleting anything, write its manifest, and only then delete old files and copy the records of finished stages.
 copy_out() {
   local snapshot=$ROOT/snapshot
   rm -rf "$snapshot" && cp -al "$ROOT/work" "$snapshot" &&
     find "$snapshot" -name '*orbax-checkpoint-tmp*' -prune -exec rm -rf {} + &&
-    # Hard links freeze what is replaced; what grows in place must be copied.
+    # Hard links freeze files that are replaced. Files that grow in place must be copied.
     find "$snapshot" -type f \( -name '*.jsonl' -o -path '*.partial*' \) \
       -exec sh -c 'cp -p "$1" "$1.frozen" && mv "$1.frozen" "$1"' _ {} \; &&
-    rm -f "$snapshot/lock" && (cd "$snapshot" && files >"$ROOT/manifest") &&
+    rm -f "$snapshot/lock" && (cd "$snapshot" && list_files >"$ROOT/manifest") &&
     gcloud storage rsync --recursive --exclude='^stages/.*' "$snapshot" "$RUN/work" &&
     gcloud storage cp "$ROOT/manifest" "$RUN/state/manifest" &&
     gcloud storage rsync --recursive --delete-unmatched-destination-objects "$snapshot" "$RUN/work"
@@ -199,15 +201,15 @@ send_log() {
     say "cannot write $RUN/logs"
 }
 
-# Stages write on worker 0; the other workers have the same command and nothing of their own to keep but the log.
+# Only worker 0 writes results. The other workers run the same command and have only their log to keep.
 save() {
-  ((WORKER != 0)) || copy_out || say "the work directory was not copied; the last copy stays"
+  ((WORKER != 0)) || copy_out || say "the work directory was not copied; the bucket keeps the last copy"
   send_log
 }
 
 # ---- the run
 
-# Names and values only, never read as shell.
+# Exports NAME=value lines. The values are not evaluated by the shell.
 export_secrets() {
   local line
   while IFS= read -r line; do
@@ -215,8 +217,8 @@ export_secrets() {
   done <<<"$SECRETS"
 }
 
-# Waits for a process through signals that are trapped.
-await() {
+# Waits until a process ends: a trapped signal ends `wait` early.
+wait_for_exit() {
   local status=0
   while :; do
     status=0
@@ -225,9 +227,9 @@ await() {
   done
 }
 
-# once TREE ARGUMENT...: runs the command, copying the work directory and the log now and then; its exit code.
-once() {
-  local tree=$1 child timer others
+# run_once TREE ARGUMENT...: runs the command, copying the work directory and the log meanwhile; returns its exit code.
+run_once() {
+  local tree=$1 child timer failure
   shift
   cd "$ROOT/code-$tree"
   (
@@ -243,18 +245,18 @@ once() {
     wait -n "$child" "$timer" || true
     kill "$timer" 2>/dev/null || true
     kill -0 "$child" 2>/dev/null || break
-    # In the background, so that a signal reaches the run at once and the copy still ends in order.
+    # Copies in the background: a signal is passed on at once, and the copy is still completed.
     save &
-    await $! || true
-    others=$(listed state/failed 2>/dev/null) || others=
-    if [[ -n $others ]]; then
+    wait_for_exit $! || true
+    failure=$(list_objects state/failed 2>/dev/null) || failure=
+    if [[ -n $failure ]]; then
       say "another worker failed: stopping"
       kill -TERM "$child" 2>/dev/null || true
-      await "$child" || true
+      wait_for_exit "$child" || true
       return 1
     fi
   done
-  await "$child"
+  wait_for_exit "$child"
 }
 
 job() {
@@ -262,17 +264,18 @@ job() {
   [[ -f $ROOT/log ]] || gcloud storage cp "$RUN/logs/worker-$WORKER.log" "$ROOT/log" >/dev/null 2>&1 || true
   exec >>"$ROOT/log" 2>&1
   say "started at $(date -u +%FT%TZ)"
-  local found lines tree secret status
-  found=$(retry listed job/command) || fail "cannot read $RUN: give the machine's service account access to the bucket"
-  if [[ -z $found ]]; then
+  local command_object marks lines tree secret status
+  command_object=$(retry list_objects job/command) ||
+    fail "cannot read $RUN: give the machine's service account access to the bucket"
+  if [[ -z $command_object ]]; then
     say "no command in $RUN/job: nothing to run yet"
     report "waiting for a command"
     return
   fi
-  found=$(retry listed state/) || fail "cannot read $RUN/state"
-  if [[ $found =~ /state/(done|failed)($|$'\n') ]]; then
-    say "the run is over: $RUN/state/${BASH_REMATCH[1]}"
-    report "over"
+  marks=$(retry list_objects state/) || fail "cannot read $RUN/state"
+  if [[ $marks =~ /state/(done|failed)($|$'\n') ]]; then
+    say "the run has ended: $RUN/state/${BASH_REMATCH[1]}"
+    report "the run has ended"
     send_log
     return
   fi
@@ -292,13 +295,13 @@ job() {
     report "running"
     say "running: jaxprm ${lines[*]:2}"
     status=0
-    once "$tree" "${lines[@]:2}" || status=$?
+    run_once "$tree" "${lines[@]:2}" || status=$?
     say "exit code $status"
     if ((status == 0)); then
-      # Until it is in the bucket it is not done: whoever sees `done` may delete the machine.
+      # `up` deletes the machine when it sees `done`, so the mark follows the last copy.
       while ((WORKER == 0)) && ! copy_out; do sleep "$RETRY_SECONDS"; done
       send_log
-      ((WORKER != 0)) || retry put state/done "exit code 0" || say "cannot write $RUN/state/done"
+      ((WORKER != 0)) || retry write_object state/done "exit code 0" || say "cannot write $RUN/state/done"
       report "done"
       return
     fi
@@ -307,13 +310,13 @@ job() {
     report "preempted; starting again"
     [[ -n $STOPPING ]] || sleep "$RESTART_SECONDS"
     if [[ -n $STOPPING ]]; then
-      report "stopped with the machine; goes on when it is back"
+      report "stopped with the machine; resumes when it starts again"
       return
     fi
   done
 }
 
-# A service survives the ssh session, is stopped before the network at shutdown, and exists once.
+# A systemd service outlives the ssh session, is stopped before the network at shutdown, and cannot run twice.
 boot() {
   mkdir -p "$ROOT"
   [[ $0 -ef $ROOT/worker.sh ]] || install -m 755 "$0" "$ROOT/worker.sh"

@@ -28,8 +28,8 @@ class Launcher:
         self.clone, self.cloud = clone, cloud
 
     def __call__(self, verb: str, *arguments: str, text: str = "", code: int = 0, **environment: str):
-        """Runs it with the common options; checks the exit code; returns what it said."""
-        found = subprocess.run(
+        """Runs it with the common options; checks the exit code; returns the finished process."""
+        process = subprocess.run(
             [str(self.clone / "launch_tpu.sh"), verb, *COMMON, *arguments],
             env=self.cloud.environment(**environment),
             input=text,
@@ -37,8 +37,8 @@ class Launcher:
             text=True,
             timeout=60,
         )
-        assert found.returncode == code, (found.returncode, found.stdout, found.stderr)
-        return found
+        assert process.returncode == code, (process.returncode, process.stdout, process.stderr)
+        return process
 
     def commands(self) -> list[str]:
         """The gcloud commands so far, one string each, temporary folders shortened."""

@@ -1,9 +1,9 @@
-"""A cloud made of one small program: gcloud, curl, systemd, uv and the machine's python, by the name it is called by.
+"""A fake cloud: one small program acts as gcloud, curl, systemd, uv or the machine's python, depending on its name.
 
-Every call is written down. Answers come from a scenario, a list of [words, answers]: the answers of the first whose
-words, parted by " & ", are all in the call are used up one by one, the last again and again. An answer is [exit code
-or "hang", output, error]. Without one, or with None, `gcloud storage` works on a folder, the secret is a file, and
-everything else succeeds and says nothing.
+Every call is recorded. Answers come from a scenario, a list of rules [words, answers]. The first rule applies whose
+words, separated by " & ", are all in the call. Its answers are used one after another, the last one repeatedly. An
+answer is [exit code or "hang", stdout, stderr]. Without a rule, or with the answer None, `gcloud storage` works on a
+folder, the secret is a file, and all other calls succeed without output.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 PROGRAM = r"""#!%s -IS
-import fcntl, os, sys  # and no more: it is started hundreds of times
+import fcntl, os, sys  # only these: the program is started hundreds of times
 home = os.environ["FAKE_HOME"]
-me, arguments = os.path.basename(sys.argv[0]), sys.argv[1:]
-line = " ".join([me, *arguments])
+program, call = os.path.basename(sys.argv[0]), sys.argv[1:]
+line = " ".join([program, *call])
 with open(home + "/calls", "a") as file:
-    file.write(repr([me, *arguments]) + "\n")
+    file.write(repr([program, *call]) + "\n")
 
 def answer():
     with open(home + "/scenario", "r+") as file:
@@ -31,9 +31,9 @@ def answer():
         rules = eval(file.read())
         for pattern, answers in rules:
             if all(part in line for part in pattern.split(" & ")):
-                found = answers.pop(0) if len(answers) > 1 else answers[0]
+                result = answers.pop(0) if len(answers) > 1 else answers[0]
                 file.seek(0), file.truncate(), file.write(repr(rules))
-                return found
+                return result
 
 def local(url):
     return home + "/bucket/" + url[5:] if url.startswith("gs://") else url
@@ -43,21 +43,21 @@ def tree(top):
 
 def copy(source, target):
     os.makedirs(os.path.dirname(target), exist_ok=True)
-    with open(source, "rb") as one, open(target, "wb") as other:
-        other.write(one.read())
+    with open(source, "rb") as reader, open(target, "wb") as writer:
+        writer.write(reader.read())
 
 def missing(url):
     sys.exit("ERROR: (gcloud.storage.ls) One or more URLs matched no objects: " + url)
 
-def storage(verb, *rest):
-    paths = [one for one in rest if not one.startswith("--")]
-    flags = [one for one in rest if one.startswith("--")]
+def storage(verb, *arguments):
+    paths = [argument for argument in arguments if not argument.startswith("--")]
+    flags = [argument for argument in arguments if argument.startswith("--")]
     if verb == "ls":
         path = local(paths[0])
-        found = [paths[0]] if os.path.isfile(path) else [paths[0] + one for one in tree(path)]
-        print("\n".join(found)) if found else missing(paths[0])
+        urls = [paths[0]] if os.path.isfile(path) else [paths[0] + name for name in tree(path)]
+        print("\n".join(urls)) if urls else missing(paths[0])
     elif verb == "cat":
-        start = int(next((one[8:-1] for one in flags if one.startswith("--range=")), 0))
+        start = int(next((flag[8:-1] for flag in flags if flag.startswith("--range=")), 0))
         text = open(local(paths[0])).read() if os.path.isfile(local(paths[0])) else missing(paths[0])
         sys.stdout.write(text[start:])
     elif verb == "cp" and paths[0] == "-":
@@ -66,48 +66,48 @@ def storage(verb, *rest):
     elif verb == "cp":
         copy(local(paths[0]), local(paths[1])) if os.path.isfile(local(paths[0])) else missing(paths[0])
     elif verb == "rm":
-        for one in paths:
-            os.remove(local(one))
+        for path in paths:
+            os.remove(local(path))
     elif verb == "rsync":
         source, target = map(local, paths)
         skip = "stages/" if "--exclude=^stages/.*" in flags else "\0"
-        for one in tree(source):
-            one.startswith(skip) or copy(source + "/" + one, target + "/" + one)
+        for name in tree(source):
+            name.startswith(skip) or copy(source + "/" + name, target + "/" + name)
         if "--delete-unmatched-destination-objects" in flags:
-            for one in set(tree(target)) - set(tree(source)):
-                os.remove(target + "/" + one)
+            for name in set(tree(target)) - set(tree(source)):
+                os.remove(target + "/" + name)
 
-def command(name, *rest):
-    if name == "curl" and "-o" in rest:
-        with open(rest[rest.index("-o") + 1], "w") as file:
+def command(name, *arguments):
+    if name == "curl" and "-o" in arguments:
+        with open(arguments[arguments.index("-o") + 1], "w") as file:
             file.write('mkdir -p "$UV_INSTALL_DIR" && cp "$FAKE_HOME/bin/uv" "$UV_INSTALL_DIR/uv"')
-    elif name == "uv" and rest[0] == "venv":
-        copy(sys.argv[0], rest[-1] + "/bin/python"), os.chmod(rest[-1] + "/bin/python", 0o755)
-    elif name == "python" and rest[0] == "-m":
+    elif name == "uv" and arguments[0] == "venv":
+        copy(sys.argv[0], arguments[-1] + "/bin/python"), os.chmod(arguments[-1] + "/bin/python", 0o755)
+    elif name == "python" and arguments[0] == "-m":
         print(dict(os.environ), file=open(home + "/environment", "w"))
         if script := os.environ.get("FAKE_RUN"):
-            os.execvp("bash", ["bash", "-c", script, *rest])
-    elif name == "gcloud" and rest[0] == "storage":
-        storage(*rest[1:])
-    elif name == "gcloud" and rest[:3] == ("secrets", "versions", "access"):
+            os.execvp("bash", ["bash", "-c", script, *arguments])
+    elif name == "gcloud" and arguments[0] == "storage":
+        storage(*arguments[1:])
+    elif name == "gcloud" and arguments[:3] == ("secrets", "versions", "access"):
         sys.stdout.write(open(home + "/secret").read())
 
-found = answer()
-if found is None:
-    command(me, *arguments)
+result = answer()
+if result is None:
+    command(program, *call)
 else:
-    sys.stdout.write(found[1]), sys.stderr.write(found[2])
+    sys.stdout.write(result[1]), sys.stderr.write(result[2])
     sys.stdout.flush(), sys.stderr.flush()
-    if found[0] == "hang":
+    if result[0] == "hang":
         import time
         open(home + "/hangs", "w").close()
         time.sleep(60)
-    sys.exit(found[0])
+    sys.exit(result[0])
 """
 
 
 class Cloud:
-    """A folder with the fakes, what they were asked, and the bucket."""
+    """A folder with the fake programs, the record of their calls, and the bucket."""
 
     def __init__(self, home: Path):
         self.home, self.bucket = home, home / "bucket"
@@ -133,7 +133,7 @@ class Cloud:
         path.write_text(text)
 
     def environment(self, **more: str) -> dict[str, str]:
-        """Of a shell that finds the fakes first; waits are as good as none."""
+        """Environment of a shell that finds the fakes first, and does not wait between tries."""
         waits = dict.fromkeys(["POLL_SECONDS", "RETRY_SECONDS", "RESTART_SECONDS"], "0")
         path = f"{self.home / 'bin'}:{os.environ['PATH']}"
         plain = {name: value for name, value in os.environ.items() if not name.startswith(("JAXPRM", "CLOUDSDK"))}
@@ -141,7 +141,7 @@ class Cloud:
 
 
 def checkout(folder: Path) -> Path:
-    """A user's clone: the launcher, a config that is committed and one that is not."""
+    """A user's clone: the launcher, a committed config and an uncommitted one."""
     (folder / "scripts").mkdir(parents=True)
     (folder / "configs").mkdir()
     shutil.copy(ROOT / "launch_tpu.sh", folder)
@@ -153,6 +153,6 @@ def checkout(folder: Path) -> Path:
     git = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run([*git, "init", "-q"], check=True)
     subprocess.run([*git, "add", "--all"], check=True)
-    subprocess.run([*git, "commit", "-q", "-m", "one"], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "first"], check=True)
     (folder / "configs" / "mine.py").write_text("config = 2\n")
     return folder

@@ -1,4 +1,4 @@
-"""The commands that launch_tpu.sh gives, written down from gcloud's reference, in a cloud with a scenario."""
+"""The gcloud commands of launch_tpu.sh in a fake cloud; the expected ones follow gcloud's reference."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ STARTUP = "--metadata-from-file=startup-script=TMP/jaxprm-worker.sh --quiet"
 TRAIN = ["--", "train", "configs/textcraft_tiny.py"]
 
 
-def states(kind: str, *found: str) -> list:
-    return [f"{kind} describe", [[0, f"{one}\n", ""] if one != "ABSENT" else GONE for one in found]]
+def states(kind: str, *names: str) -> list:
+    """Rule for the states that `describe` prints, in order."""
+    return [f"{kind} describe", [[0, f"{name}\n", ""] if name != "ABSENT" else GONE for name in names]]
 
 
 def offers(accelerator: str) -> str:
@@ -41,7 +42,7 @@ def offers(accelerator: str) -> str:
 @pytest.mark.parametrize("spelled", ["v5e-8", "v5litepod-8"])
 def test_an_on_demand_v5e_8(launch, spelled):
     launch.cloud.scenario([ACCOUNT, OFFERED, NOT_QUEUED, states("tpu-vm", "ABSENT", "READY")])
-    said = launch("create", "--accelerator", spelled).stderr
+    stderr = launch("create", "--accelerator", spelled).stderr
     assert launch.commands() == [
         *CHECKS,
         offers("v5litepod-8"),
@@ -52,7 +53,7 @@ def test_an_on_demand_v5e_8(launch, spelled):
         QUEUE_STATE,
         NODE_STATE,
     ]
-    assert "prm is up and costs money until: launch_tpu.sh delete --name prm" in said
+    assert "prm is up and costs money until: launch_tpu.sh delete --name prm" in stderr
 
 
 def test_a_spot_v6e_16_by_queued_resource_that_is_preempted_once(launch):
@@ -73,16 +74,16 @@ def test_a_spot_v6e_16_by_queued_resource_that_is_preempted_once(launch):
     ended = [0, "gs://my-bucket/prm/state/done\ngs://my-bucket/prm/state/worker-0\n", ""]
     marks = ["storage ls gs://my-bucket/prm/state/", [GONE, GONE, unfinished, ended]]
     launch.cloud.scenario([ACCOUNT, OFFERED, queue, states("tpu-vm", "ABSENT"), marks, NO_SECRET])
-    said = launch("up", "--accelerator", "v6e-16", "--spot", "--queued", "--valid-until", "6h", *TRAIN).stderr
+    stderr = launch("up", "--accelerator", "v6e-16", "--spot", "--queued", "--valid-until", "6h", *TRAIN).stderr
     create = (
         f"compute tpus queued-resources create prm --node-id=prm --runtime-version=v2-alpha-tpuv6e {WHERE} "
         f"--accelerator-type=v6e-16 --spot {STARTUP} --valid-until-duration=6h"
     )
     delete = f"compute tpus queued-resources delete prm {WHERE} --force --quiet"
     ls = "storage ls gs://my-bucket/prm/state/"
-    found = launch.commands()
-    tree = re.search(r"code-([0-9a-f]{40})\.tar\.gz", found[6])[1]
-    assert found == [
+    commands = launch.commands()
+    tree = re.search(r"code-([0-9a-f]{40})\.tar\.gz", commands[6])[1]
+    assert commands == [
         *CHECKS,
         offers("v6e-16"),
         QUEUE_STATE,
@@ -110,8 +111,8 @@ def test_a_spot_v6e_16_by_queued_resource_that_is_preempted_once(launch):
         NODE_STATE,
         "secrets describe jaxprm-prm --project=my-project --format=value(name) --quiet",
     ]
-    assert "prm is lost (SUSPENDED): deleting it and making it again" in said
-    assert "done; results in gs://my-bucket/prm/work" in said
+    assert "prm is lost (SUSPENDED): deleting it and creating it again" in stderr
+    assert "done; results in gs://my-bucket/prm/work" in stderr
     assert (launch.cloud.bucket / "my-bucket/prm/job/command").read_text().split("\n") == [
         tree,
         "none",
@@ -141,43 +142,43 @@ def test_a_reserved_v5p(launch):
     ) in launch.commands()
 
 
-def test_a_create_that_finds_no_capacity_twice(launch):
+def test_create_retries_without_capacity(launch):
     reserved = [1, "", "ERROR: (gcloud.compute.tpus.tpu-vm.create) Insufficient reserved capacity.\n"]
     create = ["tpu-vm create", [STOCKOUT, reserved, [0, "", ""]]]
-    found = states("tpu-vm", "ABSENT", "ABSENT", "ABSENT", "READY")
-    launch.cloud.scenario([ACCOUNT, OFFERED, NOT_QUEUED, found, create])
-    said = launch("create", "--accelerator", "v4-8").stderr
-    assert sum("tpu-vm create" in one for one in launch.commands()) == 3
-    assert said.count("no capacity: ERROR: (gcloud.compute.tpus.tpu-vm.create)") == 2
+    machine = states("tpu-vm", "ABSENT", "ABSENT", "ABSENT", "READY")
+    launch.cloud.scenario([ACCOUNT, OFFERED, NOT_QUEUED, machine, create])
+    stderr = launch("create", "--accelerator", "v4-8").stderr
+    assert sum("tpu-vm create" in command for command in launch.commands()) == 3
+    assert stderr.count("no capacity: ERROR: (gcloud.compute.tpus.tpu-vm.create)") == 2
     assert "--version=tpu-ubuntu2204-base" in launch.commands()[6]
 
 
-def test_no_capacity_at_all_gives_up_and_leaves_nothing(launch):
+def test_create_gives_up_after_the_last_try_and_leaves_nothing(launch):
     launch.cloud.scenario([ACCOUNT, OFFERED, NOT_QUEUED, states("tpu-vm", "ABSENT"), ["tpu-vm create", [STOCKOUT]]])
-    said = launch("create", "--accelerator", "v5e-8", code=1, CREATE_TRIES="3").stderr
-    assert sum("tpu-vm create" in one for one in launch.commands()) == 3
-    assert "no v5litepod-8 in us-west4-a after 3 tries; nothing exists and nothing costs money" in said
+    stderr = launch("create", "--accelerator", "v5e-8", code=1, CREATE_TRIES="3").stderr
+    assert sum("tpu-vm create" in command for command in launch.commands()) == 3
+    assert "no v5litepod-8 in us-west4-a after 3 tries; nothing exists and nothing costs money" in stderr
 
 
-def test_what_another_try_does_not_mend_is_not_tried_again(launch):
-    for message, told in [
+def test_an_error_that_a_retry_cannot_fix_is_not_retried(launch):
+    for message, hint in [
         ("Quota 'TPUV5' exhausted. RESOURCE_EXHAUSTED", "quotas?project="),
         ("insufficient authentication scopes", ""),
     ]:
         answers = [[1, "", f"ERROR: {message}\n"]]
         launch.cloud.scenario([ACCOUNT, OFFERED, NOT_QUEUED, states("tpu-vm", "ABSENT"), ["tpu-vm create", answers]])
-        said = launch("create", "--accelerator", "v5e-8", code=1).stderr
-        assert message in said and told in said
-    assert sum("tpu-vm create" in one for one in launch.commands()) == 2
+        stderr = launch("create", "--accelerator", "v5e-8", code=1).stderr
+        assert message in stderr and hint in stderr
+    assert sum("tpu-vm create" in command for command in launch.commands()) == 2
 
 
-def test_a_failed_queued_resource_says_why_and_is_made_again(launch):
+def test_a_failed_queued_resource_says_why_and_is_created_again(launch):
     queue = states("queued-resources", "ABSENT", "FAILED", "ABSENT", "ACTIVE")
     why = ["failedData", [[0, "the reservation is full\n", ""]]]
     launch.cloud.scenario([ACCOUNT, OFFERED, why, queue, states("tpu-vm", "ABSENT")])
-    said = launch("create", "--accelerator", "v5e-8", "--queued").stderr
-    assert "the reservation is full" in said
-    assert [one.split()[3] for one in launch.commands() if "queued-resources" in one] == [
+    stderr = launch("create", "--accelerator", "v5e-8", "--queued").stderr
+    assert "the reservation is full" in stderr
+    assert [command.split()[3] for command in launch.commands() if "queued-resources" in command] == [
         "describe",
         "create",
         "describe",
@@ -189,21 +190,21 @@ def test_a_failed_queued_resource_says_why_and_is_made_again(launch):
     ]
 
 
-def test_a_machine_that_someone_deletes_is_not_made_again(launch):
+def test_a_machine_that_someone_deletes_is_not_created_again(launch):
     launch.cloud.scenario([ACCOUNT, OFFERED, NOT_QUEUED, states("tpu-vm", "ABSENT", "ABSENT", "READY", "ABSENT")])
-    said = launch("up", "--accelerator", "v5e-8", *TRAIN, code=1).stderr
-    assert "deleted by someone else" in said
-    assert sum("tpu-vm create" in one for one in launch.commands()) == 1
+    stderr = launch("up", "--accelerator", "v5e-8", *TRAIN, code=1).stderr
+    assert "deleted by someone else" in stderr
+    assert sum("tpu-vm create" in command for command in launch.commands()) == 1
 
 
 def test_setup_that_fails_once_on_a_worker(launch):
     answers = ["--command=sudo bash jaxprm-worker.sh setup", [[1, "", "worker 2: setup failed\n"], [0, "", ""]]]
     launch.cloud.scenario([ACCOUNT, NOT_QUEUED, states("tpu-vm", "READY"), answers])
-    said = launch("setup", "--accelerator", "v6e-16").stderr
-    found = launch.commands()
-    tree = re.search(r"code-([0-9a-f]{40})\.tar\.gz", found[5])[1]
+    stderr = launch("setup", "--accelerator", "v6e-16").stderr
+    commands = launch.commands()
+    tree = re.search(r"code-([0-9a-f]{40})\.tar\.gz", commands[5])[1]
     ssh = f"compute tpus tpu-vm ssh prm {WHERE} --worker=all --quiet --command=sudo bash jaxprm-worker.sh"
-    assert found == [
+    assert commands == [
         *CHECKS,
         QUEUE_STATE,
         NODE_STATE,
@@ -213,16 +214,16 @@ def test_setup_that_fails_once_on_a_worker(launch):
         f"{ssh} setup {tree}",
         f"{ssh} check {tree}",
     ]
-    assert "setup failed on some worker (try 1 of 5)" in said
-    assert "every worker is set up and sees its chips" in said
+    assert "setup failed on some worker (try 1 of 5)" in stderr
+    assert "every worker is set up and sees its chips" in stderr
 
 
 def test_a_worker_that_sees_no_tpu_stops_setup(launch):
     answers = ["worker.sh check", [[1, "", "worker 3: sees no TPU but platform cpu\n"]]]
     launch.cloud.scenario([ACCOUNT, NOT_QUEUED, states("tpu-vm", "READY"), answers])
-    said = launch("setup", "--accelerator", "v6e-16", code=1).stderr
-    assert "worker 3: sees no TPU but platform cpu" in said
-    assert "not going on. prm exists and costs money until: launch_tpu.sh delete" in said
+    stderr = launch("setup", "--accelerator", "v6e-16", code=1).stderr
+    assert "worker 3: sees no TPU but platform cpu" in stderr
+    assert "setup stopped. prm exists and costs money until: launch_tpu.sh delete" in stderr
 
 
 def test_run_starts_all_workers_at_once(launch):
@@ -231,9 +232,9 @@ def test_run_starts_all_workers_at_once(launch):
     launch(
         "run", "--accelerator", "v6e-16", "--", "train", "configs/mine.py", "reward_seeds=[0,1]", "name='a b'; $(id)"
     )
-    found = launch.commands()
-    assert "storage rm gs://my-bucket/prm/state/failed" in found
-    started = [one for one in found if "tpu-vm ssh" in one]
+    commands = launch.commands()
+    assert "storage rm gs://my-bucket/prm/state/failed" in commands
+    started = [command for command in commands if "tpu-vm ssh" in command]
     assert started == [
         f"compute tpus tpu-vm ssh prm {WHERE} --worker=all --quiet --command=sudo bash jaxprm-worker.sh boot"
     ]
@@ -241,8 +242,8 @@ def test_run_starts_all_workers_at_once(launch):
     assert command[2:] == ["train", "configs/mine.py", "reward_seeds=[0,1]", "name='a b'; $(id)", ""]
 
 
-def test_the_code_is_the_tree_as_it_lies_there(launch, clone, tmp_path):
-    """Committed or not, without what is ignored; the user's own index is left alone."""
+def test_the_code_is_the_working_tree(launch, clone, tmp_path):
+    """Committed or not, without ignored files; the user's index does not change."""
     (clone / "ignored").mkdir(exist_ok=True)
     (clone / "ignored" / "large.bin").write_text("x")
     for name in (".env", "old.env", "configs/.env.local"):  # of this call or of another one
@@ -274,46 +275,46 @@ def test_the_code_is_the_tree_as_it_lies_there(launch, clone, tmp_path):
     ],
     ids=["account", "project", "bucket", "zone", "offer"],
 )
-def test_what_is_missing_is_said_before_anything_is_made(launch, rule, line):
+def test_what_is_missing_is_reported_before_anything_is_created(launch, rule, line):
     launch.cloud.scenario([rule, ACCOUNT, OFFERED])
-    said = launch("up", "--accelerator", "v5e-8", *TRAIN, code=2).stderr
-    assert line in said and len(said.splitlines()) == 1
-    assert not [one for one in launch.commands() if " create " in one or "storage cp" in one]
+    stderr = launch("up", "--accelerator", "v5e-8", *TRAIN, code=2).stderr
+    assert line in stderr and len(stderr.splitlines()) == 1
+    assert not [command for command in launch.commands() if " create " in command or "storage cp" in command]
 
 
-def test_up_without_a_command_goes_on_with_the_run_of_that_name(launch):
+def test_up_without_a_command_resumes_the_run_of_that_name(launch):
     launch.cloud.scenario([ACCOUNT, OFFERED, NOT_QUEUED, states("tpu-vm", "ABSENT")])
-    assert "no command, and none from before" in launch("up", "--accelerator", "v5e-8", code=2).stderr
-    found = states("tpu-vm", "ABSENT", "ABSENT", "READY", "READY", "ABSENT")
+    assert "no command, and none stored" in launch("up", "--accelerator", "v5e-8", code=2).stderr
+    machine = states("tpu-vm", "ABSENT", "ABSENT", "READY", "READY", "ABSENT")
     marks = ["storage ls gs://my-bucket/prm/state/", [GONE, [0, "gs://my-bucket/prm/state/failed\n", ""]]]
-    launch.cloud.scenario([ACCOUNT, OFFERED, NOT_QUEUED, found, marks, NO_SECRET])
+    launch.cloud.scenario([ACCOUNT, OFFERED, NOT_QUEUED, machine, marks, NO_SECRET])
     launch.cloud.put("my-bucket/prm/job/command", "tree\nnone\ntrain\n")
     launch.cloud.put("my-bucket/prm/state/failed", "worker 1: exit code 1\n")
-    said = launch("up", "--accelerator", "v5e-8", code=1).stderr
-    assert "failed: worker 1: exit code 1" in said
+    stderr = launch("up", "--accelerator", "v5e-8", code=1).stderr
+    assert "failed: worker 1: exit code 1" in stderr
     assert (launch.cloud.bucket / "my-bucket/prm/job/command").read_text() == "tree\nnone\ntrain\n"
-    assert [one for one in launch.commands() if "tpu-vm delete" in one] == [
+    assert [command for command in launch.commands() if "tpu-vm delete" in command] == [
         f"compute tpus tpu-vm delete prm {WHERE} --quiet"
     ]
 
 
-def test_up_without_a_command_makes_no_machine_for_a_run_that_is_over(launch):
+def test_up_without_a_command_creates_no_machine_for_a_run_that_has_ended(launch):
     launch.cloud.scenario([ACCOUNT, OFFERED, NOT_QUEUED, states("tpu-vm", "ABSENT"), NO_SECRET])
     launch.cloud.put("my-bucket/prm/job/command", "tree\nnone\ntrain\n")
     launch.cloud.put("my-bucket/prm/state/done", "exit code 0\n")
     assert "done; results in" in launch("up", "--accelerator", "v5e-8").stderr
-    assert not [one for one in launch.commands() if " create " in one or " delete " in one]
+    assert not [command for command in launch.commands() if " create " in command or " delete " in command]
 
 
-def test_a_machine_whose_workers_never_report_does_not_cost_money_forever(launch):
-    """Workers that may not write to the bucket cannot say so. What an earlier run's said is taken away."""
-    found = states("tpu-vm", "ABSENT", "ABSENT", "READY", "READY", "READY", "ABSENT")
-    launch.cloud.scenario([ACCOUNT, OFFERED, NOT_QUEUED, found, NO_SECRET])
+def test_a_machine_whose_workers_never_report_is_deleted(launch):
+    """Workers that may not write to the bucket cannot report it. Reports of an earlier run are removed first."""
+    machine = states("tpu-vm", "ABSENT", "ABSENT", "READY", "READY", "READY", "ABSENT")
+    launch.cloud.scenario([ACCOUNT, OFFERED, NOT_QUEUED, machine, NO_SECRET])
     launch.cloud.put("my-bucket/prm/state/worker-0", "done\n")
     launch.cloud.put("my-bucket/prm/state/done", "exit code 0\n")
-    said = launch("up", "--accelerator", "v5e-8", *TRAIN, code=1, START_POLLS="3").stderr
-    assert "no worker has reported; may the machine's service account write to gs://my-bucket?" in said
-    ended = [one for one in launch.commands() if "storage rm" in one or "tpu-vm delete" in one]
+    stderr = launch("up", "--accelerator", "v5e-8", *TRAIN, code=1, START_POLLS="3").stderr
+    assert "no worker has reported; check that the machine's service account may write to gs://my-bucket." in stderr
+    ended = [command for command in launch.commands() if "storage rm" in command or "tpu-vm delete" in command]
     assert ended == [
         "storage rm gs://my-bucket/prm/state/done gs://my-bucket/prm/state/worker-0",
         f"compute tpus tpu-vm delete prm {WHERE} --quiet",
@@ -321,7 +322,7 @@ def test_a_machine_whose_workers_never_report_does_not_cost_money_forever(launch
 
 
 def test_workers_that_fail_because_the_slice_goes_away_do_not_end_the_run(launch):
-    """The last hosts of a preempted slice lose the others and exit with anything, which would stop the next one."""
+    """The last hosts of a preempted slice lose the others and exit with any code, but the run resumes."""
     queue = states(
         "queued-resources", "ABSENT", "ABSENT", "ACTIVE", "SUSPENDING", "SUSPENDED", "ABSENT", "ACTIVE", "ABSENT"
     )
@@ -329,17 +330,17 @@ def test_workers_that_fail_because_the_slice_goes_away_do_not_end_the_run(launch
     marks = ["storage ls gs://my-bucket/prm/state/", [GONE, GONE, failed, [0, "gs://my-bucket/prm/state/done\n", ""]]]
     launch.cloud.scenario([ACCOUNT, OFFERED, queue, states("tpu-vm", "ABSENT"), marks, NO_SECRET])
     launch.cloud.put("my-bucket/prm/state/failed", "worker 1: exit code 134\n")
-    said = launch("up", "--accelerator", "v6e-16", "--spot", "--queued", *TRAIN).stderr
-    assert "failed while the machine went away (SUSPENDING), so it goes on: worker 1: exit code 134" in said
+    stderr = launch("up", "--accelerator", "v6e-16", "--spot", "--queued", *TRAIN).stderr
+    assert "failed while the machine was SUSPENDING, so the run resumes: worker 1: exit code 134" in stderr
     assert "storage rm gs://my-bucket/prm/state/failed" in launch.commands()
-    assert sum("queued-resources create" in one for one in launch.commands()) == 2
+    assert sum("queued-resources create" in command for command in launch.commands()) == 2
 
 
-def test_up_does_not_replace_a_run_that_goes_on(launch):
+def test_up_does_not_replace_an_unfinished_run(launch):
     launch.cloud.scenario([ACCOUNT, OFFERED, NOT_QUEUED, states("tpu-vm", "READY")])
     launch.cloud.put("my-bucket/prm/job/command", "tree\nnone\ntrain\n")
-    said = launch("up", "--accelerator", "v5e-8", *TRAIN, code=2).stderr
-    assert "prm has a run that is not finished" in said
+    stderr = launch("up", "--accelerator", "v5e-8", *TRAIN, code=2).stderr
+    assert "prm has a run that is not finished" in stderr
 
 
 def test_up_keeps_the_machine_when_asked(launch):
@@ -347,15 +348,15 @@ def test_up_keeps_the_machine_when_asked(launch):
     launch.cloud.put("my-bucket/prm/job/command", "tree\nnone\ntrain\n")
     launch.cloud.put("my-bucket/prm/state/done", "exit code 0\n")
     assert "prm is kept and costs money until" in launch("up", "--accelerator", "v5e-8", "--keep").stderr
-    assert not [one for one in launch.commands() if "delete" in one]
+    assert not [command for command in launch.commands() if "delete" in command]
 
 
-def test_delete_asks_and_takes_no_for_an_answer(launch):
+def test_delete_asks_and_accepts_no(launch):
     launch.cloud.scenario([ACCOUNT, states("queued-resources", "ACTIVE")])
-    said = launch("delete", text="n\n", code=1).stderr
-    assert "delete prm (ACTIVE) in us-west4-a?" in said and "goes on costing money" in said
-    assert launch("delete", code=1).stderr  # and nobody there to answer
-    assert not [one for one in launch.commands() if " delete " in one]
+    stderr = launch("delete", text="n\n", code=1).stderr
+    assert "delete prm (ACTIVE) in us-west4-a?" in stderr and "prm still costs money" in stderr
+    assert launch("delete", code=1).stderr  # without an answer
+    assert not [command for command in launch.commands() if " delete " in command]
 
 
 @pytest.mark.parametrize("arguments, text", [((), "y\n"), (("--yes",), "")])
@@ -368,7 +369,7 @@ def test_delete_removes_queued_resource_node_and_secret(launch, arguments, text)
             ["secrets describe", [[0, "s", ""]]],
         ]
     )
-    said = launch("delete", *arguments, text=text).stderr
+    stderr = launch("delete", *arguments, text=text).stderr
     assert launch.commands() == [
         *CHECKS[:2],
         QUEUE_STATE,
@@ -379,10 +380,10 @@ def test_delete_removes_queued_resource_node_and_secret(launch, arguments, text)
         "secrets describe jaxprm-prm --project=my-project --format=value(name) --quiet",
         "secrets delete jaxprm-prm --project=my-project --quiet",
     ]
-    assert "Kept: gs://my-bucket/prm" in said
+    assert "Kept: gs://my-bucket/prm" in stderr
 
 
-def test_a_delete_that_fails_says_that_it_may_cost_money(launch):
+def test_a_failed_delete_says_that_the_machine_may_cost_money(launch):
     launch.cloud.scenario(
         [ACCOUNT, NOT_QUEUED, states("tpu-vm", "READY"), ["tpu-vm delete", [[1, "", "ERROR: no network\n"]]]]
     )
@@ -395,26 +396,26 @@ def test_a_wrong_project_is_not_an_empty_one(launch, verb):
     assert "project my-project: not found" in launch(verb, code=2).stderr
 
 
-def test_a_cloud_that_cannot_be_seen_is_not_an_empty_one(launch):
+def test_an_unreachable_cloud_is_not_an_empty_one(launch):
     launch.cloud.scenario([ACCOUNT, OFFERED, ["describe prm", [[1, "", "ERROR: no network\n"]]]])
-    said = launch("create", "--accelerator", "v5e-8", code=1).stderr
-    assert "cannot see whether prm exists and costs money: ERROR: no network" in said
-    assert not [one for one in launch.commands() if "tpu-vm create" in one]
+    stderr = launch("create", "--accelerator", "v5e-8", code=1).stderr
+    assert "cannot see whether prm exists and costs money: ERROR: no network" in stderr
+    assert not [command for command in launch.commands() if "tpu-vm create" in command]
 
 
 @pytest.mark.parametrize(
-    "found, line", [("CREATING", "prm is CREATING and costs money until"), ("ABSENT", "there is no machine prm")]
+    "state, line", [("CREATING", "prm is CREATING and costs money until"), ("ABSENT", "there is no machine prm")]
 )
-def test_ctrl_c_says_what_there_is(launch, found, line):
+def test_ctrl_c_says_what_exists(launch, state, line):
     hang = ["tpu-vm create", [["hang", "", ""]]]
-    launch.cloud.scenario([ACCOUNT, OFFERED, NOT_QUEUED, states("tpu-vm", "ABSENT", found), hang])
+    launch.cloud.scenario([ACCOUNT, OFFERED, NOT_QUEUED, states("tpu-vm", "ABSENT", state), hang])
     process = subprocess.Popen(
         [str(launch.clone / "launch_tpu.sh"), "create", *COMMON, "--accelerator", "v5e-8"],
         env=launch.cloud.environment(),
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # A shell's background job ignores Ctrl-C, and so would what it starts.
+        # A background job of a shell ignores Ctrl-C, and its child processes inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 30
@@ -422,9 +423,9 @@ def test_ctrl_c_says_what_there_is(launch, found, line):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
-    said = process.communicate(timeout=30)[1]
+    stderr = process.communicate(timeout=30)[1]
     assert process.returncode == 130
-    assert line in said
+    assert line in stderr
 
 
 def test_status_names_machine_workers_and_run(launch):

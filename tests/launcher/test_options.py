@@ -1,4 +1,4 @@
-"""What launch_tpu.sh refuses before any cloud is asked, and what it never lets out."""
+"""Options that launch_tpu.sh rejects before any gcloud call, and secrets that it never prints."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ UP = ["--accelerator", "v5e-8"]
 
 
 def test_shellcheck_finds_nothing(clone):
-    found = subprocess.run(
+    result = subprocess.run(
         [str(Path(sys.executable).with_name("shellcheck")), "-x", *SCRIPTS], cwd=ROOT, capture_output=True, text=True
     )
-    assert found.returncode == 0, found.stdout
+    assert result.returncode == 0, result.stdout
 
 
 @pytest.mark.parametrize(
@@ -46,8 +46,8 @@ def test_shellcheck_finds_nothing(clone):
         "--worker",
     ],
 )
-def test_identifiers_that_hold_anything_else_are_refused(launch, option):
-    """Each with one line that names the option, and nothing asked of gcloud."""
+def test_identifiers_with_other_characters_are_refused(launch, option):
+    """Each with one line that names the option, and without a gcloud call."""
     for attack in ATTACKS + MORE * (option == "--name"):
         (line,) = launch("create", *UP, option, attack, code=2).stderr.splitlines()
         assert option in line
@@ -58,7 +58,7 @@ def test_identifiers_that_hold_anything_else_are_refused(launch, option):
 @pytest.mark.parametrize(
     "arguments, line",
     [
-        (["create", "--accelerator", "v3-8"], "v4, v5e, v5p and v6e are known"),
+        (["create", "--accelerator", "v3-8"], "supported: v4, v5e, v5p, v6e"),
         (["create", "--accelerator", "v6e-12"], "v6e has no slice of 12 chips; one of 1 4 8 16 32 64 128 256"),
         (["create", "--accelerator", "v5p-12"], "v5p-12 counts cores"),
         (["create", *UP, "--spot", "--reserved"], "--spot and --reserved: choose one"),
@@ -67,22 +67,22 @@ def test_identifiers_that_hold_anything_else_are_refused(launch, option):
         (["create", *UP, "--zone"], "--zone: needs a value"),
         (["run", *UP], "run: no command"),
         (["up", *UP, "--", "score", "configs/mine.py"], "command score: one of run collect build"),
-        (["up", *UP, "--", "run", "/etc/passwd"], "is no config file in"),
-        (["up", *UP, "--", "run", "configs/../../x.py"], "is no config file in"),
-        (["up", *UP, "--", "run", "configs/none.py"], "is no config file in"),
-        (["up", *UP, "--", "run", "configs/mine.py", "--workdir", "x"], "--workdir is given by the launcher"),
-        (["up", *UP, "--", "run", "configs/mine.py", "a\nb"], "an argument holds a line break"),
+        (["up", *UP, "--", "run", "/etc/passwd"], "is not a config file in"),
+        (["up", *UP, "--", "run", "configs/../../x.py"], "is not a config file in"),
+        (["up", *UP, "--", "run", "configs/none.py"], "is not a config file in"),
+        (["up", *UP, "--", "run", "configs/mine.py", "--workdir", "x"], "the launcher sets --workdir; remove it"),
+        (["up", *UP, "--", "run", "configs/mine.py", "a\nb"], "an argument contains a line break"),
     ],
 )
 def test_mistakes_get_one_line(launch, arguments, line):
-    found = launch(*arguments, code=2)
-    assert line in found.stderr and len(found.stderr.splitlines()) == 1
+    result = launch(*arguments, code=2)
+    assert line in result.stderr and len(result.stderr.splitlines()) == 1
     assert launch.commands() == []
 
 
 def test_an_unknown_verb_is_named(clone):
-    found = subprocess.run([str(clone / "launch_tpu.sh"), "fly"], capture_output=True, text=True)
-    assert found.returncode == 2 and "no verb fly" in found.stderr
+    result = subprocess.run([str(clone / "launch_tpu.sh"), "fly"], capture_output=True, text=True)
+    assert result.returncode == 2 and "no verb fly" in result.stderr
 
 
 def test_help_names_every_verb_and_option(clone):
@@ -90,14 +90,15 @@ def test_help_names_every_verb_and_option(clone):
     source = (ROOT / "scripts" / "tpu_options.sh").read_text()
     parser = source[source.index("parse() {") : source.index("valid() {")]
     options = set(re.findall(r"--[a-z]+(?:-[a-z]+)*", parser)) - {"--help"}
-    assert len(options) > 15 and {one for one in options if one not in text} == set()
+    assert len(options) > 15 and {option for option in options if option not in text} == set()
     assert {"create", "setup", "run", "up", "status", "logs", "ssh", "delete"} <= set(text.split())
 
 
 def test_the_verbs_for_the_machine_are_verbs_with_a_work_directory():
-    named = re.search(r'VERBS_WITH_WORKDIR="(.*?)"', (ROOT / "scripts" / "tpu_options.sh").read_text())[1].split()
-    verbs = next(one for one in arguments_lib.parser()._actions if isinstance(one, argparse._SubParsersAction)).choices
-    assert all("--workdir" in verbs[one]._option_string_actions for one in named) and len(named) == 7
+    allowed = re.search(r'VERBS_WITH_WORKDIR="(.*?)"', (ROOT / "scripts" / "tpu_options.sh").read_text())[1].split()
+    actions = arguments_lib.parser()._actions
+    verbs = next(action for action in actions if isinstance(action, argparse._SubParsersAction)).choices
+    assert all("--workdir" in verbs[verb]._option_string_actions for verb in allowed) and len(allowed) == 7
 
 
 @pytest.mark.parametrize(
@@ -111,7 +112,7 @@ def test_the_verbs_for_the_machine_are_verbs_with_a_work_directory():
     ],
 )
 def test_the_startup_script_knows_the_slice(launch, accelerator, settings):
-    """v4 and v5p count cores, two a chip; hosts have four chips, and one host up to eight of v5e and v6e."""
+    """v4 and v5p count cores, two per chip. A host has four chips, or up to eight in a v5e or v6e of one host."""
     launch.cloud.scenario([ACCOUNT, NOT_QUEUED, states("tpu-vm", "READY")])
     copy = launch.cloud.home / "startup"
     fake = launch.cloud.home / "bin" / "gcloud"
@@ -127,53 +128,53 @@ def test_the_startup_script_knows_the_slice(launch, accelerator, settings):
 def test_the_image_can_be_chosen(launch):
     launch.cloud.scenario([ACCOUNT, OFFERED, NOT_QUEUED, states("tpu-vm", "ABSENT", "READY")])
     launch("create", *UP, "--runtime", "v2-alpha-tpuv5-lite-next")
-    assert any("--version=v2-alpha-tpuv5-lite-next" in one for one in launch.commands())
+    assert any("--version=v2-alpha-tpuv5-lite-next" in command for command in launch.commands())
 
 
-def test_options_may_come_from_the_environment(clone, cloud):
+def test_options_can_come_from_the_environment(clone, cloud):
     names = {"JAXPRM_PROJECT": "my-project", "JAXPRM_ZONE": "us-west4-a", "JAXPRM_BUCKET": "gs://my-bucket"}
-    found = subprocess.run(
+    result = subprocess.run(
         [str(clone / "launch_tpu.sh"), "ssh", "--name", "prm", "--dry-run"],
         env=cloud.environment(**names),
         capture_output=True,
         text=True,
         check=True,
     )
-    assert found.stdout == "+ gcloud compute tpus tpu-vm ssh prm --zone=us-west4-a --project=my-project --worker=0\n"
+    assert result.stdout == "+ gcloud compute tpus tpu-vm ssh prm --zone=us-west4-a --project=my-project --worker=0\n"
 
 
 @pytest.mark.parametrize("verb", ["create", "setup", "run", "up", "status", "logs", "ssh", "delete"])
-def test_a_dry_run_prints_commands_and_gives_none(launch, verb, tmp_path):
+def test_a_dry_run_prints_commands_and_runs_none(launch, verb, tmp_path):
     secrets = tmp_path / "secrets.env"
     secrets.write_text("HF_TOKEN=hf_secret\n")
     secrets.chmod(0o600)
     command = {"run": TRAIN, "up": TRAIN}.get(verb, [])
     accelerator = UP if verb in ("create", "setup", "run", "up") else []
     env_file = ["--env-file", str(secrets)] if command else []
-    found = launch(verb, "--dry-run", *accelerator, *env_file, *command)
+    result = launch(verb, "--dry-run", *accelerator, *env_file, *command)
     assert launch.commands() == []
-    assert found.stdout and all(line.startswith("+ ") for line in found.stdout.splitlines() if "  " not in line)
+    assert result.stdout and all(line.startswith("+ ") for line in result.stdout.splitlines() if "  " not in line)
     expected = {"create": "tpu-vm create", "setup": "worker.sh\\ check", "run": "worker.sh\\ boot"}
     expected |= {"up": "tpu-vm create", "status": "tpu-vm describe", "logs": "storage cat"}
     expected |= {"ssh": "tpu-vm ssh", "delete": "tpu-vm delete"}
-    assert expected[verb] in found.stdout
-    assert "hf_secret" not in found.stdout + found.stderr
+    assert expected[verb] in result.stdout
+    assert "hf_secret" not in result.stdout + result.stderr
 
 
 def test_secrets_are_in_no_command_and_no_output(launch, tmp_path):
-    secrets = launch.clone / "my.env"  # inside the tree, and yet not in the code that is sent
+    secrets = launch.clone / "my.env"  # in the tree, but not in the code that is sent
     secrets.write_text("# mine\nHF_TOKEN=hf_secret\n\nURL=https://me:word@host/?a=$(id)")
     secrets.chmod(0o600)
     done = ["storage ls gs://my-bucket/prm/state/", [[0, "", ""], [0, "gs://my-bucket/prm/state/done\n", ""]]]
     launch.cloud.scenario(
         [ACCOUNT, OFFERED, NOT_QUEUED, states("tpu-vm", "ABSENT", "ABSENT", "READY"), NO_SECRET, done]
     )
-    said = launch("up", *UP, "--keep", "--env-file", str(secrets), *TRAIN)
-    found = launch.commands()
+    result = launch("up", *UP, "--keep", "--env-file", str(secrets), *TRAIN)
+    commands = launch.commands()
     secrets.unlink()
-    assert "secrets create jaxprm-prm --project=my-project --replication-policy=automatic --quiet" in found
-    assert f"secrets versions add jaxprm-prm --project=my-project --data-file={secrets} --quiet" in found
-    everything = said.stdout + said.stderr + "\n".join(found)
+    assert "secrets create jaxprm-prm --project=my-project --replication-policy=automatic --quiet" in commands
+    assert f"secrets versions add jaxprm-prm --project=my-project --data-file={secrets} --quiet" in commands
+    everything = result.stdout + result.stderr + "\n".join(commands)
     everything += "".join(path.read_text() for path in (launch.cloud.bucket / "my-bucket/prm/job").glob("command"))
     assert "hf_secret" not in everything and "word@host" not in everything
     assert (launch.cloud.bucket / "my-bucket/prm/job/command").read_text().split("\n")[1] == "jaxprm-prm"
@@ -193,18 +194,18 @@ def test_an_env_file_that_is_open_or_malformed_is_refused(launch, tmp_path, mode
     path = tmp_path / "secrets.env"
     path.write_text(text)
     path.chmod(mode)
-    said = launch("up", *UP, "--env-file", str(path), *TRAIN, code=2).stderr
-    assert line in said and "hf_secret" not in said
+    stderr = launch("up", *UP, "--env-file", str(path), *TRAIN, code=2).stderr
+    assert line in stderr and "hf_secret" not in stderr
     assert launch.commands() == []
 
 
-def test_a_secret_that_another_call_would_send_is_refused(launch):
+def test_an_env_file_that_a_later_call_would_send_is_refused(launch):
     secrets = launch.clone / "my-secrets"
     secrets.write_text("A=1\n")
     secrets.chmod(0o600)
-    said = launch("up", *UP, "--env-file", str(secrets), *TRAIN, code=2).stderr
+    stderr = launch("up", *UP, "--env-file", str(secrets), *TRAIN, code=2).stderr
     secrets.unlink()
-    assert "lies in the tree that is sent to the bucket; call it my-secrets.env" in said
+    assert "is in the tree that is sent to the bucket; rename it to my-secrets.env" in stderr
     (launch.clone / "ignored").mkdir(exist_ok=True)
     hidden = launch.clone / "ignored" / "secrets"
     hidden.write_text("A=1\n")
@@ -212,14 +213,14 @@ def test_a_secret_that_another_call_would_send_is_refused(launch):
     assert launch("up", "--dry-run", *UP, "--env-file", str(hidden), *TRAIN).stdout
 
 
-def test_without_gcloud_the_user_is_told(clone, tmp_path):
+def test_a_missing_gcloud_is_reported(clone, tmp_path):
     (tmp_path / "bin").mkdir()
     for name in ("bash", "dirname", "mktemp", "rm", "tr", "cat", "env"):
         (tmp_path / "bin" / name).symlink_to(shutil.which(name))
-    found = subprocess.run(
+    result = subprocess.run(
         [str(clone / "launch_tpu.sh"), "create", *COMMON, *UP],
         env={"PATH": str(tmp_path / "bin"), "HOME": os.environ.get("HOME", "/")},
         capture_output=True,
         text=True,
     )
-    assert found.returncode == 2 and "no gcloud: install the Google Cloud CLI" in found.stderr
+    assert result.returncode == 2 and "no gcloud: install the Google Cloud CLI" in result.stderr

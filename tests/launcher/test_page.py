@@ -1,4 +1,4 @@
-"""Every launch_tpu.sh command of docs/tpu.md is one, shown by a dry run in a user's clone."""
+"""Every launch_tpu.sh command of docs/tpu.md is accepted, as a dry run in a user's clone."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ def test_the_page_shows_every_verb():
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_its_commands_are_commands(clone, cloud, tmp_path, line):
+def test_its_commands_are_accepted(clone, cloud, tmp_path, line):
     (tmp_path / "secrets.env").write_text("A=1\n")
     (tmp_path / "secrets.env").chmod(0o600)
-    _, verb, *rest = shlex.split(line)
-    found = subprocess.run(
-        [str(clone / "launch_tpu.sh"), verb, *["--dry-run"] * ("--dry-run" not in rest), *rest],
+    _, verb, *arguments = shlex.split(line)
+    process = subprocess.run(
+        [str(clone / "launch_tpu.sh"), verb, *["--dry-run"] * ("--dry-run" not in arguments), *arguments],
         env=cloud.environment(**ENVIRONMENT),
         cwd=tmp_path,
         capture_output=True,
         text=True,
     )
-    assert found.returncode == 0, found.stderr
-    assert "+ gcloud " in found.stdout
+    assert process.returncode == 0, process.stderr
+    assert "+ gcloud " in process.stdout
     assert cloud.calls() == []
 
 
-def test_the_page_names_what_the_scripts_know():
+def test_the_page_names_every_image_and_verb():
     text = (pages.ROOT / "docs" / "tpu.md").read_text(encoding="utf-8")
     options = (pages.ROOT / "scripts" / "tpu_options.sh").read_text()
     images = set(re.findall(r"IMAGE=([a-z0-9-]+)", options))
-    assert len(images) == 4 and {one for one in images if f"`{one}`" not in text} == set()
+    assert len(images) == 4 and {image for image in images if f"`{image}`" not in text} == set()
     verbs = re.search(r'VERBS_WITH_WORKDIR="(.*?)"', options)[1].split()
-    assert {one for one in verbs if f"`{one}`" not in text} == set()
+    assert {verb for verb in verbs if f"`{verb}`" not in text} == set()

@@ -1,4 +1,4 @@
-"""scripts/tpu_worker.sh as the machine runs it: the startup script that launch_tpu.sh writes, with fakes around it."""
+"""scripts/tpu_worker.sh as a machine runs it: the startup script that launch_tpu.sh writes, with fake programs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import pytest
 
 from tests.launcher.fakes import ROOT, Cloud
 
-SAVE = 'cd "${@: -1}"; '  # what FAKE_RUN begins with: its last argument is the work directory
+SAVE = 'cd "${@: -1}"; '  # start of FAKE_RUN; its last argument is the work directory
 RUN = "my-bucket/prm"
 OFTEN = {"SYNC_SECONDS": "0.05"}  # copies while the command runs
 
 
 class Machine:
-    """A worker of a slice: a folder of its own, and the cloud that all share."""
+    """A worker of a slice: its folder, and the cloud that all workers share."""
 
     def __init__(self, cloud: Cloud, folder: Path, generation: str = "v6e", devices: int = 4, workers: int = 1):
         self.cloud, self.folder = cloud, folder
@@ -41,9 +41,9 @@ class Machine:
 
     def __call__(self, verb: str, *arguments: str, run: str = "", code: int = 0, **environment: str) -> str:
         process = self.start(verb, *arguments, run=run, **environment)
-        said = process.communicate(timeout=60)[0]
-        assert process.returncode == code, (process.returncode, said, self.log())
-        return said
+        output = process.communicate(timeout=60)[0]
+        assert process.returncode == code, (process.returncode, output, self.log())
+        return output
 
     def log(self) -> str:
         path = self.folder / "root" / "log"
@@ -97,25 +97,25 @@ def test_a_fresh_machine_sets_up_runs_and_marks_the_end(machine, cloud):
     assert (cloud.bucket / RUN / "work/stages/train.json").read_text() == "1\n"
     assert (cloud.bucket / RUN / "work/a/model").read_text() == "2\n"
     assert "hello" in (cloud.bucket / RUN / "logs/worker-0.log").read_text()
-    assert "uv brings Python 3.11" in machine.log()
+    assert "uv installs Python 3.11" in machine.log()
 
 
-def test_the_end_is_marked_only_when_the_last_copy_is_there(machine, cloud):
-    """Whoever sees the mark may delete the machine."""
+def test_the_run_is_marked_done_only_after_the_last_copy(machine, cloud):
+    """Because `up` deletes the machine when it sees the mark."""
     cloud.scenario([["rsync", [[1, "", "503\n"], [1, "", "503\n"], None]]])
     machine("job", run=SAVE + "echo 1 >a")
-    calls = [" ".join(one) for one in cloud.calls()]
-    copies = [index for index, one in enumerate(calls) if "rsync" in one]
+    calls = [" ".join(call) for call in cloud.calls()]
+    copies = [index for index, call in enumerate(calls) if "rsync" in call]
     assert len(copies) == 4 and copies[-1] < calls.index("storage cp - gs://my-bucket/prm/state/done")
     assert (cloud.bucket / RUN / "work/a").read_text() == "1\n"
 
 
 @pytest.mark.parametrize("mark", ["done", "failed"])
-def test_a_machine_made_again_after_the_end_does_not_run_again(machine, cloud, mark):
+def test_a_machine_created_again_after_the_end_does_not_run(machine, cloud, mark):
     cloud.put(f"{RUN}/state/{mark}", "x\n")
     machine("job", run="exit 1")
     assert cloud.calls("python") == [] and cloud.calls("uv") == []
-    assert f"the run is over: gs://my-bucket/prm/state/{mark}" in machine.log()
+    assert f"the run has ended: gs://my-bucket/prm/state/{mark}" in machine.log()
 
 
 def test_without_a_command_the_machine_waits(machine, cloud):
@@ -146,25 +146,25 @@ def test_a_worker_without_chips_does_not_run(machine, cloud):
     cloud.scenario([["tpu_check", [[1, "a warning\nsees no TPU but platform cpu\n", ""]]]])
     machine("job", run="exit 0", code=1)
     assert state(cloud, "failed") == "worker 0: sees no TPU but platform cpu"
-    assert [one for one in cloud.calls("python") if one[0] == "-m"] == []
+    assert [call for call in cloud.calls("python") if call[0] == "-m"] == []
 
 
-def test_chips_that_never_open_are_not_waited_for_forever(machine, cloud):
+def test_waiting_for_the_chips_has_a_limit(machine, cloud):
     cloud.scenario([["tpu_check", [["hang", "", ""]]]])
     machine("job", code=1, CHECK_SECONDS="0.2")
     assert "chips did not open in 0.2 s" in state(cloud, "failed")
 
 
-def test_steps_of_the_setup_are_tried_again(machine, cloud):
+def test_steps_of_the_setup_are_retried(machine, cloud):
     cloud.scenario([["uv pip install", [[1, "", "mirror down\n"], [1, "", "mirror down\n"], [0, "", ""]]]])
-    said = machine("setup", "abc")
-    assert len([one for one in cloud.calls("uv") if one[0] == "pip"]) == 3
-    assert len([one for one in cloud.calls("uv") if one[0] == "venv"]) == 1
-    assert "install_packages: attempt 2 of 5 failed" in said and said.endswith("set up\n")
-    assert machine("setup", "abc") == "worker 0: set up already\n"
+    output = machine("setup", "abc")
+    assert len([call for call in cloud.calls("uv") if call[0] == "pip"]) == 3
+    assert len([call for call in cloud.calls("uv") if call[0] == "venv"]) == 1
+    assert "install_packages: attempt 2 of 5 failed" in output and output.endswith("set up\n")
+    assert machine("setup", "abc") == "worker 0: already set up\n"
 
 
-def test_a_setup_that_never_works_is_said(machine, cloud):
+def test_a_failed_setup_is_reported(machine, cloud):
     cloud.scenario([["uv pip install", [[1, "", "no such version\n"]]]])
     machine("job", code=1)
     assert "setup failed" in state(cloud, "failed")
@@ -190,7 +190,7 @@ def test_only_the_first_worker_writes_the_work_directory(cloud, tmp_path):
 
 
 def test_a_worker_stops_when_another_fails(cloud, tmp_path):
-    """A slice that lost a process would wait for it, and cost money."""
+    """Otherwise the slice would wait for the lost process, and cost money."""
     send(cloud, tmp_path)
     machine = Machine(cloud, tmp_path / "machine")
     process = machine.start("job", run="exec sleep 50", **OFTEN)
@@ -207,8 +207,8 @@ def wait_for(condition) -> None:
         time.sleep(0.02)
 
 
-def test_a_machine_made_again_goes_on_from_the_bucket(machine, cloud, tmp_path):
-    """Half a checkpoint, left by a copy that was cut short, is dropped; files gone on the machine are gone there."""
+def test_a_machine_created_again_resumes_from_the_bucket(machine, cloud, tmp_path):
+    """Half a checkpoint of an interrupted copy is dropped. Files deleted on the machine are deleted in the bucket."""
     run = "mkdir -p checkpoints/1 stages; echo 1 >checkpoints/1/a; echo s >stages/b; echo m >m.jsonl"
     machine("job", run=SAVE + run)
     work = cloud.bucket / RUN / "work"
@@ -219,9 +219,9 @@ def test_a_machine_made_again_goes_on_from_the_bucket(machine, cloud, tmp_path):
     run = "find . -type f | sort >../seen; rm -r checkpoints/1; mkdir -p checkpoints/3; echo 3 >checkpoints/3/a"
     again("job", run=SAVE + run)
     assert (again.folder / "root" / "seen").read_text().split() == ["./checkpoints/1/a", "./m.jsonl", "./stages/b"]
-    found = sorted(str(one.relative_to(work)) for one in work.rglob("*") if one.is_file())
-    assert found == ["checkpoints/3/a", "m.jsonl", "stages/b"]
-    assert machine.log() in again.log()  # the log goes on too
+    names = sorted(str(path.relative_to(work)) for path in work.rglob("*") if path.is_file())
+    assert names == ["checkpoints/3/a", "m.jsonl", "stages/b"]
+    assert machine.log() in again.log()  # the log continues too
 
 
 def test_a_machine_that_only_restarts_keeps_its_newer_files(machine, cloud):
@@ -232,7 +232,7 @@ def test_a_machine_that_only_restarts_keeps_its_newer_files(machine, cloud):
     assert (cloud.bucket / RUN / "work/a").read_text() == "2\n"
 
 
-def test_a_file_that_the_bucket_lost_is_an_error(machine, cloud):
+def test_a_file_missing_in_the_bucket_is_an_error(machine, cloud):
     cloud.put(f"{RUN}/state/manifest", "checkpoints/1/a\n")
     machine("job", code=1)
     assert "checkpoints/1/a is in gs://my-bucket/prm/state/manifest but not in" in state(cloud, "failed")
@@ -240,8 +240,8 @@ def test_a_file_that_the_bucket_lost_is_an_error(machine, cloud):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cut", [1, 2, 3], ids=["before the manifest", "at the manifest", "after the manifest"])
-def test_a_copy_cut_short_leaves_the_last_one_whole(machine, cloud, tmp_path, cut):
-    """The old checkpoint is there, whole, until the new one is; and no stage counts as finished before its files."""
+def test_an_interrupted_copy_leaves_the_last_one_complete(machine, cloud, tmp_path, cut):
+    """The old checkpoint stays until the new one is complete, and no stage counts as finished before its files."""
     machine("job", run=SAVE + "mkdir -p c/1; echo 1 >c/1/a", code=0)
     (cloud.bucket / RUN / "state/done").unlink()
     step = ["rsync & --exclude=", "storage cp & /state/manifest", "rsync & --delete-unmatched"][cut - 1]
@@ -267,12 +267,12 @@ def test_the_work_directory_is_copied_while_it_runs(machine, cloud):
     wait_for((cloud.bucket / RUN / "work/a").exists)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=20) == 0
-    assert state(cloud, "worker-0") == "stopped with the machine; goes on when it is back"
+    assert state(cloud, "worker-0") == "stopped with the machine; resumes when it starts again"
     assert state(cloud, "done") is None and state(cloud, "failed") is None
 
 
-def test_a_machine_that_goes_away_lets_the_run_save(machine, cloud):
-    """The signal reaches the run, and what it writes then is in the last copy."""
+def test_a_run_saves_when_its_machine_stops(machine, cloud):
+    """The run gets the signal, and the last copy has what it writes then."""
     run = SAVE + "trap 'echo saved >last; exit 75' TERM; echo 1 >a; while :; do sleep 0.05; done"
     process = machine.start("job", run=run, **OFTEN)
     wait_for((cloud.bucket / RUN / "work/a").exists)
@@ -293,19 +293,19 @@ def test_stale_variables_are_cleared_and_flags_set_before_python(cloud, tmp_path
     send(cloud, tmp_path)
     machine = Machine(cloud, tmp_path / "machine", generation)
     machine("job", run="exit 0", MEGASCALE_COORDINATOR_ADDRESS="gone:1", TPU_WORKER_HOSTNAMES="gone")
-    found = ast.literal_eval((cloud.home / "environment").read_text())
-    assert flag in found["LIBTPU_INIT_ARGS"].split()
-    assert found["JAX_PLATFORMS"] == "tpu,cpu"
-    assert not [name for name in found if name.startswith(("MEGASCALE_", "TPU_"))]
+    environment = ast.literal_eval((cloud.home / "environment").read_text())
+    assert flag in environment["LIBTPU_INIT_ARGS"].split()
+    assert environment["JAX_PLATFORMS"] == "tpu,cpu"
+    assert not [name for name in environment if name.startswith(("MEGASCALE_", "TPU_"))]
 
 
-def test_secrets_reach_the_run_alone(cloud, tmp_path):
+def test_secrets_reach_only_the_run(cloud, tmp_path):
     (cloud.home / "secret").write_text("# mine\nHF_TOKEN=hf_secret\nURL=a $(touch pwned) 'b'")
     send(cloud, tmp_path, secret="jaxprm-prm")
     machine = Machine(cloud, tmp_path / "machine")
     machine("job", run="exit 0")
-    found = ast.literal_eval((cloud.home / "environment").read_text())
-    assert (found["HF_TOKEN"], found["URL"]) == ("hf_secret", "a $(touch pwned) 'b'")
+    environment = ast.literal_eval((cloud.home / "environment").read_text())
+    assert (environment["HF_TOKEN"], environment["URL"]) == ("hf_secret", "a $(touch pwned) 'b'")
     assert ["secrets", "versions", "access", "latest", "--secret=jaxprm-prm", "--project=my-project"] in cloud.calls()
     texts = [path.read_text() for path in (machine.folder, cloud.bucket) for path in path.rglob("*") if is_text(path)]
     assert not [text for text in texts if "hf_secret" in text]
@@ -316,7 +316,7 @@ def is_text(path: Path) -> bool:
     return path.is_file() and path.suffix != ".gz"
 
 
-def test_a_secret_that_cannot_be_read_is_said(cloud, tmp_path):
+def test_an_unreadable_secret_is_reported(cloud, tmp_path):
     send(cloud, tmp_path, secret="jaxprm-prm")
     machine = Machine(cloud, tmp_path / "machine")
     cloud.scenario([["secrets versions", [[1, "", "PERMISSION_DENIED\n"]]]])
@@ -324,7 +324,7 @@ def test_a_secret_that_cannot_be_read_is_said(cloud, tmp_path):
     assert "roles/secretmanager.secretAccessor" in state(cloud, "failed")
 
 
-def test_the_bucket_is_asked_again_before_it_counts_as_closed(machine, cloud):
+def test_reading_the_bucket_is_retried(machine, cloud):
     cloud.scenario([["storage ls & job/command", [[1, "", "503\n"], [0, "gs://my-bucket/prm/job/command\n", ""]]]])
     machine("job", run="exit 0")
     assert state(cloud, "done") == "exit code 0"
