@@ -55,7 +55,6 @@ def run(options: Any, show: Callable[[str], None] = print) -> int:
     return 0 if fits else DOES_NOT_FIT
 
 
-
 def _reward_model(experiment: config_lib.Experiment, label: str | None) -> config_lib.RewardModelConfig:
     """The reward model with a label; without a label the first."""
     if label is None:

@@ -70,15 +70,18 @@ def score_file(
 ) -> LineCounts:
     """Scores every step of every trajectory of `input`; line k of `output` is about line k of `input`.
 
-    A line is {"id", "steps": [{"message", "promise", "progress"}], "score"}, or {"id", "error"} where there is nothing
-    to score; where not even an id can be read it is null, and "line" tells which line it was. Interrupted, it leaves
-    OUTPUT.partial and goes on from there, with the same model and input. OUTPUT is replaced when everything is written.
+    A line is {"id", "steps": [{"message", "promise", "progress"}], "score"}, or {"id", "error"} if the trajectory cannot
+    be scored. If even the id cannot be read, it is null, and "line" is the number of the line. An interrupted call
+    leaves OUTPUT.partial and resumes from it, with the same model and input. OUTPUT is replaced at the end.
 
-    chunk: trajectories held in memory at a time; dtype: of the arithmetic, "float32" or "bfloat16"; template: a chat
-    template in the place of the model's own, as in Encoder.load; mesh: of this process' devices, None is one.
+    Args:
+        chunk: trajectories held in memory at a time.
+        dtype: of the arithmetic, "float32" or "bfloat16".
+        template: a chat template instead of the model's own, as in Encoder.load.
+        mesh: over this process's devices; None uses one device.
 
-    Raises UserError for a model or a file that cannot be read, for an OUTPUT.partial of another model or input, and for
-    a full disk.
+    Raises UserError for a model or file that cannot be read, for an OUTPUT.partial of another model or input, for an
+    output that another process is writing, and for a full disk.
     """
     model, input, output = find_model(model), Path(input), Path(output)
     _check_paths(input, output)
@@ -163,16 +166,18 @@ def _resume(target: files.ResumableLines, record: Path, identity: dict[str, Any]
 
 def _check_record(partial: Path, record: Path, identity: dict[str, Any]) -> None:
     if not record.is_file():
-        raise UserError(f"{partial}: is in the way, and nothing tells of what it is a part; move it")
+        raise UserError(
+            f"{partial}: exists but its record {record.name} is missing, so it cannot be resumed; move or delete it"
+        )
     try:
         begun = msgspec.json.decode(record.read_bytes(), type=dict[str, Any])
     except msgspec.MsgspecError as error:
-        raise UserError(f"{record}: {error}; remove it and {partial} to start anew") from None
+        raise UserError(f"{record}: {error}; delete it and {partial} to start again") from None
     for name in identity | begun:
         if begun.get(name) != identity.get(name):
             raise UserError(
-                f"{partial}: half of a run with another {name}; run that again to its end, name another output, or "
-                f"remove {partial.name} to start anew"
+                f"{partial}: belongs to a run with another {name}; finish that run, name another output, or "
+                f"delete {partial.name} to start again"
             )
 
 

@@ -198,7 +198,7 @@ def test_half_of_a_run_of_another_input_or_model_is_refused_and_kept(model, path
         options["template"] = str(template)
     else:
         options |= {"chunk": {"chunk": 5}, "dtype": {"dtype": "bfloat16"}}[change]
-    with pytest.raises(UserError, match=rf"out\.jsonl\.partial: half of a run with another {change};"):
+    with pytest.raises(UserError, match=rf"out\.jsonl\.partial: belongs to a run with another {change};"):
         score_file(model, input, output, **options)
     assert half.read_bytes() == before
     half.unlink()
@@ -215,7 +215,7 @@ def test_a_partial_file_of_something_else_is_refused(model, paths, monkeypatch):
     with pytest.raises(UserError, match="is in the way"):
         score_file(model, input, output)
     record.write_text("{")
-    with pytest.raises(UserError, match="to start anew"):
+    with pytest.raises(UserError, match="to start again"):
         score_file(model, input, output)
     assert half.read_text() == "of something else\n"
 
