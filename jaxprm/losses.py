@@ -24,6 +24,7 @@ class LossSums(NamedTuple):
 
     def means(self, beta: float) -> tuple[jax.Array, dict[str, jax.Array]]:
         """(loss, {"value_loss", "progress_loss", "weight"}), scalars; all 0 for a batch without valid steps."""
+        # A batch without valid steps would divide 0 by 0.
         total = jnp.where(self.weight > 0, self.weight, 1)
         value, progress = self.value / total, self.progress / total
         return value + beta * progress, {"value_loss": value, "progress_loss": progress, "weight": self.weight}

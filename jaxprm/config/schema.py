@@ -27,6 +27,7 @@ class EnvironmentConfig(Section, frozen=True):
     """
 
     name: str = "textcraft"
+    # msgspec gives every instance its own copy of an empty default.
     arguments: dict[str, Any] = {}
     workers: NonNegativeInt = 0
     timeout: PositiveFloat = 120.0
@@ -107,6 +108,7 @@ class CollectionConfig(Section, frozen=True):
 
     train_tasks: PositiveInt | None = None
     validation_tasks: PositiveInt | None = None
+    # The paper samples 16 trajectories per task at temperature 1.
     trajectories_per_task: PositiveInt = 16
     temperature: NonNegativeFloat = 1.0
     files: tuple[str, ...] = ()
@@ -150,6 +152,7 @@ class RewardModelConfig(Section, frozen=True):
 
     label: Annotated[str, msgspec.Meta(pattern="^[a-z0-9_]+$")]
     objective: str = "agentprm"
+    # beta and lambda as in the paper.
     beta: NonNegativeFloat = 1.0
     gae_lambda: Fraction = 0.95
     discount: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
@@ -164,6 +167,7 @@ class RewardModelConfig(Section, frozen=True):
     epochs: PositiveInt = 2
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    # For small models; the paper trains larger ones with 1e-6.
     learning_rate: PositiveFloat = 3e-4
     head_multiplier: PositiveFloat = 10.0
     warmup_fraction: Fraction = 0.05
@@ -230,6 +234,7 @@ class SearchConfig(Section, frozen=True):
 
     split: Literal["validation", "test"] = "test"
     tasks: PositiveInt | None = None
+    # The paper's temperature of searches.
     temperature: PositiveFloat = 0.7
     pool: PositiveInt = 32
     best_of_n: PositiveInts = (1, 2, 4, 8, 16, 32)
