@@ -40,6 +40,7 @@ _STEP_FIELDS = {
     "is_last": np.bool_,
     "valid": np.bool_,
 }
+# The order of the fields where tf.data has only positions.
 _FIELDS = _TOKEN_FIELDS | _STEP_FIELDS
 # Values of a step slot without a step; the other fields are 0 or False there.
 _NO_STEP = {"trajectory": -1, "example": -1, "step_labels": np.nan}

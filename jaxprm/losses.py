@@ -88,6 +88,7 @@ def agent_prm_sums(
     error = jnp.where(valid, values, 0) - jnp.where(valid, jax.lax.stop_gradient(targets), 0)
     weight = jnp.where(valid, jnp.ones_like(values) if weights is None else weights, 0)
     current = jax.lax.stop_gradient(error) if progress_gradient == "previous" else error
+    # The slot before must hold a step, whatever `is_first` says.
     has_previous = valid & ~is_first & _shift_right(valid)
     # (M_t - M_{t-1}) - (Q^_t - Q^_{t-1}) = e_t - e_{t-1} with the errors e_t = M_t - Q^_t.
     change = jnp.where(has_previous, current - _shift_right(error), 0)

@@ -212,6 +212,7 @@ class _Converter:
             path, value = next(((path, value) for path in paths if (value := path.find(row)) is not None), (None, None))
             if path is not None:
                 converted[name] = self._value(name, path.text, value)
+                # Counted only if the row is written, so that `check_fields` finds fields that no row has.
                 present.add(name)
                 used.add(path.key)
             elif name in ("id", "task") and getattr(self._options, name) is not None:

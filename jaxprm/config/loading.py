@@ -1,4 +1,4 @@
-"""A config file read, overridden and checked: a wrong name, type or value is one line that says which."""
+"""Reads, overrides and checks config files. A wrong name, type or value is an error of one line that names it."""
 
 from __future__ import annotations
 
@@ -138,8 +138,8 @@ def from_dict(plain: dict[str, Any], *, where: str) -> Experiment:
     labels = [model.label for model in experiment.reward_models]
     if len(set(labels)) != len(labels):
         raise UserError(f"config {where}: reward_models: labels must differ, got {labels}")
-    if taken := {"random", "policy", "oracle"} & set(labels):
-        raise UserError(f"config {where}: reward_models: label {min(taken)!r} is a control's; choose another")
+    if reserved := {"random", "policy", "oracle"} & set(labels):
+        raise UserError(f"config {where}: reward_models: label {min(reserved)!r} is a control's; choose another")
     for index, model in enumerate(experiment.reward_models):
         if len(set(model.lora.targets)) != len(model.lora.targets):
             raise UserError(f"config {where}: reward_models[{index}].lora.targets must differ: {model.lora.targets}")

@@ -142,12 +142,12 @@ class RewardModelConfig(Section, frozen=True):
 
     `objective` is a registered name or a user's `module:attribute` of a jaxprm.objectives.Objective.
     `dtype` is that of activations and products; parameters, norms, head, targets and loss are float32. `remat` is what
-    the backward pass computes again. A batch is computed in `microbatches` parts, with the gradient of the whole.
-    `attention` is the splash kernel on TPUs where it takes the shapes (`auto`), or nowhere (`reference`).
+    the backward pass computes again. A batch is computed in `microbatches` parts; its gradient stays the same.
+    `attention`: `auto` uses the splash kernel on TPUs for shapes that it supports, `reference` never uses it.
     `trainable` is everything, `lora` adapters, the `head` alone (on hidden states that are computed once), or the
     `last_k` layers with the final norm; the head is trained with each. A checkpoint is written every
-    `checkpoint_every` steps, and after `checkpoint_minutes` without one; kept are the `keep_latest` newest and the
-    `keep_best` of the smallest validation loss.
+    `checkpoint_every` steps, and after `checkpoint_minutes` without one. The `keep_latest` newest and the `keep_best`
+    with the smallest validation loss are kept.
     """
 
     label: Annotated[str, msgspec.Meta(pattern="^[a-z0-9_]+$")]
@@ -228,8 +228,8 @@ class SearchConfig(Section, frozen=True):
     beams, diverse: (paths kept, actions of each); lookahead: (paths, actions, steps ahead); mcts: (simulations before a
     step, actions), with `exploration`; stepwise: actions; custom: sizes of other searches, by their registered kind or
     as "module:attribute" of a jaxprm.search.methods.SearchMethod; aggregations: scores and votes for best-of-N beside
-    the final step's. stop_at: a finished path of at least this score ends the search of its task; budget: so does
-    having spent so many tokens or FLOPs. docs/search.md says more.
+    the final step's. stop_at: a finished path of at least this score ends the search of its task; budget: the search of
+    a task also ends after so many tokens or FLOPs. docs/search.md says more.
     """
 
     split: Literal["validation", "test"] = "test"

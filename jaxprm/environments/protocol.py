@@ -29,7 +29,7 @@ R = TypeVar("R")
 
 
 class StepResult(NamedTuple):
-    """What an action led to.
+    """Result of an action.
 
     observation: the next user message. reward: recorded, and not used in training. done: whether the episode is over.
     """

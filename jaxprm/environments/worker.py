@@ -221,6 +221,7 @@ class _Worker:
         """Ends the process: closing the connection asks it to exit, and after `grace` seconds it is killed."""
         self._connection.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
+            # No grace after a failure: the worker is not expected to exit by itself.
             self._process.wait(grace) if grace else None
         self._process.kill()
         self._process.wait()
