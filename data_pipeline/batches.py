@@ -40,6 +40,7 @@ _STEP_FIELDS = {
     "is_last": np.bool_,
     "valid": np.bool_,
 }
+# The order of the fields where tf.data has only positions.
 _FIELDS = _TOKEN_FIELDS | _STEP_FIELDS
 # Values of a step slot without a step; the other fields are 0 or False there.
 _NO_STEP = {"trajectory": -1, "example": -1, "step_labels": np.nan}
@@ -85,6 +86,7 @@ class _PackedSplit:
         plan_rows = plan_rows[plan_rows < self.row_count]
         counts = self.plan.starts[plan_rows + 1] - self.plan.starts[plan_rows]
         row_of = np.repeat(np.arange(len(plan_rows)), counts)
+        # Index among all trajectories of the batch, minus that of the first one in the same row.
         rank = np.arange(len(row_of)) - np.repeat(np.cumsum(counts) - counts, counts)
         examples = self.plan.members[self.plan.starts[plan_rows][row_of] + rank]
         return {
@@ -98,6 +100,7 @@ class _PackedSplit:
         batch["tokens"].fill(self._pad_id)
         spans = _spans(split.lengths[examples], row_of, length)
         source = split.token_starts[examples][spans.owner] + spans.within
+        # reshape(-1) is a view, so this writes into the batch.
         batch["tokens"].reshape(-1)[spans.slots] = split.tokens[source]
         # Segments count from 1, because 0 marks padding.
         batch["segments"].reshape(-1)[spans.slots] = rank[spans.owner] + 1
@@ -156,6 +159,7 @@ class _Spans(NamedTuple):
 def _offsets(counts: np.ndarray, row_of: np.ndarray) -> np.ndarray:
     """Start of each trajectory in its row, in elements. `row_of`, the row of each trajectory, ascends."""
     before = np.cumsum(counts) - counts
+    # As `row_of` ascends, searchsorted gives the first trajectory of each row.
     return before - before[np.searchsorted(row_of, row_of)]
 
 
@@ -208,12 +212,14 @@ class TrainingBatches:
     def __next__(self) -> Batch:
         if self._stream is None:
             self._stream = self._packed.stream(self.position, self._local_rows)
+        # Counted when handed out: batches gathered ahead are not in a saved position, and are gathered again.
         batch = next(self._stream)
         self.position += 1
         return batch
 
     def set_local_rows(self, rows: np.ndarray) -> None:
         """Restricts the batches from here on to these rows, ascending: those of this host."""
+        # Batches that were gathered ahead have other rows, so the stream is made again.
         self._local_rows, self._stream = np.asarray(rows), None
 
     def trajectories(self, number: int) -> list[str]:

@@ -118,6 +118,7 @@ def build(
     """
     files = [(split, str(path)) for split, paths in inputs.items() for path in paths]
     for _, path in files:
+        # Checked here, because an error within the pipeline comes with the runner's own traceback.
         if not FileSystems.exists(path):
             raise DataError(f"{path}: cannot be read: no such file")
     local = FileSystems.get_scheme(output) is None
@@ -151,12 +152,14 @@ def _run(
         pipeline = beam.Pipeline(options=PipelineOptions(list(options)))
     except ValueError as error:  # such as an unknown runner
         raise DataError(f"--beam {' '.join(options)}: {' '.join(str(error).split())}") from None
+    # Workers get the tokenizer and make an Encoder of it: an Encoder has locks, which cannot be pickled.
     prepare = _Prepare(encoder.tokenizer, encoder.source, settings)
     with pipeline:
         prepared = (
             pipeline
             | "Files" >> beam.Create(list(enumerate(files)))
             | "Read" >> beam.FlatMap(_rows)
+            # Otherwise Beam fuses the steps around it, and one worker also encodes all rows of a file.
             | "Spread" >> beam.Reshuffle()
             | "Prepare" >> beam.ParDo(prepare).with_outputs("tasks", "counts", "bad", main="records")
         )
@@ -172,6 +175,7 @@ def _run(
 def _rows(numbered_file: tuple[int, tuple[str | None, str]]) -> Iterator[tuple[int, str | None, str, bytes]]:
     """Rank, split, "path:line" and text of every row of a file."""
     index, (split, path) = numbered_file
+    # Beam decompresses by file name, the local build does not.
     with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
         for number, line in numbered(file):
             yield index << LINE_BITS | number, split, f"{path}:{number}", line
@@ -196,11 +200,13 @@ class _Prepare(beam.DoFn):
             trajectory = parse_line(line, where=where)
             name = f"{where} ({trajectory.id})"
             split = split_of_row(trajectory, file_split, name)
+            # Before the row is prepared, as in the local build: a leak is found even in a row that is bad.
             yield TaggedOutput("tasks", (trajectory.task_id, {split: (rank, name)}))
             # A split is listed even if all of its rows are bad.
             yield TaggedOutput("counts", (split, (rank, RowCounts())))
             prepared = self._preparation.prepare(trajectory, name)
         except DataError as error:
+            # An output and not an exception: the error to raise is the one of lowest rank, which no worker knows.
             yield TaggedOutput("bad", (rank, str(error)))
             return
         yield TaggedOutput("counts", (split, (rank, prepared.counts)))
@@ -210,17 +216,20 @@ class _Prepare(beam.DoFn):
 
 def _merge(equal: Iterable[Ranked]) -> Ranked:
     """The first of equal trajectories, with the weight of all."""
+    # Beam may combine parts and then their results, so neither order nor grouping may matter.
     first: Ranked | None = None
     weight = 0
     for ranked in equal:
         weight += ranked[1]["weight"]
         if first is None or ranked[0] < first[0]:
             first = ranked
+    # A new record: Beam's elements must not be changed.
     return first[0], {**first[1], "weight": weight}
 
 
 def _summarize(pipeline: beam.Pipeline, prepared: Any, path: str) -> None:
     """Stores the `_Summary` of the rows at `path`."""
+    # The results of a pipeline reach the process that started it only through files.
     counts = prepared.counts | "Count rows" >> beam.CombinePerKey(_add_counts)
     leaks = prepared.tasks | "First rows" >> beam.CombinePerKey(_first_rows) | "Leaks" >> beam.FlatMap(_leaks)
     parts = {
@@ -229,10 +238,12 @@ def _summarize(pipeline: beam.Pipeline, prepared: Any, path: str) -> None:
         "first_bad": AsSingleton(prepared.bad | "First bad" >> beam.combiners.Top.Smallest(MOST_LISTED)),
         "leak": AsSingleton(leaks | "First leak" >> beam.combiners.Top.Smallest(1)),
     }
+    # A single element with the results as side inputs: it waits for all of them.
     pipeline | "Summary" >> beam.Create([path]) | "Summarize" >> beam.Map(_store_summary, **parts)
 
 
 def _add_counts(ranked_counts: Iterable[tuple[int, RowCounts]]) -> tuple[int, RowCounts]:
+    # Above every rank.
     first, total = 1 << 62, RowCounts()
     for rank, counts in ranked_counts:
         first, total = min(first, rank), total + counts
@@ -271,6 +282,7 @@ def _write(merged: beam.PCollection, folder: str, shards: int) -> None:
         | "All blocks" >> beam.combiners.ToList()
         | "Lay out" >> beam.Map(_layout, shards)
     )
+    # The counts give the index of each shard's first record; its block is sorted to find the rank at this index.
     starts = AsSingleton(
         ranks
         | "Group blocks" >> beam.GroupByKey()
@@ -289,6 +301,7 @@ def _write(merged: beam.PCollection, folder: str, shards: int) -> None:
 def _layout(blocks: list[tuple[Key, int]], shards: int) -> _Layout:
     totals: Counter[str] = Counter()
     before = {}
+    # Sorted, because Beam gives them in no order.
     for (split, block), count in sorted(blocks):
         before[split, block] = totals[split]
         totals[split] += count
@@ -299,6 +312,7 @@ def _layout(blocks: list[tuple[Key, int]], shards: int) -> _Layout:
 def _starts(block: tuple[Key, Iterable[int]], layout: _Layout) -> Iterator[Key]:
     """The split and the first rank of every shard that starts in a block."""
     key, ranks = block[0], sorted(block[1])
+    # The last cut is the end of the split.
     for cut in layout.cuts[key[0]][:-1]:
         if 0 <= cut - layout.before[key] < len(ranks):
             yield key[0], ranks[cut - layout.before[key]]
@@ -322,6 +336,7 @@ def _write_shard(shard: tuple[Key, Iterable[Ranked]], layout: _Layout, folder: s
     records = [record for _, record in sorted(ranked, key=itemgetter(0))]
     name = shards_lib.shard_name(split, index, len(layout.cuts[split]) - 1)
     with tempfile.TemporaryDirectory() as here:
+        # Local first: the digest is computed from the file, and `_store` makes the copy appear complete.
         file = Path(here) / name
         size = shards_lib.write_shard(records, file)
         _copy(file, FileSystems.join(folder, name))
@@ -346,6 +361,7 @@ def _describe(folder: str, summary: _Summary, inputs: Inputs, encoder: Encoder, 
     """Adds metadata.json and the files of TFDS to the shards, and removes the descriptions and the summary."""
     paths = [file.path for file in FileSystems.match([FileSystems.join(folder, "*" + _WRITTEN)])[0].metadata_list]
     shards = [msgspec.msgpack.decode(_read(path), type=_Written) for path in paths]
+    # Splits in the order of their first rows, and shards by name: so are they in the metadata of the local build.
     written = {
         split: sorted((shard for shard in shards if shard.split == split), key=lambda shard: shard.index)
         for split, _ in summary.counts

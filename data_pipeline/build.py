@@ -59,6 +59,7 @@ def build(
       DataError: names the row, or the directory that cannot be written.
     """
     output = Path(output)
+    # First, because encoding may take hours.
     check_output(output)
     paths = [path for files in inputs.values() for path in files]
     # Counting reads every file once more, so it is left out if no progress is shown.
@@ -180,6 +181,7 @@ def _with_bar(inputs: Inputs, encoder: Encoder, output: str, settings: dict[str,
     with tqdm(unit=" rows", desc="build") as bar:
 
         def progress(done: int, total: int) -> None:
+            # The rows are counted within `build`, after the bar was made.
             bar.total = total
             bar.update(done - bar.n)
 
@@ -192,6 +194,7 @@ def _with_beam(
     try:
         from data_pipeline import beam_build
     except ModuleNotFoundError as error:
+        # A missing dependency of Beam is another problem, which this advice would hide.
         if error.name != "apache_beam":
             raise
         raise DataError(

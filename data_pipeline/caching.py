@@ -29,7 +29,9 @@ class ByteLRU:
             # LRUCache does not store what is larger than itself.
             return result, bytes if bytes <= max_bytes // 8 else max_bytes + 1
 
+        # Sizes are stored with the results: getsizeof gets only the value, and the size depends on the arguments too.
         self._cache = LRUCache(max_bytes, getsizeof=itemgetter(1))
+        # The lock is held for look-ups, not while the function runs: two threads may compute the same result.
         self._compute = cached(self._cache, key=lambda *arguments: arguments, lock=Lock())(with_size)
 
     def __call__(self, *arguments: Any) -> Any:

@@ -30,6 +30,7 @@ _TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token",
 DATE = "26 Jul 2024"
 _CONSTANTS = {"date_string": DATE}
 OWN = "own"
+# All that readers of a tokenizer may look for. This package reads only the first three.
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -112,6 +113,7 @@ class ChatTemplate:
         self.text = default_template(template)
         self.source = source
         self._advice = advice
+        # `strftime_now` is how newer templates get the date.
         self._arguments = {**arguments, **_CONSTANTS, "strftime_now": _no_date}
         try:
             # `apply_chat_template` copies the conversation on every call: the same text at eight times the cost.
@@ -159,11 +161,13 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     if not file.is_file():
         raise DataError(f"{directory}: not a tokenizer directory, tokenizer.json is missing")
     config = read_tokenizer_config(directory)
+    # Not AutoTokenizer: only these three files decide the result, and no code of the directory is run.
     named = {name: _token_text(config[name]) for name in _TOKEN_NAMES if config.get(name)}
     try:
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), **named)
     except Exception as error:  # The tokenizers library raises no narrower class.
         raise DataError(f"{file}: cannot be read: {one_line(error)}") from None
+    # The separate file has priority, as in transformers.
     template = directory / "chat_template.jinja"
     tokenizer.chat_template = (
         template.read_text(encoding="utf-8") if template.is_file() else config.get("chat_template")
@@ -232,6 +236,7 @@ def choose_template(tokenizer: PreTrainedTokenizerFast, template: str | PathLike
     if text is None:
         return
     tokenizer.chat_template = text
+    # A file may be of any format: it is used with the end token that the tokenizer has.
     shipped = SHIPPED.get(str(template))
     if shipped is not None:
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}

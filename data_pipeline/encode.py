@@ -90,6 +90,7 @@ class Encoder:
         self.source = source
         self.end_id: int = tokenizer.eos_token_id
         self._backend = tokenizer.backend_tokenizer
+        # tokenizer.json may switch truncation and padding on.
         self._backend.no_truncation()
         self._backend.no_padding()
         self._piece = ByteLRU(self._encode_piece, size=_piece_bytes, max_bytes=_MAX_PIECE_BYTES)
@@ -189,6 +190,7 @@ class Encoder:
         self._verify_tools(pieces, conversation, tools, row)
         reads: list[int] = []
         states: list[int] = []
+        # Every message once, in order: its parts share a rendering.
         for index in dict.fromkeys(step.message for step in table):
             before = self._state_position(pieces, conversation[:index], tools, row)
             ends = self._read_positions(pieces, conversation[: index + 1], messages[index], tools, row)
@@ -229,6 +231,7 @@ class Encoder:
             return [end]
         text = "".join(parts)
         # Templates may strip the spaces around a message, so the text is looked for without them.
+        # The last occurrence: an earlier message may have the same text.
         at = rendering.rfind(text.strip()) - (len(text) - len(text.lstrip()))
         ends = []
         for number, part in enumerate(parts[:-1]):
@@ -243,6 +246,7 @@ class Encoder:
         return [*ends, end]
 
     def _verify_text(self, pieces: _Pieces, conversation: FrozenConversation, row: str) -> None:
+        # Cutting at special tokens is an assumption about the tokenizer, so its ids of the full text must be the same.
         if self._backend.encode_batch_fast([pieces.text], add_special_tokens=False)[0].ids != pieces.ids:
             raise DataError(f"{row}: {self.source} encodes the full conversation differently from its turns")
         decoded = self.decode(pieces.ids)
@@ -280,6 +284,7 @@ class Encoder:
         start, offset = pieces.starts[piece], pieces.offsets[piece]
         if start == len(prefix):
             return offset - 1
+        # The prefix ends within a piece. Unless it encodes to that piece's first ids, a token reaches past its end.
         head = self._piece(prefix[start:], piece == 0)
         return offset + len(head) - 1 if pieces.ids[offset : offset + len(head)] == list(head) else None
 

@@ -26,5 +26,6 @@ def listed(errors: Sequence[object], *, total: int | None = None) -> list[str]:
     if not total:
         return []
     lines = [f"{total} bad rows:" if total > 1 else "1 bad row:"]
+    # One line for each error: the messages of other libraries may have line ends.
     lines += [f"  {' '.join(str(error).split())}" for error in errors[:MOST_LISTED]]
     return lines + ([f"  ... and {total - MOST_LISTED} more"] if total > MOST_LISTED else [])

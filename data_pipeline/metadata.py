@@ -61,6 +61,7 @@ class Metadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     pad_id: int
     max_length: int | None
     too_long: Literal["error", "drop", "window"]
+    # With a default, because datasets built before this field existed are still read.
     skipped: int = 0
     splits: dict[str, SplitMetadata]
     shards: dict[str, Shard]
@@ -157,6 +158,7 @@ def _first_broken_record(file: Path) -> str:
         for _ in tf.data.TFRecordDataset(str(file)):
             pass
     except tf.errors.DataLossError as error:
+        # TensorFlow gives the offset in the text of the message only.
         offset = re.search(r"record at (\d+)", error.message)
         if offset:
             return f"at offset {offset.group(1)}"

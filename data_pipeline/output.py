@@ -31,12 +31,14 @@ def staged_file(path: str | PathLike[str], *, overwrite: bool = False) -> Iterat
         problem = "a directory" if path.is_dir() else "exists already and is not overwritten"
         raise DataError(f"{path}: {problem}; name another file" + ("" if path.is_dir() else ", or remove it"))
     # Hidden, so that it cannot be a file of the user's own.
+    # In the same folder, because a rename is atomic only within a file system.
     staging = path.with_name(f".{path.name.removeprefix('.')}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with staging.open("wb") as file:
             yield file
             file.flush()
+            # Without it a power failure after the rename could leave the final name with an empty file.
             os.fsync(file.fileno())
         os.replace(staging, path)
     except BaseException:
@@ -65,6 +67,7 @@ def staged_directory(
     path = Path(path)
     staging, backup = staging or staging_of(path), backup_of(path)
     if overwrite:
+        # A process was killed between the two renames of `_swap`: only the backup has the earlier content.
         if backup.exists() and not path.exists():
             backup.rename(path)
         shutil.rmtree(backup, ignore_errors=True)
@@ -74,8 +77,10 @@ def staged_directory(
     try:
         staging.mkdir(parents=True)
         yield staging
+        # Before the renames: they must not be on disk before the content is.
         _sync(staging)
         _swap(staging, path, backup)
+    # Also for Ctrl-C, which is no Exception.
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -113,6 +118,7 @@ def _swap(staging: Path, path: Path, backup: Path) -> None:
     if not path.exists():
         staging.rename(path)
         return
+    # A directory with files cannot be replaced by one rename.
     path.rename(backup)
     try:
         staging.rename(path)

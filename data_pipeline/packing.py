@@ -34,6 +34,7 @@ def best_fit(lengths: Sequence[int], steps: Sequence[int], *, capacity: int, slo
     """
     by_tokens = np.asarray(lengths) / capacity
     by_scarcer = np.maximum(by_tokens, np.asarray(steps) / slots)
+    # Stable: the order of ties must not depend on how NumPy sorts, or a saved position would fit another plan.
     orders = [np.argsort(-size, kind="stable").tolist() for size in (by_tokens, by_scarcer)]
     rows = min((_best_fit(order, lengths, steps, capacity, slots) for order in orders), key=len)
     # First fit is quadratic in the number of rows, so it runs only where it can help.
@@ -49,6 +50,7 @@ def _best_fit(
     free_slots: list[int] = []
     open_rows: list[tuple[int, int]] = []  # (free tokens, row), sorted
     for item in order:
+        # The fullest row with enough free tokens, then the next fullest until one also has the step slots.
         at = bisect_left(open_rows, (lengths[item], 0))
         while at < len(open_rows) and free_slots[open_rows[at][1]] < steps[item]:
             at += 1
@@ -97,6 +99,7 @@ def plan_epochs(
     packed: list[list[int]] = []
     ends = []
     for epoch in range(epochs):
+        # A generator for each epoch: adding epochs does not change the earlier ones.
         random = None if seed is None else np.random.default_rng([seed, epoch])
         packed.extend(_plan_epoch(lengths, steps, capacity=capacity, slots=slots, window=window, random=random))
         ends.append(len(packed))
@@ -155,6 +158,7 @@ def padding_id(
     Returns:
       None if no special token is free.
     """
+    # Readers take the last token that is not padding. If the end of a message were padding, they would read before it.
     free = {text: id for text, id in specials.items() if id not in used and text not in template}
     if declared in free.values():
         return declared

@@ -62,10 +62,12 @@ class Preparation:
 
     def __init__(self, encoder: Encoder, max_length: int | None, too_long: TooLong):
         self._encoder, self._max_length, self._too_long = encoder, max_length, too_long
+        # By digest of the conversation: messages as keys would keep every row of the file in memory.
         self._encoded: dict[bytes, Encoded] = {}
 
     def prepare(self, trajectory: Trajectory, row: str) -> PreparedRow:
         """Encodes a row. Raises DataError for one that cannot be trained on."""
+        # Before encoding: an episode that failed at once has no step, which the encoder refuses.
         if trajectory.ended == "error":
             return PreparedRow(RowCounts(rows=1, errors=1), None)
         steps = _steps(trajectory, self._encode(trajectory, row), row)
@@ -89,6 +91,7 @@ class Preparation:
 
     def _window(self, steps: _Steps) -> _Steps:
         """The first steps that fit. The last of them gets the return from there on as its reward."""
+        # The number of positions below max_length: a step read at token max_length - 1 is the last that fits.
         kept = int(np.searchsorted(steps.read_positions, self._max_length))
         rewards = steps.rewards[:kept].copy()
         # Its Monte Carlo value, so that the undiscounted return of every kept step stays the same.
@@ -113,6 +116,7 @@ def identity(trajectory: Trajectory, steps: _Steps) -> bytes:
 
 def record_of(trajectory: Trajectory, steps: _Steps) -> dict[str, Any]:
     """The record of a trajectory, with weight 1."""
+    # Records have no null, so NaN is a missing outcome.
     outcome = np.nan if trajectory.outcome is None else trajectory.outcome
     return {"id": trajectory.id, "task": trajectory.task_id, "outcome": outcome, "weight": 1, **steps._asdict()}
 
@@ -124,6 +128,7 @@ def sizes_of(records: Sequence[Mapping[str, Any]]) -> Sizes:
         steps=np.asarray([len(record["rewards"]) for record in records], np.int64),
         weights=np.asarray([record["weight"] for record in records], np.int64),
         returns=np.asarray([record["rewards"].sum(dtype=np.float64) for record in records]),
+        # Digests, because a task may be named by its whole prompt.
         tasks=[hashlib.blake2b(record["task"].encode(), digest_size=12).digest() for record in records],
     )
 
@@ -155,6 +160,7 @@ class SplitRecords:
 
     def add(self, trajectory: Trajectory, steps: _Steps) -> None:
         """Adds a trajectory, or counts it in the weight of an equal record."""
+        # A new identity gets the index after the last record.
         index = self._index.setdefault(identity(trajectory, steps), len(self.records))
         if index < len(self.records):
             self.records[index]["weight"] += 1
@@ -174,10 +180,12 @@ class Rows:
         """Adds a row. Raises DataError for one that cannot be trained on, which is then in none of the counts."""
         row = f"{where} ({trajectory.id})"
         split = split_of_row(trajectory, file_split, row)
+        # Before the row is prepared: a task in two splits is an error even if the row is then left out as bad.
         try:
             self._splits.add(trajectory.task_id, split)
         except SplitError as error:
             raise SplitError(f"{row}: {error}") from None
+        # A split is listed even if all of its rows are bad, so that `check_not_empty` can report it.
         records = self.splits.setdefault(split, SplitRecords())
         prepared = self._preparation.prepare(trajectory, row)
         records.counts += prepared.counts

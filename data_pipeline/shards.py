@@ -46,6 +46,7 @@ def write(splits: Mapping[str, Sequence[Mapping[str, Any]]], directory: Path, *,
     Raises:
       OSError: a file cannot be written.
     """
+    # TFDS refuses a shard without records.
     count = max(1, min(shards, *map(len, splits.values())))
     described = {}
     for split, records in splits.items():
@@ -195,6 +196,7 @@ class Dataset:
         # One file after the other, which keeps the order of the records.
         config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
         files = self._files(name)
+        # The name of a split stands for all of its files, so the intact ones are listed only if some are broken.
         kept = [index for index, file in enumerate(files) if file not in self.broken]
         if not kept:
             raise DataError(f"{self.directory}: no shard of split {name} is intact; build the dataset again")
@@ -254,6 +256,7 @@ def open_dataset(
 def _quiet_tensorflow() -> None:
     """Silences the start-up messages of TensorFlow. To be called before it is imported."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # oneDNN prints a notice when it is on.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 

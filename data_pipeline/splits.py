@@ -19,7 +19,9 @@ def split_of(group: str, *, validation_share: float, seed: int = 0) -> str:
 
     A hash decides, so the split of a group does not depend on other rows or on their order.
     """
+    # surrogatepass: a Python text may hold lone surrogates, which UTF-8 alone refuses.
     digest = hashlib.sha256(f"{seed}\0{group}".encode(errors="surrogatepass")).digest()
+    # The first 64 bits are a uniform number below 2**64. A larger share moves groups from train to validation only.
     return "validation" if int.from_bytes(digest[:8]) < validation_share * 2**64 else "train"
 
 
@@ -49,6 +51,7 @@ def named_split(row_split: str | None, file_split: str | None, row: str) -> str 
     if file_split is not None and row_split not in (None, file_split):
         raise DataError(f"{row}: its split is {row_split!r}, but the file was given for {file_split!r}")
     split = file_split or row_split
+    # TFDS reads "all" as all splits together. Other characters would not survive in the name of a shard.
     if split is not None and (not split.isidentifier() or split == "all"):
         raise DataError(f"{row}: {split!r} cannot name a split; use train, validation or test")
     return split

@@ -28,8 +28,10 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     tool_call_id: str | None = None
 
     def __post_init__(self) -> None:
+        # msgspec turns a ValueError raised here into a ValidationError with the path of the field.
         if self.content is None and not self.tool_calls:
             raise ValueError(f"a message of role {self.role} has neither content nor tool_calls")
+        # Called for its checks.
         text_parts(self.content)
 
     @property
@@ -175,6 +177,7 @@ def to_line(trajectory: Trajectory) -> str:
 
 def _lines(path: str | PathLike[str]) -> Iterator[tuple[str, bytes]]:
     try:
+        # As bytes: text that is not UTF-8 must be the error of its line, and a lone carriage return ends no line.
         with open(path, "rb") as file:
             for number, line in numbered(file):
                 yield f"{path}:{number}", line

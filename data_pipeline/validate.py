@@ -160,6 +160,7 @@ class _Counts:
     def add(self, trajectory: Trajectory, split: str | None, where: str) -> None:
         """Counts a row. Raises DataError for a bad one, which is then in none of the counts."""
         row = f"{where} ({trajectory.id})"
+        # All that can raise comes before the first count.
         name = named_split(trajectory.split, split, row) or ""
         table = check_steps(trajectory.messages, row)
         if self._encoder is not None:
@@ -187,12 +188,14 @@ class _Counts:
         task = trajectory.task_id
         self._group(task, name, returned, split, where)
         self._repeated_ids += not _is_new(self._ids, trajectory.id.encode())
+        # Without id, policy and meta, in which copies of a trajectory may differ.
         content = msgspec.json.encode([task, trajectory.messages, trajectory.tools, returned])
         self._equal += not _is_new(self._contents, content)
 
     def _group(self, task: str, name: str, returned: float | None, split: SplitCounts, where: str) -> None:
         key = _digest(task.encode())
         earlier = self._tasks.get(key)
+        # An attempt without a return leaves the range as it is.
         low, high = (np.inf, -np.inf) if returned is None else (returned, returned)
         if earlier is None:
             split.tasks += 1
@@ -270,6 +273,7 @@ def _lines(report: ValidationReport) -> Iterator[str]:
         yield from _about_trajectories(report)
     if report.leaks:
         yield f"{len(report.leaks)} tasks in two splits:"
+        # Without the first line of `listed`, which counts bad rows.
         yield from (f"  {line}" for line in listed(report.leaks)[1:])
     yield from listed(report.bad)
 
@@ -325,4 +329,5 @@ def _spread_line(spread: Spread, form: str = ".0f") -> str:
 def _histogram(lengths: dict[str, int]) -> Iterator[str]:
     largest = max(lengths.values())
     for low, count in lengths.items():
+        # At least one mark: a bin of few trajectories must not look empty.
         yield f"  {length_range(low):>16}  {count:>8}  {'#' * max(1, round(_BAR_WIDTH * count / largest))}"

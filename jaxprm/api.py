@@ -108,8 +108,10 @@ class Model:
             messages = [{"role": "user", "content": "Goal: torch"}, {"role": "assistant", "content": "get 1 coal"}]
             model.score([messages])[0]["steps"]  # [{"message": 1, "promise": 0.27, "progress": None}]
         """
+        # A single conversation would pass for a list: each of its messages would be taken for a trajectory.
         if isinstance(trajectories, (Trajectory, Mapping)) or any(_is_message(item) for item in trajectories):
             raise UserError("score takes a list of trajectories; put a single one into a list: score([messages])")
+        # Encoded first, because all are scored in common batches.
         names, encoded = [], []
         for index, trajectory in enumerate(trajectories):
             messages, tools, name = _parts(trajectory, f"trajectory {index}")
@@ -194,8 +196,7 @@ def load(
         model below it, or a Hub id ("org/name" or "org/name@revision").
       rows: states whose candidates are scored at once.
       max_tokens: tokens of the longest conversation that `score_actions` caches; longer ones are encoded in full, each
-        time.
-        The memory of the cache grows with `rows` and `max_tokens`, up to 2 GiB.
+        time. The memory of the cache grows with `rows` and `max_tokens`, up to 2 GiB.
       dtype: of the arithmetic and of the cache, "float32" or "bfloat16".
       chat_template: used in place of the model's own: "chatml", "llama3", or a file. For models trained elsewhere whose
         template rewrites earlier turns.

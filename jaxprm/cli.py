@@ -30,12 +30,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
     if options.verb in COMPUTING:
+        # Before JAX starts its threads.
         keep_freed()
     try:
         return VERBS[options.verb](options)
     except KeyboardInterrupt:
         effect = "starts over" if options.verb in ("evaluate", "export", "serve") else "resumes where it stopped"
         print(f"jaxprm: interrupted; the same command {effect}", file=sys.stderr)
+        # 128 + SIGINT, as shells report it.
         return 130
     except Interrupted as stopped:
         print(f"jaxprm: {stopped}", file=sys.stderr)
@@ -68,6 +70,7 @@ def _one_line(error: Exception) -> str | None:
 
 
 def _stages(options) -> int:
+    # Imports are within the handlers: --help and mistakes in options load no JAX, TensorFlow or torch.
     from jaxprm import config
     from jaxprm.training import distributed
     from jaxprm.workflow.run import run, validation_lines
@@ -118,6 +121,7 @@ def _overrides(options) -> list[str]:
         "collection.files": options.data,
         "base_model": options.model,
         "policy.chat_template": options.chat_template,
+        # An absent option must not override the config.
         "collection.skip_bad": options.skip_bad or None,
     }
     return [f"{field}={json.dumps(value)}" for field, value in fields.items() if value is not None]
@@ -193,6 +197,7 @@ def _evaluate(options) -> int:
     from jaxprm.evaluation.statistics import Resampling
     from jaxprm.evaluation.tables import evaluation_table
 
+    # Before the evaluation, which may take long.
     if options.json and (options.json.is_dir() or options.json.resolve() == options.input.resolve()):
         raise UserError(f"json {options.json}: is a directory, or the input; name another file")
     settings = Settings(
@@ -241,6 +246,7 @@ def _import_trajectories(options) -> int:
     from jaxprm import progress
 
     scale = options.outcome_scale
+    # "" is the task, which need not be a field of the rows.
     split_by = options.split_by if options.split_by != "task" else ""
     settings = convert.Options(
         format=options.format,

@@ -58,6 +58,7 @@ def complete_lines(path: Path) -> list[dict]:
 def appending(path: Path) -> Iterator:
     """A function that appends objects as lines, each batch flushed to the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Unbuffered: what was appended is in the file, and survives a kill, when the call returns.
     with path.open("ab", buffering=0) as file:
         yield lambda objects: write_all(file, "".join(map(line, objects)).encode())
 
@@ -101,6 +102,7 @@ class ResumableLines:
     def raw_lines(self) -> Iterator[bytes]:
         """The lines written so far with their line ends, one at a time; a torn last line has none."""
         self._file.seek(0)
+        # The descriptor stays open: closing it would release the lock.
         with open(self._file.fileno(), "rb", closefd=False) as buffered:
             yield from buffered
 
@@ -125,6 +127,7 @@ class ResumableLines:
         with staged_file(self.path, overwrite=True) as file:
             for value in objects:
                 file.write(line(value).encode())
+        # A kill before this leaves both files; `is_finished` then removes the partial one.
         self.partial.unlink(missing_ok=True)
 
     def discard(self) -> None:
@@ -174,6 +177,7 @@ def _cut_torn_line(file: BinaryIO) -> list[bytes]:
     end = content.rfind(b"\n") + 1
     if end < len(content):
         file.truncate(end)
+    # Bytes are split only at line feeds and carriage returns, which JSON escapes within texts.
     return content[:end].splitlines()
 
 

@@ -24,6 +24,7 @@ class LossSums(NamedTuple):
 
     def means(self, beta: float) -> tuple[jax.Array, dict[str, jax.Array]]:
         """(loss, {"value_loss", "progress_loss", "weight"}), scalars; all 0 for a batch without valid steps."""
+        # A batch without valid steps would divide 0 by 0.
         total = jnp.where(self.weight > 0, self.weight, 1)
         value, progress = self.value / total, self.progress / total
         return value + beta * progress, {"value_loss": value, "progress_loss": progress, "weight": self.weight}
@@ -87,6 +88,7 @@ def agent_prm_sums(
     error = jnp.where(valid, values, 0) - jnp.where(valid, jax.lax.stop_gradient(targets), 0)
     weight = jnp.where(valid, jnp.ones_like(values) if weights is None else weights, 0)
     current = jax.lax.stop_gradient(error) if progress_gradient == "previous" else error
+    # The slot before must hold a step, whatever `is_first` says.
     has_previous = valid & ~is_first & _shift_right(valid)
     # (M_t - M_{t-1}) - (Q^_t - Q^_{t-1}) = e_t - e_{t-1} with the errors e_t = M_t - Q^_t.
     change = jnp.where(has_previous, current - _shift_right(error), 0)

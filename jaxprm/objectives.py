@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 from jaxprm import plugins
 from jaxprm.errors import UserError
 
+# For annotations only: configs name objectives and are loaded without JAX.
 if TYPE_CHECKING:
     import jax
 
@@ -34,6 +35,7 @@ PROGRESS_GRADIENTS: tuple[str, ...] = get_args(ProgressGradient)
 class Settings(Protocol):
     """The fields of `jaxprm.config.RewardModelConfig` that objectives read; docs/method.md says what they mean."""
 
+    # Read-only, because the fields of a config are frozen: a plain attribute of a protocol must be assignable.
     @property
     def objective(self) -> str: ...
     @property

@@ -20,6 +20,7 @@ def bar(label: str, total: int | None, *, initial: int = 0, unit: str = "it", **
         unit=unit,
         dynamic_ncols=terminal,
         mininterval=0.2 if terminal else 20,
+        # Above mininterval, because tqdm's monitor redraws a bar that was quiet for longer than this.
         maxinterval=1 if terminal else 60,
         smoothing=0.1,
         file=sys.stderr,

@@ -48,6 +48,7 @@ def lambda_returns(
         current = reward + discount * ((1 - mix) * next_value + mix * following)
         return current, current
 
+    # scan runs over the leading axis.
     steps = tuple(jnp.moveaxis(x, -1, 0) for x in (rewards, discounts, next_values, mixes))
     # The carry starts as G_S = v_S: past the row there is only the bootstrap.
     _, returns = jax.lax.scan(backward, steps[2][-1], steps, reverse=True)
@@ -127,6 +128,7 @@ def outcomes(rewards: jax.Array, is_last: jax.Array, valid: jax.Array) -> jax.Ar
     rewards, _ = _separated(rewards, is_last, valid, 1.0)
     is_first = jnp.concatenate([jnp.ones_like(is_last[..., :1]), is_last[..., :-1]], axis=-1)
     # A sum from the front is a return-to-go of the reversed row, in which the first step of a trajectory is its last.
+    # Rewards of empty slots are 0 by now, so all slots may count as valid.
     sums = jnp.flip(returns_to_go(jnp.flip(rewards, -1), jnp.flip(is_first, -1), jnp.ones_like(valid)), -1)
     return jnp.where(valid & is_last, sums, 0)
 
@@ -188,15 +190,18 @@ def _separated(
 def _masked(x: jax.Array, valid: jax.Array) -> jax.Array:
     (x,) = _floats(x)
     _check_shapes(x, valid=valid)
+    # A selection, because a product would keep NaN.
     return jnp.where(valid, x, 0)
 
 
 def _floats(*arrays: jax.Array) -> list[jax.Array]:
+    # At least float32, also for promises computed in bfloat16.
     dtype = jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
     return [jnp.asarray(x, dtype) for x in arrays]
 
 
 def _shift_left(x: jax.Array) -> jax.Array:
+    # The 0 at the end is never used: a last step has discount 0.
     return jnp.concatenate([x[..., 1:], jnp.zeros_like(x[..., :1])], axis=-1)
 
 

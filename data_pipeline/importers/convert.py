@@ -97,14 +97,17 @@ def import_trajectories(
         skipped, no row is left, or a field named in `options` is in no row. Then there is no output.
     """
     converter = _Converter(options)
+    # A missing file is an error of `read_rows`, which names it.
     sizes = [Path(path).stat().st_size if Path(path).is_file() else 0 for path in inputs]
     report, before = converter.report, 0
+    # `read_rows` raises DataError, so an OSError in this block is one of writing.
     with write_errors(output), staged_file(output) as file:
         for path, size in zip(inputs, sizes, strict=True):
             for row in read_rows(path):
                 report.rows += 1
                 try:
                     trajectory = converter.convert(row, Path(path).stem)
+                # No bad row: leaving it out would hide that the other rows are split wrongly.
                 except SplitError:
                     raise
                 except DataError as error:
@@ -157,6 +160,7 @@ class _Converter:
         self._group = fields.Path.parse(options.split_by) if options.split_by else None
         self._rows_with: Counter[str] = Counter()
         self._ids: set[bytes] = set()
+        # The next number to try for a repeated id, or every repetition would try all earlier ones.
         self._next: dict[bytes, int] = {}
         self._splits = splits.Splits()
         if options.split_by is not None:
@@ -172,6 +176,7 @@ class _Converter:
             line = msgspec.json.encode(converted)
         except RecursionError:
             raise DataError(f"{row.where}: nested too deeply") from None
+        # msgspec encodes no integer beyond 64 bits and no lone surrogate.
         except (DataError, TypeError, OverflowError, UnicodeError) as error:
             raise DataError(f"{row.where}: {error}") from None
         # Parsed from its JSON, so that an imported row passes the same checks as a line of a trajectory file.
@@ -179,6 +184,7 @@ class _Converter:
         check_steps(trajectory.messages, row.where)
         splits.named_split(trajectory.split, None, row.where)
         trajectory, resplit = self._split(trajectory, row)
+        # All that can raise comes before the first count.
         self._count(trajectory, present, notes, resplit)
         return self._with_unique_id(trajectory)
 
@@ -206,6 +212,7 @@ class _Converter:
             path, value = next(((path, value) for path in paths if (value := path.find(row)) is not None), (None, None))
             if path is not None:
                 converted[name] = self._value(name, path.text, value)
+                # Counted only if the row is written, so that `check_fields` finds fields that no row has.
                 present.add(name)
                 used.add(path.key)
             elif name in ("id", "task") and getattr(self._options, name) is not None:
@@ -231,6 +238,7 @@ class _Converter:
             value = self._group.find(row.value)
             if value is None:
                 raise DataError(f"{row.where}: field {self._group.text}, to split by, is missing")
+            # As JSON, or the number 1 and the text "1" would be one group.
             group = msgspec.json.encode(value).decode()
         split = splits.split_of(group, validation_share=self._options.validation_share, seed=self._options.seed)
         try:
@@ -248,8 +256,8 @@ class _Converter:
 
     def _with_unique_id(self, trajectory: Trajectory) -> Trajectory:
         """The trajectory with an id of its own: the second one with the same id gets id#2, and so on."""
-        # Attempts are often logged under the name of their task.
         self.report.splits[trajectory.split or ""] += 1
+        # Attempts are often logged under the name of their task.
         key = _digest(trajectory.id)
         if key not in self._ids:
             self._ids.add(key)

@@ -36,6 +36,7 @@ class Path(NamedTuple):
 
     def find(self, row: dict[str, Any]) -> Any:
         """The value in a row, or None if it is missing."""
+        # A name may itself contain dots.
         if self.text in row:
             return row[self.text]
         value: Any = row

@@ -17,6 +17,7 @@ from data_pipeline.importers.fields import Path
 from data_pipeline.importers.source import kind_of
 
 Notes = Counter  # Changes and omissions, by description.
+# `developer` is what newer APIs call `system`, `function` what older ones called `tool`.
 _ROLES = {
     "system": "system",
     "developer": "system",
@@ -71,6 +72,7 @@ def message(raw: Any, index: int, notes: Notes) -> dict[str, Any]:
         converted["step"] = False
     converted |= {key: raw[key] for key in ("name", "tool_call_id") if raw.get(key) is not None}
     for key, value in raw.items():
+        # SDKs write all fields, the unused ones (`refusal`, `annotations`, `audio`) as null.
         if key not in _FIELDS and value not in (None, [], "", {}):
             if key in _MEDIA:
                 raise DataError(f"{where} has `{key}`; only text can be trained on and scored")
@@ -186,6 +188,7 @@ def _call(raw: Any, where: str, notes: Notes) -> dict[str, Any]:
     function = raw.get("function") if isinstance(raw, dict) else None
     if not isinstance(function, dict) or raw.get("type") not in (None, "function"):
         raise DataError(f'{where} is not {{"type": "function", "function": {{"name", "arguments"}}}}')
+    # `index` is the number of a call in a streamed response.
     for key in {*raw} - {"id", "type", "function", "index"}:
         if raw[key] is not None:
             note(notes, f"tool call field `{key:.40}`, left out")

@@ -55,6 +55,7 @@ def parse_agentgym(row: dict[str, Any], where: Path, notes: Notes) -> Parsed:
         item = name(row["item_id"], "item_id")
         match = _ITEM.fullmatch(item)
         fields |= {"environment": match[1], "task": f"{match[1]}/{match[2]}"} if match else {"task": item}
+        # All attempts at an item share it; the converter appends numbers.
         fields["id"] = fields["task"]
     return Parsed(messages, fields, used)
 

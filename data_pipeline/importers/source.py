@@ -25,6 +25,7 @@ _OUTSIDE = re.compile(rb'["\[\]{},]')
 _INSIDE = re.compile(rb'["\\]')
 _BLANK = b" \t\r\n"
 _BOM = b"\xef\xbb\xbf"
+# By their first bytes, because every line of such a file would be an error that says nothing.
 _REFUSED = {
     b"\x1f\x8b": "compressed with gzip; unpack it first (gunzip)",
     b"\x28\xb5\x2f\xfd": "compressed with zstd; unpack it first (unzstd)",
@@ -124,6 +125,7 @@ def _elements(file: BinaryIO, path: Path) -> Iterator[tuple[bytes, int, int, boo
     """
     line, end = 1, file.tell()
     buffer = bytearray()
+    # To the first byte after the opening bracket.
     while not buffer.endswith(b"["):
         buffer = bytearray(file.read(1))
         line, end = line + (buffer == b"\n"), end + 1
@@ -136,6 +138,7 @@ def _elements(file: BinaryIO, path: Path) -> Iterator[tuple[bytes, int, int, boo
     while True:
         match = (_INSIDE if quoted else _OUTSIDE).search(buffer, at)
         if match is None:
+            # A backslash may be the last byte of the buffer; then `at` is one past its end already.
             at = max(at, len(buffer))
             if len(buffer) > MAX_ROW_BYTES:
                 raise unreadable(f"more than {MAX_ROW_BYTES >> 20} MiB without an end")
@@ -153,6 +156,7 @@ def _elements(file: BinaryIO, path: Path) -> Iterator[tuple[bytes, int, int, boo
             quoted = True
         elif mark in b"[{":
             depth += 1
+        # Whether it is the bracket that was opened is checked when the element is decoded.
         elif depth and mark in b"]}":
             depth -= 1
         elif not depth:
@@ -192,10 +196,12 @@ def _parquet(path: Path) -> Iterator[SourceRow]:
                 for index in range(batch.num_rows):
                     number += 1
                     where = f"{path}: row {number}"
+                    # Parquet has no position in bytes, so the progress is by rows.
                     yield SourceRow(where, number, _parquet_row(batch.slice(index, 1), where), size * number // total)
     except Exception as error:  # pyarrow raises many classes for broken files.
         after = f"after row {number}: " if number else ""
         raise DataError(f"{path}: Parquet that cannot be read: {after}{' '.join(str(error).split())[:200]}") from None
+    # Rows that a reader drops without an error would be lost silently.
     if number < total:
         raise DataError(f"{path}: Parquet that cannot be read: {number} rows, its footer says {total}")
 

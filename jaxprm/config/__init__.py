@@ -1,4 +1,4 @@
-"""Every field of an experiment; a config file read, overridden, checked."""
+"""The sections of an experiment, and how config files are read, overridden and checked."""
 
 import sys
 from typing import Any

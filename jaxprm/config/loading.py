@@ -1,4 +1,4 @@
-"""A config file read, overridden and checked: a wrong name, type or value is one line that says which."""
+"""Reads, overrides and checks config files. A wrong name, type or value is an error of one line that names it."""
 
 from __future__ import annotations
 
@@ -52,6 +52,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, quick: bool = False
     if not isinstance(namespace.get(name), Experiment):
         raise UserError(f"config {path}: must define `{name}`, a jaxprm.config.Experiment")
     try:
+        # Through plain types, because msgspec checks values where it converts, not where a config file calls a section.
         plain = to_dict(namespace[name])
     except TypeError as error:
         raise UserError(f"config {path}: {error}; a config holds only numbers, text, lists and dicts") from None
@@ -99,6 +100,7 @@ def mesh_of_sizes(sizes: Mapping[str, Any], *, where: str) -> MeshConfig:
     for axis, size in sizes.items():
         if axis not in axes:
             raise UserError(f"{where}: no axis {axis!r}; axes are {', '.join(axes)}")
+        # Not isinstance, for which True is an int.
         if type(size) is not int or size < -1 or size == 0:
             raise UserError(f"{where}: {axis} = {size!r} must be at least 1, or -1 for all remaining devices")
     data = {} if "data" in sizes else {"data": 1 if -1 in sizes.values() else -1}
@@ -107,6 +109,7 @@ def mesh_of_sizes(sizes: Mapping[str, Any], *, where: str) -> MeshConfig:
 
 def to_dict(experiment: Experiment) -> dict[str, Any]:
     """The experiment in plain JSON types, as in config.json."""
+    # Through JSON, so that tuples are lists as in a config.json that is read back.
     plain: dict[str, Any] = json.loads(json.dumps(msgspec.to_builtins(experiment, str_keys=True)))
     # Left out when empty, so that fingerprints of configs from before this field existed stay the same.
     if not plain["search"]["custom"]:
@@ -116,6 +119,7 @@ def to_dict(experiment: Experiment) -> dict[str, Any]:
 
 def from_dict(plain: dict[str, Any], *, where: str) -> Experiment:
     """The experiment of a plain dict, checked. Raises UserError with field, value and bound, but never a secret."""
+    # First, because the messages of the other checks show values.
     if secret := secret_field(plain):
         raise UserError(
             f"config {where}: {secret} looks like a key or a password, and configs are written to the work directory; "
@@ -125,6 +129,7 @@ def from_dict(plain: dict[str, Any], *, where: str) -> Experiment:
         experiment = msgspec.convert(plain, Experiment)
     except msgspec.ValidationError as error:
         raise UserError(f"config {where}: {_with_value(plain, str(error))}") from None
+    # Bounds such as >= 0 let infinity through, and fields without bounds NaN; Python's JSON reads both.
     for field, value in _floats(plain, ""):
         if not math.isfinite(value):
             raise UserError(f"config {where}: {field} = {value}: expected a finite number")
@@ -133,8 +138,8 @@ def from_dict(plain: dict[str, Any], *, where: str) -> Experiment:
     labels = [model.label for model in experiment.reward_models]
     if len(set(labels)) != len(labels):
         raise UserError(f"config {where}: reward_models: labels must differ, got {labels}")
-    if taken := {"random", "policy", "oracle"} & set(labels):
-        raise UserError(f"config {where}: reward_models: label {min(taken)!r} is a control's; choose another")
+    if reserved := {"random", "policy", "oracle"} & set(labels):
+        raise UserError(f"config {where}: reward_models: label {min(reserved)!r} is a control's; choose another")
     for index, model in enumerate(experiment.reward_models):
         if len(set(model.lora.targets)) != len(model.lora.targets):
             raise UserError(f"config {where}: reward_models[{index}].lora.targets must differ: {model.lora.targets}")
@@ -175,6 +180,7 @@ def _apply(plain: dict[str, Any], override: str) -> None:
     except json.JSONDecodeError:
         value = text
     if isinstance(node, dict):
+        # An unknown field is refused later, by `from_dict`, which lists the fields.
         node[last] = value
     elif _child(node, last) is not None:
         node[int(last)] = value
@@ -203,6 +209,7 @@ def _floats(node: Any, where: str) -> Iterator[tuple[str, float]]:
 
 def _with_value(plain: dict[str, Any], message: str) -> str:
     """msgspec's message, which says what and where, with the value and the allowed names or choices added."""
+    # msgspec gives the field only within the text of the message.
     problem, _, where = message.partition(" - at `$.")
     where = where.rstrip("`")
     node: Any = plain
@@ -254,9 +261,11 @@ def is_plugin(path: str) -> bool:
 def _wrong_url(url: str) -> str | None:
     try:
         parts = urlsplit(url)
+        # `port` raises for one that is not a number.
         host, _ = parts.hostname, parts.port
     except ValueError as error:
         return f"base_url is no URL ({error}); write it as http://host:port/v1"
+    # The URL is not shown: these parts may hold a password.
     if parts.query or parts.fragment or parts.username is not None:
         return "base_url has a user, a query or a fragment; write it as http://host:port/v1"
     if parts.scheme not in ("http", "https") or not host or re.search(r"[\s\x00-\x1f]", url):

@@ -27,6 +27,7 @@ class EnvironmentConfig(Section, frozen=True):
     """
 
     name: str = "textcraft"
+    # msgspec gives every instance its own copy of an empty default.
     arguments: dict[str, Any] = {}
     workers: NonNegativeInt = 0
     timeout: PositiveFloat = 120.0
@@ -107,6 +108,7 @@ class CollectionConfig(Section, frozen=True):
 
     train_tasks: PositiveInt | None = None
     validation_tasks: PositiveInt | None = None
+    # The paper samples 16 trajectories per task at temperature 1.
     trajectories_per_task: PositiveInt = 16
     temperature: NonNegativeFloat = 1.0
     files: tuple[str, ...] = ()
@@ -140,16 +142,17 @@ class RewardModelConfig(Section, frozen=True):
 
     `objective` is a registered name or a user's `module:attribute` of a jaxprm.objectives.Objective.
     `dtype` is that of activations and products; parameters, norms, head, targets and loss are float32. `remat` is what
-    the backward pass computes again. A batch is computed in `microbatches` parts, with the gradient of the whole.
-    `attention` is the splash kernel on TPUs where it takes the shapes (`auto`), or nowhere (`reference`).
+    the backward pass computes again. A batch is computed in `microbatches` parts; its gradient stays the same.
+    `attention`: `auto` uses the splash kernel on TPUs for shapes that it supports, `reference` never uses it.
     `trainable` is everything, `lora` adapters, the `head` alone (on hidden states that are computed once), or the
     `last_k` layers with the final norm; the head is trained with each. A checkpoint is written every
-    `checkpoint_every` steps, and after `checkpoint_minutes` without one; kept are the `keep_latest` newest and the
-    `keep_best` of the smallest validation loss.
+    `checkpoint_every` steps, and after `checkpoint_minutes` without one. The `keep_latest` newest and the `keep_best`
+    with the smallest validation loss are kept.
     """
 
     label: Annotated[str, msgspec.Meta(pattern="^[a-z0-9_]+$")]
     objective: str = "agentprm"
+    # beta and lambda as in the paper.
     beta: NonNegativeFloat = 1.0
     gae_lambda: Fraction = 0.95
     discount: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
@@ -164,6 +167,7 @@ class RewardModelConfig(Section, frozen=True):
     epochs: PositiveInt = 2
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    # For small models; the paper trains larger ones with 1e-6.
     learning_rate: PositiveFloat = 3e-4
     head_multiplier: PositiveFloat = 10.0
     warmup_fraction: Fraction = 0.05
@@ -224,12 +228,13 @@ class SearchConfig(Section, frozen=True):
     beams, diverse: (paths kept, actions of each); lookahead: (paths, actions, steps ahead); mcts: (simulations before a
     step, actions), with `exploration`; stepwise: actions; custom: sizes of other searches, by their registered kind or
     as "module:attribute" of a jaxprm.search.methods.SearchMethod; aggregations: scores and votes for best-of-N beside
-    the final step's. stop_at: a finished path of at least this score ends the search of its task; budget: so does
-    having spent so many tokens or FLOPs. docs/search.md says more.
+    the final step's. stop_at: a finished path of at least this score ends the search of its task; budget: the search of
+    a task also ends after so many tokens or FLOPs. docs/search.md says more.
     """
 
     split: Literal["validation", "test"] = "test"
     tasks: PositiveInt | None = None
+    # The paper's temperature of searches.
     temperature: PositiveFloat = 0.7
     pool: PositiveInt = 32
     best_of_n: PositiveInts = (1, 2, 4, 8, 16, 32)

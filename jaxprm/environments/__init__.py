@@ -1,4 +1,4 @@
-"""Where agents act. Nothing here knows a model."""
+"""Environments in which agents act. No module here imports a model."""
 
 from jaxprm.environments.protocol import Environment, StepResult, create
 

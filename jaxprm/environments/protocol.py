@@ -19,6 +19,7 @@ Split = Literal["train", "validation", "test"]
 Fork = Literal["clone", "replay", "none"]
 
 # Names that a config may use instead of "module:attribute".
+# Paths and not classes: an environment is imported when it is created.
 REGISTERED = {"textcraft": "jaxprm.environments.textcraft:TextCraft"}
 _METHODS = ("tasks", "reset", "step", "outcome", "close")
 _CLONE_METHODS = ("snapshot", "restore")
@@ -28,7 +29,7 @@ R = TypeVar("R")
 
 
 class StepResult(NamedTuple):
-    """What an action led to.
+    """Result of an action.
 
     observation: the next user message. reward: recorded, and not used in training. done: whether the episode is over.
     """
@@ -116,6 +117,7 @@ def _check_protocol(name: str, environment: Any) -> None:
             f"environment {name!r}: {kind} has no method {', '.join(missing)} (fork is {fork!r}); define it"
         )
     rounds = getattr(environment, "max_rounds", None)
+    # True is an int for isinstance.
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise UserError(f"environment {name!r}: {kind}.max_rounds is {rounds!r}; set it to an integer of at least 1")
 
@@ -171,8 +173,10 @@ class Pool:
 
         Two calls of `function` must not use the same environment.
         """
+        # In this thread: an environment of this process need not be thread-safe.
         if self.at_once == 1 or len(items) < 2:
             return [function(item) for item in items]
+        # Threads are enough, because each call waits for a worker process.
         if self._threads is None:
             self._threads = ThreadPoolExecutor(self.at_once, thread_name_prefix="environments")
         return list(self._threads.map(function, items))
@@ -196,6 +200,7 @@ class Pool:
     def discard(self, environment: Environment) -> None:
         """Closes an environment that has failed: its state is unknown, so no other episode may use it."""
         with self._lock:
+            # By identity: a user's class may define equality.
             self._open = [other for other in self._open if other is not environment]
         # Its failure is reported already. One more exception, from closing it, would hide the first.
         with contextlib.suppress(Exception):

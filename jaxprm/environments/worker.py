@@ -119,6 +119,7 @@ class RemoteEnvironment:
 
     def restore(self, state: Snapshot) -> None:
         self._end_if_too_large()
+        # Snapshot numbers have a meaning only in the worker that counted them.
         if state.worker is self._worker:
             self._call("restore", state.number)
         else:
@@ -150,6 +151,7 @@ class RemoteEnvironment:
             return call()
         except (TimeoutError, ConnectionError) as error:
             self._workers.ended["timed out" if isinstance(error, TimeoutError) else "crashed"] += 1
+            # A worker that fails in start-up ends itself, and is not yet here.
             if self._worker is not None:
                 self._worker.end()
                 self._worker = None
@@ -174,14 +176,18 @@ class _Worker:
     def __init__(self, workers: Workers):
         self.unused_snapshots: list[int] = []
         self._timeout = workers.timeout
+        # A socket, because stdin and stdout may be used by the environment's own code.
         ours, theirs = socket.socketpair()
+        # Our copy of its end is closed: otherwise we would not see that the worker closed it by ending.
         with theirs:
             command = [sys.executable, "-m", "jaxprm.environments.worker", str(theirs.fileno())]
             self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         self._connection = _Connection(ours)
         try:
+            # With our sys.path, so that the worker finds a user's modules where we do.
             arguments = (sys.path, workers.name, workers.arguments)
             self.about = self.call("create", arguments, timeout=max(START_SECONDS, self._timeout))
+        # Also for Ctrl-C, or the process would be left.
         except BaseException:
             self.end()
             raise
@@ -215,6 +221,7 @@ class _Worker:
         """Ends the process: closing the connection asks it to exit, and after `grace` seconds it is killed."""
         self._connection.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
+            # No grace after a failure: the worker is not expected to exit by itself.
             self._process.wait(grace) if grace else None
         self._process.kill()
         self._process.wait()
@@ -283,12 +290,14 @@ def serve(connection: _Connection) -> None:
     while True:
         try:
             method, arguments, dropped = connection.receive()
+        # The program that started this worker has ended, or closes it.
         except (EOFError, OSError):
             return
         for number in dropped:
             snapshots.pop(number, None)
         try:
             reply = ["value", answer(method, arguments)]
+            # Tried here, while an error can still be the reply.
             msgspec.json.encode(reply)
         except UserError as error:
             reply = ["user error", str(error)]

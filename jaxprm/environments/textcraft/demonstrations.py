@@ -69,6 +69,7 @@ class _Inventor:
         for _ in range(1 + (rng.random() < 0.12)):
             count = rng.choices((1, 2, 3, 4), (45, 35, 15, 5))[0]
             deep = rng.randrange(count)
+            # A dict and not a set: the order of a set of strings differs between processes.
             parts: dict[str, None] = {}
             for index in range(count):
                 crafted = depth > 1 and (index == deep or rng.random() < 0.2)
@@ -90,6 +91,7 @@ class _Inventor:
 
     def add_distractors(self, count: int) -> None:
         """Recipes that do not lead to the goal, from ingredients that the goal needs."""
+        # Sorted, because the choices below depend on the order.
         used = sorted({part.name for recipe in self.recipes for part in recipe.ingredients})
         for _ in range(count):
             parts = {self.rng.choice(used): None}
@@ -112,6 +114,7 @@ def item_words(environment) -> tuple[str, ...]:
     """The words of the item names in the prompts of the training tasks."""
     recipes: set[Recipe] = set()
     for task in environment.tasks("train"):
+        # The recipes of a prompt are known only within its episode.
         environment.reset(task)
         recipes.update(environment.episode.recipes)
     names = {name for recipe in recipes for name in (recipe.output, *(part.name for part in recipe.ingredients))}

@@ -149,6 +149,7 @@ class TextCraft:
         observation, obtained = self._execute(parse(action), state.inventory)
         success = obtained == state.episode.goal
         done = success or state.rounds + 1 >= self.max_rounds
+        # The inventory was changed in place; snapshots have copies.
         self._state = CraftingState(state.episode, state.inventory, state.rounds + 1, done, success)
         return StepResult(observation, float(success), done)
 
@@ -208,6 +209,7 @@ class TextCraft:
                 for other in rng.sample(uses, min(len(uses), 10)):
                     if other.command not in tree:
                         others[other.command] = other
+        # No draw for a fixed number: randint would change the draws after it.
         limit = bounds[0] if bounds[0] == bounds[1] else rng.randint(*bounds)
         chosen = rng.sample([others[command] for command in sorted(others)], min(len(others), limit))
         shown = [tree[command] for command in sorted(tree)] + chosen
@@ -242,6 +244,7 @@ class TextCraft:
         return f"Got {command.count} {command.text}", item
 
     def _craft(self, command: Command, inventory: dict[str, int]) -> tuple[str, str | None]:
+        # Summed: for an item named twice, AgentGym's engine lets the inventory become negative.
         needed: dict[str, int] = {}
         for item, count in command.ingredients:
             needed[item] = needed.get(item, 0) + count
@@ -253,6 +256,7 @@ class TextCraft:
             return f"Could not find a valid recipe for {command.item}", None
         for item, count in needed.items():
             inventory[item] -= count
+            # Items without a count would be listed by `inventory`.
             if not inventory[item]:
                 del inventory[item]
         inventory[recipe.output] = inventory.get(recipe.output, 0) + recipe.count
@@ -283,6 +287,7 @@ def _parse_craft(output: str, inputs: str) -> Command:
         if not match:
             return Command("malformed", part.strip())
         ingredients.append((identifier(match[2]), int(match[1])))
+    # AgentGym ignores the amount before the output.
     return Command("craft", "", identifier(counted[2] if counted else output), 0, tuple(ingredients))
 
 

@@ -60,6 +60,7 @@ def plan(goal: str, inventory: Mapping[str, int], recipes: Sequence[Recipe]) -> 
     """
     costs = _Costs(recipes)
     held = {item: count for item, count in inventory.items() if count > 0}
+    # The goal has to be crafted even if the inventory has it already.
     total = held.get(goal, 0) + 1
     option = costs.best(goal, total, held, frozenset())
     if option is None:
@@ -127,6 +128,7 @@ class _Costs:
         if option is None:
             left[item] = total
             return 1
+        # In place, because it is the caller's inventory.
         left.clear()
         left.update(option.left)
         return option.cost
@@ -146,6 +148,7 @@ class _Costs:
     def _choose(self, tag: str, total: int, held: dict[str, int], path: frozenset[str]) -> str | None:
         """The item of a tag with the lowest cost; among equals the one held most, then the first in the prompt."""
         items = [item for item in self.by_tag.get(tag, ()) if item not in path]
+        # Each with a copy of the inventory: comparing items must use nothing up.
         costs = {item: (self._obtain(item, total, dict(held), path), -held.get(item, 0)) for item in items}
         return min(items, key=costs.__getitem__, default=None)
 

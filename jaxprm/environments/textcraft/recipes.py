@@ -61,6 +61,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         inputs = ", ".join(map(str, self.ingredients))
+        # The dataclass is frozen.
         object.__setattr__(self, "command", f"craft {self.count} {spoken(self.output)} using {inputs}")
 
 
@@ -77,6 +78,7 @@ class RecipeBook:
     tags: frozenset[str]
     item_tags: Mapping[str, str]
 
+    # cached_property stores in __dict__, which works in a frozen dataclass too.
     @cached_property
     def _by_item(self) -> dict[str, tuple[Recipe, ...]]:
         return _grouped((recipe.output, recipe) for recipe in self.recipes)
@@ -91,6 +93,7 @@ class RecipeBook:
 
     @cached_property
     def _depths(self) -> dict[str, int]:
+        # Filled by `depth`.
         return {}
 
     @cached_property
@@ -171,6 +174,7 @@ class RecipeBook:
         for old, new in mapping.items():
             if old not in ids:
                 raise UserError(f"RecipeBook.renamed: {old!r} is not an id of this book; use those in its `names`")
+            # A craft action is split at the word "using".
             if not _VALID_ID.fullmatch(new) or "using" in new.split(":")[1].split("_"):
                 raise UserError(
                     f"RecipeBook.renamed: {new!r} (for {old!r}) must be minecraft:words_of_a_z_0_9, "
@@ -241,6 +245,7 @@ class _Builder:
             parts = _summed(parts)
         result = raw["result"] if isinstance(raw["result"], dict) else {"item": raw["result"]}
         output, count = result["item"], result.get("count") or 1
+        # Before recipes are left out: an item without a recipe is a basic item.
         self.item_ids.add(output)
         if len(parts) == 1 and parts[0].name.endswith("_block"):
             return  # Taking a block apart; the block itself is made from the same item.
@@ -251,6 +256,7 @@ class _Builder:
         self._keep(Recipe(output, count, tuple(parts), tag))
 
     def _ingredient(self, entry: dict[str, str] | list[dict[str, str]], count: int) -> Ingredient:
+        # Of alternatives the first, as in AgentGym.
         first = entry[0] if isinstance(entry, list) else entry
         if "item" in first:
             self.item_ids.add(first["item"])
