@@ -86,6 +86,7 @@ def _guided(results: RunResults) -> tuple[str, str, ReportedEstimate] | None:
     # The order of preference is fixed: the headline does not depend on which result looks best.
     for label in sorted(measured, key=lambda each: PREFERRED.index(each) if each in PREFERRED else len(PREFERRED)):
         curve = results.curve(label, "beam")
+        # Sizes ascend, so the alternative is the smallest beam.
         size = PREFERRED_BEAM if PREFERRED_BEAM in curve else next(iter(curve))
         return label, size, curve[size]
     return None

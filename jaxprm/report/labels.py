@@ -83,6 +83,7 @@ def method_style(label: str) -> MethodStyle:
     if label in METHOD_STYLES:
         return METHOD_STYLES[label]
     # A hash of the label: the same method has the same style in every run, whichever others are measured.
+    # crc32 and not hash(), which differs from process to process.
     marker, colour = divmod(zlib.crc32(label.encode()) % 9, 3)
     return MethodStyle(label, f"extra{colour + 1}", EXTRA_MARKERS[marker], (4, 1.5, 1, 1.5))
 

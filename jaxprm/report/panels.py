@@ -18,6 +18,7 @@ SCALING = (
     ("stepwise", "Best of K at every step", "K actions"),
 )
 CURVES = ("value_loss", "progress_loss", "validation_loss", "explained_variance")
+# Labels below an axis; more would run into each other.
 MAX_TICKS = 8
 MAX_POINTS = 200
 
