@@ -86,6 +86,7 @@ def _logits(tokenizer, model, sequences: list[list[int]]):
     for start in range(0, len(order), BATCH):
         chunk = order[start : start + BATCH]
         padded = {"input_ids": [sequences[index] for index in chunk]}
+        # On the right, whatever the tokenizer's default: read positions count from the left.
         inputs = tokenizer.pad(padded, padding_side="right", return_tensors="pt")
         with torch.no_grad():
             yield chunk, model(**inputs).logits

@@ -115,6 +115,7 @@ def score_with_transformers(exported: Path, questions: Sequence[dict]) -> dict[s
         question.write_text(json.dumps(questions), encoding="utf-8")
         # -P: modules next to the script have everyday names, such as "export" and "tokenizer".
         command = [sys.executable, "-P", str(script), str(exported.absolute()), str(question), str(answer)]
+        # Advice that transformers prints does not belong in our output; an error is the last line of stderr.
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
         if done.returncode or not answer.is_file():
             reason = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]

@@ -171,6 +171,7 @@ def make_plan(
 
 def _compile_scorer(tpu_slice: Slice, config: TransformerConfig, length: int) -> Compilation:
     """`score` on one chip in float32: rows of the length bucket that such trajectories fall into."""
+    # `score` refuses longer trajectories, so rows of training that are longer hold several.
     bucket = engine.bucket_of(min(length, engine.LENGTH_BUCKETS[-1]), "plan")
     device = SingleDeviceSharding(tpu_slice.devices[0])
 
