@@ -75,6 +75,7 @@ class _Choice(msgspec.Struct):
     logprobs: _LogProbabilities | None = None
 
 
+# Fields that are not named here are ignored: servers add their own. Optional ones may be null, as many send them.
 class _Body(msgspec.Struct):
     choices: list[_Choice] = []
     usage: _Usage | None = None
@@ -148,6 +149,7 @@ def _read_usage(counted: _Usage | None) -> Usage:
     if counted is None:
         return Usage()
     details = counted.prompt_tokens_details
+    # At most the prompt: the rest of it is counted as encoded, and must not be negative.
     cached = min(details.cached_tokens or 0 if details else 0, counted.prompt_tokens)
     return Usage(counted.prompt_tokens, cached, counted.completion_tokens)
 

@@ -13,7 +13,9 @@ from typing import NamedTuple
 
 from jaxprm.search.methods import SEARCHES
 
+# Narrow, and no line breaks at it.
 THIN_SPACE = "\u202f"
+# As wide as a plus, which a hyphen is not.
 MINUS = "\u2212"
 BAND = f"95{THIN_SPACE}% bootstrap interval over tasks and seeds"
 RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")

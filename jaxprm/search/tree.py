@@ -173,6 +173,7 @@ def expand(
     ]
     for (_, parent), nodes, drawn in zip(parents, candidates, proposals, strict=True):
         if not nodes:
+            # All draws have failed; the first one's reason stands for the others.
             parent.branch = runner.abandon(parent.branch, f"policy: {drawn[0].error}")
             parent.score = -np.inf
     _score(parents, candidates, scorer, progress_weight)
@@ -193,6 +194,7 @@ def commit(nodes: Sequence[Node], runner: BranchRunner) -> None:
 
 def merge_duplicates(actions: Sequence[Action]) -> list[tuple[Action, int]]:
     """Distinct actions by text, in order of first appearance, with how often each was drawn."""
+    # By text, since that is all an environment gets: other tokens of the same text are the same action.
     counts: dict[str, list] = {}
     for action in actions:
         counts.setdefault(action.text, [action, 0])[1] += 1
