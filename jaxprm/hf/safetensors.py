@@ -108,7 +108,7 @@ def open_tensors(directory: Path) -> dict[str, StoredTensor]:
             if name not in index:
                 raise UserError(f"{directory / shard}: tensor {shown(name)} is not in {INDEX}")
             if index[name] != shard:
-                raise UserError(f"{directory / shard}: tensor {shown(name)} belongs to {index[name]}, says {INDEX}")
+                raise UserError(f"{directory / shard}: tensor {shown(name)} belongs in {index[name]} by {INDEX}")
             tensors[name] = tensor
     for name, shard in index.items():
         if name not in tensors:
@@ -139,7 +139,7 @@ def _parse_json(text: bytes, path: Path) -> dict[str, Any]:
         fields = dict(pairs)
         if len(fields) != len(pairs):
             repeated, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-            raise UserError(f"{path}: {shown(repeated)} is there twice")
+            raise UserError(f"{path}: {shown(repeated)} occurs twice")
         return fields
 
     try:

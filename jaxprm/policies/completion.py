@@ -104,7 +104,7 @@ def parse_completion(content: bytes, content_type: str, names: tuple[str, ...]) 
     if body.error is not None:
         raise InvalidResponse("an error with status 200", usage)
     if len(body.choices) != 1:
-        raise InvalidResponse(f"{len(body.choices)} choices where 1 was asked for", usage)
+        raise InvalidResponse(f"{len(body.choices)} choices, expected 1", usage)
     if body.model and not any(_is_named(body.model, name) for name in names):
         raise InvalidResponse("another model answered; if it is the right one, set served_as to its name", usage)
     (choice,) = body.choices

@@ -370,7 +370,7 @@ class ChatClient:
             ):
                 content = await _read_bounded(response)
         except TimeoutError:
-            raise TransientError(f"no whole answer within {seconds:g} seconds") from None
+            raise TransientError(f"no complete answer within {seconds:g} seconds") from None
         except httpx2.HTTPError as error:
             detail = redact(str(error), self._key)
             raise TransientError(f"{type(error).__name__}{detail and ': '}{detail}") from None

@@ -252,7 +252,7 @@ def _score(parents, candidates: Sequence[list[Node]], scorer: ActionScorer, prog
         if not np.isfinite(values).all():
             raise UserError(
                 f"search of {tree.task}: the scorer returned {values}, and scores must be finite numbers; "
-                "check whether the training of this model diverged"
+                "check whether the training run of this model diverged"
             )
         for node, value in zip(nodes, values, strict=True):
             node.promise = float(value)

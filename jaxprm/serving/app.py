@@ -166,7 +166,7 @@ class _Endpoints:
         try:
             await asyncio.wait({computing, disconnected}, return_when=asyncio.FIRST_COMPLETED)
             if not computing.done():
-                raise RequestRefused(400, "the connection was closed before the answer was there")
+                raise RequestRefused(400, "the connection was closed before the answer was ready")
             return computing.result()
         finally:
             # Cancelling `computing` cancels the future in the batcher's queue, and the batcher skips it.

@@ -223,7 +223,7 @@ class Answers:
         sequences = [encoder.rendered(item) if isinstance(item, str) else item for item in request.inputs]
         for index, ids in enumerate(sequences):
             if not ids or min(ids) < 0 or max(ids) >= vocabulary:
-                raise UserError(f"number {index}: must have tokens, of 0 to {vocabulary - 1}")
+                raise UserError(f"number {index}: must be token ids from 0 to {vocabulary - 1}, at least one")
         return _Encoded(None, [np.asarray(ids, np.int32) for ids in sequences])
 
     def _compute(self, requests: Sequence[_Encoded]) -> list[Answer]:
