@@ -1,6 +1,6 @@
-# `make demo` and `make test` need Python 3.11, 3.12 or 3.13 and nothing else: each makes .venv, installs, and runs.
+# `make demo` and `make test` need Python 3.11, 3.12 or 3.13 and nothing else: each creates .venv, installs, and runs.
 SUPPORTED := import sys; sys.exit(sys.version_info[:2] not in [(3, 11), (3, 12), (3, 13)])
-# The first that runs and is supported: python3 may be any version, and a name may be a shim with nothing behind it.
+# The first name that runs a supported version: python3 may be any version, and a name may be a shim without a Python.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	$$python -c '$(SUPPORTED)' 2>/dev/null && command -v $$python && break; done)
 VENV := .venv
@@ -15,7 +15,7 @@ demo: $(VENV)/.runtime
 demo-quick: $(VENV)/.runtime
 	$(RUN) run configs/textcraft_tiny.py --quick --workdir runs/quick
 
-# The TPU compiler that plans use is installed too: without this JAX looks for a TPU first, and complains.
+# libtpu is installed as the compiler of plans. Without this setting JAX would look for a TPU first and print errors.
 test test-all: export JAX_PLATFORMS := cpu
 
 test: $(VENV)/.dev

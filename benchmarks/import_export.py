@@ -214,7 +214,7 @@ def main() -> int:
     try:
         source = measured(lambda: make_checkpoint(directory, config))
         size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-        print(f"made: {size / 1e9:.2f} GB in {source.seconds:.1f} s ({config.layers} layers)", flush=True)
+        print(f"written: {size / 1e9:.2f} GB in {source.seconds:.1f} s ({config.layers} layers)", flush=True)
         jax.block_until_ready(jax.numpy.zeros(8) + 1)  # so that the memory of JAX itself is not counted
         loaded = measured(lambda: import_checkpoint(directory, config, options.devices))
         resident = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded.result))

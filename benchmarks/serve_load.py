@@ -34,7 +34,7 @@ import numpy as np
 
 JSON = {"Content-Type": "application/json"}
 ITEMS = ("oak log", "oak planks", "stick", "iron ingot", "lantern", "torch", "coal")
-# For a server to compile everything, on a machine that has other work.
+# Time for the server to compile all programs on a busy machine.
 START_SECONDS = 1800
 ACTIONS, CLASSIFY = "/v1/score_actions", "/classify"
 
@@ -232,7 +232,7 @@ def send(
     def work() -> None:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
         while True:
-            with lock:
+            with lock:  # a generator cannot be advanced by two threads at once
                 case = next(requests, None)
             if case is None:
                 break

@@ -2,9 +2,9 @@
 
 python -m jaxprm train configs/colab.py --data trajectories.jsonl --model Qwen/Qwen2.5-0.5B-Instruct --workdir runs/own
 
-Adapters, not all parameters: AdamW's state of 0.49 billion parameters is 5.9 GB, which the chip holds, but a
-checkpoint is as large, three lie on the disk at times, and each passes through the host's memory. Of adapters it is
-0.1 GB. With reward_models.0.trainable=full take optimizer=adafactor, or a disk and a host that are large enough.
+It trains adapters, not all parameters. AdamW's state of 0.49 billion parameters is 5.9 GB, which fits on the chip. But
+a checkpoint is as large, three are on the disk at times, and each passes through host memory. A checkpoint of adapters
+is 0.1 GB. With reward_models.0.trainable=full use optimizer=adafactor, or a larger disk and host.
 """
 
 from jaxprm.config import DataConfig, Experiment, RewardModelConfig
@@ -21,7 +21,7 @@ config = Experiment(
             dtype="bfloat16",
             remat="full",
             microbatches=2,
-            # By the clock: what a disconnect costs is minutes, whatever a step takes.
+            # By time, not by step: a disconnect loses at most ten minutes of work, however long a step takes.
             checkpoint_every=1_000_000,
             checkpoint_minutes=10.0,
         ),

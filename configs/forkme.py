@@ -1,10 +1,10 @@
-"""A recipe to copy for your own environment and policy. As it stands it runs on TextCraft with the shipped policy.
+"""A recipe to copy for your own environment and policy. Unchanged, it runs on TextCraft with the shipped policy.
 
     cp configs/forkme.py configs/mine.py
     python -m jaxprm run configs/mine.py --workdir runs/mine --quick
     python -m jaxprm run configs/mine.py --workdir runs/mine
 
-docs/your-environment.md has a complete small example, docs/concepts.md says what the fields mean for the results.
+docs/your-environment.md has a complete small example, docs/concepts.md explains how the fields affect the results.
 """
 
 import msgspec
@@ -21,17 +21,17 @@ from jaxprm.config import (
 
 config = Experiment(
     name="mine",
-    # Decides every draw: the same config and seed give the same trajectories and searches.
+    # Seeds every draw: the same config and seed give the same trajectories and searches.
     seed=0,
     # A registered name, or "module:attribute" of your own class; `arguments` go to its constructor.
     environment=EnvironmentConfig(name="textcraft", arguments={"distractors": 4}),
     # `path` is a Qwen2 model directory in Hugging Face format; "default" is the TextCraft policy of the package.
-    # `endpoint` asks a server instead, and "module:attribute" is a class of your own: see docs/your-policy.md.
-    # An action is cut at `max_action_tokens`, and an episode that outgrows `max_tokens` can only say nothing.
-    # `in_flight` episodes are played at once: more is faster until memory or the cores are full.
+    # `endpoint` uses a server instead, and "module:attribute" your own class: see docs/your-policy.md.
+    # An action is cut at `max_action_tokens`. An episode longer than `max_tokens` gets only empty actions.
+    # `in_flight` episodes run at once: more is faster until memory or the cores are full.
     policy=PolicyConfig(path="default", max_action_tokens=64, max_tokens=896, in_flight=64),
-    # None takes all tasks of a split. The reward model learns from differences between attempts at one task:
-    # prefer 16 trajectories of fewer tasks to one of many, and a policy that succeeds in 10 to 90 % of its attempts.
+    # None selects all tasks of a split. The reward model learns from differences between attempts at the same task:
+    # prefer 16 trajectories of each of fewer tasks, and a policy that succeeds in 10 to 90 % of its attempts.
     collection=CollectionConfig(train_tasks=120, validation_tasks=30, trajectories_per_task=16, temperature=1.0),
     # A batch is `rows` times `length` tokens and at most `steps_per_row` steps a row. Longer trajectories are an
     # "error", "drop"ped, or cut to a "window" of their first steps; shards/metadata.json counts them.
@@ -44,10 +44,10 @@ config = Experiment(
         RewardModelConfig(label="agentprm_no_progress", objective="agentprm", beta=0.0, epochs=2, learning_rate=3e-4),
         RewardModelConfig(label="pvm", objective="pvm", beta=0.0, epochs=2, learning_rate=3e-4),
     ),
-    # One reward model a seed. Intervals cover the luck of training from two seeds on; three or more say something.
+    # One reward model per seed. From two seeds on, intervals include the variance of training. Use three or more.
     reward_seeds=(0,),
-    # An environment with fork = "none" takes beams=(): a beam needs to go back.
-    # Choose among settings with split="validation"; read test once.
+    # An environment with fork = "none" needs beams=(), because a beam returns to earlier states.
+    # Choose between settings with split="validation"; evaluate on test once.
     search=SearchConfig(
         split="test",
         tasks=60,
@@ -65,7 +65,7 @@ config = Experiment(
     ),
 )
 
-# What --quick takes: the whole loop at a size that only shows that it runs.
+# The config of --quick: the full loop at a size that only shows that it runs.
 quick = msgspec.structs.replace(
     config,
     collection=CollectionConfig(train_tasks=6, validation_tasks=4, trajectories_per_task=4),

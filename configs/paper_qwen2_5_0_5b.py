@@ -1,14 +1,15 @@
 """The paper's settings (arXiv 2511.08325, Algorithm 1 and its experiments) for Qwen2.5-0.5B-Instruct.
 
 The policy is served by any OpenAI-compatible server of that model, fine-tuned or not; the reward models start from the
-model itself. Everything at once, on TextCraft as AgentGym has it, or trained on trajectories of your own:
+model itself. The full loop on AgentGym's TextCraft, or only training on your own trajectories:
 
 python -m jaxprm run configs/paper_qwen2_5_0_5b.py --workdir runs/paper-0.5b
 python -m jaxprm train configs/paper_qwen2_5_0_5b.py --data trajectories.jsonl --workdir runs/own-0.5b
 
-The paper gives 16 trajectories a query at temperature 1.0, up to 5 epochs, learning rate 1e-6, beta 1.0, lambda 0.95,
-and searches at temperature 0.7. It does not give the batch, the warmup, the weight decay or the head's own rate: those
-are ours. One chip: reward_models.0.microbatches=16, and so on for each; docs/training.md says what else saves memory.
+The paper gives 16 trajectories per query at temperature 1.0, up to 5 epochs, learning rate 1e-6, beta 1.0, lambda 0.95,
+and searches at temperature 0.7. It does not give the batch, the warmup, the weight decay or the learning rate
+of the head: those are ours. On one chip use reward_models.0.microbatches=16, and so on for each model; docs/training.md
+lists other ways to save memory.
 """
 
 from jaxprm.config import (

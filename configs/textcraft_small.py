@@ -1,6 +1,7 @@
 """The demo at the size that gives tight intervals: all tasks, pools of 128, every beam size, three seeds.
 
-Hours on two CPU cores; a killed run resumes. One seed first, the others later, in the same directory:
+Takes hours on two CPU cores, and resumes if it is killed and started again. To run one seed first and the others later
+in the same directory:
 
 python -m jaxprm run configs/textcraft_small.py 'reward_seeds=[0]' --workdir runs/small
 python -m jaxprm run configs/textcraft_small.py --workdir runs/small

@@ -1,4 +1,4 @@
-"""The demo: a small agent on TextCraft, reward models for it, and what they are worth. Minutes on two CPU cores.
+"""The demo: a small agent on TextCraft, its reward models, and their evaluation. Takes minutes on two CPU cores.
 
 python -m jaxprm run configs/textcraft_tiny.py --workdir runs/demo
 python -m jaxprm run configs/textcraft_tiny.py --workdir runs/quick --quick

@@ -1,1 +1,1 @@
-"""The notebooks, and what they share."""
+"""The notebooks and the code that they share."""

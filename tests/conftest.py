@@ -1,4 +1,4 @@
-"""What holds for every test."""
+"""Fixtures that apply to every test."""
 
 import contextlib
 import gc
@@ -8,16 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 
-# torch's CUDA build brings triton. It and TensorFlow each have an LLVM inside: after TensorFlow, triton crashes Python.
+# torch's CUDA build brings triton. triton and TensorFlow each contain an LLVM. If TensorFlow is imported first, triton
+# crashes Python.
 with contextlib.suppress(ImportError):
     import triton  # noqa: F401
 
-MAPS, MOST_MAPS = Path("/proc/self/maps"), 20_000
+MAPS, MAX_MAPS = Path("/proc/self/maps"), 20_000
 
 
 @pytest.fixture(scope="session", autouse=True)
 def trimmed_memory():
-    """The tests' own process gives freed memory back, whatever it calls: it goes on for long, and beside others."""
+    """The test process returns freed memory to the system, whatever it calls: it runs for long, next to others."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("jaxprm.host_memory.ctypes", SimpleNamespace(CDLL=lambda name: None))
         yield
@@ -25,17 +26,17 @@ def trimmed_memory():
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_programs():
-    """Programs that were compiled are let go before there are too many: each takes some of the 65,530 pieces of memory
-    that Linux lets a process map, and XLA crashes where there is none left."""
+    """Drops compiled programs before there are too many. Each uses some of the 65,530 memory mappings that Linux
+    allows a process, and XLA crashes if none is left."""
     yield
-    if "jax" in sys.modules and MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+    if "jax" in sys.modules and MAPS.exists() and MAPS.read_bytes().count(b"\n") > MAX_MAPS:
         sys.modules["jax"].clear_caches()
         gc.collect()
 
 
 @pytest.fixture(autouse=True)
 def own_modules(request):
-    """A module that a test writes and imports ends with the test: the next one's of the same name is imported anew."""
+    """Drops modules that a test wrote and imported, so that the next test can import one of the same name."""
     folder = request.getfixturevalue("tmp_path").resolve() if "tmp_path" in request.fixturenames else None
     before = set(sys.modules)
     yield

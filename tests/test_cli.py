@@ -19,7 +19,7 @@ TINY = ROOT / "configs" / "textcraft_tiny.py"
 
 def run(capsys, *arguments):
     """(exit status, what the user reads on stderr)."""
-    code = cli.main([str(one) for one in arguments])
+    code = cli.main([str(argument) for argument in arguments])
     return code, capsys.readouterr().err
 
 
@@ -79,7 +79,7 @@ def test_overrides_may_follow_the_options():
 
 
 @pytest.mark.parametrize("extra", [["stray"], ["--nothing"], ["--nothing=3"]])
-def test_what_is_no_option_and_no_override_is_refused(extra, capsys):
+def test_an_argument_that_is_neither_option_nor_override_is_refused(extra, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.parse(["run", "c.py", "a=1", "--workdir", "w", *extra])
     assert stop.value.code == 2 and extra[0] in capsys.readouterr().err
@@ -91,7 +91,7 @@ def test_a_missing_model_and_a_missing_input_are_named(capsys, tmp_path):
     assert_one_line(err, "none", "no such directory")
 
 
-def test_a_policy_that_is_not_there_is_named(capsys, tmp_path):
+def test_a_missing_policy_is_named(capsys, tmp_path):
     code, err = run(capsys, "run", TINY, f"policy.path={tmp_path}/nothing", "--workdir", tmp_path / "w")
     assert code == 2
     assert_one_line(err, "nothing", "policy")
@@ -119,7 +119,7 @@ def test_our_own_mistakes_keep_their_traceback(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_control_c_is_one_line_and_the_same_command_goes_on(tmp_path):
+def test_control_c_is_one_line_and_the_same_command_resumes(tmp_path):
     small = ["collection.train_tasks=4", "collection.validation_tasks=2", "collection.trajectories_per_task=3"]
     command = [sys.executable, "-m", "jaxprm", "collect", str(TINY), *small, "policy.in_flight=4", "--workdir"]
     # A shell starts background jobs with Ctrl-C ignored, and so may whatever runs these tests.
@@ -157,7 +157,7 @@ def test_an_import_is_counted_on_the_screen_and_in_a_file(capsys, tmp_path):
     code, err = run(capsys, *command)
     assert code == 2 and "log:2: r = 500 is outside [0, 100]" in err and not (tmp_path / "out").exists()
     command += ["--skip-bad", "--validation-share", "0.5", "--json", tmp_path / "report"]
-    assert cli.main([str(one) for one in command]) == 0
+    assert cli.main([str(argument) for argument in command]) == 0
     out, err = capsys.readouterr()
     assert out.startswith(f"2 trajectories of 3 rows written, 1 left out: {tmp_path / 'out'}\n")
     assert "1 without an outcome" in out and "1 bad row:" in err
@@ -191,18 +191,18 @@ def test_validate_needs_a_tokenizer_for_tokens(capsys, tmp_path, options):
     assert_one_line(err, "--tokenizer")
 
 
-def test_an_interruption_is_one_line_and_a_status_of_its_own(monkeypatch, capsys, tmp_path):
+def test_an_interruption_is_one_line_with_a_separate_exit_status(monkeypatch, capsys, tmp_path):
     def stop(options):
-        raise Interrupted("training x: told to stop at step 3 of 9; the same command goes on from there")
+        raise Interrupted("training x: stopped at step 3 of 9; the same command resumes from there")
 
     monkeypatch.setitem(cli.VERBS, "inspect", stop)
     assert cli.main(["inspect", str(tmp_path)]) == 75
     assert capsys.readouterr().err == (
-        "jaxprm: training x: told to stop at step 3 of 9; the same command goes on from there\n"
+        "jaxprm: training x: stopped at step 3 of 9; the same command resumes from there\n"
     )
 
 
 @pytest.mark.parametrize("steps", ["3", "0:4", "5:4", "a:b", "1:2:3"])
-def test_steps_to_profile_that_are_none_are_refused(steps, tmp_path, capsys):
+def test_invalid_steps_to_profile_are_refused(steps, tmp_path, capsys):
     assert cli.main(["train", str(TINY), "--workdir", str(tmp_path), "--profile", steps]) == 2
     assert f"--profile {steps}: give the first and the last step" in capsys.readouterr().err

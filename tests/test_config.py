@@ -39,7 +39,7 @@ def recipe(tmp_path):
 
 
 def message(load, *arguments, **options):
-    """The one line of the mistake."""
+    """The error message, which is one line."""
     with pytest.raises(UserError) as error:
         load(*arguments, **options)
     assert "\n" not in str(error.value)
@@ -47,12 +47,12 @@ def message(load, *arguments, **options):
 
 
 def test_a_file_is_loaded_with_its_defaults(recipe):
-    found = config.load(recipe)
-    assert (found.name, found.seed, found.search) == ("mine", 0, SearchConfig())
-    assert [model.label for model in found.reward_models] == ["agentprm", "pvm"]
+    experiment = config.load(recipe)
+    assert (experiment.name, experiment.seed, experiment.search) == ("mine", 0, SearchConfig())
+    assert [model.label for model in experiment.reward_models] == ["agentprm", "pvm"]
     # Arguments are what they are after a round trip through config.json.
-    assert found.environment.arguments == {"distractors": [0, 4], "names": {"a": "b"}}
-    assert config.load(str(recipe)) == found
+    assert experiment.environment.arguments == {"distractors": [0, 4], "names": {"a": "b"}}
+    assert config.load(str(recipe)) == experiment
 
 
 def test_quick_is_the_files_quick(recipe):
@@ -66,12 +66,12 @@ def test_quick_is_the_files_quick(recipe):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_that_ships_loads(path):
-    found = config.load(path)
-    assert found.name == ("mine" if path.stem == "forkme" else path.stem)
-    assert config.from_dict(config.to_dict(found), where="a round trip") == found
+    experiment = config.load(path)
+    assert experiment.name == ("mine" if path.stem == "forkme" else path.stem)
+    assert config.from_dict(config.to_dict(experiment), where="a round trip") == experiment
     assert "python -m jaxprm" in path.read_text().split('"""')[1]
     if "\nquick =" in path.read_text():
-        assert config.load(path, quick=True) != found
+        assert config.load(path, quick=True) != experiment
 
 
 def test_there_are_recipes():
@@ -81,28 +81,37 @@ def test_there_are_recipes():
 @pytest.mark.parametrize(
     ("override", "read"),
     [
-        ("seed=7", lambda found: found.seed == 7),
-        ("name=other name", lambda found: found.name == "other name"),
-        ('name="7"', lambda found: found.name == "7"),
-        ("search.temperature=1", lambda found: found.search.temperature == 1.0),
-        ("search.tasks=5", lambda found: found.search.tasks == 5),
-        ("search.beams=[[2,3]]", lambda found: found.search.beams == ((2, 3),)),
-        ("search.beams=[]", lambda found: found.search.beams == ()),
-        ("search.beams.1.0=3", lambda found: found.search.beams == ((2, 2), (3, 4))),
-        ("search.best_of_n.5=31", lambda found: found.search.best_of_n == (1, 2, 4, 8, 16, 31)),
-        ("reward_models.1.beta=0.5", lambda found: [one.beta for one in found.reward_models] == [1.0, 0.5]),
-        ("reward_models.0.label=first", lambda found: found.reward_models[0].label == "first"),
-        ("environment.arguments.distractors=9", lambda found: found.environment.arguments["distractors"] == 9),
-        ("environment.arguments.names.a=c", lambda found: found.environment.arguments["names"] == {"a": "c"}),
-        ('environment.arguments.new={"a": [1]}', lambda found: found.environment.arguments.get("new") == {"a": [1]}),
-        ("policy.path=runs/a=b", lambda found: found.policy.path == "runs/a=b"),
+        ("seed=7", lambda experiment: experiment.seed == 7),
+        ("name=other name", lambda experiment: experiment.name == "other name"),
+        ('name="7"', lambda experiment: experiment.name == "7"),
+        ("search.temperature=1", lambda experiment: experiment.search.temperature == 1.0),
+        ("search.tasks=5", lambda experiment: experiment.search.tasks == 5),
+        ("search.beams=[[2,3]]", lambda experiment: experiment.search.beams == ((2, 3),)),
+        ("search.beams=[]", lambda experiment: experiment.search.beams == ()),
+        ("search.beams.1.0=3", lambda experiment: experiment.search.beams == ((2, 2), (3, 4))),
+        ("search.best_of_n.5=31", lambda experiment: experiment.search.best_of_n == (1, 2, 4, 8, 16, 31)),
+        (
+            "reward_models.1.beta=0.5",
+            lambda experiment: [model.beta for model in experiment.reward_models] == [1.0, 0.5],
+        ),
+        ("reward_models.0.label=first", lambda experiment: experiment.reward_models[0].label == "first"),
+        (
+            "environment.arguments.distractors=9",
+            lambda experiment: experiment.environment.arguments["distractors"] == 9,
+        ),
+        ("environment.arguments.names.a=c", lambda experiment: experiment.environment.arguments["names"] == {"a": "c"}),
+        (
+            'environment.arguments.new={"a": [1]}',
+            lambda experiment: experiment.environment.arguments.get("new") == {"a": [1]},
+        ),
+        ("policy.path=runs/a=b", lambda experiment: experiment.policy.path == "runs/a=b"),
     ],
 )
 def test_an_override_changes_one_field(recipe, override, read):
-    found = config.load(recipe, [override])
-    assert read(found)
+    experiment = config.load(recipe, [override])
+    assert read(experiment)
     assert not read(config.load(recipe))
-    assert config.fingerprint(config.to_dict(found)) != config.fingerprint(config.to_dict(config.load(recipe)))
+    assert config.fingerprint(config.to_dict(experiment)) != config.fingerprint(config.to_dict(config.load(recipe)))
 
 
 def test_later_overrides_win(recipe):
@@ -148,7 +157,7 @@ def test_later_overrides_win(recipe):
         ("mesh.fdsp=2", "mesh.fdsp: no such field; mesh has data, fsdp"),
         ("reward_models.1.betta=1", "reward_models[1].betta: no such field; reward_models[1] has label, objective,"),
         ("sead=1", "sead: no such field; an experiment has name, seed,"),
-        # one against another
+        # bounds between two fields
         ("search.pool=8", "search.pool = 8 is smaller than the largest best-of-N"),
         ("reward_seeds=[1,1]", "reward_seeds must differ, got [1, 1]"),
         ("reward_models.1.label=agentprm", "reward_models: labels must differ, got ['agentprm', 'agentprm']"),
@@ -195,9 +204,9 @@ def test_a_wrong_override_is_quoted(recipe, override, wanted):
 )
 def test_a_broken_file_is_one_line(recipe, source, wanted):
     recipe.write_text(source)
-    found = message(config.load, recipe)
-    assert found.startswith(f"config {recipe}")
-    assert wanted in found
+    error = message(config.load, recipe)
+    assert error.startswith(f"config {recipe}")
+    assert wanted in error
 
 
 def test_a_mistake_in_the_file_has_its_line(recipe):
@@ -345,19 +354,19 @@ SECRET = "Zq3xW8nB5vC1mK7pL2jH4gF6dS9a"
     ],
 )
 def test_a_secret_is_refused_and_not_repeated(served, override, field):
-    found = message(config.load, served, [override])
-    assert field in found
-    assert SECRET not in found
+    error = message(config.load, served, [override])
+    assert field in error
+    assert SECRET not in error
 
 
 def test_arguments_without_a_class_of_the_users_are_refused(recipe):
-    found = message(config.load, recipe, ['policy.arguments={"a": 1}'])
-    assert 'policy.arguments need a policy `module:attribute`, not policy.path = "default"; drop them' in found
+    error = message(config.load, recipe, ['policy.arguments={"a": 1}'])
+    assert 'policy.arguments need a policy `module:attribute`, not policy.path = "default"; drop them' in error
     assert config.load(recipe, ["policy.path=mine:Policy", 'policy.arguments={"a": 1}']).policy.arguments == {"a": 1}
 
 
 def test_a_field_that_came_later_is_recorded_only_where_it_is_set():
-    """So that what was trained before there was such a choice is still known as the same."""
+    """So that a reward model that was trained before the field existed keeps its fingerprint."""
     before = {
         "label",
         "objective",
@@ -378,21 +387,21 @@ def test_a_field_that_came_later_is_recorded_only_where_it_is_set():
         "evaluate_every",
         "checkpoint_every",
     }
-    assert set(config.fingerprint_fields(config.RewardModelConfig(label="some"))) == before
-    chosen = config.RewardModelConfig(label="some", trainable="lora", lora=config.LoraConfig(rank=4), dtype="bfloat16")
-    assert set(config.fingerprint_fields(chosen)) == before | {"trainable", "lora", "dtype"}
-    assert config.fingerprint_fields(chosen)["lora"]["rank"] == 4
+    assert set(config.fingerprint_fields(config.RewardModelConfig(label="a"))) == before
+    adapters = config.RewardModelConfig(label="a", trainable="lora", lora=config.LoraConfig(rank=4), dtype="bfloat16")
+    assert set(config.fingerprint_fields(adapters)) == before | {"trainable", "lora", "dtype"}
+    assert config.fingerprint_fields(adapters)["lora"]["rank"] == 4
 
 
-def test_how_it_is_computed_and_kept_is_not_recorded():
-    how = {"remat": "full", "microbatches": 4, "attention": "reference", "checkpoint_minutes": 5.0, "keep_best": 3}
-    assert config.fingerprint_fields(config.RewardModelConfig(label="some", **how)) == config.fingerprint_fields(
-        config.RewardModelConfig(label="some")
+def test_options_of_memory_and_checkpoints_are_not_recorded():
+    options = {"remat": "full", "microbatches": 4, "attention": "reference", "checkpoint_minutes": 5.0, "keep_best": 3}
+    assert config.fingerprint_fields(config.RewardModelConfig(label="a", **options)) == config.fingerprint_fields(
+        config.RewardModelConfig(label="a")
     )
 
 
 def test_adapters_of_one_matrix_twice_are_refused():
-    plain = config.to_dict(config.Experiment(name="some"))
+    plain = config.to_dict(config.Experiment(name="a"))
     plain["reward_models"][0]["lora"]["targets"] = ["query", "query"]
     with pytest.raises(UserError, match=r"reward_models\[0\].lora.targets must differ"):
         config.from_dict(plain, where="test")

@@ -108,7 +108,7 @@ def test_a_batch_without_steps_has_no_loss_and_no_gradient():
 
 @pytest.mark.parametrize("variant", ["both", "previous"])
 def test_a_weight_of_three_equals_three_copies(variant):
-    """Loss and gradient: one trajectory of weight 3 beside one of weight 1, against four rows of weight 1."""
+    """Loss and gradient: a trajectory of weight 3 next to one of weight 1, against four rows of weight 1."""
     random = np.random.default_rng(5)
     targets, valid = random.normal(size=(2, 4)), np.ones((2, 4), bool)
     is_first = np.tile(np.arange(4) == 0, (2, 1))
@@ -125,7 +125,7 @@ def test_a_weight_of_three_equals_three_copies(variant):
 
 
 def test_sums_of_microbatches_add_up_to_the_whole_batch():
-    """Rows of very different weight: only sums divided once at the end give the loss and gradient of the whole."""
+    """Rows of very different weight: only sums divided once at the end give the loss and gradient of the batch."""
     values, targets, is_first, valid, weights = packed(7, rows=4)
     weights[0] *= 50
     beta = 0.5
@@ -140,12 +140,12 @@ def test_sums_of_microbatches_add_up_to_the_whole_batch():
         total = jax.tree.map(jnp.add, total, sums)
         gradients.append(gradient)
     loss, parts = total.means(beta)
-    whole = lambda v: agent_prm_loss(v, targets, is_first, valid, beta=beta, weights=weights)
-    expected, expected_parts = whole(values)
+    full_batch = lambda v: agent_prm_loss(v, targets, is_first, valid, beta=beta, weights=weights)
+    expected, expected_parts = full_batch(values)
     np.testing.assert_allclose(loss, expected, rtol=1e-12)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), parts, expected_parts)
     np.testing.assert_allclose(
-        np.concatenate(gradients) / total.weight, jax.grad(lambda v: whole(v)[0])(values), rtol=1e-12
+        np.concatenate(gradients) / total.weight, jax.grad(lambda v: full_batch(v)[0])(values), rtol=1e-12
     )
 
 

@@ -224,11 +224,11 @@ def test_jit_vmap_and_leading_axes_agree(bootstrap):
         return td_lambda_targets(*row, gae_lambda=0.7, discount=0.9, bootstrap=bootstrap, state_values=state_values)
 
     rows = (values, rewards, is_last, valid, states)
-    whole = targets(*rows)
+    batched = targets(*rows)
     one_by_one = np.array([[targets(*(x[i, j] for x in rows)) for j in range(4)] for i in range(2)])
-    np.testing.assert_allclose(whole, one_by_one, rtol=1e-12)
-    np.testing.assert_allclose(jax.jit(targets)(*rows), whole, rtol=1e-12)
-    np.testing.assert_allclose(jax.vmap(jax.vmap(targets))(*rows), whole, rtol=1e-12)
+    np.testing.assert_allclose(batched, one_by_one, rtol=1e-12)
+    np.testing.assert_allclose(jax.jit(targets)(*rows), batched, rtol=1e-12)
+    np.testing.assert_allclose(jax.vmap(jax.vmap(targets))(*rows), batched, rtol=1e-12)
 
 
 def test_low_precision_values_give_float32_targets():

@@ -70,9 +70,9 @@ def score_file(
 ) -> LineCounts:
     """Scores every step of every trajectory of `input`; line k of `output` is about line k of `input`.
 
-    A line is {"id", "steps": [{"message", "promise", "progress"}], "score"}, or {"id", "error"} if the trajectory
-    cannot be scored. If even the id cannot be read, it is null, and "line" is the number of the line. An interrupted
-    call leaves OUTPUT.partial and resumes from it, with the same model and input. OUTPUT is replaced at the end.
+    A line is {"id", "steps": [{"message", "promise", "progress"}], "score"}, or {"id", "error"} if it cannot be
+    scored. If even the id cannot be read, it is null, and "line" is the number of the line. An interrupted call
+    leaves OUTPUT.partial and resumes from it, with the same model and input. OUTPUT is replaced at the end.
 
     Args:
         chunk: trajectories held in memory at a time.

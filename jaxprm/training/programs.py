@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxprm import config as config_lib
 from jaxprm.errors import UserError
 from jaxprm.model import sharding
-from jaxprm.model.attention import BLOCKS, HEAD_DIMS, fits, packed_attention, splash_attention
+from jaxprm.model.attention import BLOCKS, HEAD_DIM_DIVISOR, fits, packed_attention, splash_attention
 from jaxprm.model.config import TransformerConfig
 from jaxprm.model.sharding import RULES, Rules
 from jaxprm.model.transformer import ForwardOptions, reward_model_graph
@@ -177,7 +177,7 @@ def _attention(name: str, config: TransformerConfig, mesh: Mesh, length: int, ru
             return packed_attention
         raise UserError(
             f'attention = "splash" needs data.length = {length} to be a multiple of {BLOCKS[-1] * shards} and the '
-            f'model\'s head_dim = {config.head_dim} of {HEAD_DIMS}; use "auto" or "reference"'
+            f'model\'s head_dim = {config.head_dim} of {HEAD_DIM_DIVISOR}; use "auto" or "reference"'
         )
     axes = {name: getattr(rules, name) for name in ("batch", "heads", "kv_heads", "length")}
     return splash_attention(mesh, **axes)

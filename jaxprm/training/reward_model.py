@@ -22,7 +22,7 @@ from jaxprm import config as config_lib
 from jaxprm import files
 from jaxprm.artifacts.directory import RECIPE
 from jaxprm.errors import UserError
-from jaxprm.hf import hub, reader
+from jaxprm.hf import hub, reader, writer
 from jaxprm.hf.config import hf_config
 from jaxprm.hf.safetensors import weight_files
 from jaxprm.model import sharding
@@ -202,7 +202,7 @@ def write(
 ) -> None:
     """Writes the model in Hugging Face format with the policy's tokenizer, `encoder`'s template and the recipe."""
     with staged_directory(directory, staging=_staging(directory)) as staging:
-        reader.write_model(staging, config, parameters, **_hf_options(base, encoder, recipe))
+        writer.write_model(staging, config, parameters, **_hf_options(base, encoder, recipe))
         _write_companions(staging, base, encoder, recipe)
 
 

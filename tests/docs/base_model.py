@@ -1,4 +1,4 @@
-"""The base model of pages that have none of their own: small, random, and with a template that knows no tools."""
+"""A base model for pages without one: small, random, and with a template without tools."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIZES = TransformerConfig(
 
 
 def write(directory: Path) -> Path:
-    """A language model's directory; returns it."""
+    """Writes the directory of a language model; returns it."""
     make_tokenizer(CHATML, ("<|im_start|>", "<|im_end|>"), "<|im_end|>").save_pretrained(directory)
     encoder = Encoder.load(directory)
     parameters = jax.jit(lambda: nnx.state(Transformer(SIZES, rngs=nnx.Rngs(0))))()

@@ -1,4 +1,4 @@
-"""What the pages say, taken apart: code blocks, command lines, links."""
+"""Code blocks, command lines and links of the pages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
 
 class Block(NamedTuple):
-    """A fenced block: its language, the word after it (a file's name, mostly), its text."""
+    """A fenced block: its language, the word after it (usually a file name), its text."""
 
     language: str
     name: str
@@ -22,7 +22,7 @@ class Block(NamedTuple):
 def blocks(page: str) -> list[Block]:
     """The fenced blocks of a page of docs/, in order."""
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-    return [Block(*found) for found in re.findall(r"^```(\w+)(?: +(\S+))?\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)]
+    return [Block(*match) for match in re.findall(r"^```(\w+)(?: +(\S+))?\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)]
 
 
 def files(page: str) -> dict[str, str]:
@@ -41,15 +41,15 @@ def shell(page: str) -> list[list[str]]:
 def command_lines(text: str, module: str) -> list[list[str]]:
     """The arguments of every `python -m MODULE ...` in a text, in blocks, in prose and in tables.
 
-    Brackets around what may be left out, and the dots of what may be repeated, are taken away.
+    Brackets around optional arguments and dots after repeatable ones are removed.
     """
-    found = re.findall(rf"python -m {re.escape(module)} +([^`\n|]+)", text.replace("\\\n", " "))
-    plain = [re.sub(r"[][]|(?<= )\.\.\.|#.*", "", _outside_quotes(line)) for line in found]
+    commands = re.findall(rf"python -m {re.escape(module)} +([^`\n|]+)", text.replace("\\\n", " "))
+    plain = [re.sub(r"[][]|(?<= )\.\.\.|#.*", "", _outside_quotes(line)) for line in commands]
     return [shlex.split(line) for line in plain]
 
 
 def _outside_quotes(line: str) -> str:
-    """The line with the brackets of quoted values hidden from what is taken away."""
+    """The line with the brackets of quoted values replaced, so that they are not removed."""
     return re.sub(r"'[^']*'", lambda match: match[0].replace("[", "\x01").replace("]", "\x02"), line)
 
 

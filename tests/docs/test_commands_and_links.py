@@ -52,7 +52,7 @@ def test_every_command_parses_and_its_config_loads(capsys):
 
 
 def test_benchmarks_are_run_as_modules():
-    """By its path a script does not find the package beside it: nothing is installed but the requirements."""
+    """A script that is run by its path cannot import the package, because only the requirements are installed."""
     named = set()
     for path in (*PAGES, *(ROOT / "benchmarks").glob("*.py")):
         text = path.read_text(encoding="utf-8")
@@ -87,9 +87,9 @@ def test_the_make_targets_are_on_the_command_line_page():
 
 def test_the_build_command_parses():
     text = "".join(path.read_text(encoding="utf-8") for path in PAGES)
-    found = pages.command_lines(text, "data_pipeline.build")
-    assert found
-    for arguments in found:
+    commands = pages.command_lines(text, "data_pipeline.build")
+    assert commands
+    for arguments in commands:
         options = build._arguments(arguments)
         assert set(splits.parse_inputs(options.input)) in ({"train", "validation"}, {None})
 
@@ -107,7 +107,7 @@ def test_links_resolve():
     assert broken == []
 
 
-def test_files_that_are_named_exist():
+def test_named_files_exist():
     """Paths inside the project, in backquotes: `configs/forkme.py`."""
     pattern = r"`((?:configs|data_pipeline|jaxprm|tests|docs|benchmarks)/[\w/.-]+\.\w+)`"
     named = {(path.name, name) for path in PAGES for name in re.findall(pattern, path.read_text(encoding="utf-8"))}

@@ -1,4 +1,4 @@
-"""docs/evaluate.md does what it says, with a small random reward model in the place of the demo's."""
+"""docs/evaluate.md, executed with a small random reward model instead of the demo's."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def done(tmp_path_factory: pytest.TempPathFactory):
 
 
 def section(title: str) -> str:
-    found = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL)
-    return found[1]
+    section = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL)
+    return section[1]
 
 
 def numbers(title: str) -> set[str]:
-    """The first column of a section's table of numbers, one name each."""
+    """The first column of a section's table of numbers, one name per row."""
     table = section(title).partition("| number |")[2].partition("\n\n")[0]
     cells = re.findall(r"^\| ([^|]+) \|", table, re.MULTILINE)
     return {name for cell in cells if cell != "---" for name in cell.split(", ")}
@@ -55,7 +55,7 @@ def test_the_example_has_two_attempts_at_two_tasks_with_labels(done):
     assert report["labels"]["parts"]["validation"]["tasks"] == report["labels"]["parts"]["test"]["tasks"] == 1
 
 
-def test_every_number_that_is_printed_is_explained(done):
+def test_every_printed_number_is_explained(done):
     table, report = done
     lines = table.splitlines()
     header = next(line for line in lines if "explained variance" in line)

@@ -1,4 +1,4 @@
-"""docs/formats.md names what the code writes and reads."""
+"""docs/formats.md names all fields that the code writes and reads."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ TEXT = (pages.ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
 
 
 def section(title: str) -> str:
-    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL)
-    assert found, title
-    return found[1]
+    section = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL)
+    assert section, title
+    return section[1]
 
 
 def named(title: str) -> set[str]:
@@ -46,10 +46,10 @@ def test_the_fields_of_a_trajectory():
     assert fields(trajectory.Message) <= named("Trajectories")
 
 
-def test_the_example_of_a_trajectory_is_one():
+def test_the_example_of_a_trajectory_is_valid():
     example = next(block.text for block in pages.blocks("formats.md") if '"outcome"' in block.text)
-    one = trajectory.parse_line(example.replace("\n", " "), where="formats.md")
-    assert len(trajectory.steps(one.messages)) == 2
+    example_trajectory = trajectory.parse_line(example.replace("\n", " "), where="formats.md")
+    assert len(trajectory.steps(example_trajectory.messages)) == 2
 
 
 def test_the_arrays_of_the_step_table():
@@ -71,8 +71,8 @@ def test_the_fields_of_a_batch():
 def test_the_fields_of_a_reward_models_recipe():
     settings = config.RewardModelConfig(label="a")
     facts = ["trained_on", "lengths", "turn_tokens", "fill", "skipped"]
-    found = dict.fromkeys(["steps", *facts, "validation", "fingerprints"])
-    recipe = reward_model.recipe(settings, 0, base=Path("b"), max_tokens=1, value_range=(0, 1), **found)
+    facts_by_name = dict.fromkeys(["steps", *facts, "validation", "fingerprints"])
+    recipe = reward_model.recipe(settings, 0, base=Path("b"), max_tokens=1, value_range=(0, 1), **facts_by_name)
     assert in_table("Reward models") == set(recipe)
     assert set(recipe["targets"]) <= named("Reward models")
 

@@ -30,8 +30,8 @@ def test_the_usage_table_names_every_count():
 
 
 @pytest.mark.slow
-def test_the_commands_run_as_they_stand(tmp_path, monkeypatch, capsys):
-    """With a small random reward model in the place of the demo's."""
+def test_the_commands_run_unchanged(tmp_path, monkeypatch, capsys):
+    """With a small random reward model instead of the demo's."""
     monkeypatch.chdir(tmp_path)
     tiny.write_reward_model(Path("runs/demo/reward_models/agentprm/seed-0/model"))
     lines = [{"id": str(seed), "messages": tiny.conversation(seed, turns=2)} for seed in range(2)]
@@ -40,16 +40,15 @@ def test_the_commands_run_as_they_stand(tmp_path, monkeypatch, capsys):
     assert cli.main(check) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("passed: ")
     assert cli.main(bench) == 0
-    found = json.loads(Path("bench.json").read_text())
-    runs = found["runs"]
+    runs = json.loads(Path("bench.json").read_text())["runs"]
     assert set(runs) == {"engine", "packed_prefill", "uncached", "torch_reencode", "torch_kept_cache"}
     assert set().union(*runs.values()) == documented("field of a run")
     # 300 + 4 rounds of 3 x 3 x 20 + 3 rounds of 3 x 40; encoded again, 9 candidates with 20, 80, 140, 200 after them.
     least = 300 + 4 * 180 + 3 * 120
-    again = 9 * (4 * 300 + 20 + 80 + 140 + 200)
+    reencoded = 9 * (4 * 300 + 20 + 80 + 140 + 200)
     assert runs["engine"]["tokens_encoded"] == runs["engine"]["least_tokens"] == least
     assert runs["torch_kept_cache"]["tokens_encoded"] == least
-    assert runs["torch_reencode"]["tokens_encoded"] == runs["uncached"]["tokens_encoded"] == again
+    assert runs["torch_reencode"]["tokens_encoded"] == runs["uncached"]["tokens_encoded"] == reencoded
     assert runs["engine"]["slots_computed"] == least
     assert runs["engine"]["recompilations"] == 0
     assert max(run.get("max_score_difference", 0) for run in runs.values()) < 1e-5

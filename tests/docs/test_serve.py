@@ -1,4 +1,4 @@
-"""docs/serve.md does what it says: its commands, its client, its curl."""
+"""docs/serve.md, executed: its commands, its client and its curl calls."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def port(folder: Path):
-    """The page's first command, on a port that is free and with less to compile."""
+    """The first command of the page, on a free port and with less to compile."""
     (arguments, _) = pages.shell(PAGE)
     assert arguments == ["-m", "jaxprm", "serve", "--model", MODEL]
     with serve_load.serving(folder / MODEL, "--max-tokens", "200", "--rows", "1") as server:
@@ -47,11 +47,11 @@ def test_the_client_gets_the_scores_of_the_model(folder, port, capsys, monkeypat
     monkeypatch.chdir(folder)
     client = folder / "client.py"
     client.write_text(pages.files(PAGE)["client.py"].replace(":8000", f":{port}"))
-    found = runpy.run_path(str(client))
-    expected = jaxprm.load(MODEL).score_actions(found["messages"], found["candidates"])
+    client_names = runpy.run_path(str(client))
+    expected = jaxprm.load(MODEL).score_actions(client_names["messages"], client_names["candidates"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(expected) == 2
-    for line, score, candidate in zip(lines, expected, found["candidates"], strict=True):
+    for line, score, candidate in zip(lines, expected, client_names["candidates"], strict=True):
         promise, progress, text = line.split(" ", 2)
         assert float(promise) == pytest.approx(score.promise, abs=1e-5)
         assert (progress, text) == ("None", candidate)
@@ -72,11 +72,11 @@ def test_curl_gets_an_answer_from_every_endpoint(folder, port):
 
 
 def _commands(text: str) -> list[str]:
-    """Commands of a shell's block, of which one may go on in the next line."""
+    """Commands of a shell block; a command may continue on the next line."""
     return [line for line in text.replace("\\\n", "").splitlines() if line]
 
 
-def test_a_host_that_others_reach_is_refused_with_the_line_that_is_shown(folder):
+def test_a_public_host_is_refused_with_the_error_of_the_page(folder):
     (_, arguments) = pages.shell(PAGE)
     assert arguments[-2:] == ["--host", "0.0.0.0"]
     done = subprocess.run([sys.executable, *arguments], cwd=pages.ROOT, capture_output=True, text=True, check=False)
@@ -93,5 +93,5 @@ def test_the_limits_are_those_of_the_table():
     assert f"up to {limits.batch} at a time" in TEXT and f"more than {limits.depth} deep" in TEXT
     assert f"more than {limits.body_seconds:g} seconds" in TEXT and f"more than {limits.held_bytes >> 20} MB" in TEXT
     assert limits.idle_seconds == 60 and "after a minute" in TEXT
-    given = (limits.tokens, limits.candidates, limits.body_bytes, limits.waiting)
-    assert given == (options.max_tokens, options.max_candidates, options.max_body, options.max_waiting)
+    defaults = (limits.tokens, limits.candidates, limits.body_bytes, limits.waiting)
+    assert defaults == (options.max_tokens, options.max_candidates, options.max_body, options.max_waiting)

@@ -1,4 +1,4 @@
-"""docs/use-the-export.md does what it says: its commands, and its programs, against our own scores."""
+"""docs/use-the-export.md, executed: its commands, and its programs, whose scores equal ours."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_we_read_it_ourselves(folder):
     assert float(run(folder, "again.py")) == pytest.approx(expected[0], abs=1e-5)
 
 
-def test_what_was_not_run_is_marked():
+def test_untested_programs_are_marked():
     text = (pages.ROOT / "docs" / PAGE).read_text(encoding="utf-8")
     for section in ("vLLM", "SGLang", "TRL"):
         assert re.search(rf"^## {section}\n\n\*Needs .*, not run here\.\*", text, re.MULTILINE)

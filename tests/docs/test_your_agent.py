@@ -1,4 +1,4 @@
-"""docs/your-agent.md does what it says, with a small random reward model in the place of the demo's."""
+"""docs/your-agent.md, executed with a small random reward model instead of the demo's."""
 
 from __future__ import annotations
 
@@ -36,28 +36,28 @@ def inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_loop_takes_the_candidate_of_highest_promise(capsys):
-    """Checked against whole conversations: each chosen action beats the other one at the same place."""
-    found = runpy.run_path("agent.py")
-    actions = [index for index, message in enumerate(found["messages"]) if message["role"] == "assistant"]
+    """Each chosen action has a higher score than the other candidate, as scores of full conversations confirm."""
+    agent = runpy.run_path("agent.py")
+    actions = [index for index, message in enumerate(agent["messages"]) if message["role"] == "assistant"]
     printed = [float(line.split()[0]) for line in capsys.readouterr().out.splitlines()]
-    candidates = found["propose"](None, 4)
+    candidates = agent["propose"](None, 4)
     model = jaxprm.load(MODEL)
     for index, promise in list(zip(actions, printed, strict=True))[:4]:
-        history = found["messages"][:index]
+        history = agent["messages"][:index]
         scores = [model.score([[*history, {"role": "assistant", "content": text}]])[0]["score"] for text in candidates]
-        assert found["messages"][index]["content"] == candidates[scores.index(max(scores))]
+        assert agent["messages"][index]["content"] == candidates[scores.index(max(scores))]
         assert promise == pytest.approx(max(scores), abs=1e-3)
         assert abs(scores[0] - scores[1]) > 2e-3  # or there was nothing to choose
 
 
 def test_finished_conversations_have_promise_and_progress(capsys):
-    found = runpy.run_path("finished.py")
-    first, second = found["result"]["steps"]
+    finished = runpy.run_path("finished.py")
+    first, second = finished["result"]["steps"]
     assert (first["message"], second["message"]) == (1, 3)
     assert first["progress"] is None
     assert second["progress"] == pytest.approx(second["promise"] - first["promise"], abs=1e-6)
-    *history, last = found["conversation"]
-    (action,) = found["model"].score_actions(history, [last["content"]])
+    *history, last = finished["conversation"]
+    (action,) = finished["model"].score_actions(history, [last["content"]])
     assert action == pytest.approx((second["promise"], second["progress"]), abs=1e-5)
     assert capsys.readouterr().out.splitlines()[-1] == f"score {second['promise']}"
 

@@ -1,4 +1,4 @@
-"""docs/your-environment.md, executed as it stands."""
+"""docs/your-environment.md, executed unchanged."""
 
 from __future__ import annotations
 
@@ -72,17 +72,17 @@ def test_the_demonstrations_drift_to_the_right(folder):
 
 
 @pytest.mark.slow
-def test_the_page_runs_as_it_stands(folder):
-    """Imitation, the whole loop, training on shards; guided search beats the policy, files are documented."""
+def test_the_page_runs_unchanged(folder):
+    """Imitation, the full loop, training on shards; guided search beats the policy, files are documented."""
     environment = os.environ | {"PYTHONPATH": str(pages.ROOT)}
-    said = []
+    outputs = []
     for arguments in pages.shell(PAGE):
         done = subprocess.run(
             [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
-        said.append(done.stdout)
-    imitated, ran, _, trained = said
+        outputs.append(done.stdout)
+    imitated, ran, _, trained = outputs
     assert imitated.strip() == "policy: runs/corridor_policy/policy"
     assert "report: runs/corridor/report/index.html" in ran
     assert (folder / "runs/corridor/report/index.html").is_file()

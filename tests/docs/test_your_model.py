@@ -1,4 +1,4 @@
-"""docs/your-model.md does what it says, with small random models that transformers makes."""
+"""docs/your-model.md, executed with small random models from transformers."""
 
 from __future__ import annotations
 
@@ -76,14 +76,14 @@ def prm(folder) -> torch.nn.Module:
 
 def expected(folder: Path, prm: torch.nn.Module, messages: list[dict]) -> list[float]:
     """The probability of label 1 at the end of every assistant message, by torch."""
-    encoder, found = Encoder.load(folder / "my-prm", "chatml"), []
+    encoder, probabilities = Encoder.load(folder / "my-prm", "chatml"), []
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
             tokens = encoder.trajectory(messages[: index + 1], row="x").tokens
             with torch.no_grad():
                 logits = prm(input_ids=torch.tensor(np.asarray(tokens, np.int64))[None]).logits[0, -1]
-            found.append(float(logits.softmax(-1)[1]))
-    return found
+            probabilities.append(float(logits.softmax(-1)[1]))
+    return probabilities
 
 
 def test_a_reward_model_from_elsewhere_scores_a_file(folder, prm, monkeypatch, capsys):
@@ -99,22 +99,22 @@ def test_a_reward_model_from_elsewhere_scores_a_file(folder, prm, monkeypatch, c
     assert ["error" in line for line in lines] == [False, True, False]
 
 
-def test_and_in_python(folder, prm, monkeypatch, capsys):
+def test_a_reward_model_from_elsewhere_scores_in_python(folder, prm, monkeypatch, capsys):
     monkeypatch.chdir(folder)
-    found = runpy.run_path("elsewhere.py")
-    said = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
+    elsewhere = runpy.run_path("elsewhere.py")
+    printed = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
     text = (folder / "elsewhere.py").read_text()
     messages = [dict(re.findall(r'"(role|content)": "([^"]*)"', line)) for line in re.findall(r"\{.*\}", text)]
     assert len(messages) == 4
-    assert said == pytest.approx(expected(folder, prm, messages), abs=1e-5)
-    assert abs(said[0] - said[1]) > 1e-3
-    assert found["result"]["score"] == said[1]
+    assert printed == pytest.approx(expected(folder, prm, messages), abs=1e-5)
+    assert abs(printed[0] - printed[1]) > 1e-3
+    assert elsewhere["result"]["score"] == printed[1]
     with pytest.raises(DataError, match="rewrites earlier turns"):  # without the chosen template
         Encoder.load("my-prm").trajectory(messages, row="x")
 
 
 @pytest.mark.slow
-def test_a_policy_of_ones_own_goes_through_training(folder):
+def test_a_users_policy_goes_through_training(folder):
     make(folder / "my-policy", "Qwen3", "CausalLM", tie_word_embeddings=True)
     (folder / "configs").symlink_to(pages.ROOT / "configs")
     train = next(arguments for arguments in pages.shell(PAGE) if "train" in arguments)
@@ -123,12 +123,12 @@ def test_a_policy_of_ones_own_goes_through_training(folder):
         [sys.executable, *train], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    made = folder / "runs/mine/reward_models/agentprm/seed-0/model"
-    assert json.loads((made / "config.json").read_text())["architectures"] == ["Qwen3ForSequenceClassification"]
+    trained = folder / "runs/mine/reward_models/agentprm/seed-0/model"
+    assert json.loads((trained / "config.json").read_text())["architectures"] == ["Qwen3ForSequenceClassification"]
     shipped = pages.ROOT / "data_pipeline/templates/chatml.jinja"
-    assert (made / "chat_template.jinja").read_text() == shipped.read_text()
-    assert Encoder.load(made).fingerprint == Encoder.load(folder / "my-policy", "chatml").fingerprint
-    assert Encoder.load(made).end_id == Encoder.load(folder / "my-policy", "chatml").end_id
+    assert (trained / "chat_template.jinja").read_text() == shipped.read_text()
+    assert Encoder.load(trained).fingerprint == Encoder.load(folder / "my-policy", "chatml").fingerprint
+    assert Encoder.load(trained).end_id == Encoder.load(folder / "my-policy", "chatml").end_id
 
 
 def test_the_benchmark_is_the_one_that_is_tested():
@@ -138,7 +138,7 @@ def test_the_benchmark_is_the_one_that_is_tested():
     assert "benchmarks.import_export" in tested and "[1, 8]" in tested
 
 
-def test_the_tables_name_what_there_is():
+def test_the_tables_are_complete():
     architectures = {name for family in FAMILIES.values() for name in family.architectures}
     assert set(re.findall(r"`(\w+For\w+)`", TEXT)) == architectures
     assert set(re.findall(r"^\| `(\w+)` \|", TEXT, re.MULTILINE)) == {"own", *SHIPPED}

@@ -64,21 +64,21 @@ def test_a_collection_through_the_server_loses_and_invents_nothing(server, capsy
     lines = trajectories("runs/served")
     assert len(lines) == (6 + 4) * 4
     assert {line.ended for line in lines} == {"max_rounds"}
-    said = [message.content for line in lines for message in line.messages if message.role == "assistant"]
-    assert len(said) == len(lines) * 4 == len(server.requests)
+    actions = [message.content for line in lines for message in line.messages if message.role == "assistant"]
+    assert len(actions) == len(lines) * 4 == len(server.requests)
     assert {body["max_tokens"] for body in server.requests} == {64}
     assert {headers["Authorization"] for headers in server.headers} == {f"Bearer {key}"}
     assert len({(body["seed"], json.dumps(body["messages"])) for body in server.requests}) == len(server.requests)
     assert capsys.readouterr().err.count("policy:") == 0
     for path in Path("runs").rglob("*"):
         assert path.is_dir() or key not in path.read_text("utf-8", "replace"), path
-    # Where the server stands is no part of what was made: the same command has nothing left to do.
+    # The address of the server is not part of the fingerprint: the same command has nothing left to do.
     asked = len(server.requests)
     assert cli.main([*command[:2], "environment.arguments.max_rounds=4", *command[2:]]) == 0
     assert len(server.requests) == asked
 
 
-def test_failures_are_counted_and_told(server, capsys):
+def test_failures_are_counted_and_reported(server, capsys):
     server.answers = lambda body: completion("Action: wait") if body["seed"] % 5 else Reply(200, b"{", Server="a")
     overrides = [
         f"policy.endpoint.base_url={server.base_url}",
@@ -96,7 +96,7 @@ def test_failures_are_counted_and_told(server, capsys):
     assert re.search(rf"^policy: \d+ requests, 0 retries, {len(failed)} failures, ", capsys.readouterr().err, re.M)
 
 
-def test_what_cannot_work_is_one_line(capsys):
+def test_an_unreachable_server_is_one_line(capsys):
     arguments = commands()["served_config.py"]
     assert cli.main([*arguments, "policy.endpoint.base_url=http://127.0.0.1:9/v1", "policy.endpoint.retries=0"]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("jaxprm: ")]
@@ -112,7 +112,7 @@ def test_the_pages_own_class_is_collected_with(capsys):
     assert len(lines) == (6 + 4) * 4
     actions = [message.content for line in lines for message in line.messages if message.role == "assistant"]
     share = sum("Action: craft" in action for action in actions) / len(actions)
-    assert 0.3 < share < 0.5  # of 0.4, in some hundred draws
+    assert 0.3 < share < 0.5  # 0.4 expected, in a few hundred draws
     first = Path("runs/own/trajectories/train.jsonl").read_bytes()
     assert cli.main([*command[:-1], "runs/again", "policy.in_flight=1"]) == 0
     assert Path("runs/again/trajectories/train.jsonl").read_bytes() == first
@@ -134,7 +134,7 @@ def test_the_table_has_every_field_and_its_default():
 
 
 @pytest.mark.slow
-def test_the_whole_loop_runs_through_a_server(server):
+def test_the_full_loop_runs_through_a_server(server):
     """The shipped policy behind the scripted server: searches through the API reach what sampling reaches."""
     settings = config.PolicyConfig(max_action_tokens=64, max_tokens=896, in_flight=1)
     embedded = language_model.load("default", seed=0, settings=settings)

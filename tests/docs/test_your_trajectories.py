@@ -1,4 +1,4 @@
-"""docs/your-trajectories.md, executed as it stands, with a small random model in the place of the base model."""
+"""docs/your-trajectories.md, executed unchanged, with a small random model as the base model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PAGE = "your-trajectories.md"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page's files and a base model; its template, like a stock one, knows nothing of tool calls."""
+    """The page's files and a base model; its template, like many, has no tool calls."""
     folder = tmp_path_factory.mktemp("trajectories")
     for name, text in pages.files(PAGE).items():
         (folder / name).write_text(text, encoding="utf-8")
@@ -58,8 +58,8 @@ def shown() -> list[str]:
     return [line[4:] for line in text.splitlines() if line.startswith("    ") and not line.startswith("     -")]
 
 
-def test_the_quick_commands_do_what_the_page_says(folder, capsys):
-    said = []
+def test_the_quick_commands_run(folder, capsys):
+    outputs = []
     for command in commands(""):
         if "validate" in command and "--chat-template" in command:
             own = [part for part in command if part not in ("--chat-template", "chatml")]
@@ -67,8 +67,8 @@ def test_the_quick_commands_do_what_the_page_says(folder, capsys):
             error = next(line for line in capsys.readouterr().out.splitlines() if "trajectories.jsonl:1 " in line)
             assert error.strip() in shown()
         assert run(command) == 0
-        said.append(capsys.readouterr())
-    _, imported, counted, encoded, built = said
+        outputs.append(capsys.readouterr())
+    _, imported, counted, encoded, built = outputs
     lines = imported.out.splitlines() + [
         line for line in imported.err.splitlines() if "bad row" in line or "log.jsonl" in line
     ]
@@ -79,16 +79,16 @@ def test_the_quick_commands_do_what_the_page_says(folder, capsys):
     assert built.out.startswith("train: 27 rows") and Metadata.load("shards").splits["validation"].rows == 9
 
 
-def test_the_log_of_the_page_is_imported_as_it_was(folder):
+def test_the_log_of_the_page_is_imported_unchanged(folder):
     run(["make_log.py"])
     first = json.loads(Path("log.jsonl").read_text().splitlines()[0])
     import_command = next(command for command in commands("") if "import-trajectories" in command)
     Path("trajectories.jsonl").unlink(missing_ok=True)
     assert run(import_command) == 0
-    found = next(read("trajectories.jsonl"))
-    assert (found.id, found.task, found.outcome) == ("0-0", "find-0", 1.0)
-    assert [message.role for message in found.messages] == [message["role"] for message in first["messages"]]
-    assert found.tools == first["tools"] and found.meta == {"metrics": {"reward": 100}}
+    trajectory = next(read("trajectories.jsonl"))
+    assert (trajectory.id, trajectory.task, trajectory.outcome) == ("0-0", "find-0", 1.0)
+    assert [message.role for message in trajectory.messages] == [message["role"] for message in first["messages"]]
+    assert trajectory.tools == first["tools"] and trajectory.meta == {"metrics": {"reward": 100}}
 
 
 @pytest.mark.slow
@@ -101,7 +101,9 @@ def test_beam_builds_the_shards_of_the_page_again(folder):
     (command,) = commands("beam")
     done = beam_environment.run(beam_environment.python(), *command, cwd=folder)
     assert done.stdout.splitlines()[-2].startswith("train: 27 rows")
-    ours, beams = ({path.name: path.read_bytes() for path in Path(one).iterdir()} for one in ("shards", "beam-shards"))
+    ours, beams = (
+        {path.name: path.read_bytes() for path in Path(name).iterdir()} for name in ("shards", "beam-shards")
+    )
     assert beams == ours and len(ours) > 5
 
 
@@ -111,12 +113,12 @@ def test_the_page_trains_and_scores(folder):
         for command in commands("")[:2]:
             assert run(command) == 0
     environment = os.environ | {"PYTHONPATH": str(pages.ROOT)}
-    said = []
+    outputs = []
     for command in commands("slow"):
         done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        said.append(done.stdout)
-    assert "trajectories: 27 train, 9 validation" in said[0] and "agentprm, seed 0: loss" in said[0]
+        outputs.append(done.stdout)
+    assert "trajectories: 27 train, 9 validation" in outputs[0] and "agentprm, seed 0: loss" in outputs[0]
     model = Path("runs/own/reward_models/agentprm/seed-0/model")
     assert Encoder.load(model).template == Encoder.load("models/base", "chatml").template
-    assert "scored 36 trajectories, 0 errors" in said[1]
+    assert "scored 36 trajectories, 0 errors" in outputs[1]

@@ -1,9 +1,9 @@
-"""Best-of-N at equal budgets, and budgets for equal scores, by hand and against a naive bootstrap."""
+"""Scores of a trajectory by hand; best-of-N at equal budgets by hand and against a naive bootstrap."""
 
 import numpy as np
 import pytest
 
-from jaxprm.evaluation.best_of_n import Cost, budget_for, budget_ratio, equal_budget
+from jaxprm.evaluation.best_of_n import AGGREGATIONS, Cost, budget_for, budget_ratio, equal_budget
 
 
 def test_a_budget_between_two_sizes_is_interpolated_in_the_logarithm():
@@ -87,3 +87,19 @@ def test_best_of_n_at_a_fraction_is_between_its_neighbours():
 def test_a_budget_outside_the_pool_is_capped_and_reported(budget, n, capped):
     comparison = equal_budget([[1.0]], [[[1, 2]]], [[0, 1]], budget=budget, cost=Cost(10, 10), samples=20)
     assert (comparison["n"], comparison["capped"]) == (n, capped)
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [("final", 0.25), ("mean", 0.5), ("min", 0.25), ("max", 0.75), ("product", 0.09375), ("sum", 1.5)],
+)
+def test_aggregations_of_three_steps(how, expected):
+    assert AGGREGATIONS[how]([0.5, 0.75, 0.25]) == expected
+
+
+def test_two_negative_promises_make_no_good_product():
+    assert AGGREGATIONS["product"]([-0.5, -0.5, 0.5]) == 0.0
+
+
+def test_a_single_step_is_its_own_score_however_it_is_aggregated():
+    assert {how([0.25]) for how in AGGREGATIONS.values()} == {0.25}

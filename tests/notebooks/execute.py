@@ -1,4 +1,4 @@
-"""python execute.py IN.ipynb OUT.ipynb: every cell, in the current folder; OUT is written whatever happens."""
+"""python execute.py IN.ipynb OUT.ipynb: executes every cell in the current folder; writes OUT even if a cell fails."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import nbclient
 import nbformat
 
 if __name__ == "__main__":
-    given, output = sys.argv[1:]
-    notebook = nbformat.read(given, as_version=4)
+    source, output = sys.argv[1:]
+    notebook = nbformat.read(source, as_version=4)
     client = nbclient.NotebookClient(notebook, timeout=1200, kernel_name="python3")
     try:
         client.execute()

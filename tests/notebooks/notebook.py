@@ -1,4 +1,4 @@
-"""The notebook as a file, and with other settings: as papermill does, by a cell after the one tagged `parameters`."""
+"""The notebook, as committed or with other settings: like papermill, in a cell after the one tagged `parameters`."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def load() -> nbformat.NotebookNode:
 
 
 def cell(name: str) -> str:
-    """The source of the cell of that id."""
-    return next(one.source for one in load().cells if one.id == name)
+    """The source of the cell with this id."""
+    return next(candidate.source for candidate in load().cells if candidate.id == name)
 
 
 def with_settings(notebook: nbformat.NotebookNode, **settings: Any) -> nbformat.NotebookNode:
-    """The same cells, all of them, and one more that sets these names anew."""
+    """All cells, and one more that sets these names again."""
     changed = copy.deepcopy(notebook)
-    (at,) = [index for index, one in enumerate(changed.cells) if "parameters" in one.metadata.get("tags", ())]
+    (position,) = [index for index, cell in enumerate(changed.cells) if "parameters" in cell.metadata.get("tags", ())]
     lines = "\n".join(f"{name} = {value!r}" for name, value in settings.items())
     injected = nbformat.v4.new_code_cell(lines, metadata={"tags": ["injected-parameters"]})
-    changed.cells.insert(at + 1, injected)
+    changed.cells.insert(position + 1, injected)
     return changed

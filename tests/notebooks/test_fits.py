@@ -1,4 +1,4 @@
-"""The notebook's arithmetic against the model, the optimizers and the adapters as they are made."""
+"""The notebook's arithmetic, compared with the shapes of the model, the optimizers and the adapters."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ OTHERS = [
         "intermediate_size": 256,
     },
 ]
-# Peaks that libtpu's compiler gives for the train step of QWEN on v5e:1x1, rows 8, length 2048, microbatches 2.
+# Peak memory of the train step, from libtpu's compiler: of QWEN on v5e:1x1, rows 8, length 2048, microbatches 2.
 COMPILED = {"lora": 3.90e9, "adafactor": 7.15e9, "adamw": 11.10e9}
 
 
 def abstract(config: dict) -> tuple[TransformerConfig, nnx.State]:
-    """The reward model of a config.json, as shapes."""
+    """The shapes of the reward model of a config.json."""
     heads = config["num_attention_heads"]
     sizes = TransformerConfig(
         vocab_size=config["vocab_size"],
@@ -73,34 +73,34 @@ def needs(config: dict, train: str) -> fits.Needs:
 
 
 @pytest.mark.parametrize("config", [QWEN, *OTHERS], ids=lambda config: config["model_type"])
-def test_parameters_and_adapters_are_counted_as_they_are_made(config):
+def test_counts_of_parameters_and_adapters_match_the_model(config):
     _, parameters = abstract(config)
     assert fits.parameters(config) == count(parameters)
     settings = config_lib.RewardModelConfig(label="a", trainable="lora")
-    trained, _ = jax.eval_shape(lambda one: trainable.split(settings, one, jax.random.key(0)), parameters)
+    trained, _ = jax.eval_shape(lambda params: trainable.split(settings, params, jax.random.key(0)), parameters)
     assert needs(config, "lora").trained == count(trained)
 
 
 @pytest.mark.parametrize("train", fits.OVERRIDES)
 def test_a_checkpoint_is_as_large_as_the_training_state(train):
     _, parameters = abstract(QWEN)
-    chosen = dict(one.split("=") for one in fits.OVERRIDES[train])
-    settings = config_lib.RewardModelConfig(label="a", **chosen)
+    options = dict(override.split("=") for override in fits.OVERRIDES[train])
+    settings = config_lib.RewardModelConfig(label="a", **options)
     if train == "lora":
-        parameters, _ = jax.eval_shape(lambda one: trainable.split(settings, one, jax.random.key(0)), parameters)
+        parameters, _ = jax.eval_shape(lambda params: trainable.split(settings, params, jax.random.key(0)), parameters)
     update = optimizer.make_optimizer(
         learning_rate=1e-4, steps=10, warmup_steps=1, weight_decay=0.0, clip=1.0, optimizer=settings.optimizer
     )
-    state = jax.eval_shape(lambda one: initial_state(one, update, settings), parameters)
+    state = jax.eval_shape(lambda params: initial_state(params, update, settings), parameters)
     assert needs(QWEN, train).checkpoint == pytest.approx(4 * count(state), rel=0.01)
 
 
 @pytest.mark.parametrize("train, peak", COMPILED.items())
-def test_the_chip_is_promised_no_less_than_the_compiler_takes(train, peak):
+def test_the_estimate_of_the_chip_bounds_the_compilers_peak(train, peak):
     assert peak < sum(needs(QWEN, train).chip.values()) < 1.15 * peak
 
 
-def test_what_does_not_fit_is_refused_with_what_to_change():
+def test_settings_that_do_not_fit_are_rejected_with_a_fix():
     fits.check(needs(QWEN, "lora"), disk=15e9)
     fits.check(needs(QWEN, "adafactor"), disk=15e9)
     with pytest.raises(colab.Stop, match=r"the disk of WORKDIR has 15.0 GB, and this needs about 20.7: .*TRAIN lora"):
@@ -121,7 +121,7 @@ def test_the_table_has_every_need_in_gigabytes():
     assert shown["chip, of 16.9"] == pytest.approx(sum(parts), abs=0.04)
 
 
-def test_what_a_run_has_written_counts_as_room(tmp_path):
+def test_files_of_the_run_count_as_free_space(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "b").write_bytes(b"12345")
     (tmp_path / "c").write_bytes(b"678")

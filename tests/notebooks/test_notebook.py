@@ -1,4 +1,4 @@
-"""The notebook as it is committed: valid, without outputs, clean, its cells functions of the settings alone."""
+"""The committed notebook: valid, clean, without outputs, and its cells depend only on the settings."""
 
 from __future__ import annotations
 
@@ -16,43 +16,45 @@ import pytest
 from tests.docs.pages import PAGES
 from tests.notebooks import notebook
 
-CELLS = [one for one in notebook.load().cells if one.cell_type == "code"]
+CELLS = [cell for cell in notebook.load().cells if cell.cell_type == "code"]
 
 
 def settings() -> dict[str, object]:
-    """Names and values of the settings cell, which holds constants and nothing else."""
+    """Names and values of the settings cell, which has only constants."""
     statements = ast.parse(notebook.cell("settings")).body
-    assert all(isinstance(one, ast.Assign) and len(one.targets) == 1 for one in statements)
-    return {one.targets[0].id: ast.literal_eval(one.value) for one in statements}
+    assert all(isinstance(node, ast.Assign) and len(node.targets) == 1 for node in statements)
+    return {node.targets[0].id: ast.literal_eval(node.value) for node in statements}
 
 
 def test_it_is_a_valid_notebook_for_a_tpu_without_outputs():
-    found = notebook.load()
-    nbformat.validate(found)
-    assert found.metadata["accelerator"] == "TPU" and found.metadata["colab"]["gpuType"] == "V5E1"
-    assert all(one.outputs == [] and one.execution_count is None for one in CELLS)
-    assert len({one.id for one in found.cells}) == len(found.cells)
+    loaded = notebook.load()
+    nbformat.validate(loaded)
+    assert loaded.metadata["accelerator"] == "TPU" and loaded.metadata["colab"]["gpuType"] == "V5E1"
+    assert all(cell.outputs == [] and cell.execution_count is None for cell in CELLS)
+    assert len({cell.id for cell in loaded.cells}) == len(loaded.cells)
 
 
 def test_it_passes_ruff():
-    found = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "ruff", "check", "notebooks"], cwd=notebook.ROOT, capture_output=True, text=True
     )
-    assert found.returncode == 0, found.stdout
+    assert process.returncode == 0, process.stdout
 
 
 def test_the_first_code_cell_is_the_settings_and_each_is_used_elsewhere():
-    assert CELLS[0].id == "settings" and [one.id for one in CELLS if one.metadata.get("tags")] == ["settings"]
-    rest = "\n".join(one.source for one in CELLS[1:])
-    loaded = {node.id for node in ast.walk(ast.parse(rest)) if isinstance(node, ast.Name)}
+    assert CELLS[0].id == "settings" and [cell.id for cell in CELLS if cell.metadata.get("tags")] == ["settings"]
+    source = "\n".join(cell.source for cell in CELLS[1:])
+    loaded = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
     stored = {
-        node.id for node in ast.walk(ast.parse(rest)) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+        node.id
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
     }
     assert settings().keys() <= loaded and not settings().keys() & stored
     assert settings()["PLATFORM"] == "tpu" and settings()["MODEL"] == "Qwen/Qwen2.5-0.5B-Instruct"
 
 
-def test_every_choice_is_a_forms_field():
+def test_every_setting_has_a_valid_form_field():
     for line in notebook.cell("settings").splitlines():
         if not line.startswith("#") and line:
             name, _, field = line.partition("  # @param ")
@@ -61,10 +63,10 @@ def test_every_choice_is_a_forms_field():
             assert choices is None or ast.literal_eval(name.partition(" = ")[2]) in choices
 
 
-def test_no_path_is_of_one_machine():
-    for one in notebook.load().cells:
-        found = set(re.findall(r"[\"'`](/[\w.-]+/[\w./-]*)", one.source))
-        assert all(path.startswith("/content/drive") for path in found), (one.id, found)
+def test_no_path_depends_on_a_machine():
+    for cell in notebook.load().cells:
+        paths = set(re.findall(r"[\"'`](/[\w.-]+/[\w./-]*)", cell.source))
+        assert all(path.startswith("/content/drive") for path in paths), (cell.id, paths)
 
 
 def test_links_to_colab_lead_to_the_notebook():
@@ -76,7 +78,7 @@ def test_links_to_colab_lead_to_the_notebook():
         assert (notebook.ROOT / re.fullmatch(form, link)[1]).is_file()
 
 
-def test_drive_is_mounted_on_colab_and_nowhere_else(monkeypatch, tmp_path, capsys):
+def test_drive_is_mounted_only_on_colab(monkeypatch, tmp_path, capsys):
     mounted = []
     drive = types.SimpleNamespace(mount=mounted.append)
     exec(notebook.cell("folder"), {"WORKDIR": str(tmp_path / "here")})
@@ -107,9 +109,9 @@ def test_the_code_is_cloned_or_a_folder_and_needs_an_address(monkeypatch, tmp_pa
     monkeypatch.setattr(sys, "path", list(sys.path))
 
     def root(**names):
-        found = {"CODE": "", "REVISION": "", "Path": Path} | names
-        exec(notebook.cell("code"), found)
-        return found["ROOT"]
+        variables = {"CODE": "", "REVISION": "", "Path": Path} | names
+        exec(notebook.cell("code"), variables)
+        return variables["ROOT"]
 
     with pytest.raises(ValueError, match="CODE is empty"):
         root()

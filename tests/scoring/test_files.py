@@ -212,7 +212,7 @@ def test_a_partial_file_of_something_else_is_refused(model, paths, monkeypatch):
     input, output = paths
     half, record = (output.with_name("out.jsonl" + suffix) for suffix in (".partial", ".partial.json"))
     half.write_text("of something else\n")
-    with pytest.raises(UserError, match="is in the way"):
+    with pytest.raises(UserError, match="exists but its record"):
         score_file(model, input, output)
     record.write_text("{")
     with pytest.raises(UserError, match="to start again"):

@@ -25,7 +25,7 @@ from jaxprm import files
 from jaxprm.artifacts.directory import find_model, read_recipe
 from jaxprm.errors import UserError
 from jaxprm.evaluation.value_metrics import StepRecords
-from jaxprm.hf import reader
+from jaxprm.hf import reader, writer
 from jaxprm.model.transformer import reward_model_graph
 from jaxprm.scoring import loading
 from jaxprm.training import programs, train
@@ -209,7 +209,7 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused(toy, tmp_pat
     config, transformer = reader.load_transformer(toy.base)
     small = dataclasses.replace(config, vocab_size=200)
     transformer["embedding"] = nnx.Param(transformer["embedding"][:200])
-    reader.write_model(tmp_path / "base", small, transformer, pad_id=0, end_id=1, max_length=256)
+    writer.write_model(tmp_path / "base", small, transformer, pad_id=0, end_id=1, max_length=256)
     refused(UserError, "its embedding 200", toy, tmp_path / "output", base=tmp_path / "base")
 
 
@@ -349,7 +349,7 @@ def test_a_reward_model_starts_from_the_policy_and_its_head_from_the_seed(toy, t
     config, transformer = reader.load_transformer(toy.base)
     untied = dataclasses.replace(config, tie_embeddings=False)
     policy = nnx.State(dict(transformer.items()) | {"unembedding": nnx.Param(transformer["embedding"][...] + 1)})
-    reader.write_model(tmp_path, untied, policy, pad_id=0, end_id=1, max_length=256)
+    writer.write_model(tmp_path, untied, policy, pad_id=0, end_id=1, max_length=256)
     reward_config, first = from_policy(tmp_path, 0)
     _, again = from_policy(tmp_path, 0)
     _, other = from_policy(tmp_path, 1)

@@ -10,31 +10,6 @@ from data_pipeline.shards import ShardSplit
 from jaxprm import files
 
 
-def test_the_table_says_what_was_found():
-    run = {"tokens_per_second": 2000.0, "padding": 0.02, "tokens": 4000, "seconds": 2.0}
-    results = {
-        "peak": {
-            "share": 0.5,
-            "shares": [0.4, 0.5, 0.6],
-            "flops_per_step": 3e9,
-            "step_seconds": 0.25,
-            "peak_flops": {"jax": 9e9, "torch": 8e9},
-        },
-        "padding": {"padding": 0.019, "batches": 56, "batch": [2, 2048]},
-        "speed": {
-            "tiny": {
-                "runs": {"jaxprm": run, "torch": run | {"tokens_per_second": 1000.0, "padding": 0.3}},
-                "ratios": {"torch": [1.0, 2.0, 4.0]},
-            }
-        },
-    }
-    peak, padding, ours, theirs = training.table(results).splitlines()
-    assert "50% of the faster matmul (40% to 60%); 3 GFLOP in 0.25 s" in peak and "jax 9, torch 8" in peak
-    assert padding == "padding: 1.9% of 56 batches [2, 2048]"
-    assert "2,000 real tokens/s, padding 2.0%" in ours and "x" not in ours.split("tokens/s")[1]
-    assert theirs.endswith("1,000 real tokens/s, padding 30.0%, jaxprm x 2.00 (1.00 to 4.00)")
-
-
 def split() -> ShardSplit:
     """Two trajectories of 5 and 3 tokens, the second of which fails, with steps that end at 2 and 4, and at 1."""
     return ShardSplit(
