@@ -21,6 +21,7 @@ from jaxprm.errors import UserError
 # Parts of a training state that `inspect` has a fingerprint of.
 PARTS = ("parameters", "optimizer", "target")
 
+# Orbax logs every phase of every save and restore at level INFO.
 logging.getLogger("absl").setLevel(logging.WARNING)
 
 
@@ -52,6 +53,7 @@ class Checkpoints:
             best_fn=loss,
             best_mode="min",
             enable_async_checkpointing=True,
+            # What a killed process left unfinished is removed when the next one starts.
             cleanup_tmp_directories=True,
         )
         self._manager = ocp.CheckpointManager(Path(directory).absolute(), options=options)
@@ -71,6 +73,7 @@ class Checkpoints:
         step = self.latest_step()
         if step is None:
             return None
+        # Before the state: Orbax would silently cut or pad arrays of another config.
         meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         for name, value in self._meta["identity"].items():
             if meta["identity"].get(name) != value:
@@ -92,6 +95,7 @@ class Checkpoints:
 
         Raises OSError (ENOSPC), here or in the next call, if the disk is full.
         """
+        # One Composite: state and data position are committed together, so a resumed run continues with the same batch.
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(self._meta | {"position": position})
         )

@@ -73,6 +73,7 @@ def find_checkpoint(path: Path) -> Path:
 def is_checkpoint(directory: Path) -> bool:
     """Whether the directory is a complete checkpoint of a training run."""
     # Orbax writes the metadata last, so a checkpoint that is being written, or was interrupted, has none.
+    # absolute(): the name of "." is empty.
     is_step = directory.absolute().name.isdigit()
     return is_step and (directory / "_CHECKPOINT_METADATA").is_file() and (directory / "state").is_dir()
 
@@ -80,6 +81,7 @@ def is_checkpoint(directory: Path) -> bool:
 def newest_checkpoint(directory: Path) -> Path | None:
     """The last complete checkpoint in a folder of checkpoints, or None; the training run may still be writing."""
     checkpoints = [path for path in directory.glob("*") if is_checkpoint(path)]
+    # As numbers: as texts, "1000" comes before "200".
     return max(checkpoints, key=lambda path: int(path.name), default=None)
 
 

@@ -62,11 +62,13 @@ def export(
     """
     limit = _check_options(head_format, dtype, max_shard_size)
     model, output = find_model(model_dir), Path(output)
+    # Looked up, not imported: torch is slow to import, and only the separate process needs it.
     if verify and importlib.util.find_spec("torch") is None:
         raise UserError(f"export --verify compares with transformers' torch model, and torch is missing: {_TORCH}")
     if trajectories is not None and not verify:
         raise UserError("export: trajectories are only read to verify on; add --verify")
     _check_replaceable(output)
+    # `staged_directory` removes both of these, whatever they hold.
     for leftover in (staging_of(output), backup_of(output)):
         _check_leftover(leftover)
     with staged_directory(output, overwrite=True) as staging:
@@ -140,6 +142,7 @@ def _write(model: Path, staging: Path, head_format: str, dtype: str, limit: int,
         parameters,
         pad_id=encoder.pad_id,
         end_id=encoder.end_id,
+        # Only written if the source's config.json has no max_position_embeddings.
         max_length=int(recipe.get("max_tokens") or LENGTH_BUCKETS[-1]),
         source=source,
         dtype=dtype,
@@ -148,6 +151,7 @@ def _write(model: Path, staging: Path, head_format: str, dtype: str, limit: int,
     names += write_tokenizer(files_of(model), staging, encoder, sample_conversations())
     files.write_json(staging / RECIPE, _exported_recipe(recipe, model, staging))
     _write_card(staging, None)
+    # The complete list: the next export replaces these files and refuses to touch any other.
     names = sorted([*names, RECIPE, "README.md"])
     _mark(staging, names)
     return names
@@ -169,6 +173,7 @@ def _exported_recipe(recipe: dict[str, Any], model: Path, staging: Path) -> dict
     """The recipe without local paths, with the results of the run and the fingerprint of the exported tokenizer."""
     exported = recipe | {"base": base_name(recipe)}
     if "fingerprints" in recipe:
+        # The template may be another one than in training, or have got its date: both change the fingerprint.
         exported["fingerprints"] = recipe["fingerprints"] | {"tokenizer": Encoder.load(staging).fingerprint}
     results = run_results(model, recipe.get("label"))
     return exported if results is None else exported | {"results": results}
@@ -177,6 +182,7 @@ def _exported_recipe(recipe: dict[str, Any], model: Path, staging: Path) -> dict
 def base_name(recipe: dict[str, Any]) -> str:
     """The model that training started from: its Hub id, or the last part of a path, the rest of which is private."""
     base = Path(recipe.get("base") or "unknown")
+    # Two parts of a relative path that does not exist are a Hub id.
     return base.name if base.exists() or base.is_absolute() or len(base.parts) != 2 else str(base)
 
 

@@ -332,5 +332,6 @@ def _flat_numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from _flat_numbers(value, f"{prefix}{name} ")
+        # To Python, true is an int.
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             yield f"{prefix}{name}", value

@@ -40,6 +40,7 @@ def write_tokenizer(source: Path, target: Path, encoder: Encoder, conversations:
         files.write_json(target / _SPECIAL, files.read_json(source / _SPECIAL) | _special_tokens(encoder))
     files.write_atomic(target / _TEMPLATE, pin_date(encoder.template))
     settings = _settings(source, encoder)
+    # A class is declared only where it is needed: an auto_map looks as if code had to be trusted.
     for declaration in ({}, _PLAIN_CLASS):
         files.write_json(target / "tokenizer_config.json", settings | declaration)
         if _same_tokens(target, encoder, conversations):
@@ -64,6 +65,7 @@ def _settings(source: Path, encoder: Encoder) -> dict[str, Any]:
     # An auto_map names code of the source's repository; the template is written as a file.
     for name in ("backend", "auto_map", "chat_template"):
         settings.pop(name, None)
+    # Clean-up, the default of transformers 4, removes spaces before punctuation from decoded text.
     ours = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     # Whatever class is named, Qwen2's rules want an unknown token and would add one.
     return {"unk_token": None} | settings | ours | _special_tokens(encoder)

@@ -76,6 +76,7 @@ def _at_positions(tokenizer, model, tokens: list[list[int]], positions: list[lis
     by_case: list[list[float]] = [[] for _ in tokens]
     for chunk, logits in _logits(tokenizer, model, tokens):
         for index, row in zip(chunk, _values(logits), strict=True):
+            # Batches are sorted by length, so values are put back by their index.
             by_case[index] = row[positions[index]].tolist()
     return (value for values in by_case for value in values)
 
@@ -86,6 +87,7 @@ def _logits(tokenizer, model, sequences: list[list[int]]):
     for start in range(0, len(order), BATCH):
         chunk = order[start : start + BATCH]
         padded = {"input_ids": [sequences[index] for index in chunk]}
+        # On the right, whatever the tokenizer's default: read positions count from the left.
         inputs = tokenizer.pad(padded, padding_side="right", return_tensors="pt")
         with torch.no_grad():
             yield chunk, model(**inputs).logits

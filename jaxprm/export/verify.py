@@ -72,8 +72,8 @@ def verify(
 
 def _cases(encoder, path: Path | None) -> Cases:
     if path is None:
-        samples = [as_messages(messages, "made up") for messages in sample_conversations()]
-        rows = [(f"made-up conversation {index}", messages, None) for index, messages in enumerate(samples)]
+        samples = [as_messages(messages, "sample conversation") for messages in sample_conversations()]
+        rows = [(f"sample conversation {index}", messages, None) for index, messages in enumerate(samples)]
     else:
         # An episode that failed before its first action has no value to compare.
         numbered = [(where, row) for where, row in read_numbered(path) if steps(row.messages)]
@@ -102,7 +102,7 @@ def _check_rounded(trained: nnx.State, written: nnx.State, dtype: str) -> None:
     for path in own.keys() & read.keys():
         if not bool(jnp.array_equal(own[path][...].astype(dtype), read[path][...].astype(dtype))):
             raise UserError(
-                f"export --verify: parameter {'.'.join(path)} was not written as the model's own, rounded to {dtype}; "
+                f"export --verify: parameter {'.'.join(path)} differs from the model's own, rounded to {dtype}; "
                 "nothing was exported"
             )
 
@@ -115,6 +115,7 @@ def score_with_transformers(exported: Path, questions: Sequence[dict]) -> dict[s
         question.write_text(json.dumps(questions), encoding="utf-8")
         # -P: modules next to the script have everyday names, such as "export" and "tokenizer".
         command = [sys.executable, "-P", str(script), str(exported.absolute()), str(question), str(answer)]
+        # Advice that transformers prints does not belong in our output; an error is the last line of stderr.
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
         if done.returncode or not answer.is_file():
             reason = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]

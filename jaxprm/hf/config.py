@@ -52,6 +52,7 @@ def read_config(directory: str | Path) -> tuple[TransformerConfig, dict]:
     hidden_size = fields.count("hidden_size")
     head_dim = fields.count("head_dim", family.head_dim or hidden_size // heads)
     theta, scaling = _rope(fields)
+    # The rotary embedding rotates pairs of features.
     if head_dim % 2:
         fields.refuse("head_dim", head_dim, "even sizes")
     kv_heads = fields.count("num_key_value_heads", heads)
@@ -66,6 +67,7 @@ def read_config(directory: str | Path) -> tuple[TransformerConfig, dict]:
         head_dim=head_dim,
         intermediate_size=fields.count("intermediate_size"),
         rope_theta=theta,
+        # transformers' default, the same in all families.
         norm_epsilon=fields.number("rms_norm_eps", fields.get("rms_norm_eps", 1e-6)),
         tie_embeddings=fields.flag("tie_word_embeddings", False),
         family=family.model_type,
@@ -194,6 +196,7 @@ def _rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
             "which is read depends on the version of transformers: make them equal"
         )
     theta = nested_theta if nested_theta is not None else theta
+    # transformers' default, the same in all families.
     theta = fields.number("rope_theta", 10_000.0 if theta is None else theta)
     return theta, _llama3(fields, name, rope) if kind == "llama3" else None
 
@@ -294,6 +297,7 @@ def hf_config(
         "intermediate_size": config.intermediate_size,
         "hidden_act": "silu",
         "rms_norm_eps": config.norm_epsilon,
+        # transformers 4 reads this field and rope_scaling, transformers 5 the next one.
         "rope_theta": config.rope_theta,
         "rope_parameters": {**rope, "rope_theta": config.rope_theta},
         # A classifier has no unembedding, so the field means nothing there, and that of the source is inherited.
@@ -302,10 +306,12 @@ def hf_config(
         else config.tie_embeddings,
         "pad_token_id": pad_id,
         "eos_token_id": end_id,
+        # transformers 4 reads the first, transformers 5 the second.
         "torch_dtype": dtype,
         "dtype": dtype,
     }
     fields.setdefault("bos_token_id", None)
+    # An inherited scaling is overwritten: where both are there, transformers reads it and not rope_parameters.
     if scaling is not None or "rope_scaling" in inherited:
         fields["rope_scaling"] = None if scaling is None else rope
     if family.window_switch:
@@ -315,6 +321,7 @@ def hf_config(
 
 def _label_fields(head: Head, source: Mapping[str, Any]) -> dict[str, Any]:
     if head.labels == 1:
+        # Servers such as vLLM apply a sigmoid to a single label, unless the problem is regression.
         names, problem = {"0": "value"}, {"problem_type": "regression"}
     else:
         names, problem = source.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}, {}

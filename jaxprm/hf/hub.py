@@ -24,6 +24,7 @@ _FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+# The hub's patterns are those of fnmatch, where * crosses slashes: *.safetensors matches in subfolders too.
 _SUBFOLDERS = "*/*"
 
 
@@ -76,6 +77,7 @@ def _download(name: str, revision: str | None, what: str, files: Sequence[str]) 
         reason = f"{cause}, and the model is not in the hub's cache ({huggingface_hub.constants.HF_HUB_CACHE})"
     # No common base class: errors come from huggingface_hub, its HTTP client and the disk.
     except Exception as error:
+        # A full disk is no failure of the hub.
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         message = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -116,6 +116,7 @@ def load(
     Raises UserError, with file and tensor, before anything is allocated.
     """
     stored = open_tensors(directory)
+    # Everything is checked before the first allocation: a broken file costs no memory and no time.
     tensors_by_path: dict[tuple[str, ...], list[tuple[TensorSpec, StoredTensor]]] = {}
     for tensor, source in _match(directory, stored, config, reward=reward, skipped=skipped):
         tensors_by_path.setdefault(tensor.path, []).append((tensor, source))
@@ -214,6 +215,7 @@ def _chunk(sources: list[StoredTensor], sharding: NamedSharding | None) -> jax.A
     """`sources` stacked, [n, *stored shape], in the stored dtype. Each device reads only its slices from the files."""
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
+        # The slice may have open ends; applied to a range it gives the one index.
         (slot,) = range(len(sources))[index[0]]
         part = sources[slot].array()[index[1:]][None]
         # The format does not promise alignment, and JAX requires it.
@@ -234,6 +236,7 @@ def _chunk_spec(tensor: TensorSpec, spec: PartitionSpec) -> PartitionSpec:
     return PartitionSpec(layer, *(tensor_axes[::-1] if tensor.transposed else tensor_axes))
 
 
+# The parameter is donated: it is filled in place, instead of being copied for every tensor.
 @functools.partial(jax.jit, static_argnames=("shardings", "transposed", "stacked"), donate_argnames=("parameter",))
 def _write(parameter, chunk, step, *, shardings: tuple, transposed: bool, stacked: bool):
     """The parameter, [L, I, O] or not stacked, with a chunk [1, *stored shape] per device written at layer `step`.
@@ -243,6 +246,7 @@ def _write(parameter, chunk, step, *, shardings: tuple, transposed: bool, stacke
 
     def write(part, chunk, step):
         chunk = (chunk.swapaxes(1, 2) if transposed else chunk).astype(part.dtype)
+        # Also drops an axis: the head of one label is [1, D] in the file and [D] here.
         chunk = chunk.reshape((1, *part.shape[1:]) if stacked else part.shape)
         start = (step,) + (0,) * (part.ndim - 1) if stacked else (0,) * part.ndim
         return jax.lax.dynamic_update_slice(part, chunk, start)

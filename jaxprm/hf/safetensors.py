@@ -49,6 +49,7 @@ _ITEM_BITS = {
     "F6_E2M3": 6,
     "F6_E3M2": 6,
 }
+# Name of a file in an index. Without slashes, an index cannot reach outside its directory.
 _PLAIN_NAME = re.compile(r"\w[\w.-]{0,200}\.safetensors", re.ASCII)
 _MAX_HEADER_BYTES = 100_000_000  # the bound of the format
 _MAX_RANK = 32
@@ -107,7 +108,7 @@ def open_tensors(directory: Path) -> dict[str, StoredTensor]:
             if name not in index:
                 raise UserError(f"{directory / shard}: tensor {shown(name)} is not in {INDEX}")
             if index[name] != shard:
-                raise UserError(f"{directory / shard}: tensor {shown(name)} belongs to {index[name]}, says {INDEX}")
+                raise UserError(f"{directory / shard}: tensor {shown(name)} belongs in {index[name]} by {INDEX}")
             tensors[name] = tensor
     for name, shard in index.items():
         if name not in tensors:
@@ -138,7 +139,7 @@ def _parse_json(text: bytes, path: Path) -> dict[str, Any]:
         fields = dict(pairs)
         if len(fields) != len(pairs):
             repeated, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-            raise UserError(f"{path}: {shown(repeated)} is there twice")
+            raise UserError(f"{path}: {shown(repeated)} occurs twice")
         return fields
 
     try:
@@ -167,6 +168,7 @@ def _open_file(path: Path) -> dict[str, StoredTensor]:
     tensors = {name: _entry(name, entry, path, data, mapped) for name, entry in header.items()}
     # The format has no gaps, no overlaps and nothing after the last tensor. A torn or spliced file breaks that.
     end = data
+    # By end too: a tensor without elements starts where the next one does, and comes before it.
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if tensor.start != end:
             problem = "overlaps the one before it" if tensor.start < end else "leaves a gap before it"
@@ -191,6 +193,7 @@ def _entry(name: str, entry: Any, path: Path, data: int, mapped: mmap.mmap) -> S
         raise refuse(f"has the shape {shown(shape)}")
     if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise refuse(f"has the data_offsets {shown(offsets)}")
+    # In bits, since some dtypes are smaller than a byte.
     bits = math.prod(shape) * _ITEM_BITS[dtype]
     if bits != 8 * (offsets[1] - offsets[0]):
         raise refuse(f"of shape {shown(shape)} and dtype {dtype} cannot fill the bytes {offsets[0]} to {offsets[1]}")

@@ -169,6 +169,7 @@ def write_weights(
 
 def _write_shard(path: Path, tensors: Sequence[TensorToWrite], dtype: str) -> None:
     code, numpy_dtype = DTYPES[dtype]
+    # transformers 4 refuses a file that does not name the framework of its layout.
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:
@@ -193,6 +194,7 @@ def _blocks(tensor: TensorToWrite, dtype: np.dtype) -> Iterator[memoryview]:
     flat = np.ascontiguousarray(values).reshape(-1)
     del values  # if they were not contiguous, `flat` is a copy, and two would stay in memory
     for start in range(0, flat.size, _BLOCK):
+        # As bytes: an array of ml_dtypes' bfloat16 has no buffer that a file could write.
         yield flat[start : start + _BLOCK].astype(dtype, copy=False).view(np.uint8).data
 
 

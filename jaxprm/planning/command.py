@@ -74,5 +74,7 @@ def _policy(experiment: config_lib.Experiment) -> str | Path:
     if path is None and loading.is_directory(experiment.policy):
         path = experiment.policy.path
     if path is None or path == "default":
+        # Any other path is not resolved here: of a model on the hub, `policy_config` fetches config.json and no
+        # weights.
         return loading.base_directory(experiment) if path is None else language_model.default_directory()
     return path

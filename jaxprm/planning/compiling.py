@@ -28,7 +28,7 @@ class Memory:
     """Memory of a program on one device, in bytes.
 
     aliased: the outputs that reuse the buffers of donated arguments. total: what is needed at once. limit: what the
-    compiler allows. Of a refused program only arguments, total and limit are known.
+    compiler allows. If the compiler refused the program, only arguments, total and limit are known.
     """
 
     arguments: int

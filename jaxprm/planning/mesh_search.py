@@ -16,6 +16,7 @@ from jaxprm.planning.plan import Slice, SliceEstimate, make_plan
 from jaxprm.planning.report import as_json, verdict
 
 REMATS = ("none", "minimal", "full")  # in the order of less memory and more time
+# Bounds of the search, in which every try is a compilation of minutes.
 MAX_TENSOR, DOUBLINGS = 8, 4
 
 
@@ -131,6 +132,7 @@ def frontier(results: Sequence[MeshSearchResult]) -> list[MeshSearchResult]:
     fits.sort(key=lambda result: (-result.tokens_per_second_per_chip, result.memory.total))
     best: list[MeshSearchResult] = []
     for result in fits:
+        # All results so far are at least as fast, so this one must need less memory than any of them.
         if not best or result.memory.total < best[-1].memory.total:
             best.append(result)
     return best

@@ -32,7 +32,7 @@ ASSUMPTIONS = (
     "at theirs, all at the same time; nothing else takes time",
     "bound, memory: arguments read and outputs written once, temporaries written and read once, the layers' weights "
     "read once a pass; bound, interconnect: what the compiled collectives send, as rings over all links of a chip",
-    "expected: the efficiency of tuned trainings of larger models; a small model's narrow products reach less",
+    "expected: the efficiency of tuned training runs of larger models; a small model's narrow products reach less",
 )
 
 
@@ -102,6 +102,7 @@ class SliceEstimate:
     def training(self) -> Compilation:
         """The program of training that needs more memory."""
         programs = [self.step] if self.features is None else [self.step, self.features]
+        # They run one after the other, so the larger one decides.
         return max(programs, key=lambda program: program.memory.total)
 
     @property
@@ -171,6 +172,7 @@ def make_plan(
 
 def _compile_scorer(tpu_slice: Slice, config: TransformerConfig, length: int) -> Compilation:
     """`score` on one chip in float32: rows of the length bucket that such trajectories fall into."""
+    # `score` refuses longer trajectories, so rows of training that are longer hold several.
     bucket = engine.bucket_of(min(length, engine.LENGTH_BUCKETS[-1]), "plan")
     device = SingleDeviceSharding(tpu_slice.devices[0])
 

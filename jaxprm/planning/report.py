@@ -109,6 +109,7 @@ def _estimates(plan: SliceEstimate) -> list[str]:
     if time.expected:
         tokens = plan.tokens / plan.devices
         lines.append(
+            # The longer time is that of the lowest published efficiency, so its MFU is the least to expect.
             f"expected   (estimate) {_seconds(time.best_seconds)} to {_seconds(time.step_seconds)} a step, "
             f"{tokens / time.step_seconds:,.0f} to {tokens / time.best_seconds:,.0f} tokens/s/chip, "
             f"MFU {time.mfu:.0%} or more, if it is as efficient as {chip['efficiency']['source']}"

@@ -75,6 +75,7 @@ class _Choice(msgspec.Struct):
     logprobs: _LogProbabilities | None = None
 
 
+# Fields that are not named here are ignored: servers add their own. Optional ones may be null, as many send them.
 class _Body(msgspec.Struct):
     choices: list[_Choice] = []
     usage: _Usage | None = None
@@ -103,7 +104,7 @@ def parse_completion(content: bytes, content_type: str, names: tuple[str, ...]) 
     if body.error is not None:
         raise InvalidResponse("an error with status 200", usage)
     if len(body.choices) != 1:
-        raise InvalidResponse(f"{len(body.choices)} choices where 1 was asked for", usage)
+        raise InvalidResponse(f"{len(body.choices)} choices, expected 1", usage)
     if body.model and not any(_is_named(body.model, name) for name in names):
         raise InvalidResponse("another model answered; if it is the right one, set served_as to its name", usage)
     (choice,) = body.choices
@@ -148,6 +149,7 @@ def _read_usage(counted: _Usage | None) -> Usage:
     if counted is None:
         return Usage()
     details = counted.prompt_tokens_details
+    # At most the prompt: the rest of it is counted as encoded, and must not be negative.
     cached = min(details.cached_tokens or 0 if details else 0, counted.prompt_tokens)
     return Usage(counted.prompt_tokens, cached, counted.completion_tokens)
 

@@ -121,10 +121,12 @@ class EndpointPolicy:
             # 31 bits: some servers keep the seed in a signed word of 32 bits.
             "seed": seed >> 1,
         }
+        # For servers that know only the newer name of the limit, which the config sets in extra_body.
         if "max_completion_tokens" not in extra:
             body["max_tokens"] = self._settings.max_action_tokens
         if self._endpoint.log_probabilities:
             body["logprobs"] = True
+        # extra_body = {"seed": None} leaves the seed out, for servers that refuse the field.
         return {name: value for name, value in (body | extra).items() if (name, value) != ("seed", None)}
 
 
@@ -266,6 +268,7 @@ class ChatClient:
 
     def close(self) -> None:
         """Cancels the requests in flight, closes the connections and ends the thread. Takes seconds at most."""
+        # Forgotten first: a second close does nothing, and a later request starts a new thread.
         thread, self._thread = self._thread, None
         if thread is not None:
             with contextlib.suppress(TimeoutError):
@@ -289,6 +292,7 @@ class ChatClient:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(self._complete(body)) for body in bodies]
         except BaseExceptionGroup as errors:
+            # A TaskGroup wraps what its tasks raise, and cancels the others.
             raise errors.exceptions[0] from None
         return [task.result() for task in tasks]
 
@@ -309,6 +313,7 @@ class ChatClient:
         async with self._slots:
             result = await self._with_retries(body)
         if isinstance(result, Completion) or result.too_long:
+            # Also after a conversation that is too long: the server has answered.
             self._failures_in_a_row = 0
             return result
         self.counts.failures += 1
@@ -344,6 +349,7 @@ class ChatClient:
 
     def _pause(self, retry: tenacity.RetryCallState) -> float:
         """Seconds before the next attempt."""
+        # Random, since requests that failed together would otherwise return together.
         draw = tenacity.wait_random_exponential(self._pauses.first, self._pauses.longest, min=self._pauses.first / 2)
         error = retry.outcome.exception() if retry.outcome else None
         asked = error.retry_after if isinstance(error, TransientError) else 0.0
@@ -358,12 +364,13 @@ class ChatClient:
         seconds = self._endpoint.timeout_seconds
         try:
             async with (
+                # From here on, so the time that a request waits for its slot does not count.
                 asyncio.timeout(seconds),
                 self._http.stream("POST", self.url, content=json.dumps(body).encode()) as response,
             ):
                 content = await _read_bounded(response)
         except TimeoutError:
-            raise TransientError(f"no whole answer within {seconds:g} seconds") from None
+            raise TransientError(f"no complete answer within {seconds:g} seconds") from None
         except httpx2.HTTPError as error:
             detail = redact(str(error), self._key)
             raise TransientError(f"{type(error).__name__}{detail and ': '}{detail}") from None
@@ -387,8 +394,10 @@ class ChatClient:
     def _status_error(self, response: httpx2.Response, content: bytes) -> Exception:
         """The exception for a status other than 200: by whether a retry, another request or another config can help."""
         status = response.status_code
+        # A redirect says where to in a header, and its body may be empty.
         detail = error_text(content or response.headers.get("Location", "").encode(), self._key)
         reason = redact(f"status {status} {response.reason_phrase}".rstrip() + f": {detail}", self._key)
+        # Below 300: accepted or empty, such as 202 and 204, which is no answer yet.
         if status in _TRANSIENT_STATUSES or status >= 500 or status < 300:
             return TransientError(reason, _retry_after(response.headers.get("Retry-After", "")))
         if status in (401, 403):

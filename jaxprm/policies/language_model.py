@@ -62,10 +62,13 @@ def _generate(
 
     def draw(logits, keys, step):
         # Inverse transform: one uniform number a row, where jax.random.categorical draws one a vocabulary entry.
+        # At temperature 0 argmax decides below; the floor keeps what is not used finite.
         scaled = logits / jnp.maximum(temperature, 1e-6)
         probabilities = jax.nn.softmax(scaled, axis=-1)
+        # A function of the row's key and the step alone, so a draw does not depend on the rest of the batch.
         uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, step)))(keys)
         cumulative = jnp.cumsum(probabilities, axis=-1)
+        # Times the last sum, which rounding keeps from being exactly 1.
         drawn = jnp.sum(cumulative <= uniform[:, None] * cumulative[:, -1:], axis=-1)
         token = jnp.where(temperature > 0, jnp.minimum(drawn, logits.shape[-1] - 1), logits.argmax(-1))
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), token[:, None], axis=1)[:, 0]
@@ -108,6 +111,7 @@ def _generate(
         "keys": jax.vmap(jax.random.wrap_key_data)(keys),
     }
     state = {
+        # One token more than steps: a row that has ended still writes its keys and values after its last token.
         "turn": Cache.empty(model.config, rows, steps + 1),
         "last": last,
         "tokens": jnp.full((rows, steps), end_id, jnp.int32),
@@ -161,6 +165,7 @@ class LanguageModelPolicy:
         # A turn can end, but it cannot open another message or be padding.
         self._banned = np.zeros(config.vocab_size, bool)
         self._banned[sorted(encoder.special_ids - {encoder.end_id})] = True
+        # Many embeddings have more rows than the tokenizer has tokens.
         self._banned[encoder.vocabulary_size :] = True
         self.generated = 0
         self._lock = threading.Lock()
@@ -222,6 +227,8 @@ class LanguageModelPolicy:
 
     def _sample(self, groups: list[list[_Job]], size: int, temperature: float) -> dict[DrawKey, Action]:
         # The last token is not part of the prefix: the decoder reads it to get the first distribution.
+        # By this thread, before the lanes start: the bank is not thread-safe, and its slots are valid until the next
+        # call.
         slots = self._bank.allocate([group[0][1][:-1] for group in groups])
         groups_a_lane = self._rows // size
         lanes = [slice(start, start + groups_a_lane) for start in range(0, len(groups), groups_a_lane)]

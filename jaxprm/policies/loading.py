@@ -28,6 +28,7 @@ def load(experiment: Experiment) -> protocol.Policy:
         from data_pipeline.encode import Encoder
         from jaxprm.policies import endpoint
 
+        # Without a base model nothing knows the server's tokenizer, and token counts are estimates.
         encoder = None
         if experiment.base_model is not None:
             encoder = Encoder.load(base_directory(experiment), settings.chat_template)

@@ -76,6 +76,7 @@ def prefix_hash(messages: Sequence[dict[str, Any]]) -> str:
         + [message[field] for field in ("name", "tool_call_id") if message.get(field) is not None]
         for message in messages
     ]
+    # Sorted keys, and no hash() of Python's: equal in every process, however a dictionary was built.
     return hashlib.sha256(json.dumps(plain, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:32]
 
 

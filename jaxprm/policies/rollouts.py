@@ -139,6 +139,7 @@ def trajectory(episode: Rollout, *, split: str, environment: str, temperature: f
     }
     if episode.error is not None:
         return line | {"ended": "error", "meta": meta | {"error": episode.error}}
+    # A success in the last round ended the task, not the limit.
     ended = "done" if len(episode.rewards) < episode.environment.max_rounds or episode.outcome > 0 else "max_rounds"
     return line | {"outcome": episode.outcome, "success": episode.outcome > 0.5, "ended": ended}
 
@@ -179,6 +180,7 @@ def collect(
         episodes = rollouts(make_environment, policy, missing, temperature=temperature, in_flight=in_flight)
         with (
             bar(label, len(wanted), initial=len(wanted) - len(missing), unit="episode") as progress,
+            # Closing the generator closes its environments, also when the loop is left by an exception.
             closing(episodes),
         ):
             succeeded = sum(line.get("success", False) for line in done.values())

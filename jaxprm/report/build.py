@@ -22,6 +22,7 @@ from jaxprm.report.labels import COLOURS, method_name, method_style
 from jaxprm.report.results import RunResults, SearchTree, load_results, load_trees, size_key
 from jaxprm.report.svg import light_colour, standalone_svg, themed_colour
 
+# Bytes of search trees in the page, as JSON. All trees of a run could make it too large to load.
 MAX_TREE_BYTES = 8_000_000
 # The figure shows beam search and the first of these that was measured.
 FIGURE_ORDER = ("Best of N prefixes", "Best of N whole trajectories", "Best of K at every step")
@@ -95,6 +96,7 @@ def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("jaxprm.report"),
         autoescape=True,
+        # A misspelt variable raises, in place of an empty text on the page.
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -151,6 +153,7 @@ def _styles_by_label(results: RunResults, trees: Sequence[SearchTree]) -> dict[s
 def _json(value: Any) -> str:
     """JSON that cannot end the script element it is in."""
     text = msgspec.json.encode(value).decode()
+    # "</script>" in a string would end the element; the last two were line ends to JavaScript before 2019.
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text

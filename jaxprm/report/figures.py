@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 Colour = Callable[[str], str]
 Titles = dict[str, list[str]]
+# Our sizes are in points, matplotlib's in inches.
 POINTS_PER_INCH = 72
+# Half of it is the least distance of a value from an end of the axis: without it 0.3 would be on the frame.
 MARGIN = 0.02
 
 
@@ -86,6 +88,7 @@ def shared_limits(panels: Sequence[Panel]) -> tuple[float, float] | None:
         return None
     low = math.floor((min(values) - MARGIN / 2) * 10) / 10
     high = math.ceil((max(values) + MARGIN / 2) * 10) / 10
+    # The margin must not open the axis to shares below 0 or above 1, unless values are there.
     return (max(0.0, low) if min(values) >= 0 else low, min(1.0, high) if max(values) <= 1 else high)
 
 

@@ -60,6 +60,7 @@ def paired_with_policy(results: RunResults, label: str, size: str) -> ReportedEs
         if pair.mean is None or split_search(pair.at) != ("beam", size):
             continue
         a, b = (ALIASES.get(side, side) for side in (pair.a, pair.b))
+        # The file may have the pair in either order.
         if (a, b) == (label, "policy"):
             return pair.estimate
         if (a, b) == ("policy", label):
@@ -86,6 +87,7 @@ def _guided(results: RunResults) -> tuple[str, str, ReportedEstimate] | None:
     # The order of preference is fixed: the headline does not depend on which result looks best.
     for label in sorted(measured, key=lambda each: PREFERRED.index(each) if each in PREFERRED else len(PREFERRED)):
         curve = results.curve(label, "beam")
+        # Sizes ascend, so the alternative is the smallest beam.
         size = PREFERRED_BEAM if PREFERRED_BEAM in curve else next(iter(curve))
         return label, size, curve[size]
     return None
@@ -94,6 +96,7 @@ def _guided(results: RunResults) -> tuple[str, str, ReportedEstimate] | None:
 def _verdict(difference: ReportedEstimate | None) -> Literal["better", "unclear", "worse", "unknown"]:
     if difference is None or not difference.has_interval:
         return "unknown"
+    # A gain is claimed only where the interval of the paired difference is clear of zero.
     if difference.low > 0:
         return "better"
     return "worse" if difference.high < 0 else "unclear"

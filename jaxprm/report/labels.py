@@ -13,7 +13,9 @@ from typing import NamedTuple
 
 from jaxprm.search.methods import SEARCHES
 
+# Narrow, and no line breaks at it.
 THIN_SPACE = "\u202f"
+# As wide as a plus, which a hyphen is not.
 MINUS = "\u2212"
 BAND = f"95{THIN_SPACE}% bootstrap interval over tasks and seeds"
 RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -83,6 +85,7 @@ def method_style(label: str) -> MethodStyle:
     if label in METHOD_STYLES:
         return METHOD_STYLES[label]
     # A hash of the label: the same method has the same style in every run, whichever others are measured.
+    # crc32 and not hash(), which differs from process to process.
     marker, colour = divmod(zlib.crc32(label.encode()) % 9, 3)
     return MethodStyle(label, f"extra{colour + 1}", EXTRA_MARKERS[marker], (4, 1.5, 1, 1.5))
 

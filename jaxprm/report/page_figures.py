@@ -12,6 +12,7 @@ from jaxprm.report.panels import evenly_spaced
 from jaxprm.report.results import ReportedEstimate, RunResults
 from jaxprm.report.svg import inline_svg, themed_colour
 
+# Of a table below a figure: training curves have hundreds of points.
 MAX_ROWS = 24
 
 
@@ -83,6 +84,7 @@ def _drawn_labels(panels: Sequence[Panel]) -> list[str]:
 def _drawing(panel: Panel, prefix: str, small: bool, titled: bool) -> str:
     shown = panel if titled else replace(panel, title="")
     drawn, titles = draw(shown, colour=themed_colour, width=320 if small else 390, height=264)
+    # A method may have several lines: one for each seed, or two variants.
     names = list(dict.fromkeys(method_name(series.label) for series in panel.series if series.xs))
     axes = f"{panel.y_label or 'value'} against {panel.x_label}"
     label = f"{panel.title}: {axes}, for {', '.join(names)}. The numbers are in the table below the figure."

@@ -18,6 +18,7 @@ SCALING = (
     ("stepwise", "Best of K at every step", "K actions"),
 )
 CURVES = ("value_loss", "progress_loss", "validation_loss", "explained_variance")
+# Labels below an axis; more would run into each other.
 MAX_TICKS = 8
 MAX_POINTS = 200
 
@@ -57,6 +58,7 @@ def beam_panel(results: RunResults) -> Panel:
 def scaling_panels(results: RunResults) -> list[Panel]:
     """Success against N, for every search that picks the best of N; the oracle is in the panel of best-of-N."""
     panels = non_empty(_scaling_panel(results, *search) for search in SCALING)
+    # One range for all panels, so that they can be compared with each other.
     limits = shared_limits(panels)
     return [replace(panel, limits=limits) for panel in panels]
 
@@ -177,6 +179,7 @@ def evenly_spaced(items: Sequence[T], limit: int) -> list[T]:
 
 
 def _logged(rows: Sequence[Mapping[str, float | None]], metric: str) -> dict[float, ReportedEstimate]:
+    # A line of metrics is a training step or a validation, and has the quantities of that alone.
     logged = [(row["step"], row[metric]) for row in rows if row.get("step") is not None and row.get(metric) is not None]
     return {step: ReportedEstimate(value) for step, value in evenly_spaced(logged, MAX_POINTS)}
 
@@ -187,6 +190,7 @@ def compute_panel(results: RunResults) -> Panel:
     unit = compute.get("unit")
     curves = {label: results.curve(label, "beam") for label in results.with_search("beam")}
     if plain := results.baseline("sampled"):
+        # The costs of the plain policy are recorded under the size 1.
         curves = {"policy": {"1": plain}, **curves}
     return _with_limits(
         Panel(

@@ -32,6 +32,7 @@ class ReportedEstimate(msgspec.Struct, frozen=True):
         return self.low is not None and self.high is not None
 
     def negated(self) -> ReportedEstimate:
+        # The negative of the upper bound is the lower one.
         return ReportedEstimate(
             *(None if value is None else -value for value in (self.mean, self.high, self.low)), self.n
         )

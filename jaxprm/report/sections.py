@@ -17,6 +17,7 @@ from jaxprm.report.page_figures import figure_data
 from jaxprm.report.results import AGGREGATED, TREE_SEARCHES, Paired, ReportedEstimate, RunResults, is_number, size_key
 
 AXIS_STEP = 0.2
+# Half the width of an axis of differences: at least five points, so that tiny differences look tiny.
 MIN_REACH = 0.05
 MAX_PAIRS_IN_ONE_TABLE = 12
 BASELINES = ("policy", "greedy", "random", "oracle")

@@ -47,6 +47,7 @@ def inline_svg(figure: Figure, prefix: str, label: str, titles: dict[str, list[s
     root.set("role", "img")
     root.set("aria-label", label)
     for element in root.iter():
+        # An HTML parser gives <svg> and what is in it their namespace by itself.
         element.tag = element.tag.removeprefix(f"{{{SVG}}}")
     return ElementTree.tostring(root, encoding="unicode")
 
@@ -62,6 +63,7 @@ def standalone_svg(figure: Figure, label: str) -> str:
     paper = ElementTree.Element(f"{{{SVG}}}rect", {"width": "100%", "height": "100%", "fill": "var(--paper)"})
     root.insert(0, paper)
     root.insert(0, style)
+    # Otherwise every tag would be written with a prefix, as in ns0:svg.
     ElementTree.register_namespace("", SVG)
     return ElementTree.tostring(root, encoding="unicode") + "\n"
 
@@ -80,6 +82,8 @@ def _themed(figure: Figure, prefix: str, titles: dict[str, list[str]]) -> Elemen
     root.set("stroke-linejoin", "round")
     for element in root.iter():
         _title_markers(element, titles.get(element.get("id", ""), []))
+    # Matplotlib gives most groups an id. Those that nothing refers to are dropped, the others are prefixed below, since
+    # several drawings share a page.
     used = set(
         re.findall(r"#([\w.-]+)", " ".join(value for element in root.iter() for value in element.attrib.values()))
     )
@@ -102,6 +106,7 @@ def _title_markers(group: ElementTree.Element, texts: list[str]) -> None:
 def _plain_attributes(element: ElementTree.Element, prefix: str, used: set[str]) -> None:
     for declaration in element.attrib.pop("style", "").split(";"):
         name, colon, value = declaration.partition(":")
+        # The font is that of the page, or of the style element of a separate file.
         if colon and name.strip() != "font-family":
             element.set(name.strip(), value.strip().removesuffix("px"))
     if (link := element.attrib.pop(f"{{{XLINK}}}href", None)) is not None:

@@ -228,6 +228,7 @@ def _run_engine(
         if "backend_compile" in event:
             compiled.append(event)
 
+    # JAX records an event for every program that its backend compiles.
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         seconds, (values, usage) = _timed(lambda: _search(engine, next(trees)))
@@ -266,6 +267,7 @@ def _time_prefill(sizes: TreeSizes, config: TransformerConfig, parameters: Any, 
 
 def _run_uncached(config: TransformerConfig, parameters: Any, rounds: list[Round]) -> BenchRun:
     """Our scorer without its cache: every candidate with its history, in padded batches."""
+    # The cache is never used, so its size does not matter.
     engine = Engine(config, parameters, rows=1, max_tokens=1)
     for step in rounds:
         engine.score_full(list(step.sequences[:1]), ["tree"])  # compiles

@@ -21,7 +21,7 @@ from jaxprm.scoring import loading
 from jaxprm.scoring.engine import Engine
 from jaxprm.scoring.scorer import FINISHED_WIDTHS, Scorer
 
-# Of a difference; times the root mean square of the scores, if that is above 1.
+# Largest difference allowed, in units of the root mean square of the scores if that is above 1.
 BOUND = 1e-5
 # States scored in one call, and candidates of other conversations that are scored with each.
 STATES_A_CALL, DISTRACTORS = 4, 3
@@ -81,11 +81,13 @@ def check_scorer(model: Path, trajectories: Path | None = None, *, count: int = 
     with jax.default_matmul_precision("highest"):
         loaded = loading.load_scorer(find_model(model))
         cases = _cases(loaded.encoder, trajectories, count)
+        # Candidates of other conversations follow a state too, so there must be room for the widest.
         longest = max(len(case.encoded.tokens) for case in cases) + loaded.engine.shapes.packed[-1]
         same = (loaded.config, loaded.parameters, loaded.encoder)
         sizes: dict[str, Any] = {"rows": ROWS, "max_tokens": longest, "shapes": loaded.engine.shapes}
         scorer = Scorer(*same, **sizes)
         engine = scorer.engine
+        # The smallest cache there can be: two slots, one to copy from and one to write to.
         evicting = Scorer(*same, **sizes, cache_bytes=2 * engine.bytes_of_a_slot)
         rounded = Scorer(*same, **sizes, dtype="bfloat16")
         tokens, names = [case.encoded.tokens for case in cases], [case.name for case in cases]

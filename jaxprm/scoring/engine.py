@@ -140,6 +140,7 @@ class Engine:
     def usage(self) -> TokenCounts:
         """Tokens processed so far, by all calls."""
         counts = TokenCounts(encoded_tokens=self._encoded, padded_tokens=self._padded)
+        # Where a cached_property keeps its value: asking for `self._bank` would allocate the cache.
         if "_bank" in self.__dict__:
             bank = self._bank
             counts = counts.plus(
@@ -166,6 +167,7 @@ class Engine:
             max_rows -= max_rows % parts if max_rows > parts else 0
             while indices:
                 rows = call_rows(len(indices), max_rows, width) if small_batches else max_rows
+                # All calls have `rows` rows, full or not: another number would be another program.
                 chunk, indices = indices[:rows], indices[rows:]
                 tokens, counts = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
                 for row, index in enumerate(chunk):
@@ -223,6 +225,7 @@ class Engine:
 
     def forget(self) -> None:
         """Empties the cache. Compiled programs and the counts of `usage` stay."""
+        # Before the bank goes: its counts go with it.
         self._earlier, self._encoded, self._padded = self.usage, 0, 0
         self.__dict__.pop("_bank", None)
 
@@ -328,6 +331,7 @@ class Engine:
         self._encoded += int((segments > 0).sum())
         self._padded += tokens.size
         if keeps:
+            # The ring that was passed is donated and no longer exists.
             bank.ring = ring
         for number, (row, slot) in enumerate(group):
             for index, (where, part) in zip(row.indices, row.slices(), strict=True):
@@ -357,7 +361,8 @@ class _Row(NamedTuple):
 
 def _packed(jobs: Sequence[tuple[np.ndarray, np.ndarray]], width: int) -> list[_Row]:
     """Rows of at most `width` tokens: continuations of equal prefixes together, rows in order of prefix length."""
-    # Prefixes of similar length in one call: its cost is that of the longest.
+    # By length, since the longest prefix of a call decides its cost; then by content, so that continuations of equal
+    # prefixes are neighbours and share rows.
     order = sorted(range(len(jobs)), key=lambda index: (len(jobs[index][0]), jobs[index][0].tobytes()))
     rows: list[_Row] = []
     for index in order:

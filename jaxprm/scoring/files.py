@@ -100,6 +100,7 @@ def score_file(
                 while numbered := list(itertools.islice(remaining, chunk)):
                     scored = score_lines(scorer, numbered, input.name)
                     results = [_result(item, line, progress) for item, (_, line) in zip(scored, numbered, strict=True)]
+                    # One write for a chunk, since resuming keeps complete chunks only.
                     target.append_bytes(b"".join(msgspec.json.encode(result) + b"\n" for result in results))
                     done, errors = done + len(results), errors + sum("error" in result for result in results)
                     shown.set_postfix(errors=errors, refresh=False)
@@ -112,6 +113,7 @@ def score_file(
             f"{target.partial}: no space left on the device after {done} of {total} lines; free some and run the same "
             "command again: it resumes there"
         ) from None
+    # Last: a record without its .partial file does no harm, the next call replaces it.
     record.unlink(missing_ok=True)
     return LineCounts(done - errors, errors)
 
@@ -146,6 +148,7 @@ def _resume(target: files.ResumableLines, record: Path, identity: dict[str, Any]
     Raises UserError if the lines are from a run with another model, input, chunk or dtype.
     """
     if target.is_empty():
+        # Before the first line: lines without a record could not be resumed.
         files.write_atomic(record, msgspec.json.encode(identity).decode())
         return 0, 0
     _check_record(target.partial, record, identity)
@@ -155,6 +158,7 @@ def _resume(target: files.ResumableLines, record: Path, identity: dict[str, Any]
             written = msgspec.json.decode(line, type=_Written)
         except msgspec.MsgspecError:
             break
+        # A torn line can be valid JSON.
         if not line.endswith(b"\n"):
             break
         lines, errors, size = lines + 1, errors + (written.error is not None), size + len(line)
@@ -173,6 +177,7 @@ def _check_record(partial: Path, record: Path, identity: dict[str, Any]) -> None
         begun = msgspec.json.decode(record.read_bytes(), type=dict[str, Any])
     except msgspec.MsgspecError as error:
         raise UserError(f"{record}: {error}; delete it and {partial} to start again") from None
+    # The fields of both: another version may record more of them, or fewer.
     for name in identity | begun:
         if begun.get(name) != identity.get(name):
             raise UserError(
@@ -194,6 +199,7 @@ def score_lines(scorer: Scorer, lines: Sequence[tuple[int, bytes]], source: str)
             results.append(ScoredLine(number, trajectory=trajectory, messages=encoded[-1].message_indices))
         except (DataError, UserError) as error:
             results.append(ScoredLine(number, error=" ".join(str(error).split())))
+    # Names are for errors about the length, which `_encode` has checked.
     for index, promises in zip(indices, scorer.score_encoded(encoded, [""] * len(encoded)), strict=True):
         results[index] = results[index]._replace(promises=promises)
     return results

@@ -39,24 +39,25 @@ def load_reward_model(
 
     Raises UserError if the model does not divide over the mesh.
     """
-    places = None
+    parameter_shardings = None
     if mesh is not None:
         from jaxprm.model import sharding
 
         config = dataclasses.replace(reader.read_config(files_of(model))[0], tie_embeddings=True)
         sharding.check_model(mesh, config)
-        places = sharding.shardings(sharding.with_shardings(mesh, reader.abstract(config, reward=True)))
+        parameter_shardings = sharding.shardings(sharding.with_shardings(mesh, reader.abstract(config, reward=True)))
     if not is_checkpoint(model):
         if dtype is None:
+            # Weights in bfloat16 stay so in memory, whatever the arithmetic is done in.
             stored = {tensor.dtype for tensor in open_tensors(model).values()}
             dtype = jnp.bfloat16 if stored == {"BF16"} else jnp.float32
-        return reader.load_reward_model(model, dtype=dtype, shardings=places)
+        return reader.load_reward_model(model, dtype=dtype, shardings=parameter_shardings)
     from jaxprm.artifacts.checkpoints import read_parameters  # Orbax takes two seconds to import
 
     config, _ = reader.read_config(files_of(model))
     # Trained without an unembedding, whatever its base had.
     config = dataclasses.replace(config, tie_embeddings=True)
-    return config, read_parameters(model, reader.abstract(config, reward=True), places)
+    return config, read_parameters(model, reader.abstract(config, reward=True), parameter_shardings)
 
 
 def load_encoder(model: Path, template: str | None = None) -> Encoder:
@@ -100,6 +101,7 @@ def load_scorer(
     encoder = load_encoder(model, template)
     layout = ONE_DEVICE
     if mesh is not None:
+        # This process's devices: in a run of several processes, process 0 scores alone.
         layout = Layout(make_mesh(mesh, jax.local_devices()))
     config, parameters = load_reward_model(model, mesh=layout.mesh)
     reader.check_vocabulary(model, config, encoder.vocabulary_size)

@@ -139,6 +139,7 @@ class Scorer:
         for index, (conversation, prompt) in enumerate(zip(encoded, prompts, strict=True)):
             length = len(conversation.tokens) - len(prompt)
             width = bucket(length, FINISHED_WIDTHS)
+            # Otherwise the row costs the same with the prompt as without it.
             is_narrower = length <= width < bucket(len(conversation.tokens), LENGTH_BUCKETS)
             shares = is_narrower and sharing[prompt.tobytes()] > 1 and len(prompt) <= self.max_tokens
             of_width.setdefault(width if shares else None, []).append(index)
@@ -212,6 +213,7 @@ class Scorer:
         # The last value is the promise after the action.
         computed = {key: float(of_tokens[-1]) for key, of_tokens in values.items()}
         self._cache.update(computed)
+        # Not from memory, which may have dropped some of these keys already.
         scores = cached | computed
         return [np.asarray([scores[key] for key in state.keys], np.float32) for state in prepared]
 

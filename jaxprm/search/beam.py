@@ -75,8 +75,10 @@ def beam_search(
             else:
                 tree.frontier = _next_diverse(finished, new, len(tree.frontier))
             tree.rounds = round_number
+            # By id: a Node compares by value, so it cannot be in a set.
             kept = {id(node) for node in tree.frontier}
             chosen += [node for node in new if id(node) in kept]
+        # One call for all trees: environments of different tasks can work at the same time.
         commit(chosen, runner)
         # Limits look at outcomes, so the chosen candidates must have been executed.
         for tree in open_trees:
@@ -99,6 +101,7 @@ def keep_diverse(finished: Sequence[Node], candidates: Sequence[Node], width: in
     are fewer paths than `width`.
     """
     ranked = keep_best(finished, candidates, len(finished) + len(candidates))
+    # Reversed, so that the best node of a subtree is the last one written and stays.
     best = {node.subtree: node for node in reversed(ranked)}
     firsts = [node for node in ranked if best[node.subtree] is node]
     others = [node for node in ranked if best[node.subtree] is not node]
@@ -148,6 +151,7 @@ def look_ahead(
             break
         parents = [(tree, reached[id(candidate)]) for tree, candidate in following]
         before = [(parent.branch, parent.score) for _, parent in parents]
+        # Without the progress weight: these nodes are never ranked, only their promise is used.
         _, drawn = expand(parents, 1, runner, policy, scorer, temperature=0.0)
         new = [node for nodes in drawn for node in nodes]
         for node in new:

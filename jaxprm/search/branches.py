@@ -55,6 +55,7 @@ class BranchRunner:
 
     def __init__(self, make_environment: Callable[[], Environment]):
         self._pool = protocol.Pool(make_environment)
+        # One environment at once: its `fork` decides how all others are used.
         self._by_slot: dict[int, Environment] = {0: self._pool.acquire()}
         self._by_task: dict[str, Environment] = {}
         self._slots: dict[str, int] = {}
@@ -76,6 +77,7 @@ class BranchRunner:
         for index, item in enumerate(items):
             task = task_of(item)
             groups[task if self.fork == "none" else self._slot(task)].append(index)
+        # Filled by several threads without a lock: every index is written once, by the thread of its group.
         results: dict[int, R] = {}
 
         def run(indices: list[int]) -> None:
@@ -114,6 +116,7 @@ class BranchRunner:
                 branch.task,
                 actions,
                 (*branch.observations, result.observation),
+                # A finished branch is never continued, so its snapshot would only take memory.
                 environment.snapshot() if self.fork == "clone" and not done else None,
                 done,
                 protocol.outcome(environment) if done else None,
@@ -156,6 +159,7 @@ class BranchRunner:
             self.errors += errors
 
     def _environment(self, task: str) -> Environment:
+        # No lock: `map` gives the tasks of an environment to one thread at a time.
         if self.fork != "none":
             if (slot := self._slot(task)) not in self._by_slot:
                 self._by_slot[slot] = self._pool.acquire()

@@ -96,6 +96,7 @@ def priors(actions: Sequence[Action], candidates: Sequence[Node]) -> list[float]
 
     P_i is proportional to the probability of text i if the policy gives all N of them, else to how often it was drawn.
     """
+    # All or none: a probability of one text cannot be compared with a number of draws of another.
     if any(action.log_probability is None for action in actions):
         weights = np.array([float(node.count) for node in candidates])
     else:
@@ -161,6 +162,7 @@ def _simulate(
             if nodes:
                 search.add_children(leaf, nodes, drawn)
     for search, path in zip(searches, paths, strict=True):
+        # Also where the path ends in an error or the policy proposed nothing: the visit counts, with the value 0.
         search.back_up(path)
 
 

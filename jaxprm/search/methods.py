@@ -146,6 +146,7 @@ def guided_search(
             before = resumable.read()
             done = {line["task"] for line in before}
             missing = [task for task in tasks if task not in done]
+            # Spread evenly, as a split may be ordered by difficulty.
             spread = tasks[:: max(1, len(tasks) // settings.trees)][: settings.trees] if settings.trees else ()
             about_trees = {task: about | runner.describe(task) for task in missing if task in set(spread)}
             limits = SearchLimits(settings.stop_at, settings.budget, prices)
@@ -155,6 +156,7 @@ def guided_search(
             with bar(label, len(tasks), initial=len(done), unit="task") as progress:
                 for start in range(0, len(missing), together):
                     chunk = missing[start : start + together]
+                    # The scorer counts over its lifetime; the difference to this is the chunk's.
                     encoded = scorer.usage["encoded"]
                     trees = spec.method.run(SearchRequest(chunk, runner, policy, scorer, spec, settings, limits))
                     lines = [_line(tree, policy, runner, about_trees.get(tree.task)) for tree in trees]
@@ -163,12 +165,14 @@ def guided_search(
                     tokens += sum(line["policy_tokens"] + line["reward_tokens"] for line in lines)
                     progress.set_postfix(success=_success_rate(successes), tokens=f"{tokens:,}", refresh=False)
                     progress.update(len(chunk))
+            # Read back: earlier, interrupted calls have written some of the lines.
             ordered = {line["task"]: line for line in resumable.read()}
             resumable.finish(ordered[task] for task in tasks)
     return output
 
 
 def _success_rate(outcomes: Sequence[float]) -> str:
+    # Few samples: this is for the progress bar only, and computed after every chunk.
     estimate = bootstrap(outcomes, samples=500)
     return f"{estimate['mean']:.1%} [{estimate['low']:.1%}, {estimate['high']:.1%}]"
 
@@ -185,6 +189,7 @@ def _line(tree: Tree, policy: Policy, runner: BranchRunner, about: dict | None) 
         "merged": tree.merged,
         "cut": tree.cut,
         "failed": tree.failed,
+        # The root is kept and never executed; it has an error if the task could not start.
         "errors": sum(node.branch.error is not None for node in (tree.root, *tree.nodes) if node.executed or node.kept),
         "policy_tokens": tree.generated,
         "reward_tokens": tokens_read(tree, policy.count_tokens),

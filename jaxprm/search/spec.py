@@ -77,12 +77,14 @@ class SearchMethod:
     def __post_init__(self) -> None:
         if not re.fullmatch("[a-z0-9_]+", self.kind):
             raise UserError(f"search {self.kind!r}: a kind has only letters a-z, digits and underscores; rename it")
+        # The dataclass is frozen, and this default depends on another field.
         object.__setattr__(self, "label", self.label or f"{self.kind.replace('_', ' ')} {{}}")
 
     def spec(self, *sizes: int) -> SearchSpec:
         """The search of one entry of the config. Raises UserError if the entry has too many or too few numbers."""
         try:
             return SearchSpec(self, *self.parse_sizes(*sizes))
+        # A wrong number of sizes is a wrong number of arguments, which the text of the TypeError names.
         except TypeError as error:
             name = self.config_field or f"custom.{self.kind}"
             raise UserError(
@@ -124,6 +126,7 @@ class SearchSpec:
     @property
     def cost_key(self) -> str:
         """The search's key in `compute.methods[label]` of results.json."""
+        # Beams and step-wise searches are older than kinds: their keys in results.json stay what they were.
         return f"{self.width}x{self.actions}" if self.method.omit_kind else self.at
 
     @property

@@ -173,6 +173,7 @@ def expand(
     ]
     for (_, parent), nodes, drawn in zip(parents, candidates, proposals, strict=True):
         if not nodes:
+            # All draws have failed; the first one's reason stands for the others.
             parent.branch = runner.abandon(parent.branch, f"policy: {drawn[0].error}")
             parent.score = -np.inf
     _score(parents, candidates, scorer, progress_weight)
@@ -193,6 +194,7 @@ def commit(nodes: Sequence[Node], runner: BranchRunner) -> None:
 
 def merge_duplicates(actions: Sequence[Action]) -> list[tuple[Action, int]]:
     """Distinct actions by text, in order of first appearance, with how often each was drawn."""
+    # By text, since that is all an environment gets: other tokens of the same text are the same action.
     counts: dict[str, list] = {}
     for action in actions:
         counts.setdefault(action.text, [action, 0])[1] += 1
@@ -204,6 +206,7 @@ def tokens_read(tree: Tree, count_tokens: Callable[[Sequence[dict]], int]) -> in
     lengths = {0: _length(tree.root, count_tokens)}
     for node in tree.nodes:
         lengths[node.id] = _length(node, count_tokens)
+    # A node adds what it is longer than its parent: its action, and the observation after it.
     return lengths[0] + sum(lengths[node.id] - lengths[node.parent.id] for node in tree.nodes)
 
 
@@ -225,6 +228,7 @@ def _add_candidates(tree: Tree, parent: Node, drawn: Sequence[Action]) -> list[N
     """Appends a parent's distinct candidates to its tree, without draws that the policy failed to make."""
     valid = [action for action in drawn if action.stop != "error"]
     tree.proposed += len(drawn)
+    # Draws that the policy had in memory count too: the cost of a search does not depend on what ran before it.
     tree.generated += sum(action.tokens for action in drawn)
     tree.failed += len(drawn) - len(valid)
     # Failed draws keep their index: diverse search groups candidates by it.
@@ -244,10 +248,11 @@ def _score(parents, candidates: Sequence[list[Node]], scorer: ActionScorer, prog
     texts = [[node.action for node in nodes] for nodes in candidates]
     scores = scorer.score_actions([node.messages for _, node in parents], texts)
     for (tree, _), nodes, values in zip(parents, candidates, scores, strict=True):
+        # A NaN is neither larger nor smaller than anything, so ranking with one would silently give any order.
         if not np.isfinite(values).all():
             raise UserError(
                 f"search of {tree.task}: the scorer returned {values}, and scores must be finite numbers; "
-                "check whether the training of this model diverged"
+                "check whether the training run of this model diverged"
             )
         for node, value in zip(nodes, values, strict=True):
             node.promise = float(value)
@@ -259,6 +264,7 @@ def _execute(node: Node, runner: BranchRunner) -> None:
     node.branch = runner.step(node.branch, node.action)
     if node.branch.error is not None:
         node.score = -np.inf
+    # Nothing is proposed or scored after the end, so the last observation is not part of a conversation.
     if not node.branch.done:
         node.messages = [*node.messages, {"role": "user", "content": node.branch.observations[-1]}]
 

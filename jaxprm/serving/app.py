@@ -161,13 +161,15 @@ class _Endpoints:
 
     async def _while_connected(self, request: Request, answer: Awaitable[Any]) -> Any:
         """The answer, cancelled if the client disconnects first."""
+        # The body has been read, so all that the connection can still bring is its end.
         computing, disconnected = asyncio.ensure_future(answer), asyncio.ensure_future(_disconnect(request))
         try:
             await asyncio.wait({computing, disconnected}, return_when=asyncio.FIRST_COMPLETED)
             if not computing.done():
-                raise RequestRefused(400, "the connection was closed before the answer was there")
+                raise RequestRefused(400, "the connection was closed before the answer was ready")
             return computing.result()
         finally:
+            # Cancelling `computing` cancels the future in the batcher's queue, and the batcher skips it.
             for task in (computing, disconnected):
                 task.cancel()
 
@@ -181,6 +183,7 @@ class _Endpoints:
                 response = await endpoint(request)
             except RequestRefused as refused:
                 response = error_response(refused)
+            # Any failure is answered in the form of the refusals, and its details stay in the log.
             except Exception:
                 logging.getLogger(__name__).exception("a request to %s failed", path)
                 response = error_response(RequestRefused(500, INTERNAL_ERROR))

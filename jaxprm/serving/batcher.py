@@ -64,6 +64,7 @@ class Batcher:
 
     def close(self) -> None:
         """Answers the accepted requests and ends the thread. A warm-up is aborted before its next program."""
+        # Notified so that a thread that waits for requests sees that there will be none.
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -81,6 +82,7 @@ class Batcher:
         Raises RequestRefused if the model is not ready, if too many requests are waiting, or if that is the answer.
         """
         future = asyncio.get_running_loop().create_future()
+        # The event loop may wait for this lock: it is held only to move requests, never while the model computes.
         with self._changed:
             if self._closed or self.state != "ready":
                 state = "shutting down" if self._closed else self.state
@@ -201,6 +203,7 @@ class Answers:
         except Exception:
             logging.getLogger(__name__).exception("a request could not be encoded")
             return RequestRefused(500, INTERNAL_ERROR)
+        # Checked before the batch is computed: there it would fail all requests of the batch.
         lengths = [len(tokens) for tokens in encoded.sequences]
         lengths += [encoded.question.longest] if encoded.question else []
         if max(lengths) > self._limits.tokens:
@@ -220,7 +223,7 @@ class Answers:
         sequences = [encoder.rendered(item) if isinstance(item, str) else item for item in request.inputs]
         for index, ids in enumerate(sequences):
             if not ids or min(ids) < 0 or max(ids) >= vocabulary:
-                raise UserError(f"number {index}: must have tokens, of 0 to {vocabulary - 1}")
+                raise UserError(f"number {index}: must be token ids from 0 to {vocabulary - 1}, at least one")
         return _Encoded(None, [np.asarray(ids, np.int32) for ids in sequences])
 
     def _compute(self, requests: Sequence[_Encoded]) -> list[Answer]:
@@ -257,6 +260,7 @@ def _checked_finite(answer: Answer) -> Answer:
     if isinstance(answer, RequestRefused):
         return answer
     numbers = answer.values if isinstance(answer, Values) else [score.promise for score in answer]
+    # JSON has no NaN and no infinity.
     if np.isfinite(numbers).all():
         return answer
     return RequestRefused(500, "the model's scores are not finite; its weights are broken")

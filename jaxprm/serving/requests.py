@@ -95,6 +95,7 @@ class Intake:
     async def read(self, request: Request, body: bytearray) -> None:
         """Fills the buffer. Raises RequestRefused if the body is too large, too slow, cut off, or one too many."""
         declared = request.headers.get("content-length", "0")
+        # Refused before anything is read, if the client is honest about the length.
         if declared.isdecimal() and int(declared) > self._limits.body_bytes:
             raise self._too_large()
         try:
@@ -187,6 +188,7 @@ def parse_classify(value: Any, limits: RequestLimits) -> Classify:
 
     Raises RequestRefused for another shape, for too many inputs, and for options that would change the answer.
     """
+    # As a dict: clients of vLLM and SGLang send more fields than have a meaning here, and those are ignored.
     fields = _convert(value, dict[str, Any])
     present = [name for name in _INPUT_FIELDS if fields.get(name) is not None]
     if len(present) != 1:
@@ -223,6 +225,7 @@ def classify_response(request: Classify, answer: Values, model: str, seconds: fl
                 "embedding": [value],
                 "meta_info": {
                     "id": f"{name}-{index}",
+                    # Nothing is generated; clients of SGLang expect the fields all the same.
                     "finish_reason": {"type": "length", "length": 0},
                     "prompt_tokens": tokens,
                     "completion_tokens": 0,

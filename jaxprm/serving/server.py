@@ -145,6 +145,7 @@ def bind(host: str, port: int, token: str | None) -> socket.socket:
         )
     listening = socket.socket(family, kind)
     try:
+        # Otherwise a restart fails as long as closed connections of the server before are in TIME_WAIT.
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
     except (OSError, OverflowError) as error:
@@ -159,6 +160,7 @@ def run(service: Service, listening: socket.socket) -> None:
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        # In its own thread: the server answers /health and refuses requests while the model warms up.
         service.batcher.start()
         watching = asyncio.create_task(_watch(server, service))
         yield
@@ -175,6 +177,7 @@ def run(service: Service, listening: socket.socket) -> None:
             log_config=None,
             access_log=False,
             server_header=False,
+            # uvicorn takes whole seconds.
             timeout_keep_alive=max(1, round(service.limits.idle_seconds)),
         )
     )
@@ -197,6 +200,7 @@ class _Protocol(H11Protocol):
     """Rejects what is not HTTP with the same JSON as other refusals, where uvicorn sends plain text."""
 
     def send_400_response(self, msg: str) -> None:
+        # In other states a response has begun already, and h11 would raise.
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             refusal = error_response(RequestRefused(400, msg, Connection="close"))
             head = h11.Response(status_code=400, headers=refusal.raw_headers, reason=b"Bad Request")
@@ -229,6 +233,7 @@ async def _watch(server: uvicorn.Server, service: Service) -> None:
                 idle[connection] = (connection.cycle, since if cycle is connection.cycle else now)
         for connection, (_, since) in idle.items():
             if now - since > bound:
+                # Not close(), which waits until the client has read what is buffered.
                 connection.transport.abort()
 
 

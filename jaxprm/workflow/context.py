@@ -99,6 +99,7 @@ class Run:
     def collect_inputs(self) -> dict[str, Any]:
         plain = config_lib.to_dict(self.experiment)
         collection = plain["collection"]
+        # Only a user's own files are split by share: environments have their own splits.
         share = collection.pop("validation_share")
         # skip_bad cannot change a finished stage: without it, a bad row would have raised.
         del collection["files"], collection["skip_bad"]
@@ -116,6 +117,7 @@ class Run:
         data = config_lib.to_dict(self.experiment)["data"]
         return {
             "trajectories": identity(self.collect_inputs),
+            # The other fields of `data` only matter when batches are made from the shards.
             "data": {name: data[name] for name in ("shards", "length", "too_long")},
         } | self._base_inputs
 
@@ -126,6 +128,7 @@ class Run:
         return {
             "shards": identity(self.build_inputs),
             "data": data,
+            # Without fields that cannot change the result, so that they may differ when a run resumes.
             "reward_model": config_lib.fingerprint_fields(model),
             "seed": seed,
         }
@@ -138,6 +141,7 @@ class Run:
             "environment": self._environment_inputs,
             "policy": self._policy_inputs,
             "seed": plain["seed"],
+            # Sizes of best-of-N and aggregations are computed from the pool's scores: changing them repeats no search.
             "search": {name: plain["search"][name] for name in ("split", "tasks", "temperature")},
         }
 

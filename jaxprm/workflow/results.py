@@ -50,6 +50,8 @@ def write_results(run: Run) -> Path:
     files.write_json(run.work / "results.json", files.without_nan(value))
     prefixes = tuple(f"{kind}-" for kind in (*SEARCHES, *custom))
     trees = []
+    # Sorted, since the order of a directory listing depends on the file system. Chosen by name, so that the files of
+    # pools and values, which have no trees, are not parsed.
     for path in sorted((run.work / "search").glob("*.jsonl")):
         if path.name.startswith(prefixes):
             trees += [line["tree"] for line in files.read_lines(path) if "tree" in line]
@@ -121,6 +123,7 @@ class ResultsBuilder:
                 outcomes[f"{name} {largest}"][label] = curves[name][..., -1]
         rows = []
         for at, by_label in outcomes.items():
+            # A single row: the plain policy has no reward model, so it is the same for all of their seeds.
             by_label["policy"] = self.outcomes.mean(1)[None]
             for index, a in enumerate(self.labels):
                 for b in ["policy", "random", *self.labels[index + 1 :]]:
@@ -183,6 +186,7 @@ class ResultsBuilder:
                 continue
             finals = [[[steps[-1] for steps in task] for task in self._pool_values(label, seed)] for seed in self.seeds]
             for unit, (policy, reward) in {"tokens": (1.0, 1.0), "flops": flops_of_tokens(self.run)}.items():
+                # The policy's size is unknown, and so are its FLOPs.
                 if not np.isfinite(policy):
                     continue
                 cost = Cost(reward * tokens["once"], policy * tokens["sampled"] + reward * tokens["each"])
@@ -333,6 +337,7 @@ class ResultsBuilder:
             finals = ([[steps[-1] for steps in task] for task in table] for table in tables)
             options = {"sizes": sizes, "seed": self.experiment.seed}
             return np.array([vote_curve(VOTES[how](final), answers, self.outcomes, **options) for final in finals])
+        # Not aggregated: WORST as a factor of a product would count as 0, which is not worse than others.
         score = lambda steps: WORST if steps == [WORST] else AGGREGATIONS[how](steps)
         scores = np.array([[[score(steps) for steps in task] for task in table] for table in tables])
         return np.array([best_of_n_curve(table, self.outcomes, sizes) for table in scores])
@@ -345,6 +350,7 @@ class ResultsBuilder:
         cost = _cost(mean("policy_tokens"), read, mean("environment_steps"), policy_flops, reward_flops)
         merged = [line["merged"] / max(1, line["proposed"]) for line in lines]
         cost["duplicates_merged"] = float(np.mean(merged))
+        # Searches from before a count was recorded lack it.
         if label != "random" and all("reward_encoded" in line for line in lines):
             cost["reward_encoded_ratio"] = float(mean("reward_encoded") / max(1.0, read))
         if ended := sum("ended" in line for line in lines):

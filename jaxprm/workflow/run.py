@@ -47,8 +47,11 @@ def run(
         if _includes(until, "train"):
             run_secondary_process(context)
         return None
+    # The lock comes first: another run could be changing the records that `check` reads. Process 0 holds it for all
+    # processes of this run.
     with context.work.lock():
         check(context, until)
+        # After the check: a refused config must not replace that of the existing run.
         files.write_json(workdir / "config.json", config_lib.to_dict(experiment))
         with closing(context):
             return _run_stages(context, until)

@@ -62,6 +62,7 @@ def check(run: Run) -> None:
             )
     finally:
         environment.close()
+    # Called for its error: a budget in FLOPs needs a policy of known size.
     token_prices(run, "")
 
 

@@ -56,6 +56,8 @@ def import_files(
             streams[split] = stack.enter_context(staged_file(output, overwrite=True))
 
         def bad(error: DataError) -> None:
+            # Never skipped: the mistake is in the splits, not in a row, and leaving out rows would hide a leak from
+            # training into validation.
             if isinstance(error, SplitError):
                 raise error
             if not skip_bad:

@@ -47,6 +47,7 @@ class WorkDirectory:
 
         Raises UserError if another process holds it.
         """
+        # "a+" creates the file but does not empty it: it may hold the id of the process that has the lock.
         with open(self / "lock", "a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -89,6 +90,8 @@ class WorkDirectory:
         """
         self.check({name: inputs})
         record_path, record = self._path(name), self._record(name)
+        # Only with redo, otherwise `check` has raised. The old record is replaced after the outputs are gone, so that a
+        # kill in between leaves it and the next run removes the rest.
         if record is not None and record["inputs"] != files.plain(inputs):
             for output in outputs:
                 _remove(output)
@@ -103,7 +106,9 @@ class WorkDirectory:
         try:
             yield True
         finally:
+            # Stages differ in what they allocate: what this one freed is of no use to the next.
             trim_malloc()
+            # Also after an exception: the time of interrupted runs adds up.
             seconds = round(seconds + time.monotonic() - started, 2)
             files.write_json(record_path, {"inputs": inputs, "finished": False, "seconds": seconds})
         files.write_json(record_path, {"inputs": inputs, "finished": True, "seconds": seconds})

@@ -389,7 +389,7 @@ def test_every_broken_index_is_refused(sharded, tmp_path):
     assert len(cases) > 35
     text = json.dumps(index)
     (tmp_path / INDEX).write_text(text[:-2] + f', "lm_head.weight": "{SHARDS[0]}"}}}}')
-    assert "is there twice" in refuse(tmp_path, "twice")
+    assert "occurs twice" in refuse(tmp_path, "twice")
     (tmp_path / INDEX).write_text(text)
     # Shards that do not agree with an intact index.
     for number, shard in enumerate(SHARDS):
