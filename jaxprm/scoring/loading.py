@@ -123,7 +123,7 @@ def read_turn_tokens(model: Path) -> dict[str, TurnTokens]:
         return {}
     try:
         turns = msgspec.convert(value, dict[Literal["action", "observation"], dict[Literal["median", "most"], _Count]])
-        return {name: TurnTokens(**turns[name]) for name in ("action", "observation")}
+        return {name: TurnTokens(turns[name]["median"], turns[name]["most"]) for name in ("action", "observation")}
     except (msgspec.ValidationError, KeyError, TypeError):
         raise UserError(
             f"{files_of(model) / RECIPE}: turn_tokens must have median and most, whole numbers, of action and "
