@@ -19,7 +19,7 @@ def jaxprm_commands() -> list[tuple[str, list[str]]]:
         (path.name, arguments)
         for path in SOURCES
         for arguments in pages.command_lines(path.read_text(encoding="utf-8"), "jaxprm")
-        if arguments[0] != "VERB"
+        if arguments[0] not in ("VERB", "--help")
     ]
 
 

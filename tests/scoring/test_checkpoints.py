@@ -96,7 +96,7 @@ def test_its_recipe_has_the_steps_and_the_last_validation(output):
 
 
 def test_a_checkpoint_is_exported_with_the_config_of_its_base(output, tmp_path):
-    export(output, tmp_path / "out", form="token")
+    export(output, tmp_path / "out", head_format="token")
     tiny.assert_close(promises(tmp_path / "out"), expected(40))
     card = (tmp_path / "out" / "README.md").read_text()
     assert "not finished, a checkpoint after 40 steps" in card and "| auroc | 0.6 |" in card

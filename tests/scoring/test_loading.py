@@ -50,7 +50,7 @@ def test_a_tokenizer_that_is_not_the_models_is_refused(tmp_path):
     tiny.write_reward_model(tmp_path, fingerprints={"tokenizer": tiny.encoder().fingerprint})
     assert loading.load_scorer(directory).config == tiny.CONFIG
     (directory / "tokenizer.json").unlink()
-    with pytest.raises(DataError, match=r"no tokenizer\.json"):
+    with pytest.raises(DataError, match=r"tokenizer\.json is missing"):
         loading.load_scorer(directory)
 
 
