@@ -65,6 +65,8 @@ def staged_directory(
       DataError: `path` is not empty and `overwrite` is false.
     """
     path = Path(path)
+    if path.is_symlink():  # the directory it points to is replaced, and the link stays
+        path = path.resolve()
     staging, backup = staging or staging_of(path), backup_of(path)
     if overwrite:
         # A process was killed between the two renames of `_swap`: only the backup has the earlier content.

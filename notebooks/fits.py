@@ -44,15 +44,16 @@ def parameters(config: Mapping[str, Any]) -> int:
 
 
 def _sizes(config: Mapping[str, Any]) -> TransformerConfig:
-    heads, width, family = config["num_attention_heads"], config["hidden_size"], config["model_type"]
-    default_head_dim = FAMILIES[family].head_dim if family in FAMILIES else None
+    heads, width, family = config["num_attention_heads"], config["hidden_size"], config.get("model_type")
+    if family not in FAMILIES:
+        raise Stop(f"MODEL: model_type {family!r} is not supported; use one of {', '.join(FAMILIES)}")
     return TransformerConfig(
         vocab_size=config["vocab_size"],
         hidden_size=width,
         layers=config["num_hidden_layers"],
         heads=heads,
         kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or default_head_dim or width // heads,
+        head_dim=config.get("head_dim") or FAMILIES[family].head_dim or width // heads,
         intermediate_size=config["intermediate_size"],
         family=family,
     )

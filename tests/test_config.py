@@ -442,3 +442,7 @@ def test_sections_keep_working_under_the_names_they_had_before(capsys):
     assert len(notices) == 2
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         _ = config.Nothing
+
+
+def test_an_override_may_fill_the_custom_searches_that_a_config_leaves_out(recipe):
+    assert config.load(recipe, ["search.custom.own=[[2]]"]).search.custom == {"own": ((2,),)}

@@ -56,6 +56,8 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, quick: bool = False
         plain = to_dict(namespace[name])
     except TypeError as error:
         raise UserError(f"config {path}: {error}; a config holds only numbers, text, lists and dicts") from None
+    # `to_dict` leaves it out when it is empty, but an override may fill it.
+    plain["search"].setdefault("custom", {})
     for override in overrides:
         _apply(plain, override)
     return from_dict(plain, where=str(path))

@@ -58,7 +58,7 @@ class Environment(Protocol):
     fork: Fork
     max_rounds: int
 
-    def tasks(self, split: str) -> Sequence[str]:
+    def tasks(self, split: Split) -> Sequence[str]:
         """Ids of the tasks of "train", "validation" or "test", the same in every process. Splits share no task."""
 
     def reset(self, task: str) -> str:

@@ -146,3 +146,14 @@ def test_a_kill_between_the_renames_loses_nothing(tmp_path, renames):
 def test_write_errors_name_the_output(tmp_path):
     with pytest.raises(DataError, match=r"x\.jsonl: cannot be written: No space left"), write_errors("x.jsonl"):
         raise OSError(28, "No space left on device")
+
+
+def test_a_link_to_a_directory_stays_a_link(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for content in ("first", "second"):
+        with staged_directory(tmp_path / "link", overwrite=True) as staging:
+            (staging / "file").write_text(content)
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "real/file").read_text() == content
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]

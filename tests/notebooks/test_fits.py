@@ -126,3 +126,9 @@ def test_files_of_the_run_count_as_free_space(tmp_path):
     (tmp_path / "a" / "b").write_bytes(b"12345")
     (tmp_path / "c").write_bytes(b"678")
     assert fits.used(tmp_path) == 8
+
+
+@pytest.mark.parametrize("model_type", ["mistral", None])
+def test_a_family_that_is_not_read_stops_the_notebook_with_one_line(model_type):
+    with pytest.raises(colab.Stop, match=rf"MODEL: model_type {model_type!r} is not supported; use one of qwen2, "):
+        fits.parameters({"num_attention_heads": 4, "hidden_size": 64, "model_type": model_type})

@@ -1,6 +1,9 @@
 """The candidates that a search over meshes compiles, and its frontier."""
 
+import msgspec
+
 from jaxprm import config as config_lib
+from jaxprm.planning import mesh_search
 from jaxprm.planning.compiling import Memory
 from jaxprm.planning.mesh_search import Candidate, MeshSearchResult, compile_candidates, frontier, meshes
 from jaxprm.planning.models import MODELS
@@ -57,3 +60,10 @@ def test_the_frontier_has_the_results_that_no_other_beats():
     beaten, too_large, middle = result_of(4, 95, 20.0), result_of(16, 120, None), result_of(4, 50, 20.0)
     assert frontier([lean, beaten, too_large, fast, middle]) == [fast, middle, lean]
     assert frontier([too_large]) == []
+
+
+def test_a_candidate_sets_its_rows_and_rematerialisation_and_nothing_else():
+    candidate = Candidate(config_lib.MeshConfig(), 24, "minimal")
+    settings, data = mesh_search._apply(candidate, SETTINGS, config_lib.DataConfig())
+    assert settings == msgspec.structs.replace(SETTINGS, remat="minimal")
+    assert data == config_lib.DataConfig(rows=24)

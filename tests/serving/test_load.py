@@ -28,8 +28,14 @@ SMALL_CACHES = """
 from jaxprm.host_memory import keep_freed
 keep_freed()
 import data_pipeline.chat_template, data_pipeline.encode, jaxprm.model.prefix_bank, jaxprm.scoring.scorer
-data_pipeline.chat_template._RENDERINGS = data_pipeline.encode._PIECES = 1 << 20
-jaxprm.model.prefix_bank.MAX_DROPPED_PREFIXES = jaxprm.scoring.scorer.MAX_CACHED = 200
+for module, name, size in (
+    (data_pipeline.chat_template, "_MAX_RENDERING_BYTES", 1 << 20),
+    (data_pipeline.encode, "_MAX_PIECE_BYTES", 1 << 20),
+    (jaxprm.model.prefix_bank, "MAX_DROPPED_PREFIXES", 200),
+    (jaxprm.scoring.scorer, "MAX_CACHED", 200),
+):
+    assert hasattr(module, name), name  # a renamed bound would be set in vain
+    setattr(module, name, size)
 from jaxprm.__main__ import run
 run()
 """
