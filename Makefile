@@ -18,12 +18,15 @@ demo-quick: $(VENV)/.runtime
 # libtpu is installed as the compiler of plans. Without this setting JAX would look for a TPU first and print errors.
 test test-all: export JAX_PLATFORMS := cpu
 
+# By file: the tests of a file share fixtures and compiled programs.
+PARALLEL := -n 2 --dist loadfile
+
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -m "not slow" -n 2
+	$(BIN)/python -m pytest -q -m "not slow" $(PARALLEL)
 
 test-all: $(VENV)/.dev lint browser
-	$(BIN)/python -m pytest -q -m "not slow" -n 2
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m "not slow" $(PARALLEL)
+	$(BIN)/python -m pytest -q -m slow $(PARALLEL)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
