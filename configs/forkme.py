@@ -25,7 +25,7 @@ config = Experiment(
     seed=0,
     # A registered name, or "module:attribute" of your own class; `arguments` go to its constructor.
     environment=EnvironmentConfig(name="textcraft", arguments={"distractors": 4}),
-    # `path` is a Qwen2 model directory in Hugging Face format; "default" is the TextCraft policy of the package.
+    # `path` is a Qwen2, Qwen3 or Llama 3 directory in Hugging Face format; "default" is the shipped TextCraft policy.
     # `endpoint` uses a server instead, and "module:attribute" your own class: see docs/your-policy.md.
     # An action is cut at `max_action_tokens`. An episode longer than `max_tokens` gets only empty actions.
     # `in_flight` episodes run at once: more is faster until memory or the cores are full.

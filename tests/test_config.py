@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from jaxprm import config
 from jaxprm.config import Experiment, RewardModelConfig, SearchConfig
 from jaxprm.errors import UserError
+from jaxprm.objectives import OBJECTIVES
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "configs").glob("*.py"))
@@ -142,14 +143,21 @@ def test_later_overrides_win(recipe):
         ("data.too_long=cut", 'data.too_long = "cut": must be one of error, drop, window'),
         (
             "reward_models.1.objective=mc",
-            "reward_models[1].objective is 'mc': use one of agentprm, pvm, orm, or your own",
+            f"reward_models[1].objective is 'mc': use one of {', '.join(OBJECTIVES)}, or your own",
         ),
         # types
         ("search.pool=many", 'search.pool = "many": expected `int`, got `str`'),
         ("search.pool=2.5", "search.pool = 2.5: expected `int`, got `float`"),
         ("search.pool=true", "search.pool = true: expected `int`, got `bool`"),
         ("search=3", "search = 3: expected `object`, got `int`"),
-        ("search.best_of_n=8", "search.best_of_n = 8: expected `array`, got `int`"),
+        ("search.best_of_n=8", "search.best_of_n = 8: expected `array`, got `int`; write [8]"),
+        (
+            'search.custom={"paths": [[2]], "own.search:FIRST": [2]}',
+            'search.custom["own.search:FIRST"][0] = 2: expected `array`, got `int`; write [2]',
+        ),
+        ('search.custom={"a:B": 2}', 'search.custom["a:B"] = 2: expected `array`, got `int`; write [[2]]'),
+        ('search.custom={"a:B": [[2, 0]]}', 'search.custom["a:B"][0][1] = 0: expected `int` >= 1'),
+        ('search.custom={"a:B": [[2.5]]}', 'search.custom["a:B"][0][0] = 2.5: expected `int`, got `float`'),
         ("environment.name=3", "environment.name = 3: expected `str`, got `int`"),
         ("policy=null", "policy = null: expected `object`, got `null`"),
         ('reward_models=[{"beta": 1}]', 'reward_models[0] = {"beta": 1}: object missing required field `label`'),

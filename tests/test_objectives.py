@@ -60,7 +60,8 @@ def test_a_registered_objective_is_found_by_name_in_targets_and_configs(registry
     )
     assert config.load(path).reward_models[0].objective == "half"
     del registry["half"]
-    refused(r"reward_models\[0\].objective is 'half': use one of agentprm, pvm, orm, or your own", config.load, path)
+    choices = ", ".join(objectives.OBJECTIVES)
+    refused(rf"reward_models\[0\].objective is 'half': use one of {choices}, or your own", config.load, path)
 
 
 def test_a_config_file_may_register_the_objective_that_it_names_and_be_read_twice(registry, tmp_path):
@@ -149,7 +150,7 @@ def test_settings_that_can_be_trained_pass(name, changes):
         ("agentprm", {"discount": float("nan")}, "discount is nan"),
         ("agentprm", {"beta": -1.0}, "beta is -1.0"),
         ("agentprm", {"beta": float("nan")}, "beta is nan"),
-        ("prm", {}, "objective is 'prm': use one of agentprm, pvm, orm"),
+        ("prm", {}, f"objective is 'prm': use one of {', '.join(objectives.OBJECTIVES)}"),
         ("agentprm", {"bootstrap": "none"}, "bootstrap is 'none'"),
         ("agentprm", {"progress_gradient": "next"}, "progress_gradient is 'next'"),
     ],

@@ -212,19 +212,36 @@ def _floats(node: Any, where: str) -> Iterator[tuple[str, float]]:
 def _with_value(plain: dict[str, Any], message: str) -> str:
     """msgspec's message, which says what and where, with the value and the allowed names or choices added."""
     # msgspec gives the field only within the text of the message.
-    problem, _, where = message.partition(" - at `$.")
-    where = where.rstrip("`")
+    problem, _, path = message.partition(" - at `$.")
     node: Any = plain
     kind: Any = Experiment
-    for part in where.replace("[", ".").replace("]", "").split(".") if where else ():
+    where = ""
+    for part in re.findall(r"[^.\[\]]+|\[\.\.\.\]", path.rstrip("`")):
+        if part == "[...]":
+            # msgspec does not name the key of a dictionary: it is the first one whose value cannot be converted.
+            kind = get_args(kind)[1]
+            key, node = next((key, value) for key, value in node.items() if not _converts(value, kind))
+            where += f"[{json.dumps(key)}]"
+            continue
         node, kind = _child(node, part), _type_of(kind, part)
+        where += f"[{part}]" if part.isdecimal() else f".{part}" if where else part
     if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", problem):
         fields = ", ".join(field.name for field in msgspec.structs.fields(kind))
         return f"{where}{where and '.'}{unknown[1]}: no such field; {where or 'an experiment'} has {fields}"
     if problem.startswith("Invalid enum value"):
         problem = f"must be one of {', '.join(map(str, get_args(kind)))}"
+    if problem.startswith("Expected `array`, got"):
+        problem += next((f"; write {json.dumps(fix)}" for fix in ([node], [[node]]) if _converts(fix, kind)), "")
     value = f"{where} = {json.dumps(node)}: " if where else ""
     return f"{value}{problem[0].lower()}{problem[1:]}"
+
+
+def _converts(value: Any, kind: Any) -> bool:
+    try:
+        msgspec.convert(value, kind)
+    except msgspec.ValidationError:
+        return False
+    return True
 
 
 def _type_of(kind: Any, part: str) -> Any:

@@ -22,6 +22,8 @@ MIN_REACH = 0.05
 MAX_PAIRS_IN_ONE_TABLE = 12
 BASELINES = ("policy", "greedy", "random", "oracle")
 MAX_FACT_LENGTH = 60
+# What the numbers in a size count, for searches that share a table.
+SIZES = {"diverse": "paths×actions", "lookahead": "paths×actions×steps", "mcts": "simulations×actions"}
 
 Context = dict[str, Any]
 
@@ -102,19 +104,23 @@ def scaling(results: RunResults) -> Context | None:
     shown = panels.scaling_panels(results)
     if not shown:
         return None
+    searches = [search for search in (*TREE_SEARCHES, *results.searches) if results.with_search(search)]
     tables = [
         _size_table(results, AGGREGATED, "Best of N by other scores of a trajectory than its final step's"),
-        _size_table(
-            results,
-            (*TREE_SEARCHES, *results.searches),
-            "Diverse beams, beams that look ahead (paths x actions x steps), and tree search by simulations x actions",
-        ),
+        _size_table(results, searches, f"Other searches: {', '.join(_search_words(results, searches))}"),
     ]
     return {
         "figure": figure_data(results, shown, "scaling"),
         "has_oracle": bool(results.oracle_curve()),
         "tables": [table for table in tables if table],
     }
+
+
+def _search_words(results: RunResults, searches: Sequence[str]) -> Iterator[str]:
+    """Each search by its label, with what its sizes count; a search from outside the package also by its kind."""
+    for search in dict.fromkeys(searches):
+        words = search_name(f"{search} {SIZES.get(search, 'N')}", results.custom_labels)
+        yield f"{words} ({search})" if search in results.searches else words
 
 
 def _size_table(results: RunResults, searches: Sequence[str], caption: str) -> Context | None:

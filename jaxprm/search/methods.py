@@ -46,7 +46,7 @@ def find_method(name: str) -> SearchMethod:
         return SEARCHES[name]
     method = plugins.locate("search", name, name, choices=f"one of {', '.join(SEARCHES)}")
     if not isinstance(method, SearchMethod):
-        raise UserError(f"search {name!r}: is a {type(method).__name__}; name a jaxprm.search.methods.SearchMethod")
+        raise UserError(f"search {name!r}: is a {type(method).__name__}; name a jaxprm.search.spec.SearchMethod")
     _check_kind(method)
     return method
 
@@ -62,7 +62,7 @@ def search_specs(settings: config_lib.SearchConfig) -> list[SearchSpec]:
     Raises UserError if `custom` names no search algorithm, two algorithms of one kind, or sizes that do not fit.
     """
     entries = [
-        (method, entry)
+        (method, entry, f"search.{method.config_field}")
         for method in SEARCHES.values()
         if method.config_field is not None
         for entry in getattr(settings, method.config_field)
@@ -72,9 +72,11 @@ def search_specs(settings: config_lib.SearchConfig) -> list[SearchSpec]:
         method = find_method(name)
         if methods.setdefault(method.kind, method) != method:
             raise UserError(f"search.custom: {name!r} is a second search of kind {method.kind!r}; rename one of them")
-        entries += [(method, entry) for entry in sizes]
+        entries += [(method, entry, f'search.custom["{name}"]') for entry in sizes]
     # An entry of `stepwise` is a single number.
-    return [method.spec(*([entry] if isinstance(entry, int) else entry)) for method, entry in entries]
+    return [
+        method.spec(*([entry] if isinstance(entry, int) else entry), field=field) for method, entry, field in entries
+    ]
 
 
 class RandomScorer:
@@ -134,7 +136,7 @@ def guided_search(
         prices: of tokens, in the unit of `settings.budget`.
 
     Finished tasks are kept in `output`.partial, from which an interrupted search resumes. Raises UserError if the
-    search needs branches and the environment cannot fork.
+    search needs branches and the environment cannot fork, or does not return one tree for each task.
     """
     resumable = files.ResumableLines(output)
     if resumable.is_finished():
@@ -159,6 +161,7 @@ def guided_search(
                     # The scorer counts over its lifetime; the difference to this is the chunk's.
                     encoded = scorer.usage["encoded"]
                     trees = spec.method.run(SearchRequest(chunk, runner, policy, scorer, spec, settings, limits))
+                    _check_trees(spec.kind, trees, chunk)
                     lines = [_line(tree, policy, runner, about_trees.get(tree.task)) for tree in trees]
                     resumable.append(_with_encoded(lines, scorer.usage["encoded"] - encoded))
                     successes += [tree.best.branch.outcome or 0.0 for tree in trees]
@@ -169,6 +172,21 @@ def guided_search(
             ordered = {line["task"]: line for line in resumable.read()}
             resumable.finish(ordered[task] for task in tasks)
     return output
+
+
+def _check_trees(kind: str, trees: object, tasks: Sequence[str]) -> None:
+    if not isinstance(trees, list) or not all(isinstance(tree, Tree) for tree in trees):
+        types = sorted({type(tree).__name__ for tree in trees}) if isinstance(trees, list) else []
+        returned = type(trees).__name__ + (f" of {', '.join(types)}" if types else "")
+        raise UserError(f"search {kind}: returned a {returned}; return a list with one Tree for each task, in order")
+    if len(trees) != len(tasks):
+        raise UserError(f"search {kind}: returned {len(trees)} trees for {len(tasks)} tasks; return one for each task")
+    for tree, task in zip(trees, tasks, strict=True):
+        if tree.task != task:
+            raise UserError(
+                f"search {kind}: returned the tree of {tree.task!r} in place of {task!r}; "
+                "return one tree for each task, in the order of the tasks"
+            )
 
 
 def _success_rate(outcomes: Sequence[float]) -> str:

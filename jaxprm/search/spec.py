@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -80,16 +81,42 @@ class SearchMethod:
         # The dataclass is frozen, and this default depends on another field.
         object.__setattr__(self, "label", self.label or f"{self.kind.replace('_', ' ')} {{}}")
 
-    def spec(self, *sizes: int) -> SearchSpec:
-        """The search of one entry of the config. Raises UserError if the entry has too many or too few numbers."""
+    def spec(self, *sizes: int, field: str | None = None) -> SearchSpec:
+        """The search of one entry of the config, whose `field` is named in errors.
+
+        Raises UserError if the entry has too many or too few numbers.
+        """
+        field = field or f"search.{self.config_field or f'custom.{self.kind}'}"
+        signature = inspect.signature(self.parse_sizes)
         try:
-            return SearchSpec(self, *self.parse_sizes(*sizes))
-        # A wrong number of sizes is a wrong number of arguments, which the text of the TypeError names.
-        except TypeError as error:
-            name = self.config_field or f"custom.{self.kind}"
+            signature.bind(*sizes)
+        # The text of this TypeError is about a Python function, which the reader of a config has not seen.
+        except TypeError:
+            raise UserError(_wrong_count(field, self.kind, sizes, _counts(signature))) from None
+        parsed = tuple(self.parse_sizes(*sizes))
+        if len(parsed) not in (2, 3):
+            if self.parse_sizes is SearchMethod.parse_sizes:
+                raise UserError(_wrong_count(field, self.kind, sizes, "2 or 3 numbers"))
             raise UserError(
-                f"search.{name}: sizes {list(sizes)} do not fit this search ({error}); change the list"
-            ) from error
+                f"{field}: parse_sizes of search {self.kind} returned {parsed}; return (width, actions) or "
+                "(width, actions, ahead)"
+            )
+        return SearchSpec(self, *parsed)
+
+
+def _wrong_count(field: str, kind: str, sizes: Sequence[int], expected: str) -> str:
+    return f"{field}: {list(sizes)} does not fit search {kind}, which takes {expected}; change the list"
+
+
+def _counts(signature: inspect.Signature) -> str:
+    """How many numbers a function takes, in words."""
+    parameters = signature.parameters.values()
+    named = [parameter for parameter in parameters if parameter.kind is not parameter.VAR_POSITIONAL]
+    least = sum(parameter.default is parameter.empty for parameter in named)
+    if len(named) < len(parameters):
+        return f"{least} or more numbers"
+    counts = " or ".join(map(str, range(least, len(named) + 1)))
+    return f"{counts} number{'' if counts == '1' else 's'}"
 
 
 @dataclass(frozen=True)

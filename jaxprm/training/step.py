@@ -28,6 +28,7 @@ import optax
 from flax import nnx
 
 from jaxprm import config as config_lib
+from jaxprm.errors import UserError
 from jaxprm.losses import LossSums
 from jaxprm.model.transformer import ForwardOptions, RewardModel, head_values
 from jaxprm.objectives import find_objective, has_target_network, progress_beta, reads_states
@@ -154,8 +155,10 @@ def reward_sums(
     target_values, target_states = (values, state_values) if target is None else read(target)
 
     # Targets [B, S], and the steps that are trained.
-    targets, mask = objective.targets(
-        target_values, batch["rewards"], batch["is_last"], batch["valid"], settings, target_states
+    targets, mask = checked_targets(
+        settings.objective,
+        objective.targets(target_values, batch["rewards"], batch["is_last"], batch["valid"], settings, target_states),
+        target_values.shape,
     )
 
     # Loss. State values have the targets of the promises: V(s_t) is the mean of Q(s_t, a) over the policy's actions.
@@ -169,6 +172,35 @@ def reward_sums(
         values=jax.lax.stop_gradient(jnp.sum(weights * jnp.where(mask, values, 0))),
         targets=jnp.sum(weights * jnp.where(mask, targets, 0)),
     )
+
+
+def checked_targets(name: str, returned: Any, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """The (targets, mask) that the objective `name` returned for promises of `shape`, [B, S].
+
+    Raises UserError unless both have that shape, and targets are floating-point numbers and the mask is boolean.
+    """
+    # An array of two rows can be unpacked into a pair too, so the type is checked.
+    if not isinstance(returned, tuple | list) or len(returned) != 2:
+        what = f"a {type(returned).__name__}"
+        if hasattr(returned, "shape"):
+            what = f"an array of shape {tuple(returned.shape)}"
+        elif isinstance(returned, tuple | list):
+            what += f" of {len(returned)} items"
+        raise UserError(f"objective {name}: its target function returned {what}; return a pair (targets, mask)")
+    # Shapes and dtypes are known while a step is traced, so the check costs nothing in a compiled step.
+    for part, array, kind, dtype in zip(
+        ("array of targets", "mask"), returned, (jnp.floating, jnp.bool_), ("floating-point", "bool"), strict=True
+    ):
+        if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+            raise UserError(
+                f"objective {name}: its {part} has type {type(array).__name__}; return a {dtype} array of shape {shape}"
+            )
+        if tuple(array.shape) != tuple(shape) or not jnp.issubdtype(array.dtype, kind):
+            raise UserError(
+                f"objective {name}: its {part} has shape {tuple(array.shape)} and dtype {array.dtype}; "
+                f"return a {dtype} array of shape {tuple(shape)}, that of the promises"
+            )
+    return returned[0], returned[1]
 
 
 def reward_loss(

@@ -13,6 +13,8 @@ from typing import Any
 from data_pipeline.errors import listed
 from jaxprm import config as config_lib
 from jaxprm import files
+from jaxprm.errors import UserError
+from jaxprm.objectives import check_settings
 from jaxprm.progress import absolute
 from jaxprm.workflow import user_files
 from jaxprm.workflow.context import Run
@@ -37,8 +39,8 @@ def run(
         redo: removes the outputs of stages whose inputs have changed, which are refused otherwise.
         profile: first and last step of each training run to trace.
 
-    Raises UserError before any work is spent if the work directory was made with other inputs, or if the environment or
-    the policy lacks what a later stage needs.
+    Raises UserError before any work is spent if the work directory was made with other inputs, if an objective does not
+    exist, or if the environment or the policy lacks what a later stage needs.
     """
     from jaxprm.training import distributed
 
@@ -79,10 +81,20 @@ def check(run: Run, until: str) -> None:
         from jaxprm.training import metrics
 
         metrics.check_wandb(run.experiment.logging)
+        check_objectives(run.experiment)
     if _includes(until, "search"):
         from jaxprm.workflow import search_stage
 
         search_stage.check(run)
+
+
+def check_objectives(experiment: config_lib.Experiment) -> None:
+    """Raises UserError for an objective that does not exist or cannot be trained. Imports those of the user."""
+    for index, model in enumerate(experiment.reward_models):
+        try:
+            check_settings(model)
+        except UserError as error:
+            raise UserError(f"reward_models[{index}].{error}") from error
 
 
 def stage_inputs(run: Run, until: str) -> dict[str, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import json
 import re
@@ -17,6 +18,7 @@ import pytest
 from jaxprm import cli, config
 from jaxprm.objectives import find_objective
 from jaxprm.search.methods import guided_search, search_specs
+from jaxprm.search.spec import SearchMethod
 from tests.docs import pages
 from tests.search.fakes import ScriptedScorer, SeededPolicy, Walk
 
@@ -71,13 +73,30 @@ def test_the_objective_of_the_page_has_the_targets_that_it_describes(folder):
 def test_the_search_of_the_page_follows_independent_paths(folder, tmp_path):
     settings = config.SearchConfig(custom={"own_search:PATHS": ((3,),)}, beams=(), stepwise=(), trees=0)
     (spec,) = search_specs(settings)
+    assert (spec.at, spec.forks, spec.cached_paths) == ("paths 3", True, 3)
     output = tmp_path / "out.jsonl"
     options = {"settings": settings, "spec": spec, "label": "paths", "about": {}}
     guided_search(Walk, SeededPolicy(), ScriptedScorer(len), ["0", "1"], output, **options)
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert [line["task"] for line in lines] == ["0", "1"]
+    assert not any("ended" in line for line in lines)
     # Three draws from the first state, then one for each open path: never more than three a round.
     assert all(3 <= line["proposed"] <= 3 * line["rounds"] for line in lines)
+
+
+def test_the_defaults_of_a_search_are_those_of_the_page():
+    defaults = dict(
+        re.findall(r"^\| `(\w+)` \| (.+?) \| .+ \|$", TEXT[TEXT.index("field of `SearchMethod`") :], re.MULTILINE)
+    )
+    fields = {field.name for field in dataclasses.fields(SearchMethod)}
+    assert {"parse_sizes", "size", "forks", "cached_paths", "label", "card"} == set(defaults) & fields == set(defaults)
+    method = SearchMethod("own_kind", lambda request: [])
+    assert (method.label, method.card) == ("own kind {}", None)
+    for sizes, size in (((1, 4), "1x4"), ((3, 4), "3x4"), ((1, 4, 2), "1x4x2")):
+        spec = method.spec(*sizes)
+        names = {"width": spec.width, "ahead": spec.ahead}
+        assert spec.size == size and spec.cached_paths == eval(defaults["cached_paths"].strip("`"), names)
+        assert spec.forks == eval(defaults["forks"].strip("`"), names)
 
 
 @pytest.mark.slow

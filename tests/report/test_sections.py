@@ -47,9 +47,19 @@ def test_other_searches_and_aggregations_have_their_tables(results, leave):
     aggregated = rows_of(page, "other scores")
     assert [row[0] for row in aggregated] == ["ORM mean", "ORM min"]
     assert [[cell.split()[0] for cell in row[1:]] for row in aggregated] == [["30.0", "40.0"], ["–", "20.0"]]
-    assert [[*row[:1], row[1].split()[0]] for row in rows_of(page, "tree search by")] == [["ORM mcts", "60.0"]]
+    assert [[*row[:1], row[1].split()[0]] for row in rows_of(page, "Other searches")] == [["ORM mcts", "60.0"]]
+    assert "Other searches: tree search simulations×actions<" in page
+
+
+def test_a_search_from_outside_the_package_is_in_the_caption_of_its_table(results, leave):
+    estimate = lambda mean: {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "n": 9}
+    results["methods"]["orm"] |= {"diverse": {"2x3": estimate(0.5)}, "paths": {"4x1": estimate(0.6)}}
+    results["searches"] = {"paths": {"label": "{} independent paths"}, "unused": {"label": "unused {}"}}
+    page = build_report(leave(results)).read_text()
+    assert "Other searches: diverse beam paths×actions, N independent paths (paths)<" in page
+    assert [row[0] for row in rows_of(page, "Other searches")] == ["ORM diverse", "ORM paths"]
 
 
 def test_a_run_without_budgets_has_no_such_table(results, leave):
     page = build_report(leave(results)).read_text()
-    assert "at equal cost" not in page and "less budget" not in page
+    assert "at equal cost" not in page and "less budget" not in page and "Other searches" not in page

@@ -136,15 +136,49 @@ def test_a_registered_search_is_named_by_its_kind(monkeypatch):
     ("custom", "message"),
     [
         ({"nothing": ((2,),)}, "search 'nothing': no such name; use one of beam, stepwise, diverse, lookahead, mcts"),
-        ({"tests.search.toy:NOT_A_SEARCH": ((2,),)}, "is a int; name a jaxprm.search.methods.SearchMethod"),
+        ({"tests.search.toy:NOT_A_SEARCH": ((2,),)}, "is a int; name a jaxprm.search.spec.SearchMethod"),
         ({"tests.search.toy:MISSING": ((2,),)}, "'MISSING' does not exist in"),
-        ({"tests.search.toy:FIRST": ((2, 2),)}, r"search\.custom\.first: sizes \[2, 2\] do not fit this search"),
+        (
+            {"tests.search.toy:FIRST": ((2, 2),)},
+            r'^search\.custom\["tests\.search\.toy:FIRST"\]: \[2, 2\] does not fit search first, which takes 1 number',
+        ),
+        ({"beam": ((2,),)}, r'^search\.custom\["beam"\]: \[2\] does not fit search beam, which takes 2 or 3 numbers; '),
+        ({"stepwise": ((2, 3),)}, r'^search\.custom\["stepwise"\]: \[2, 3\] does not fit .* takes 1 number; '),
         ({"tests.search.toy:FIRST": ((2,),), "tests.search.toy:SAME_KIND": ((2, 2),)}, "is a second search of kind"),
     ],
 )
 def test_a_custom_search_that_does_not_exist_or_fit_is_refused(custom, message):
     with pytest.raises(UserError, match=message):
         search_specs(msgspec.structs.replace(SETTINGS, custom=custom))
+
+
+@pytest.mark.parametrize(
+    ("parse", "sizes", "message"),
+    [
+        (lambda width, ahead=0: (width, 1, ahead), (), r"^search\.custom\.own: \[\] .* takes 1 or 2 numbers; "),
+        (lambda width, *others: (width, *others), (), "takes 1 or more numbers; "),
+        (lambda width: (width,), (4,), r"parse_sizes of search own returned \(4,\); return \(width, actions\) or"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_with_the_count(parse, sizes, message):
+    with pytest.raises(UserError, match=message):
+        methods.SearchMethod("own", toy.take_first, parse_sizes=parse).spec(*sizes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda trees: None, "search own: returned a NoneType; return a list with one Tree for each task"),
+        (lambda trees: tuple(trees), "search own: returned a tuple; "),
+        (lambda trees: [tree.best for tree in trees], "search own: returned a list of Node; "),
+        (lambda trees: trees[:2], "search own: returned 2 trees for 3 tasks; "),
+        (lambda trees: trees[::-1], "search own: returned the tree of 'walk/test/2' in place of 'walk/test/0'; "),
+    ],
+)
+def test_a_search_that_does_not_return_a_tree_for_each_task_is_refused(change, message, tmp_path):
+    own = methods.SearchMethod("own", lambda request: change(toy.take_first(request)))
+    with pytest.raises(UserError, match=message):
+        run(own.spec(1, 2), tmp_path / "out.jsonl")
 
 
 @pytest.mark.parametrize(("kind", "message"), [("My-Search", "only letters"), ("pool", "already has a meaning")])

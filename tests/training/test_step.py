@@ -13,10 +13,18 @@ from flax import nnx
 
 from jaxprm import config as config_lib
 from jaxprm import objectives
+from jaxprm.errors import UserError
 from jaxprm.losses import LossSums
 from jaxprm.model.config import TransformerConfig
 from jaxprm.model.transformer import ForwardOptions, RewardModel, reward_model_graph
-from jaxprm.training.step import initial_state, loss_and_gradients, make_train_step, readouts, reward_loss
+from jaxprm.training.step import (
+    checked_targets,
+    initial_state,
+    loss_and_gradients,
+    make_train_step,
+    readouts,
+    reward_loss,
+)
 
 CONFIG = TransformerConfig(
     vocab_size=20, hidden_size=16, layers=1, heads=2, kv_heads=1, head_dim=8, intermediate_size=24
@@ -294,3 +302,39 @@ def variables(jaxpr):
 
 def is_program(value) -> bool:
     return hasattr(value, "eqns") or hasattr(value, "jaxpr")
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda values, valid: (values[:, :3], valid), r"its array of targets has shape \(2, 3\) and dtype float32; "),
+        (lambda values, valid: (values.sum(), valid), r"its array of targets has shape \(\) and dtype float32; "),
+        (lambda values, valid: (valid, valid), r"dtype bool; return a floating-point array of shape \(2, 4\)"),
+        (lambda values, valid: (0.5, valid), "its array of targets has type float; "),
+        (lambda values, valid: (values, valid[:1]), r"its mask has shape \(1, 4\) and dtype bool; "),
+        (
+            lambda values, valid: (values, values),
+            r"its mask has shape .* float32; return a bool array of shape ",
+        ),
+        (lambda values, valid: values, r"its target function returned an array of shape \(2, 4\); return a pair"),
+        (lambda values, valid: None, "returned a NoneType; return a pair"),
+        (lambda values, valid: (values, valid, valid), "returned a tuple of 3 items; return a pair"),
+    ],
+)
+def test_targets_of_another_form_are_refused_while_a_step_is_traced(returned, message):
+    @jax.jit
+    def traced(values, valid):
+        return checked_targets("own", returned(values, valid), values.shape)
+
+    with pytest.raises(UserError, match=f"^objective own: .*{message}"):
+        traced(jnp.zeros((2, 4)), jnp.ones((2, 4), bool))
+
+
+def test_the_loss_names_the_objective_whose_targets_have_another_shape(monkeypatch):
+    def targets(values, rewards, is_last, valid, settings, state_values):
+        return values.sum(-1), valid
+
+    own = objectives.Objective(name="own", targets=targets, card_text="own")
+    monkeypatch.setattr(objectives, "OBJECTIVES", objectives.OBJECTIVES | {"own": own})
+    with pytest.raises(UserError, match="^objective own: its array of targets has shape"):
+        reward_loss(GRAPH, parameters(0), None, pack(ROWS_OF_TWO), settings(objective="own"))
