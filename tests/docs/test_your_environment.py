@@ -92,7 +92,8 @@ def test_the_page_runs_unchanged(folder):
     results = json.loads((folder / "runs/corridor/results.json").read_text())
     formats = (pages.ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
     documented = set(re.findall(r"^\| `(\w+)` \|", formats.partition("## results.json")[2], re.MULTILINE))
-    assert set(results) == documented
+    # The configuration names only searches of the package, so the key for others is absent.
+    assert set(results) == documented - {"searches"}
 
     policy = results["policy"]["sampled"]
     assert 0.1 < policy["mean"] < 0.8  # it learned to walk, and to drift
