@@ -136,6 +136,10 @@ class ChatTemplate:
                 f"{one_line(error)}{self._advice}"
             ) from None
 
+    def forget(self) -> None:
+        """Drops the renderings that are kept in memory."""
+        self._cached.clear()
+
     def _where(self, messages: FrozenConversation, tools: bytes, generation: bool) -> str:
         """The place where rendering fails: after the longest beginning of the conversation that can be rendered."""
         for count in range(len(messages) - (not generation), 0, -1):

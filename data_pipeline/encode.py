@@ -161,6 +161,11 @@ class Encoder:
         """Token ids of a rendered conversation. Special tokens in the text are recognised, and none is added."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
+    def forget(self) -> None:
+        """Drops the renderings and encoded texts that are kept in memory."""
+        self._piece.clear()
+        self._template.forget()
+
     def decode(self, ids: Sequence[int]) -> str:
         """The exact text of token ids, with special tokens."""
         return self._backend.decode(ids, skip_special_tokens=False)
