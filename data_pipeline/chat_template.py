@@ -120,7 +120,7 @@ class ChatTemplate:
             self._compiled = _compile_jinja_template(self.text)
         except jinja2.TemplateError as error:
             raise DataError(f"the chat template of {source} is not valid Jinja: {one_line(error)}") from None
-        self._cached = ByteLRU(self._render, size=_rendering_bytes, max_bytes=_MAX_RENDERING_BYTES)
+        self.bound_cache(_MAX_RENDERING_BYTES)
 
     def render(self, messages: FrozenConversation, tools: Tools, generation: bool, row: str) -> str:
         """The conversation as text; with `generation`, including the opening of the next assistant message.
@@ -139,6 +139,10 @@ class ChatTemplate:
     def forget(self) -> None:
         """Drops the renderings that are kept in memory."""
         self._cached.clear()
+
+    def bound_cache(self, max_bytes: int) -> None:
+        """Drops the renderings, and keeps fewer or more of them from now on."""
+        self._cached = ByteLRU(self._render, size=_rendering_bytes, max_bytes=max_bytes)
 
     def _where(self, messages: FrozenConversation, tools: bytes, generation: bool) -> str:
         """The place where rendering fails: after the longest beginning of the conversation that can be rendered."""

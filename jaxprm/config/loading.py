@@ -18,8 +18,9 @@ import msgspec
 
 from jaxprm import plugins
 from jaxprm.config.schema import EndpointConfig, Experiment, MeshConfig, PolicyConfig, Section
-from jaxprm.errors import UserError, secret_field
+from jaxprm.errors import UserError
 from jaxprm.objectives import check_settings
+from jaxprm.redaction import secret_field
 
 # A wheel contains configs/ as jaxprm/recipes; a clone has it next to the package. Never look next to an installed
 # package: site-packages/configs would be another project's.

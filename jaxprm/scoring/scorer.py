@@ -105,6 +105,11 @@ class Scorer:
             "slots": counts.padded_tokens,
         }
 
+    def bound_caches(self, *, scores: int, renderings: int, texts: int) -> None:
+        """Empties the caches of the host, and bounds them: a number of scores, bytes of renderings and of texts."""
+        self._cache = LRUCache(scores)
+        self.encoder.bound_caches(renderings=renderings, texts=texts)
+
     def isolate(self, owner: int) -> None:
         """Separates the caches: what follows reads and fills only those of this owner, an integer; 0 at first."""
         if owner != self.engine.owner:

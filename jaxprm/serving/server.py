@@ -40,6 +40,8 @@ except ModuleNotFoundError as error:
     packages = "pip install uvicorn starlette prometheus-client"
     raise UserError(f"serve needs {error.name}, which is not installed: {packages}") from None
 
+# Smaller than a search has them: the memory of a server stops growing after some thousand requests.
+HOST_CACHES = {"scores": 1 << 14, "renderings": 8 << 20, "texts": 16 << 20}
 TOKEN_VARIABLE = "JAXPRM_TOKEN"
 # Seconds between checks of the connections, and for which an idle client may delay the shutdown.
 _CHECK_SECONDS, _SHUTDOWN_SECONDS = 0.5, 5.0
@@ -109,6 +111,7 @@ def serve(
         scorer = loading.load_scorer(
             directory, rows=rows, max_tokens=limits.tokens, dtype=dtype, template=template, mesh=mesh, shapes=SHAPES
         )
+        scorer.bound_caches(**HOST_CACHES)
         recipe = read_recipe(directory)
         answers, metrics = Answers(scorer, Model(scorer, recipe), limits), ServerMetrics()
         batcher = Batcher(

@@ -19,6 +19,7 @@ from jaxprm.errors import UserError
 from jaxprm.policies import endpoint as endpoint_module
 from jaxprm.policies.endpoint import ChatClient, EndpointPolicy, Pauses
 from jaxprm.policies.protocol import Action, State, candidate_seed, prefix_hash
+from tests.key_forms import forms
 from tests.model import tiny
 from tests.policies import fake_server
 from tests.policies.fake_server import MODEL, FakeServer, Reply, completion, hang, raw, reset
@@ -399,6 +400,27 @@ def test_the_key_is_sent_and_shown_nowhere(server, make):
     assert server.headers[0]["Authorization"] == f"Bearer {KEY}"
     assert KEY not in repr([policy, policy._client, policy._client._http, vars(policy), policy.usage])
     assert KEY not in str(server.requests)
+
+
+@pytest.mark.parametrize("status", [200, 400, 401, 500])
+def test_a_server_that_repeats_the_key_in_any_form_gets_it_into_no_action_and_no_message(status, server, make):
+    for name, form in forms(KEY).items():
+        text = f"Action: {form} up"
+        body = completion(text) if status == 200 else {"error": {"message": text}}
+        server.script["bad"] = [Reply(status, body)]
+        policy = make(key=KEY, api_key_env="MY_KEY", retries=0)
+        if status == 401:
+            shown = message(policy, [BAD])
+        else:
+            policy.propose(STATES[:1], 1, 1.0)
+            shown = repr(policy.propose([BAD], 1, 1.0))
+        assert "[key]" in shown and "up" in shown, name
+        assert not any(part in shown for part in (KEY[:8], KEY[8:16], form, form[:24], form[-24:])), (name, shown)
+
+
+def test_a_placeholder_for_a_key_damages_no_action(server, make):
+    server.script["bad"] = [Reply(200, completion("The inventory is EMPTY"))]
+    assert make(key="EMPTY", api_key_env="MY_KEY").propose([BAD], 1, 1.0)[0][0].text == "The inventory is EMPTY"
 
 
 def test_no_key_is_sent_unless_one_is_named(server, make, monkeypatch):

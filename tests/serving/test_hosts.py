@@ -30,7 +30,9 @@ def test_other_names_are_not(header):
     assert not hosts.is_accepted(hosts.host_of(header), OWN)
 
 
-@pytest.mark.parametrize("text", ["http://prm.example.org", "prm.example.org:80", "", "a b", "a/b", "*", "*.example.org"])
+@pytest.mark.parametrize(
+    "text", ["http://prm.example.org", "prm.example.org:80", "", "a b", "a/b", "*", "*.example.org"]
+)
 def test_an_allowed_host_is_a_name(text):
     with pytest.raises(UserError, match="--allow-host"):
         hosts.parse_host(text)
