@@ -41,7 +41,7 @@ except ModuleNotFoundError as error:
     raise UserError(f"serve needs {error.name}, which is not installed: {packages}") from None
 
 # Smaller than a search has them: the memory of a server stops growing after some thousand requests.
-HOST_CACHES = {"scores": 1 << 14, "renderings": 8 << 20, "texts": 16 << 20}
+HOST_CACHES = {"scores": 1 << 14, "renderings": 8 << 20, "texts": 8 << 20}
 TOKEN_VARIABLE = "JAXPRM_TOKEN"
 # Seconds between checks of the connections, and for which an idle client may delay the shutdown.
 _CHECK_SECONDS, _SHUTDOWN_SECONDS = 0.5, 5.0
