@@ -112,7 +112,7 @@ class Run:
         collection = plain["collection"]
         # Only a user's own files are split by share: environments have their own splits.
         share = collection.pop("validation_share")
-        # skip_bad cannot change a finished stage: without it, a bad row would have raised. min_success only stops a run.
+        # These cannot change a finished stage: a bad row would have raised, and min_success stops training.
         del collection["files"], collection["skip_bad"], collection["min_success"]
         if self.experiment.collection.files:
             return {"files": self._files_identity, "validation_share": share, "seed": plain["seed"]}

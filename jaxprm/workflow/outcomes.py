@@ -40,7 +40,8 @@ def check_outcomes(path: Path, *, min_success: float) -> None:
     count, successes = len(outcomes), sum(outcome > 0 for outcome in outcomes)
     if min(outcomes) == max(outcomes):
         raise UserError(
-            f"{path}: all {count} trajectories have outcome {outcomes[0]:g}, so no step is better than another; {_ADVICE}"
+            f"{path}: all {count} trajectories have outcome {outcomes[0]:g}, so no step is better than another; "
+            f"{_ADVICE}"
         )
     if successes < min_success * count:
         raise UserError(

@@ -9,17 +9,16 @@ instructions, and the reply to an action that failed says what was wrong with it
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from jaxprm.environments.protocol import StepResult
 from jaxprm.environments.textcraft import recipes
+from jaxprm.environments.textcraft.actions import Command, parse
 from jaxprm.environments.textcraft.demonstrations import demonstrate
 from jaxprm.environments.textcraft.explanations import explain
-from jaxprm.environments.textcraft.recipes import Recipe, RecipeBook, identifier, spoken
+from jaxprm.environments.textcraft.recipes import Recipe, RecipeBook, spoken
 from jaxprm.errors import UserError
 
 SPLITS = ("train", "validation", "test")
@@ -41,23 +40,6 @@ INSTRUCTIONS = (
     'planks" in the command instead.\n\n'
 )
 MANY_ACTIONS = "Error: Only one 'Action' is allowed per response. Please adjust your response."
-
-_ACTION = re.compile(r"Action:\s*(.*?)(?=\n|$)", re.DOTALL)
-_UNKNOWN_CHARACTERS = re.compile(r"[^A-Za-z0-9, ]+")
-# Nine digits are more than any task needs. Longer numbers are not parsed.
-_GET = re.compile(r"get ([0-9]{1,9}) (.*)")
-_CRAFT = re.compile(r"craft (.*) using (.*)")
-_COUNTED = re.compile(r"([0-9]{1,9}) (.*)")
-
-
-class Command(NamedTuple):
-    """A parsed action. text: the cleaned action, or the part of it that the reply repeats. Items are ids."""
-
-    kind: Literal["get", "craft", "inventory", "unknown", "many", "malformed"]
-    text: str
-    item: str = ""
-    count: int = 0
-    ingredients: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +154,7 @@ class TextCraft:
         before = dict(state.inventory) if self.instructions else {}
         observation, obtained = self._execute(command, state.inventory)
         if self.instructions and obtained is None:
-            observation += explain(command, before, state.episode)
+            observation += explain(command, before, state.episode.book, state.episode.recipes)
         success = obtained == state.episode.goal
         done = success or state.rounds + 1 >= self.max_rounds
         # The inventory was changed in place; snapshots have copies.
@@ -286,34 +268,6 @@ class TextCraft:
                 del inventory[item]
         inventory[recipe.output] = inventory.get(recipe.output, 0) + recipe.count
         return f"Crafted {recipe.count} {recipe.output}", recipe.output
-
-
-@lru_cache(maxsize=1 << 16)
-def parse(message: str) -> Command:
-    """Parses an assistant message as AgentGym's client and server do together."""
-    actions = _ACTION.findall(message)
-    if len(actions) > 1:
-        return Command("many", "")
-    text = " ".join(_UNKNOWN_CHARACTERS.sub("", actions[0] if actions else "").split())
-    if text.lower() == "look":
-        text = "inventory"
-    if match := _CRAFT.match(text):
-        return _parse_craft(match[1], match[2])
-    if match := _GET.match(text):
-        return Command("get", match[2], identifier(match[2]), int(match[1]))
-    return Command("inventory" if text.startswith("inventory") else "unknown", text)
-
-
-def _parse_craft(output: str, inputs: str) -> Command:
-    counted = _COUNTED.match(output)
-    ingredients = []
-    for part in inputs.split(","):
-        match = _COUNTED.match(part.strip())
-        if not match:
-            return Command("malformed", part.strip())
-        ingredients.append((identifier(match[2]), int(match[1])))
-    # AgentGym ignores the amount before the output.
-    return Command("craft", "", identifier(counted[2] if counted else output), 0, tuple(ingredients))
 
 
 def _bounds(distractors: int | Sequence[int]) -> tuple[int, int]:
