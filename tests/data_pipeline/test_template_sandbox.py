@@ -115,9 +115,10 @@ def test_all_filters_and_methods_that_take_a_width_are_known():
     environment = compile_template("").environment
     known = set(template_sandbox._WIDENING) | {"format", "tojson", "_round", "_made", "_added", "_joined"}
     harmless = set(
-        "abs attr capitalize count d default dictsort e escape filesizeformat first float forceescape groupby int items "
-        "join last length list lower map max min pprint random reject rejectattr replace reverse safe select selectattr "
-        "sort string striptags sum title trim truncate unique upper urlencode urlize wordcount wordwrap xmlattr".split()
+        "abs attr capitalize count d default dictsort e escape filesizeformat first float forceescape groupby int "
+        "items join last length list lower map max min pprint random reject rejectattr replace reverse safe select "
+        "selectattr sort string striptags sum title trim truncate unique upper urlencode urlize "
+        "wordcount wordwrap xmlattr".split()
     )
     assert set(environment.filters) <= known | harmless
     assert set(environment.globals) == {
@@ -134,7 +135,8 @@ def test_all_filters_and_methods_that_take_a_width_are_known():
 PLAIN = {
     "operators": "{{ 1 + 2 }} {{ 1.5 + 2 }} {{ 'a' + 'b' + 'c' }} {{ [1] + [2] }} {{ (1, 2) + (3,) }} "
     "{{ 2 ** 10 }} {{ 7 % 4 }}"
-    "{{ 'ab' * 3 }} {{ 3 * [1] }} {{ '%s: %05.1f' % ('a', 2) }} {{ -1 - 2 // 3 / 4 }} {{ 1 ~ 'a' ~ none ~ [1] ~ true }}",
+    "{{ 'ab' * 3 }} {{ 3 * [1] }} {{ '%s: %05.1f' % ('a', 2) }} "
+    "{{ -1 - 2 // 3 / 4 }} {{ 1 ~ 'a' ~ none ~ [1] ~ true }}",
     "additions": "{{ 'a' + (1 + 2)|string + ('b' + 'c') }}{{ messages[0].role + ('x' + 'y') + messages[1].role }}"
     "{% set l = [messages[0]] + messages[1:] + [] %}{{ l }}",
     "literals": "{{ {'a': [1, (2, 'x'), {}]} }} {{ () }} {{ [] }} {% for k, v in {'a': 1, 'b': 2}.items() %}"
@@ -144,11 +146,13 @@ PLAIN = {
     "filters": "{{ messages|tojson }} {{ messages|tojson(indent=2) }} {{ 'a b'|title|center(20) }} "
     "{{ 'x'|default(131072) }}"
     "{{ missing|default(131072) }} {{ [3,1]|sort|join(', ') }} {{ messages|map(attribute='role')|list }}"
-    "{{ messages|selectattr('role','equalto','user')|list|length }} {{ '%s %d'|format('a', 99999) }} {{ 'a\nb'|indent(4, true) }}"
+    "{{ messages|selectattr('role','equalto','user')|list|length }} "
+    "{{ '%s %d'|format('a', 99999) }} {{ 'a\nb'|indent(4, true) }}"
     "{{ [1,2,3]|batch(2, 0)|list }} {{ 3.14159|round(2) }} {{ ' x '|trim }} {{ 'abc'|first }} {{ '<'|e }}",
     "methods": "{{ 'a,b'.split(',')[-1] }} {{ ' a '.strip() }} {{ 'abc'.replace('b', 'x') }} "
     "{{ '{} {:>5}'.format('a', 'b') }}"
-    "{{ 'a'.startswith('a') }} {{ {'a': 1}.get('b', 7) }} {{ 'x'.join(['1', '2']) }} {{ 'x' in 'xyz' }} {{ 'ü'.encode('utf-8') }}",
+    "{{ 'a'.startswith('a') }} {{ {'a': 1}.get('b', 7) }} {{ 'x'.join(['1', '2']) }} "
+    "{{ 'x' in 'xyz' }} {{ 'ü'.encode('utf-8') }}",
     "tests": "{{ messages is iterable }} {{ x is defined }} {{ 'a' is string }} {{ messages[0] is mapping }}",
     "macros": "{% macro f(x, y=1) %}[{{ x }}{{ y }}{{ caller() if caller }}]{% endmacro %}{{ f('a') }}"
     "{% call f(2, y='z') %}in{% endcall %}",
@@ -173,9 +177,9 @@ REAL = {name: value for name, value in vars(test_real_templates).items() if name
 TEMPLATES = PLAIN | REAL | {name: read_template(name) for name in SHIPPED}
 
 
-def outcome(function) -> str:
+def outcome(function, *arguments) -> str:
     try:
-        return function()
+        return function(*arguments)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
@@ -187,8 +191,8 @@ def test_the_text_is_that_of_transformers(source):
             variables = {"messages": messages, "tools": tools, "add_generation_prompt": True, "bos_token": "<s>"}
             # Passed in both, because the date of their own changes.
             variables["strftime_now"] = lambda form: "today"
-            expected = outcome(lambda: _compile_jinja_template(source).render(**variables))
-            assert outcome(lambda: render(compile_template(source), variables)) == expected
+            expected = outcome(_compile_jinja_template(source).render, variables)
+            assert outcome(render, compile_template(source), variables) == expected
 
 
 def test_threads_have_budgets_of_their_own():
