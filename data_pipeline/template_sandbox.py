@@ -233,7 +233,7 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(("*", "**", "%"))
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        tree = _Guard().visit(super()._parse(source, name, filename))
+        tree: nodes.Template = _Guard().visit(super()._parse(source, name, filename))
         _count_rounds(tree)
         tree.set_environment(self)
         return tree
@@ -272,9 +272,9 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
 
 
 @functools.cache
-def _environment() -> _BoundedEnvironment:
+def _environment() -> jinja2.Environment:
     base = _compile_jinja_template("").environment
-    environment = base.overlay()
+    environment: Any = base.overlay()
     # The environment of transformers is made inside a function, so its class cannot be named when it is made.
     environment.__class__ = _BoundedEnvironment
     environment.finalize = _print
@@ -286,7 +286,8 @@ def _environment() -> _BoundedEnvironment:
         "_added": _added,
         "_joined": _joined,
     }
-    return environment
+    bounded: jinja2.Environment = environment
+    return bounded
 
 
 def _print(value: Any) -> Any:
@@ -366,7 +367,9 @@ def _check_indent(budget: _Budget, values: tuple[Any, ...]) -> None:
 
 def _count_rounds(tree: nodes.Template) -> None:
     """Adds a count to the body of every loop, macro and block that is called."""
-    for node in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
+    repeated: tuple[type[Any], ...] = (nodes.For, nodes.Macro, nodes.CallBlock)
+    node: Any
+    for node in tree.find_all(repeated):
         count = _filtered("_round", nodes.Const(_own_characters(node.body)))
         node.body.insert(0, nodes.ExprStmt(count, lineno=node.lineno))
 

@@ -235,7 +235,7 @@ def _is_digest(value: str, match: re.Match[str]) -> bool:
     if not _HEX.fullmatch(match[0]):
         return False
     before, after = value[: match.start()], value[match.end() :]
-    is_path = "://" not in value and (before.endswith("/") or after.startswith(("/", ".")))
+    is_path = not re.match(r"(?i)https?://", value) and (before.endswith("/") or after.startswith(("/", ".")))
     # sha256 and sha512 are longer than keys in hexadecimal, most of which have 32 or 40 digits.
     return is_path or _DIGEST_MARK.search(before) is not None
 

@@ -108,6 +108,7 @@ LEGITIMATE = {
         "org/name@" + random_text(40, HEX),
         "/root/.cache/huggingface/hub/models--Qwen--Qwen2.5-0.5B/snapshots/" + random_text(40, HEX),
         "runs/" + random_text(40, HEX) + "/model",
+        "gs://bucket/" + random_text(32, HEX) + "/model",
         "gs://bucket/runs/2026-11-30T17-53-21/textcraft_small_agentprm_seed_0/checkpoints/000012000",
         "meta-llama/Llama-3.3-70B-Instruct",
         "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B",

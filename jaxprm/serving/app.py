@@ -234,9 +234,6 @@ class _Endpoints:
             except Exception:
                 logging.getLogger(__name__).exception("a request to %s failed", path)
                 response = error_response(RequestRefused(500, INTERNAL_ERROR))
-            # What ends a body sent in chunks is ambiguous: nothing may follow it on this connection.
-            if "transfer-encoding" in request.headers:
-                response.headers["Connection"] = "close"
             self._service.metrics.count_answer(path, response.status_code, time.perf_counter() - began)
             return response
 

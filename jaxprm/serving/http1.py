@@ -22,8 +22,11 @@ _AMBIGUOUS = re.compile(rb"(?<!\r)\n|\n[ \t]")
 class StrictConnection(h11.Connection):
     """Refuses what h11 accepts and RFC 9112 allows to refuse, because proxies disagree on what it means.
 
-    Refused are lines that end with a bare line feed, folded headers, and Content-Length with Transfer-Encoding.
+    Refused are lines that end with a bare line feed, folded headers, and Content-Length with Transfer-Encoding. After a
+    body in chunks, whose end h11 reads as leniently, the connection is closed: nothing can be hidden behind it.
     """
+
+    _in_chunks = False
 
     def next_event(self) -> Any:
         """As h11.Connection. Raises RemoteProtocolError, after which the connection must be closed."""
@@ -37,7 +40,15 @@ class StrictConnection(h11.Connection):
             names = {name for name, _ in event.headers}
             if {b"content-length", b"transfer-encoding"} <= names:
                 raise h11.RemoteProtocolError("Content-Length and Transfer-Encoding together")
+            self._in_chunks = b"transfer-encoding" in names
         return event
+
+    def send(self, event: Any) -> bytes | None:
+        """As h11.Connection."""
+        if self._in_chunks and isinstance(event, h11.Response):
+            headers = [*event.headers.raw_items(), (b"Connection", b"close")]
+            event = h11.Response(status_code=event.status_code, headers=headers, reason=event.reason)
+        return super().send(event)
 
 
 class Protocol(H11Protocol):

@@ -121,8 +121,8 @@ def serve(
             on_batch=lambda count, seconds: metrics.count_batch(count, seconds, answers.usage),
         )
         metrics.watch(unanswered=lambda: batcher.unanswered, ready=lambda: batcher.state == "ready")
-        if token is None:
-            names |= {str(hosts.host_of(host))}
+        if token is None and (own_name := hosts.host_of(host)):
+            names |= {own_name}
         service = Service(
             batcher,
             metrics,

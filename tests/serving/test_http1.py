@@ -94,6 +94,12 @@ def test_nothing_follows_a_body_in_chunks(server, end):
         assert answer.startswith(b"HTTP/1.1 200") and b"connection: close" in answer.lower()
 
 
+@pytest.mark.parametrize("path", [b"/nowhere", b"/health", b"/v1/models"])
+def test_nothing_follows_a_body_in_chunks_of_any_path(server, path):
+    answer = exchange(server, HEAD.replace(b"/classify", path) + CHUNKED + b"\r\n" + CHUNKS + HIDDEN)
+    assert answer.count(b"HTTP/1.1 4") == 1 and b"some-model" not in answer
+
+
 def test_a_host_of_another_name_is_refused(server):
     answer = exchange(server, HIDDEN.replace(b"localhost\r\n", b"evil.example\r\n" + LAST))
     assert answer.startswith(b"HTTP/1.1 421")
