@@ -9,7 +9,7 @@ import html
 import itertools
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 # Shorter keys are no secrets ("EMPTY", "none"), and striking them out would damage texts.
 MIN_SECRET = 8
@@ -101,14 +101,9 @@ def redact(text: str, secret: str | None) -> str:
     return "".join(pieces) + text[end:]
 
 
-class _Needles(NamedTuple):
-    """All parts of MIN_SECRET characters of a secret's forms."""
-
-    parts: frozenset[str]
-
-
 @functools.lru_cache(maxsize=4)
-def _needles(secret: str) -> _Needles:
+def _needles(secret: str) -> frozenset[str]:
+    """All parts of MIN_SECRET characters of a secret's forms."""
     encoded = secret.encode()
     forms = [secret, encoded.hex()]
     for offset in range(3):
@@ -116,10 +111,8 @@ def _needles(secret: str) -> _Needles:
         text = base64.b64encode(bytes(offset) + encoded + bytes(3)).decode()
         forms.append(text[-(-8 * offset // 6) : 8 * (offset + len(encoded)) // 6])
     folded = ["".join(map(_fold, form)) for form in forms]
-    return _Needles(
-        frozenset(
-            form[start : start + MIN_SECRET] for form in folded for start in range(max(0, len(form) - MIN_SECRET + 1))
-        )
+    return frozenset(
+        form[start : start + MIN_SECRET] for form in folded for start in range(max(0, len(form) - MIN_SECRET + 1))
     )
 
 
@@ -142,7 +135,7 @@ def _unescaped(text: str) -> tuple[str, list[int]]:
         if code := percent or unicode or byte:
             characters.append(chr(int(code, 16)))
         else:
-            characters.append(literal or html.unescape(entity)[:1])
+            characters.append(literal or html.unescape(entity)[:1] or "&")
         starts.append(match.start())
         position = match.end()
     characters += text[position:]
@@ -155,11 +148,11 @@ def _fold(character: str) -> str:
     return {"-": "+", "_": "/"}.get(character) or (character.lower() if len(character.lower()) == 1 else character)
 
 
-def _runs(folded: str, needles: _Needles) -> Iterator[tuple[int, int]]:
+def _runs(folded: str, needles: frozenset[str]) -> Iterator[tuple[int, int]]:
     """(first, end) of every run of characters that parts of the secret cover."""
     first = end = -1
     for position in range(len(folded) - MIN_SECRET + 1):
-        if folded[position : position + MIN_SECRET] not in needles.parts:
+        if folded[position : position + MIN_SECRET] not in needles:
             continue
         if position > end:
             if end > 0:

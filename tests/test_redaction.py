@@ -179,6 +179,8 @@ def test_a_known_key_is_struck_out_in_any_form(key):
 def test_every_occurrence_is_struck_out_and_nothing_else():
     text = f"{KEY}, {KEY[:9]} and {KEY.lower()}; %20 &amp; \\u0041 \\n is kept, Ünïcode İ too. {KEY}"
     assert redact(text, KEY) == "[key], [key] and [key]; %20 &amp; \\u0041 \\n is kept, Ünïcode İ too. [key]"
+    for text in ("&#1;&#x0;&#1114112;&foo;&lt;", "%zz\\u00\\x4"):
+        assert redact(f"{text}{KEY}{text}", KEY) == f"{text}[key]{text}"
     rng = random.Random(0)
     for _ in range(200):
         text = "".join(rng.choice("ab %&#;\\u0041x/İ") for _ in range(60))
