@@ -277,7 +277,7 @@ def nuisances(port: int) -> Iterator[None]:
     """Runs clients that send headers and no body, disconnect before their answer, or do not speak HTTP."""
     stop = threading.Event()
     kind = "Content-Type: application/json\r\nContent-Length: 1000"
-    head = f"POST {ACTIONS} HTTP/1.1\r\nHost: x\r\n{kind}\r\n\r\n".encode()
+    head = f"POST {ACTIONS} HTTP/1.1\r\nHost: localhost\r\n{kind}\r\n\r\n".encode()
     body = json.dumps({"messages": conversation(random.Random(0), "gone", 3), "candidates": ["a", "b"]}).encode()
     complete = head.replace(b"1000", str(len(body)).encode()) + body
 
