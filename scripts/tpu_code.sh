@@ -1,5 +1,4 @@
 # shellcheck shell=bash
-# shellcheck disable=SC2034 # launch_tpu.sh uses the variables that are set here
 # The code, the secret and the command of a run, which a machine that is created again finds in the cloud. launch_tpu.sh
 # sources this file.
 

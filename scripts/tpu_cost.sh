@@ -1,5 +1,4 @@
 # shellcheck shell=bash
-# shellcheck disable=SC2034,SC2153 # launch_tpu.sh uses the variables that are set here, and sets others
 # What exists of a machine and costs money. launch_tpu.sh sources this file. Every exit of the script ends in
 # `report_costs`, which asks the cloud and never concludes from what the script did before. An error is not an answer:
 # only NOT_FOUND for this very resource means that it does not exist.

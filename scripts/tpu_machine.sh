@@ -1,5 +1,4 @@
 # shellcheck shell=bash
-# shellcheck disable=SC2034 # launch_tpu.sh uses the variables that are set here
 # The machine in $ZONE: found, requested, waited for and deleted. launch_tpu.sh sources this file.
 
 # STATE is gcloud's state of it or ABSENT, KIND is node, queued, or empty while it is unknown.

@@ -1,5 +1,4 @@
 # shellcheck shell=bash
-# shellcheck disable=SC2034 # launch_tpu.sh uses the variables that are set here
 # The options of launch_tpu.sh, which sources this file: the help text, the parser, and all checks that need no cloud.
 
 SECRET_FILES=(':(glob)**/*.env' ':(glob)**/.env*') # never sent to the bucket

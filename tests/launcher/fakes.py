@@ -4,9 +4,9 @@
 bucket, and on a ledger, the machines and secrets that exist. Every call is recorded.
 
 A scenario of rules [words, answers] comes first. The first rule applies whose words, separated by " & ", are all in the
-call, or that is "#N" for the N-th call. Its answers are used one after another, the last one repeatedly. An answer is [exit code or "hang", stdout,
-stderr] for a call that does nothing else, the same with "after" at its end for a call that does its work first, and
-None for a call without a fault.
+call, or that is "#N" for the N-th call. Its answers are used one after another, the last one repeatedly. An answer is
+[exit code or "hang", stdout, stderr] for a call that does nothing else, the same with "after" at its end for a call
+that does its work first, and None for a call without a fault.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
-PROGRAM = Path(__file__).with_name("program.py").read_text()
+# Imported, so that Python compiles it once. -IS: without site packages.
+PROGRAM = f"""#!{sys.executable} -IS
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import program
+program.main()
+"""
 LEDGER = {
     "projects": ["my-project"],
     "zones": ["us-west4-a", "us-east1-d", "us-central1-a"],
@@ -42,7 +48,7 @@ class Cloud:
         (home / "bin").mkdir(parents=True)
         for name in ("gcloud", "curl", "systemctl", "systemd-run", "uv"):
             path = home / "bin" / name
-            path.write_text(f"#!{sys.executable} -IS\n{PROGRAM}")
+            path.write_text(PROGRAM)
             path.chmod(0o755)
         self.scenario([])
         self.change()

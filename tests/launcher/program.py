@@ -68,6 +68,11 @@ def copy(source, target):
         writer.write(reader.read())
 
 
+def read(path):
+    with open(path) as file:
+        return file.read()
+
+
 def missing(url):
     raise Failed("(gcloud.storage.ls) One or more URLs matched no objects: " + url)
 
@@ -85,7 +90,7 @@ def storage(verb, *arguments):
         if paths[0].endswith("*"):
             names = [paths[0][:-1] + name for name in tree_of_prefix(local(paths[0][:-1]))]
         for name in names or [paths[0]]:
-            text = open(local(name)).read() if os.path.isfile(local(name)) else missing(name)
+            text = read(local(name)) if os.path.isfile(local(name)) else missing(name)
             sys.stdout.write(f"==> {name} <==\n" * ("--display-url" in flags) + text[start:])
     elif verb == "cp" and "--if-generation-match=0" in flags:
         os.makedirs(os.path.dirname(local(paths[1])), exist_ok=True)
@@ -93,10 +98,11 @@ def storage(verb, *arguments):
             file = os.open(local(paths[1]), os.O_CREAT | os.O_EXCL | os.O_WRONLY)
         except FileExistsError:
             raise Failed("HTTPError 412: At least one of the pre-conditions you specified did not hold.") from None
-        os.write(file, open(local(paths[0]), "rb").read())
+        os.write(file, read(local(paths[0])).encode())
     elif verb == "cp" and paths[0] == "-":
         os.makedirs(os.path.dirname(local(paths[1])), exist_ok=True)
-        open(local(paths[1]), "w").write(sys.stdin.read())
+        with open(local(paths[1]), "w") as file:
+            file.write(sys.stdin.read())
     elif verb == "cp":
         copy(local(paths[0]), local(paths[1])) if os.path.isfile(local(paths[0])) else missing(paths[0])
     elif verb == "rm":
@@ -194,7 +200,7 @@ def follow_queue(ledger, key, state):
 
 def secrets(ledger, verb, *arguments):
     if verb == "versions" and arguments[0] == "access":
-        sys.stdout.write(open(home + "/secret").read())
+        sys.stdout.write(read(home + "/secret"))
         return
     name = arguments[1] if verb == "versions" else arguments[0]
     if verb == "create" and name in ledger["secrets"]:
@@ -234,7 +240,8 @@ def command(name, *arguments):
         copy(sys.argv[0], arguments[-1] + "/bin/python")
         os.chmod(arguments[-1] + "/bin/python", 0o755)
     elif name == "python" and arguments[0] == "-m":
-        print(dict(os.environ), file=open(home + "/environment", "w"))
+        with open(home + "/environment", "w") as file:
+            file.write(repr(dict(os.environ)))
         if script := os.environ.get("FAKE_RUN"):
             os.execvp("bash", ["bash", "-c", script, *arguments])
     elif name == "gcloud":
@@ -260,6 +267,3 @@ def main():
             open(home + "/hangs", "w").close()
             time.sleep(60)
         sys.exit(result[0])
-
-
-main()

@@ -42,15 +42,14 @@ def statement(stderr: str) -> Statement:
 def disagreements(stderr: str, ledger: dict, unknown: str | None = "") -> list[str]:
     """What the statement and the ledger disagree about.
 
-    unknown: "machine", "secret" or both, if the script had no way to see it. Elsewhere "unknown" is a disagreement. With
+    unknown: "machine", "secret" or both, if the script had no way to see it. Elsewhere "unknown" is wrong. With
     None, the script may know or not.
     """
     said = statement(stderr)
     if unknown is None:
         unknown = "machine " * said.unknown + "secret" * (said.secret == "unknown")
-    exist = {
-        (kind, zone): life for kind in KINDS.values() for (zone, name), life in ledger[kind].items() if name == "prm"
-    }
+    lives = {(kind, *key): life for kind in KINDS.values() for key, life in ledger[kind].items()}
+    exist = {(kind, zone): life for (kind, zone, name), life in lives.items() if name == "prm"}
     visible = {key: life[0] for key, life in exist.items() if life[0] != "ABSENT"}
     pending = {key for key, life in exist.items() if life[0] == "ABSENT" and len(life) > 1}
     wrong = []
