@@ -26,7 +26,10 @@ UP = ["--accelerator", "v5e-8"]
 def test_shellcheck_finds_nothing(clone):
     """Also in the files that launch_tpu.sh reads."""
     result = subprocess.run(
-        [str(Path(sys.executable).with_name("shellcheck")), "-x", "-a", *SCRIPTS], cwd=ROOT, capture_output=True, text=True
+        [str(Path(sys.executable).with_name("shellcheck")), "-x", "-a", *SCRIPTS],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, result.stdout
 
