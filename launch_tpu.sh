@@ -380,7 +380,9 @@ finished() {
   local status=$?
   set +e
   trap - EXIT
-  trap : INT TERM HUP PIPE # a second Ctrl-C ends the question, and the report says that the answer is unknown
+  # A second Ctrl-C ends the questions, and what they have not answered is reported as unknown. Commands in the
+  # background do not get the signal of Ctrl-C.
+  trap 'kill $(jobs -p) 2>/dev/null' INT TERM HUP PIPE
   release
   report_costs
   rm -rf "$TMP"

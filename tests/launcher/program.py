@@ -24,15 +24,15 @@ class Failed(Exception):
 
 def update(name, change):
     """Applies a change to a file that holds the repr of a value, alone; returns what the change returns."""
-    with open(f"{home}/{name}", "r+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        value = eval(file.read())  # written by these tests
+    with open(f"{home}/{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        value = eval(read(f"{home}/{name}"))  # written by these tests
         try:
             return change(value)
         finally:
-            file.seek(0)
-            file.truncate()
-            file.write(repr(value))
+            with open(f"{home}/{name}.new", "w") as file:
+                file.write(repr(value))
+            os.rename(file.name, f"{home}/{name}")  # a signal leaves the one or the other
 
 
 def record_call():

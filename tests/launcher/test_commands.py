@@ -11,6 +11,7 @@ NONE = [1, "", "ERROR: (gcloud.storage.ls) One or more URLs matched no objects.\
 DONE = [0, "gs://my-bucket/prm/state/done\ngs://my-bucket/prm/state/worker-0\n", ""]
 UNFINISHED = [0, "gs://my-bucket/prm/state/worker-0\n", ""]
 MARKS = "storage ls gs://my-bucket/prm/state/"
+ENDS = [MARKS, [NONE, NONE, DONE]]  # `up` stores a command and creates a machine, and sees the end at its next look
 STOCKOUT = [1, "", "ERROR: (gcloud.compute.tpus.tpu-vm.create) There is no more capacity in the zone\n"]
 CHECKS = [
     "auth list --filter=status:ACTIVE --format=value(account)",

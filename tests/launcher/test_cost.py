@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.launcher.test_commands import DONE, MARKS, NONE, STOCKOUT, TRAIN, UNFINISHED, WHERE, creations
+from tests.launcher.test_commands import DONE, ENDS, MARKS, NONE, STOCKOUT, TRAIN, UNFINISHED, WHERE, creations
 
 UP = ["--accelerator", "v5e-8"]
 UNDERWAY = (
@@ -284,7 +284,7 @@ def test_a_run_that_another_call_is_starting_is_not_replaced(launch):
 
 @pytest.mark.parametrize("fault", ["code-", "tpu-vm create"])
 def test_a_call_that_ends_lets_the_next_one_start(launch, fault):
-    launch.cloud.scenario([[fault, [[1, "", QUOTA]]], [MARKS, [NONE, DONE]]])
+    launch.cloud.scenario([[fault, [[1, "", QUOTA]]], ENDS])
     launch("up", *UP, *TRAIN, code=None)
     assert not (launch.cloud.bucket / "my-bucket/prm/state/starting").exists()
 
@@ -356,22 +356,57 @@ def test_a_closed_terminal_does_not_keep_the_script_from_ending(launch):
 # ---- every call fails once
 
 
+VERBS = {"create": UP, "up": [*UP, *TRAIN], "run": [*UP, *TRAIN], "delete": ["--yes"]}
+CRASHED = "ERROR: gcloud crashed (ConnectionError)\n"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("verb", ["create", "up", "run", "delete"])
-@pytest.mark.parametrize("effect", [[], ["after"]], ids=["lost request", "lost answer"])
-def test_whichever_call_fails_the_last_lines_are_true(launch, secrets, verb, effect):
-    """The run before shows how many calls there are. Whatever fails, nothing is billed that is not reported."""
-    arguments = {"create": UP, "delete": ["--yes"]}.get(verb, [*UP, *secrets, *TRAIN])
-    calls = 1
-    while True:
-        prepare(launch, verb)
-        fault = [f"#{calls}", [[1, "", "ERROR: gcloud crashed (ConnectionError)\n", *effect]]]
-        launch.cloud.scenario([fault, *[[MARKS, [NONE, DONE]]] * (verb == "up")])
-        launch(verb, *arguments, code=None, unknown=None, CREATE_TRIES="2")
-        if len(launch.cloud.calls()) < calls:
-            break
+@pytest.mark.parametrize("verb", VERBS)
+def test_whichever_call_fails_the_last_lines_are_true(launch, secrets, verb):
+    """Each call of the verb fails once, in a run of its own. The last run shows that there are no more calls."""
+    calls = 0
+    while len(launch.cloud.calls()) >= calls:
         calls += 1
+        prepare(launch, verb)
+        launch.cloud.scenario([[f"#{calls}", [[1, "", CRASHED]]], *[ENDS] * (verb == "up")])
+        launch(verb, *secrets * (verb in ("up", "run")), *VERBS[verb], code=None, unknown=None, CREATE_TRIES="2")
     assert calls > 15
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "verb, change",
+    [
+        ("up", "state/starting"),
+        ("up", "storage cp & code-"),
+        ("up", "secrets create"),
+        ("up", "secrets versions add"),
+        ("up", "storage cp & job/command"),
+        ("up", "tpu-vm create"),
+        ("up", "tpu-vm delete"),
+        ("up", "secrets delete"),
+        ("run", "tpu-vm ssh"),
+    ],
+)
+@pytest.mark.parametrize("code", [1, "hang"], ids=["answer lost", "killed"])
+def test_a_change_that_succeeds_without_an_answer_is_reported(launch, secrets, verb, change, code):
+    prepare(launch, verb)
+    launch.cloud.scenario([[change, [[code, "", CRASHED, "after"], None]], *[ENDS] * (verb == "up")])
+    if code == "hang":
+        launch.check(interrupt(launch, signal.SIGHUP, verb, *secrets, *VERBS[verb])[1])
+    else:
+        launch(verb, *secrets, *VERBS[verb], code=None)
+
+
+@pytest.mark.parametrize("group", ["tpu-vm", "secrets"])
+def test_ctrl_c_while_it_asks_what_exists(launch, group):
+    launch.cloud.node("READY")
+    launch.cloud.scenario(
+        [[f"gcloud & {group} & list" if group == "tpu-vm" else "secrets describe", [["hang", "", ""]]]]
+    )
+    status, stderr = interrupt(launch, signal.SIGINT, "ssh")
+    launch.check(stderr, unknown=None)
+    assert status == 0 and "unknown whether" in stderr
 
 
 def prepare(launch, verb: str) -> None:

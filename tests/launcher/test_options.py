@@ -15,7 +15,7 @@ import pytest
 from jaxprm import arguments as arguments_lib
 from tests.launcher.conftest import COMMON
 from tests.launcher.fakes import ROOT
-from tests.launcher.test_commands import DONE, MARKS, NONE, TRAIN
+from tests.launcher.test_commands import ENDS, TRAIN
 
 SCRIPTS = ["launch_tpu.sh", "scripts/tpu_worker.sh"]
 ATTACKS = ["$(touch pwned)", "a;id", "a\nb", "-a"]
@@ -171,7 +171,7 @@ def test_secrets_are_in_no_command_and_no_output(launch, tmp_path):
     secrets = launch.clone / "my.env"  # in the tree, but not in the code that is sent
     secrets.write_text("# mine\nHF_TOKEN=hf_secret\n\nURL=https://me:word@host/?a=$(id)")
     secrets.chmod(0o600)
-    launch.cloud.scenario([[MARKS, [NONE, DONE]]])
+    launch.cloud.scenario([ENDS])
     result = launch("up", *UP, "--keep", "--env-file", str(secrets), *TRAIN)
     commands = launch.commands()
     secrets.unlink()
