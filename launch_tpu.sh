@@ -234,7 +234,10 @@ watch() {
 }
 
 nothing_reported() {
-  [[ -z $REPORTED ]] || { say "no worker has reported for a long time; to look at the machine: $(next_command ssh)" && return; }
+  if [[ -n $REPORTED ]]; then
+    say "no worker has reported for a long time; to look at the machine: $(next_command ssh)"
+    return
+  fi
   finish "failed: no worker has reported; check that the machine's service account may write to gs://$BUCKET. To look at \
 the machine: --keep, then $(next_command ssh)" 1
 }
@@ -336,15 +339,20 @@ verb_status() {
   [[ -z $UNKNOWN ]]
 }
 
+no_log() { # no_log URL
+  grep -qiE 'matched no objects|did not find existing container' "$TMP/error" || die "cannot read $1: $(last_error)" 1
+  die "no log yet at $1; workers copy their log every five minutes" 1
+}
+
 verb_logs() {
   if [[ -n $OUTPUT ]]; then
     mkdir -p "$OUTPUT"
-    execute gcloud storage rsync --recursive "$RUN/logs" "$OUTPUT" || die "no logs yet in $RUN/logs" 1
+    execute gcloud storage rsync --recursive "$RUN/logs" "$OUTPUT" 2>"$TMP/error" || no_log "$RUN/logs"
     return
   fi
   local url=$RUN/logs/worker-$WORKER.log offset=0 ended='' marks failures=0
   if [[ -z $FOLLOW || -n $DRY ]]; then
-    execute gcloud storage cat "$url" || die "no log yet at $url; workers copy their log every five minutes" 1
+    execute gcloud storage cat "$url" 2>"$TMP/error" || no_log "$url"
     return
   fi
   # A log only grows, so only the part after `offset` is read. A range past the end is an error, and means no new text.

@@ -74,7 +74,8 @@ claim() {
   holder=$(query '' gcloud storage cat "$RUN/state/starting") || die "cannot write to $RUN: $error" 1
   [[ $holder != "$(<"$TMP/claim")" ]] || return 0 # gcloud asked twice
   CLAIMED=''
-  die "$NAME is being started by another call ($holder). If that call has ended: gcloud storage rm $RUN/state/starting" 1
+  die "$NAME is being started by another call ($holder). If that call has ended: gcloud storage rm \
+$RUN/state/starting" 1
 }
 
 release() {
@@ -84,5 +85,6 @@ release() {
   # A call that was interrupted in `claim` may have lost to another one.
   holder=$(query "$(<"$TMP/claim")" gcloud storage cat "$RUN/state/starting" | tail -n 1)
   [[ -z $holder || $holder == "$(<"$TMP/claim")" ]] || return 0
-  execute gcloud storage rm "$RUN/state/starting" || say "cannot remove $RUN/state/starting: do it before the next \`up\`"
+  execute gcloud storage rm "$RUN/state/starting" ||
+    say "cannot remove $RUN/state/starting; before the next \`up\` or \`run\`: gcloud storage rm $RUN/state/starting"
 }

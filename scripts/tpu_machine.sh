@@ -39,8 +39,8 @@ find_machine() {
 }
 
 # Requests the machine once. No failure on this computer says that the request failed in the cloud: gcloud may have
-# crashed or lost its connection, or have asked twice. So the caller looks for the machine. Returns 1 after an error that
-# a retry does not fix.
+# crashed or lost its connection, or have asked twice. So the caller looks for the machine. Returns 1 after an error
+# that a retry does not fix.
 create_machine() {
   local options=("${WHERE[@]}" "--accelerator-type=$ACCELERATOR") queue=() status=0
   [[ -z $TIER ]] || options+=("$TIER")

@@ -222,12 +222,15 @@ def test_a_stored_command_that_cannot_be_read_is_not_a_missing_one(launch, comma
     assert (launch.cloud.bucket / "my-bucket/prm/job/command").read_text() == "tree\nnone\ntrain\n"
 
 
-def test_status_and_logs_do_not_take_an_error_for_an_answer(launch):
+def test_status_and_logs_do_not_take_an_error_for_an_answer(launch, tmp_path):
     launch.cloud.node("READY")
     launch.cloud.put("my-bucket/prm/logs/worker-0.log", "one\n")
     launch.cloud.scenario([["storage ls", [FORBIDDEN]]])
     assert "run       unknown (ERROR: (gcloud.storage.ls) [me@example.com] does not have" in launch("status").stdout
     assert "cannot read gs://my-bucket/prm/state" in launch("logs", "--follow", code=1).stderr
+    launch.cloud.scenario([["storage cat", [FORBIDDEN]], ["storage rsync", [FORBIDDEN]]])
+    for output in ([], ["--output", str(tmp_path)]):
+        assert "cannot read gs://my-bucket/prm/logs" in launch("logs", *output, code=1).stderr
 
 
 # ---- the secret
