@@ -78,7 +78,7 @@ zones() { # the zones of RESOURCES, as text
 
 # The last lines of every run of the script.
 report_costs() {
-  local resource kind zone state until costs
+  local resource kind zone='' state until costs
   [[ -n $ASKED_LAST ]] || survey
   [[ -z $DRY ]] || return 0
   for resource in ${RESOURCES[@]+"${RESOURCES[@]}"}; do
@@ -100,7 +100,7 @@ call ended without success, and could still create it. Check again with: $(next_
   fi
   case $SECRET_STATE in
     absent) ;;
-    exists) say "cost: secret $SECRET exists, for a few cents a month, until: $(next_command delete)" ;;
+    exists) say "cost: secret $SECRET exists, for a few cents a month, until: $(next_command delete "$zone")" ;;
     *) say "cost: unknown whether secret $SECRET exists ($SECRET_STATE). Check with: $(next_command status)" ;;
   esac
 }

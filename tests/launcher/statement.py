@@ -18,6 +18,7 @@ class Statement(NamedTuple):
     may_appear: bool
     unknown: bool
     secret: str
+    secret_line: str
 
 
 def statement(stderr: str) -> Statement:
@@ -36,6 +37,7 @@ def statement(stderr: str) -> Statement:
         "could still create it" in text,
         bool(re.search(r"unknown whether (anything else of )?prm exists", text)),
         secret,
+        costs[-1],
     )
 
 
@@ -69,4 +71,7 @@ def disagreements(stderr: str, ledger: dict, unknown: str | None = "") -> list[s
     secret = "unknown" if "secret" in unknown else "exists" if "jaxprm-prm" in ledger["secrets"] else "absent"
     if said.secret != secret:
         wrong.append(f"secret: says {said.secret}, but it is {secret}")
+    zones = {zone for _, zone in said.resources}
+    if secret == "exists" and zones and not any(f"--zone {zone} " in said.secret_line for zone in zones):
+        wrong.append("no command deletes the secret")  # `delete` in another zone refuses to
     return wrong

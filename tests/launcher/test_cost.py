@@ -28,6 +28,11 @@ FORBIDDEN = [
 ]
 
 
+def slow(*values):
+    """Values of a parametrized test that run in the slow tier only."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.fixture
 def secrets(tmp_path):
     path = tmp_path / "secrets.env"
@@ -39,7 +44,7 @@ def secrets(tmp_path):
 # ---- zones
 
 
-@pytest.mark.parametrize("kind", ["node", "queue"])
+@pytest.mark.parametrize("kind", ["node", slow("queue")])
 def test_delete_in_a_wrong_zone_names_the_right_ones_and_deletes_nothing(launch, kind):
     for zone in ("us-east1-d", "us-central1-a"):
         getattr(launch.cloud, kind)("READY" if kind == "node" else "ACTIVE", zone=zone)
@@ -76,7 +81,7 @@ def test_status_in_a_wrong_zone_names_the_right_one(launch):
     assert "machine   prm: none in us-west4-a, none in another zone\n" in launch("status").stdout
 
 
-@pytest.mark.parametrize("verb", ["create", "up", "run"])
+@pytest.mark.parametrize("verb", ["create", "up", slow("run")])
 def test_a_name_is_used_in_one_zone_only(launch, verb):
     """Both machines would write to one folder of the bucket."""
     launch.cloud.node("READY", zone="us-east1-d")
@@ -94,7 +99,7 @@ def test_the_secret_stays_while_another_zone_has_a_machine_of_that_name(launch):
     assert launch.commands() == [f"compute tpus tpu-vm delete prm {WHERE} --quiet"]
 
 
-@pytest.mark.parametrize("group", ["tpu-vm", "queued-resources"])
+@pytest.mark.parametrize("group", ["tpu-vm", slow("queued-resources")])
 def test_the_secret_stays_if_other_zones_cannot_be_seen(launch, group):
     launch.cloud.node("READY")
     launch.cloud.change(secrets=["jaxprm-prm"])
@@ -116,8 +121,10 @@ def test_a_zone_that_does_not_answer_is_not_an_empty_one(launch):
 # ---- requests that fail on the client and succeed on the server
 
 
-@pytest.mark.parametrize("queued", [[], pytest.param(["--queued"], marks=pytest.mark.slow)], ids=["node", "queued"])
-@pytest.mark.parametrize("text", [UNDERWAY, CRASH, EXISTS, QUOTA, ""], ids="underway crash exists quota silent".split())
+@pytest.mark.parametrize("queued", [[], slow(["--queued"])], ids=["node", "queued"])
+@pytest.mark.parametrize(
+    "text", [UNDERWAY, slow(CRASH), EXISTS, QUOTA, slow("")], ids="underway crash exists quota silent".split()
+)
 def test_a_create_that_fails_here_and_succeeds_there_is_used(launch, text, queued):
     late = ["ABSENT", "ABSENT", "CREATING", "READY"]
     launch.cloud.change(lives={"tpu-vm": [late], "queued-resources": [["ABSENT", "ABSENT", "ACCEPTED", "ACTIVE"]]})
@@ -141,7 +148,7 @@ def test_a_late_machine_is_not_created_twice(launch):
     assert creations(launch) == 1
 
 
-@pytest.mark.parametrize("kind", ["node", "queue"])
+@pytest.mark.parametrize("kind", ["node", slow("queue")])
 def test_a_delete_that_fails_here_and_succeeds_there(launch, kind):
     getattr(launch.cloud, kind)("READY" if kind == "node" else "ACTIVE")
     launch.cloud.change(secrets=["jaxprm-prm"], polls_of_delete=3)
@@ -203,7 +210,7 @@ def test_a_machine_that_reported_in_an_earlier_run_is_not_deleted_either(launch)
     launch("up", *UP, *TRAIN, START_POLLS="2")
 
 
-@pytest.mark.parametrize("verb", ["up", "run"])
+@pytest.mark.parametrize("verb", ["up", slow("run")])
 def test_marks_of_an_earlier_run_that_cannot_be_read_stop_a_new_one(launch, verb):
     """A mark that stays would keep the machine from starting the run."""
     if verb == "run":
@@ -213,7 +220,7 @@ def test_marks_of_an_earlier_run_that_cannot_be_read_stop_a_new_one(launch, verb
     assert "cannot read gs://my-bucket/prm/state: ERROR" in stderr and creations(launch) == 0
 
 
-@pytest.mark.parametrize("command", [[], TRAIN], ids=["watch", "start"])
+@pytest.mark.parametrize("command", [slow([]), TRAIN], ids=["watch", "start"])
 def test_a_stored_command_that_cannot_be_read_is_not_a_missing_one(launch, command):
     launch.cloud.node("READY")
     launch.cloud.put("my-bucket/prm/job/command", "tree\nnone\ntrain\n")
@@ -244,7 +251,7 @@ def test_a_secret_that_stays_without_a_machine_is_reported_and_deleted_later(lau
     assert launch.commands()[-1] == "secrets delete jaxprm-prm --project=my-project --quiet"
 
 
-@pytest.mark.parametrize("verb", ["delete", "up"])
+@pytest.mark.parametrize("verb", ["delete", slow("up")])
 def test_a_secret_that_cannot_be_deleted_does_not_hide_the_machine(launch, verb):
     launch.cloud.node("READY")
     launch.cloud.put("my-bucket/prm/job/command", "tree\njaxprm-prm\ntrain\n")
@@ -326,7 +333,7 @@ def interrupt(launch, number: int, verb: str, *arguments: str) -> tuple[int, str
 
 
 @pytest.mark.parametrize(
-    "number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)], ids=["INT", "TERM", "HUP"]
+    "number, code", [(signal.SIGINT, 130), slow(signal.SIGTERM, 143), (signal.SIGHUP, 129)], ids=["INT", "TERM", "HUP"]
 )
 def test_a_signal_says_what_exists(launch, number, code):
     launch.cloud.scenario([["tpu-vm create", [["hang", "", "", "after"]]]])
@@ -336,7 +343,7 @@ def test_a_signal_says_what_exists(launch, number, code):
     assert "interrupted. A run on the machine continues" in stderr
 
 
-@pytest.mark.parametrize("life", [None, ["ABSENT"] * 9 + ["READY"]], ids=["never", "later"])
+@pytest.mark.parametrize("life", [slow(None), ["ABSENT"] * 9 + ["READY"]], ids=["never", "later"])
 def test_ctrl_c_before_the_machine_appears(launch, life):
     launch.cloud.change(lives={"tpu-vm": [life] if life else [], "queued-resources": []})
     launch.cloud.scenario([["tpu-vm create", [["hang", "", "", *["after"] * bool(life)]]]])
@@ -401,7 +408,7 @@ def test_a_change_that_succeeds_without_an_answer_is_reported(launch, secrets, v
         launch(verb, *secrets, *VERBS[verb], code=None)
 
 
-@pytest.mark.parametrize("group", ["tpu-vm", "secrets"])
+@pytest.mark.parametrize("group", ["tpu-vm", slow("secrets")])
 def test_ctrl_c_while_it_asks_what_exists(launch, group):
     launch.cloud.node("READY")
     launch.cloud.scenario(
