@@ -238,8 +238,8 @@ nothing_reported() {
     say "no worker has reported for a long time; to look at the machine: $(next_command ssh)"
     return
   fi
-  finish "failed: no worker has reported; check that the machine's service account may write to gs://$BUCKET. To look at \
-the machine: --keep, then $(next_command ssh)" 1
+  finish "failed: no worker has reported; check that the machine's service account may write to gs://$BUCKET. To look \
+at the machine: --keep, then $(next_command ssh)" 1
 }
 
 # A preempted slice does not lose its workers all at once: the remaining ones fail without the others. This is not a
@@ -318,7 +318,7 @@ verb_status() {
   if [[ -n $UNKNOWN ]]; then
     echo "machine   $NAME: unknown ($UNKNOWN)"
   elif ((${#RESOURCES[@]} == 0)); then
-    echo "machine   $NAME: none in $ZONE, none in another zone"
+    echo "machine   $NAME: none in $ZONE, nor in any other zone that answered"
   fi
   if marks=$(list_objects "$RUN/state/"); then
     if [[ $marks == */state/worker-* || -n $DRY ]]; then

@@ -95,7 +95,8 @@ report_costs() {
     say "cost: unknown whether ${RESOURCES:+anything else of }$NAME exists and costs money ($UNKNOWN). \
 Check with: $(next_command status)"
   elif ((${#RESOURCES[@]} == 0)); then
-    say "cost: no machine and no queued resource $NAME exists in project $PROJECT${UNSETTLED:+. But a request of this \
+    say "cost: no machine and no queued resource $NAME exists in $ZONE, nor in any other zone that answered\
+${UNSETTLED:+. But a request of this \
 call ended without success, and could still create it. Check again with: $(next_command status)}"
   fi
   case $SECRET_STATE in

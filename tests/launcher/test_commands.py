@@ -118,7 +118,7 @@ def test_create_gives_up_after_the_last_try(launch):
     stderr = launch("create", "--accelerator", "v5e-8", code=1, CREATE_TRIES="3").stderr
     assert creations(launch) == 3
     assert "no v5litepod-8 in us-west4-a after 3 tries" in stderr
-    assert "cost: no machine and no queued resource prm exists in project my-project" in stderr
+    assert "cost: no machine and no queued resource prm exists in us-west4-a, nor in any other" in stderr
 
 
 def test_an_error_that_a_retry_cannot_fix_is_not_retried(launch):

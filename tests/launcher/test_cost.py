@@ -78,7 +78,7 @@ def test_status_in_a_wrong_zone_names_the_right_one(launch):
         "machine   prm: ACTIVE (queued resource in us-east1-d)",
     ]
     launch.cloud.change(nodes={}, queuedResources={})
-    assert "machine   prm: none in us-west4-a, none in another zone\n" in launch("status").stdout
+    assert "machine   prm: none in us-west4-a, nor in any other zone that answered\n" in launch("status").stdout
 
 
 @pytest.mark.parametrize("verb", ["create", "up", slow("run")])
