@@ -9,7 +9,6 @@ import logging
 import subprocess
 import sys
 import unicodedata
-import warnings
 from pathlib import Path
 
 import pytest
@@ -56,7 +55,6 @@ def test_everything_that_is_printed_in_the_block_is_safe(capsys):
         print(HOSTILE)
         print("x\r" + HOSTILE, file=sys.stderr)
         sys.stdout.writelines([HOSTILE, HOSTILE])
-        warnings.showwarning(HOSTILE, UserWarning, "file", 1)
         logging.lastResort.handle(logging.LogRecord("a", logging.ERROR, "file", 1, HOSTILE, (), None))
         with safe_output():
             print("Größe")
