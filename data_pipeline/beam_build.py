@@ -31,8 +31,10 @@ from apache_beam.pvalue import AsList, AsSingleton, TaggedOutput
 from data_pipeline import shards as shards_lib
 from data_pipeline.encode import Encoder
 from data_pipeline.errors import MOST_LISTED, DataError, SplitError
+from data_pipeline.locks import locked
 from data_pipeline.metadata import FILE, Metadata, Shard, check_output, shard_of
-from data_pipeline.output import staged_directory, write_errors
+from data_pipeline.output import backup_of, staged_directory, staging_of, write_errors
+from data_pipeline.paths import Named, check_paths
 from data_pipeline.records import (
     Preparation,
     RowCounts,
@@ -124,10 +126,10 @@ def build(
     local = FileSystems.get_scheme(output) is None
     if local:
         output = str(Path(output).absolute())
-        check_output(Path(output))
+        check_paths([Named("input", Path(path)) for _, path in files], [Named("output", Path(output))])
     elif FileSystems.match([f"{output}/*"])[0].metadata_list:
         raise DataError(f"{output}: not empty; name another directory or empty this one")
-    staged = staged_directory(output, overwrite=True) if local else _staged_remotely(output)
+    staged = _staged_locally(Path(output)) if local else _staged_remotely(output)
     with write_errors(output, "the dataset cannot be written"), staged as staging:
         folder = str(staging)
         _run(files, encoder, folder, _Settings(max_length, too_long, shards), options)
@@ -393,8 +395,19 @@ def _describe(folder: str, summary: _Summary, inputs: Inputs, encoder: Encoder, 
 
 
 @contextmanager
+def _staged_locally(output: Path) -> Iterator[Path]:
+    with locked(output, staging=(staging_of(output), backup_of(output))):
+        check_output(output)
+        with staged_directory(output, overwrite=True) as staging:
+            yield staging
+
+
+@contextmanager
 def _staged_remotely(output: str) -> Iterator[str]:
-    """As `staged_directory`, on any of Beam's file systems: files are moved one by one, metadata.json last."""
+    """As `staged_directory`, on any of Beam's file systems: files are moved one by one, metadata.json last.
+
+    Object stores have no locks.
+    """
     parent, name = FileSystems.split(output)
     staging = FileSystems.join(parent, f".{name}.building")
     try:

@@ -15,6 +15,8 @@ import numpy as np
 from data_pipeline.errors import DataError
 
 FILE = "metadata.json"
+# Files in which TFDS describes a dataset.
+_DESCRIPTIONS = ("dataset_info.json", "features.json")
 FORMAT = "jaxprm-trajectories"
 VERSION = 1
 # Lower bounds of the bins of length histograms. They are part of the format: metadata.json stores counts only.
@@ -88,10 +90,13 @@ class Metadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 def check_output(output: Path) -> None:
-    """Raises DataError unless a dataset may be written to `output`: it is absent, empty, or a dataset itself."""
+    """Raises DataError unless a dataset may be written to `output`: it is absent, empty, or a dataset and no more."""
     if output.is_dir():
         if (output / FILE).is_file():
-            Metadata.load(output)  # raises if another program wrote this metadata.json
+            # Raises if another program wrote this metadata.json.
+            ours = {FILE, *_DESCRIPTIONS, *Metadata.load(output).shards}
+            if others := sorted({path.name for path in output.iterdir()} - ours):
+                raise DataError(f"{output}: holds {others[0]}, which is no part of the dataset; move it away")
         elif any(output.iterdir()):
             raise DataError(f"{output}: not empty and not a dataset; name another directory or empty this one")
     elif output.exists():

@@ -11,19 +11,41 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jaxprm.arguments import STAGE_VERBS, parse
 from jaxprm.errors import RESUMABLE, Interrupted
 from jaxprm.host_memory import keep_freed
 
+if TYPE_CHECKING:
+    from data_pipeline.paths import Named
+
+# Errors of the file system that the user can fix. Others may be bugs, and keep their traceback.
+_FILE_ERRORS = {
+    errno.EACCES,
+    errno.EIO,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.EMFILE,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ESTALE,
+}
 # Verbs that call compiled programs many times: they keep freed memory (see host_memory.py).
 COMPUTING = {*STAGE_VERBS, "imitate", "score", "evaluate", "serve", "check-scorer", "bench"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a verb; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if (undecoded := next((text for text in arguments if not _is_text(text)), None)) is not None:
+        print(f"jaxprm: {undecoded!a}: is not valid UTF-8; rename the file or retype the value", file=sys.stderr)
+        return 2
     options = parse(arguments)
     # The start-up messages of TensorFlow and XLA would hide the one line that matters.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -33,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Before JAX starts its threads.
         keep_freed()
     try:
-        return VERBS[options.verb](options)
+        with guarded(options):
+            return VERBS[options.verb](options)
     except KeyboardInterrupt:
         effect = "starts over" if options.verb in ("evaluate", "export", "serve") else "resumes where it stopped"
         print(f"jaxprm: interrupted; the same command {effect}", file=sys.stderr)
@@ -56,17 +79,69 @@ def _one_line(error: Exception) -> str | None:
 
     if isinstance(error, (UserError, DataError)):
         return " ".join(str(error).split())
-    disk_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    # Orbax wraps a full disk in exceptions that carry no errno.
-    if disk_full or "No space left on device" in str(error):
-        where = f" writing {error.filename}" if getattr(error, "filename", None) else ""
+    number = error.errno if isinstance(error, OSError) else None
+    where = str(getattr(error, "filename", None) or "")
+    # Orbax and TensorFlow wrap errors of the disk in exceptions that carry no errno.
+    if number in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
+        where = f" writing {where}" if where else ""
         return f"no space left on the device{where}; free some and run the same command again: finished work is kept"
-    if (
-        isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError))
-        and error.filename
-    ):
-        return f"{error.filename}: {error.strerror}"
+    if number == errno.ENAMETOOLONG:
+        return f"{where[:80]}...: {os.strerror(number)} ({len(os.fsencode(where))} bytes)"
+    if number in _FILE_ERRORS and where:
+        return f"{where}: {os.strerror(number)}"
+    if number == errno.EROFS or os.strerror(errno.EROFS) in str(error):
+        return f"the disk cannot be written: {' '.join(str(error).split())}"
     return None
+
+
+def _is_text(argument: str) -> bool:
+    # Python reads other bytes of a command line as lone surrogates, which no file of ours could hold.
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+@contextmanager
+def guarded(options: argparse.Namespace) -> Iterator[None]:
+    """Refuses outputs that are inputs, and excludes other processes that write the same report.
+
+    The verbs with other outputs lock these themselves. Raises DataError or UserError before any work.
+    """
+    from data_pipeline.locks import locked
+    from data_pipeline.output import staging_file_of
+    from data_pipeline.paths import check_paths
+    from jaxprm.errors import UserError
+
+    report = getattr(options, "json", None)
+    # `inspect` has an option --json without a file.
+    report = report if isinstance(report, Path) else None
+    check_paths(*named_paths(options, report))
+    if report is None:
+        yield
+        return
+    if report.is_dir():
+        raise UserError(f"--json {report}: is a directory; name a file")
+    with locked(report, staging=[staging_file_of(report)]):
+        yield
+
+
+def named_paths(options: argparse.Namespace, report: Path | None) -> tuple[list[Named], list[Named]]:
+    """The paths that a verb's options name: those that it reads, and those that it writes but a work directory's."""
+    from data_pipeline.paths import Named
+    from data_pipeline.splits import parse_inputs
+
+    reads = []
+    for name in ("config", "input", "model", "tokenizer", "chat_template"):
+        value = getattr(options, name, None)
+        values = value if isinstance(value, list) else [value]
+        reads += [Named(name.replace("_", " "), Path(path)) for path in values if path is not None]
+    # [SPLIT=]FILE
+    split_files = parse_inputs([*(getattr(options, "files", None) or []), *(getattr(options, "data", None) or [])])
+    reads += [Named("input", Path(path)) for paths in split_files.values() for path in paths]
+    writes = [Named("output", options.output)] if getattr(options, "output", None) else []
+    return reads, writes + ([Named("--json", report)] if report else [])
 
 
 def _stages(options) -> int:
@@ -192,14 +267,10 @@ def _bench(options) -> int:
 
 def _evaluate(options) -> int:
     from jaxprm import files
-    from jaxprm.errors import UserError
     from jaxprm.evaluation.evaluate import Settings, evaluate
     from jaxprm.evaluation.statistics import Resampling
     from jaxprm.evaluation.tables import evaluation_table
 
-    # Before the evaluation, which may take long.
-    if options.json and (options.json.is_dir() or options.json.resolve() == options.input.resolve()):
-        raise UserError(f"json {options.json}: is a directory, or the input; name another file")
     settings = Settings(
         labels=options.labels,
         label_kind=options.label_kind,

@@ -18,7 +18,9 @@ from data_pipeline import splits
 from data_pipeline.errors import DataError, SplitError
 from data_pipeline.importers import fields, openai, sharegpt, trl
 from data_pipeline.importers.source import SourceRow, read_rows
-from data_pipeline.output import staged_file, write_errors
+from data_pipeline.locks import locked
+from data_pipeline.output import staged_file, staging_file_of, write_errors
+from data_pipeline.paths import Named, check_paths
 from data_pipeline.trajectory import Trajectory, check_steps, parse_line, to_line
 
 FormatName = Literal["openai", "sharegpt", "agentgym", "trl-prm"]
@@ -93,15 +95,18 @@ def import_trajectories(
       progress: called with (bytes read, all bytes).
 
     Raises:
-      DataError: the output exists or cannot be written, an input cannot be read, a row is bad and bad rows are not
-        skipped, no row is left, or a field named in `options` is in no row. Then there is no output.
+      DataError: the output exists, is an input, is written by another process or cannot be written, an input cannot be
+        read, a row is bad and bad rows are not skipped, no row is left, or a field named in `options` is in no row.
+        Then there is no output.
     """
+    output = Path(output)
+    check_paths([Named("input", Path(path)) for path in inputs], [Named("output", output)])
     converter = _Converter(options)
     # A missing file is an error of `read_rows`, which names it.
     sizes = [Path(path).stat().st_size if Path(path).is_file() else 0 for path in inputs]
     report, before = converter.report, 0
     # `read_rows` raises DataError, so an OSError in this block is one of writing.
-    with write_errors(output), staged_file(output) as file:
+    with locked(output, staging=[staging_file_of(output)]), write_errors(output), staged_file(output) as file:
         for path, size in zip(inputs, sizes, strict=True):
             for row in read_rows(path):
                 report.rows += 1

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
 from data_pipeline.encode import Encoder
+from data_pipeline.locks import locked
 from data_pipeline.output import backup_of, staged_directory, staging_of
+from data_pipeline.paths import Named, check_paths
 from jaxprm import files
 from jaxprm.artifacts.directory import RECIPE, files_of, find_model, read_recipe
 from jaxprm.errors import UserError
@@ -67,11 +70,18 @@ def export(
         raise UserError(f"export --verify compares with transformers' torch model, and torch is missing: {_TORCH}")
     if trajectories is not None and not verify:
         raise UserError("export: trajectories are only read to verify on; add --verify")
-    _check_replaceable(output)
-    # `staged_directory` removes both of these, whatever they hold.
-    for leftover in (staging_of(output), backup_of(output)):
-        _check_leftover(leftover)
-    with staged_directory(output, overwrite=True) as staging:
+    reads = {"model": model, "chat template": template, "input": trajectories}
+    with files.user_errors():
+        check_paths(
+            [Named(name, Path(path)) for name, path in reads.items() if path is not None], [Named("output", output)]
+        )
+    with ExitStack() as stack:
+        with files.user_errors():
+            stack.enter_context(
+                locked(output, staging=(staging_of(output), backup_of(output)), is_ours=_is_made_by_export)
+            )
+        _check_replaceable(output)
+        staging = stack.enter_context(staged_directory(output, overwrite=True))
         names = _write(model, staging, head_format, dtype, limit, template)
         result = {"model": str(model), "output": str(output), "files": names}
         if verify:
@@ -103,14 +113,13 @@ def _check_replaceable(directory: Path) -> None:
         raise UserError(f"output {directory}: holds {others[0]}, which export did not write; name another directory")
 
 
-def _check_leftover(directory: Path) -> None:
-    """Raises UserError for a directory that would be removed as the leftover of a killed export, but is none."""
-    if not directory.exists():
-        return
+def _is_made_by_export(directory: Path) -> bool:
+    """Whether a staging path is the leftover of a killed export of an earlier version, which no lock file names."""
+    if not directory.is_dir() or directory.is_symlink():
+        return False
     names = {path.name for path in directory.iterdir()}
     # The marker is the first file of an export, and is renamed into place itself.
-    if names and not names & {MARKER, MARKER + ".tmp"}:
-        raise UserError(f"{directory}: exists but was not made by export; move or delete it")
+    return not names or bool(names & {MARKER, MARKER + ".tmp", f".{MARKER.removeprefix('.')}.tmp"})
 
 
 def _marked(directory: Path) -> list[str]:

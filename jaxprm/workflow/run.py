@@ -5,12 +5,16 @@ Stages import their libraries when they start, so a run that stops after an earl
 
 from __future__ import annotations
 
+import shutil
 import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from data_pipeline import paths
 from data_pipeline.errors import listed
+from data_pipeline.output import backup_of, staging_of
+from data_pipeline.splits import parse_inputs
 from jaxprm import config as config_lib
 from jaxprm import files
 from jaxprm.errors import UserError
@@ -21,6 +25,19 @@ from jaxprm.workflow.context import Run
 from jaxprm.workflow.workdir import WorkDirectory
 
 STAGES = ("collect", "build", "train", "search", "report")
+# What a run writes in its work directory.
+WRITTEN = (
+    "config.json",
+    "features",
+    "lock",
+    "report",
+    "results.json",
+    "reward_models",
+    "search",
+    "shards",
+    "stages",
+    "trajectories",
+)
 
 
 def run(
@@ -76,6 +93,11 @@ def _includes(until: str, stage: str) -> bool:
 
 def check(run: Run, until: str) -> None:
     """Raises UserError for what would stop a stage up to `until`, before any work is spent."""
+    check_paths(run)
+    # The user's own files may change until something was made of them.
+    may_change = run.experiment.collection.files and not run.work.has_begun("build")
+    if may_change and run.work.forget("collect", run.collect_inputs):
+        print("trajectories: the files have changed, and are read again", file=sys.stderr)
     run.work.check(stage_inputs(run, until))
     if _includes(until, "train"):
         from jaxprm.training import metrics
@@ -86,6 +108,19 @@ def check(run: Run, until: str) -> None:
         from jaxprm.workflow import search_stage
 
         search_stage.check(run)
+
+
+def check_paths(run: Run) -> None:
+    """Raises UserError if the run would write to a file or a model that it reads."""
+    experiment = run.experiment
+    named = {"base_model": experiment.base_model, "policy.path": experiment.policy.path}
+    named["policy.chat_template"] = experiment.policy.chat_template
+    reads = [paths.Named(field, Path(path)) for field, path in named.items() if path and Path(path).exists()]
+    own = parse_inputs(experiment.collection.files)
+    reads += [paths.Named("collection.files", Path(path)) for given in own.values() for path in given]
+    with files.user_errors():
+        for name in WRITTEN:
+            paths.check_paths(reads, [paths.Named("work directory's", run.work / name)])
 
 
 def check_objectives(experiment: config_lib.Experiment) -> None:
@@ -166,6 +201,9 @@ def build(run: Run) -> None:
         # Shards appear all at once, together with their metadata: only the record of this stage was lost.
         if not needed or (output / "metadata.json").exists():
             return
+        # Of a build of an earlier version that was killed: no lock file says that they are ours, but where they are.
+        for leftover in (staging_of(output), backup_of(output)):
+            shutil.rmtree(leftover, ignore_errors=True)
         inputs = {split: [run.work / f"trajectories/{split}.jsonl"] for split in ("train", "validation")}
         with absolute("build shards", unit="trajectory") as show:
             builder.build(
@@ -206,8 +244,8 @@ def run_secondary_process(run: Run) -> None:
 def _train(run: Run, model: config_lib.RewardModelConfig, seed: int, output: Path) -> None:
     from jaxprm.training.train import train_reward_model
 
-    paths = {"shards": run.work / "shards", "base": run.base_directory, "output": output}
-    train_reward_model(run.experiment, model, seed, **paths, profile=run.profile)
+    where = {"shards": run.work / "shards", "base": run.base_directory, "output": output}
+    train_reward_model(run.experiment, model, seed, **where, profile=run.profile)
 
 
 def validation_lines(experiment: config_lib.Experiment, workdir: Path) -> list[str]:
