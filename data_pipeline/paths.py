@@ -83,6 +83,8 @@ def _check_pair(output: Named, read: Named) -> None:
 
 def _check_name(output: Named) -> None:
     length = len(os.fsencode(output.path.name))
+    if output.path.name in ("", ".."):
+        raise DataError(f"{output}: is a directory, and has no name of its own; name another path")
     if length > _LONGEST_NAME:
         raise DataError(
             f"{output.name} {output.path.name[:40]}...: {length} bytes, at most {_LONGEST_NAME}; shorten it"
