@@ -173,10 +173,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     try:
         inputs = parse_inputs(options.input)
-        check_paths(
-            [Named("tokenizer", Path(options.tokenizer)), Named("chat template", Path(options.chat_template))],
-            [Named("output", Path(options.output))],
-        )
+        reads = [Named("tokenizer", Path(options.tokenizer)), Named("chat template", Path(options.chat_template))]
+        reads += [Named("input", Path(path)) for paths in inputs.values() for path in paths]
+        check_paths(reads, [Named("output", Path(options.output))])
         encoder = Encoder.load(options.tokenizer, options.chat_template)
         if options.beam is None:
             metadata = _with_bar(inputs, encoder, options.output, settings)

@@ -114,6 +114,27 @@ def test_a_broken_line_is_named(read, broken, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("read", [files.complete_lines, read_partial])
+@pytest.mark.parametrize(
+    "torn",
+    [
+        b'{"a": "\xc3',  # a kill within a letter of two bytes
+        b'{"a": "\xff"}\n',
+        b"\0" * 4096,  # what a file system leaves after a power failure
+        b'{"a": 3}\0\0\n\xff\xfe\n"text"\n7',
+        b"[" * 100_000 + b"\n",
+    ],
+)
+def test_any_torn_end_is_cut_off(read, torn, tmp_path, capsys):
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(b'{"a": 1}\n{"a": "\xc3\xa9"}\n' + torn)
+    assert read(path) == [{"a": 1}, {"a": "é"}]
+    remaining = next(tmp_path.iterdir())
+    assert remaining.read_bytes() == b'{"a": 1}\n{"a": "\xc3\xa9"}\n'
+    # A kill tears one line, which needs no word. Lines that had an end were written once.
+    assert ("damaged lines" in capsys.readouterr().err) == (b"\n" in torn)
+
+
 @given(objects=OBJECTS, data=st.data())
 @settings(max_examples=50, deadline=None)
 def test_lines_resume_after_a_torn_one_and_are_finished_in_the_given_order(objects, data, tmp_path_factory):
