@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import functools
 import json
 import os
 import sys
@@ -333,8 +334,14 @@ def _import_trajectories(options) -> int:
         skip_bad=options.skip_bad,
     )
     with progress.absolute("import", unit="B", unit_scale=True) as show:
-        report = convert.import_trajectories(options.input, options.output, settings, progress=show)
-    _write_report(options.json, report)
+        report = convert.import_trajectories(
+            options.input,
+            options.output,
+            settings,
+            progress=show,
+            # The output exists only with its report: after a kill, the command refuses to overwrite the output.
+            before_output=functools.partial(_write_report, options.json),
+        )
     print("\n".join(convert.to_text(report, options.output)))
     if report.bad:
         print("\n".join(listed(report.bad)), file=sys.stderr)

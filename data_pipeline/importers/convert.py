@@ -88,11 +88,13 @@ def import_trajectories(
     options: Options,
     *,
     progress: Callable[[int, int], None] | None = None,
+    before_output: Callable[[ImportReport], None] | None = None,
 ) -> ImportReport:
     """Writes the trajectories of `inputs` to the new trajectory file `output`, in their order.
 
     Args:
       progress: called with (bytes read, all bytes).
+      before_output: called with the report before `output` appears, to write what belongs to it.
 
     Raises:
       DataError: the output exists, is an input, is written by another process or cannot be written, an input cannot be
@@ -130,6 +132,8 @@ def import_trajectories(
             first = f", all bad, the first: {report.bad[0]}" if report.bad else ""
             raise DataError(f"no trajectory in {', '.join(map(str, inputs))}: {report.rows} rows{first}")
         converter.check_fields()
+        if before_output:
+            before_output(report)
     return report
 
 
