@@ -91,6 +91,9 @@ class ResumableLines:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # Nothing to resume from. If the file was renamed to PATH, there is none of this name.
+        if self.is_empty():
+            self.partial.unlink(missing_ok=True)
         self._held.close()
 
     def is_finished(self) -> bool:
@@ -142,6 +145,7 @@ class ResumableLines:
 
     def discard(self) -> None:
         """Removes what was written, so that the next run starts from the beginning."""
+        self.truncate(0)
         self.partial.unlink()
 
 

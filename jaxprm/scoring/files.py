@@ -92,13 +92,14 @@ def score_file(
     digest, total = digest_and_count(input)
     run_identity = {"format": FORMAT, "chunk": chunk, "dtype": dtype, "input": digest, "model": model_identity(model)}
     run_identity["chat_template"] = read_template(template)
-    scorer = loading.load_scorer(model, dtype=dtype, template=template, mesh=mesh)
     progress = loading.defines_progress(read_recipe(model))
     record = record_of(output)
     target = files.ResumableLines(output, staging=[staging_file_of(record)])
     done = errors = 0
     try:
         with target, input.open("rb") as file:
+            # Within the lock: a second process is refused before it loads the model.
+            scorer = loading.load_scorer(model, dtype=dtype, template=template, mesh=mesh)
             done, errors = _resume(target, record, run_identity, chunk)
             lines = HashedLines(itertools.islice(file, total))
             remaining = enumerate(itertools.islice(lines, done, None), start=done + 1)

@@ -122,6 +122,7 @@ def inputs() -> Iterator[Inputs]:
     for name in ("trajectories", "log"):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shutil.copytree(tiny.tokenizer_directory(), folder / "tokenizer")
+    (folder / "tokenizer").chmod(0o755)
     yield Inputs(
         folder, folder / "config.py", model, folder / "trajectories.jsonl", folder / "log.jsonl", folder / "tokenizer"
     )
