@@ -22,7 +22,7 @@ from jaxprm.config import *
 config = Experiment(
     name="small",
     environment=EnvironmentConfig(name="tests.search.fakes:Walk"),
-    policy=PolicyConfig(path="tests.search.fakes:SeededPolicy", max_tokens=100, max_action_tokens=28),
+    policy=PolicyConfig(path="tests.search.fakes:SeededPolicy", max_tokens=100, max_action_tokens=28, in_flight=4),
     base_model={base!r},
     collection=CollectionConfig(trajectories_per_task=2),
     data=DataConfig(rows=2, length=128, steps_per_row=16, shards=2),

@@ -63,7 +63,7 @@ def test_a_stage_that_is_killed(zygote, inputs, undisturbed, tmp_path, verb):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     command = (verb, inputs.config, "--workdir", work)
-    points = disturb(zygote, work, command, rng=random.Random(verb), times=3, prepare=remove)
+    points = disturb(zygote, work, command, rng=random.Random(verb), times=2, prepare=remove)
     print("\n".join(points))
     # Nothing is left over, and the whole run is still what it was.
     assert contents(work) == contents(undisturbed)
@@ -94,5 +94,5 @@ def test_a_verb_that_is_killed(zygote, inputs, tmp_path, name):
         if name == "import":
             remove()
 
-    points = disturb(zygote, tmp_path, command, rng=random.Random(name), times=4, prepare=forget)
+    points = disturb(zygote, tmp_path, command, rng=random.Random(name), times=2, prepare=forget)
     print("\n".join(points))
