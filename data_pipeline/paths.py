@@ -30,6 +30,8 @@ _READ_IN_DIRECTORIES = (
     "tokenizer*",
     "vocab.*",
 )
+# Folders of a run and of a training output in which models are.
+_READ_FOLDERS = ("checkpoints", "model", "model-files", "reward_models", "seed-*")
 # Bytes of a file name on Linux, less those that `companions` add.
 _LONGEST_NAME = 255 - len("..partial.json.tmp")
 
@@ -48,13 +50,14 @@ def check_paths(reads: Iterable[Named], writes: Iterable[Named]) -> None:
     """Checks the paths of a command. Links are followed, and names of one file are one file.
 
     Args:
-      reads: files and directories. Those that do not exist are left to their readers.
+      reads: files and directories. One that does not exist may be the name of something else, and is left to its
+        reader.
       writes: files and directories that may exist. A directory is replaced as a whole.
 
     Raises DataError if an output, or a path that its writer uses next to it, is an input or another output; if a
       directory that is replaced holds an input; or if an output cannot have its name.
     """
-    reads, writes = list(reads), list(writes)
+    reads, writes = [read for read in reads if os.path.lexists(read.path)], list(writes)
     for output in writes:
         _check_name(output)
         for read in reads:
@@ -76,8 +79,8 @@ def _check_pair(output: Named, read: Named) -> None:
             raise DataError(f"{output}: is written by way of {path.name}, which is the {read}; name another file")
     if _holds(output.path, read.path):
         raise DataError(f"{output}: holds the {read}, and would replace it; name another directory")
-    # A new file of another name may be put next to what is read: a report next to its model.
-    if _holds(read.path, output.path) and _is_read(output.path):
+    # A file of another name may be put next to what is read: a report next to its model.
+    if _holds(read.path, output.path) and _is_read(output.path, read.path):
         raise DataError(f"{output}: is a file of the {read}, which is read; name another file")
 
 
@@ -111,7 +114,15 @@ def _holds(directory: Path, path: Path) -> bool:
     return outer != inner and inner.is_relative_to(outer)
 
 
-def _is_read(path: Path) -> bool:
+def _is_read(path: Path, directory: Path) -> bool:
+    """Whether a path below a directory is one of those that are read there."""
+    *folders, name = Path(os.path.realpath(path)).relative_to(os.path.realpath(directory)).parts
+    # Below the folder in which a user works, any folder of another name is not its model's.
+    if folders and not _matches(folders[0], _READ_FOLDERS):
+        return False
     # The files of a checkpoint have names of their own.
-    in_checkpoint = path.exists() and "checkpoints" in path.absolute().parts
-    return in_checkpoint or any(fnmatch.fnmatch(path.name, pattern) for pattern in _READ_IN_DIRECTORIES)
+    return ("checkpoints" in folders and path.exists()) or _matches(name, _READ_IN_DIRECTORIES)
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)

@@ -27,7 +27,7 @@ def folder(tmp_path, monkeypatch):
         "set/t.jsonl": ROW,
         "w/trajectories/train.jsonl": ROW,
         "w/shards/config.json": "{}",
-        "template.jinja": "{{ messages }}",
+        ".a.old": "{{ messages }}",
         "model/config.json": "{}",
         "model/model.safetensors": "",
     }.items():

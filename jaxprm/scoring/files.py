@@ -141,7 +141,6 @@ def _check_paths(model: Path, input: Path, output: Path, template: str | None) -
     if output.is_dir():
         raise UserError(f"output {output}: is a directory; name a file")
     reads = [Named("input", input), Named("model", model)]
-    # A name of a template is no file, and then nothing is of that name.
     reads += [Named("chat template", Path(template))] if template else []
     with files.user_errors():
         check_paths(reads, [Named("output", output)])

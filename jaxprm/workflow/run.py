@@ -95,9 +95,9 @@ def _includes(until: str, stage: str) -> bool:
 def check(run: Run, until: str) -> None:
     """Raises UserError for what would stop a stage up to `until`, before any work is spent."""
     check_paths(run)
-    # The user's own files may change until something was made of them.
+    # The user's own files may change until something was made of them. Sampled trajectories are never removed.
     may_change = run.experiment.collection.files and not run.work.has_begun("build")
-    if may_change and run.work.forget("collect", run.collect_inputs):
+    if may_change and run.work.forget("collect", run.collect_inputs, "files", list(_collected(run).values())):
         print("trajectories: the files have changed, and are read again", file=sys.stderr)
     run.work.check(stage_inputs(run, until))
     if _includes(until, "train"):
@@ -116,12 +116,12 @@ def check_paths(run: Run) -> None:
     experiment = run.experiment
     named = {"base_model": experiment.base_model, "policy.path": experiment.policy.path}
     named["policy.chat_template"] = experiment.policy.chat_template
-    reads = [paths.Named(field, Path(path)) for field, path in named.items() if path and Path(path).exists()]
+    reads = [paths.Named(field, Path(path)) for field, path in named.items() if path]
     own = parse_inputs(experiment.collection.files)
-    reads += [paths.Named("collection.files", Path(path)) for given in own.values() for path in given]
+    reads += [paths.Named("collection.files", Path(path)) for own_files in own.values() for path in own_files]
     with files.user_errors():
         for name in WRITTEN:
-            paths.check_paths(reads, [paths.Named("work directory's", run.work / name)])
+            paths.check_paths(reads, [paths.Named("output", run.work / name)])
 
 
 def check_objectives(experiment: config_lib.Experiment) -> None:
@@ -152,7 +152,7 @@ def collect(run: Run) -> None:
     from jaxprm.policies.rollouts import collect as sample
 
     settings = run.experiment.collection
-    outputs = {split: run.work / f"trajectories/{split}.jsonl" for split in ("train", "validation")}
+    outputs = _collected(run)
     limits = {"train": settings.train_tasks, "validation": settings.validation_tasks}
     with run.work.stage("collect", run.collect_inputs, list(outputs.values())) as needed:
         if not needed:
@@ -174,6 +174,11 @@ def collect(run: Run) -> None:
                 seed=run.experiment.seed,
                 label=f"collect {split}",
             )
+
+
+def _collected(run: Run) -> dict[str, Path]:
+    """Trajectory files by split."""
+    return {split: run.work / f"trajectories/{split}.jsonl" for split in ("train", "validation")}
 
 
 def import_user_files(run: Run, outputs: dict[str, Path]) -> None:
@@ -205,7 +210,7 @@ def build(run: Run) -> None:
         # Of a build of an earlier version that was killed: no lock file says that they are ours, but where they are.
         for leftover in (staging_of(output), backup_of(output)):
             shutil.rmtree(leftover, ignore_errors=True)
-        inputs = {split: [run.work / f"trajectories/{split}.jsonl"] for split in ("train", "validation")}
+        inputs = {split: [path] for split, path in _collected(run).items()}
         with absolute("build shards", unit="trajectory") as show:
             builder.build(
                 inputs,

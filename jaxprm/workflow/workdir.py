@@ -89,14 +89,14 @@ class WorkDirectory:
         record = self._record(name)
         return record is not None and record.left_something(self.path)
 
-    def forget(self, name: str, inputs: dict[str, Any]) -> bool:
-        """Removes the outputs and the record of a stage of other inputs; returns whether it did."""
-        record = self._record(name)
-        if record is None or record.inputs == files.plain(inputs):
+    def forget(self, name: str, inputs: dict[str, Any], field: str, outputs: list[Path]) -> bool:
+        """Removes outputs and record of a stage whose inputs differ in one field only; returns whether it did."""
+        record, now = self._record(name), files.plain(inputs)
+        if record is None or record.inputs == now or record.inputs | {field: now[field]} != now:
             return False
         # The record last: a kill in between must leave what says that the outputs are of other inputs.
-        for output in record.outputs or []:
-            _remove(self / output)
+        for output in outputs:
+            _remove(output)
         self._path(name).unlink()
         return True
 

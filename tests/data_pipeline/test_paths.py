@@ -20,7 +20,8 @@ def folder(tmp_path, monkeypatch):
     Path("set/in").write_text("precious")
     Path("also").symlink_to("set")
     Path("model/checkpoints/100").mkdir(parents=True)
-    for name in ("model/config.json", "model/report.json", "model/checkpoints/100/_METADATA"):
+    old = ("a.partial", "a.partial.json", ".a.tmp", ".a.old")
+    for name in ("model/config.json", "model/report.json", "model/checkpoints/100/_METADATA", *old):
         Path(name).write_text("{}")
     return tmp_path
 
@@ -39,7 +40,6 @@ def check(reads, *writes):
         (["in"], ["link"], "is the input in"),
         (["link"], ["in"], "is the input link"),
         (["in"], ["hard"], "is the input in"),
-        (["gone"], ["gone"], "is the input gone"),  # its reader would say that it is missing, but too late
         (["a.partial"], ["a"], "written by way of a.partial, which is the input"),
         (["a.partial.json"], ["a"], "written by way of a.partial.json"),
         ([".a.tmp"], ["a"], "written by way of .a.tmp"),
@@ -51,6 +51,7 @@ def check(reads, *writes):
         (["model"], ["."], "no name of its own"),
         (["model"], ["model/config.json"], "is a file of the input model"),
         (["model"], ["model/tokenizer.json"], "is a file of the input model"),
+        (["."], ["model/config.json"], "is a file of the input"),
         (["model"], ["model/checkpoints/100/_METADATA"], "is a file of the input model"),
         ([], ["b", "b"], "out0 b and out1 b are the same"),
         ([], ["b", "set/../b"], "are the same"),
@@ -73,8 +74,12 @@ def test_a_collision_is_refused(reads, writes, problem):
         (["in", "set/in"], ["set/out", "out"]),
         (["model"], ["model/report.json"]),  # again, next to the model
         (["model"], ["model/export"]),
+        (["model"], ["model/export/config.json"]),
+        (["."], ["w/config.json"]),  # a model in the folder in which the user works
+        (["own"], ["own"]),  # a chat template, by its name
         (["in"], ["model"]),
         (["gone"], ["out"]),
+        (["gone"], ["gone"]),
     ],
 )
 def test_other_paths_are_allowed(reads, writes):

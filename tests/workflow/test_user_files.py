@@ -185,3 +185,15 @@ def test_a_run_on_own_trajectories_trains_on_them_from_a_model_and_stops(own, tm
     tasks = {one.task for one in read(tmp_path / "w/trajectories/train.jsonl")}
     assert recipe["base"] == "base" and recipe["trained_on"]["trajectories"] == len(tasks) > 5
     assert not (tmp_path / "w/search").exists()
+
+
+def test_sampled_trajectories_are_not_replaced_by_files(own, tmp_path, capsys):
+    (tmp_path / "w/stages").mkdir(parents=True)
+    (tmp_path / "w/trajectories").mkdir()
+    sampled = {"inputs": {"environment": {}, "seed": 0}, "finished": True, "seconds": 9.0}
+    (tmp_path / "w/stages/collect.json").write_text(json.dumps(sampled))
+    for split in ("train", "validation"):
+        (tmp_path / f"w/trajectories/{split}.jsonl").write_text("precious\n")
+    assert cli.main(own("collect", "own.jsonl", "--skip-bad")) == 2
+    assert "stage collect was made with" in capsys.readouterr().err
+    assert (tmp_path / "w/trajectories/train.jsonl").read_text() == "precious\n"
