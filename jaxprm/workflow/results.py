@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.metadata import Metadata
 from jaxprm import config as config_lib
 from jaxprm import files
 from jaxprm.errors import UserError
@@ -218,8 +219,7 @@ class ResultsBuilder:
 
     def data(self) -> dict:
         """Counts of trajectories and tasks."""
-        train = list(files.read_lines(self.run.work / "trajectories/train.jsonl"))
-        validation = list(files.read_lines(self.run.work / "trajectories/validation.jsonl"))
+        train, validation = self._trajectories("train"), self._trajectories("validation")
         pool = [line for lines in self.pool.values() for line in lines]
         splits = {"train": train, "validation": validation, self.settings.split: pool}
         return {
@@ -269,6 +269,15 @@ class ResultsBuilder:
         if not grouped:
             raise UserError(f"{path}: is empty; {_REPAIR}")
         return dict(grouped)
+
+    def _trajectories(self, split: str) -> list[dict]:
+        """The trajectories that the shards were built from. Raises UserError if their number is another."""
+        path, metadata = self.run.work / f"trajectories/{split}.jsonl", Metadata.load(self.run.work / "shards")
+        lines, rows = list(files.read_lines(path)), metadata.splits[split].rows
+        # Rows that were left out as bad are not counted by split.
+        if not metadata.skipped and len(lines) != rows:
+            raise UserError(f"{path}: has {len(lines)} trajectories, the shards were built from {rows}; {_REPAIR}")
+        return lines
 
     def _searched(self, spec: SearchSpec, label: str) -> list[list[dict]]:
         """Lines of a guided search, [seeds][tasks]."""
