@@ -2,7 +2,7 @@
 
 The lock belongs to the process and ends with it, also by SIGKILL, so the file of a dead process never blocks. Linux'
 NFS client turns the lock into one of the server, so writers on different hosts exclude each other where fcntl locks do.
-The content of the file is who holds the lock, and which staging paths are his: those of a killed process can then be
+The content of the file is who holds the lock, and which staging paths are its own: those of a killed process can then be
 told from a user's own files of the same name.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import os
 import platform
 import sys
@@ -136,14 +137,19 @@ def _open_locked(path: Path) -> BinaryIO:
                 holder = _holder(file)
                 file.close()
                 raise Busy(holder) from None
-            # A file system without locks. Writing there must still be possible.
-            print(f"{path.parent}: the file system has no locks; run one command at a time there", file=sys.stderr)
+            _report_missing_locks(path.parent)
             return file
         # The former holder may have removed the file between our open and our lock.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
         file.close()
+
+
+@functools.cache  # once in a process: a run locks a file for each of its searches
+def _report_missing_locks(folder: Path) -> None:
+    # Writing there must still be possible.
+    print(f"{folder}: the file system has no locks; run one command at a time there", file=sys.stderr)
 
 
 def _holder(file: BinaryIO) -> str:
