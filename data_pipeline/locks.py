@@ -2,7 +2,7 @@
 
 The lock belongs to the process and ends with it, also by SIGKILL, so the file of a dead process never blocks. Linux'
 NFS client turns the lock into one of the server, so writers on different hosts exclude each other where fcntl locks do.
-The content of the file is who holds the lock, and which staging paths are its own: those of a killed process can then be
+The file names its holder and the staging paths of that process: those of a killed one can then be
 told from a user's own files of the same name.
 """
 
