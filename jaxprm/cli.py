@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data_pipeline.terminal import safe_output
 from jaxprm.arguments import STAGE_VERBS, parse
 from jaxprm.errors import RESUMABLE, Interrupted
 from jaxprm.host_memory import keep_freed
@@ -44,10 +45,14 @@ COMPUTING = {*STAGE_VERBS, "imitate", "score", "evaluate", "serve", "check-score
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a verb; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if (undecoded := next((text for text in arguments if not _is_text(text)), None)) is not None:
-        print(f"jaxprm: {undecoded!a}: is not valid UTF-8; rename the file or retype the value", file=sys.stderr)
-        return 2
-    options = parse(arguments)
+    with safe_output():
+        if (undecoded := next((text for text in arguments if not _is_text(text)), None)) is not None:
+            print(f"jaxprm: {undecoded!a}: is not valid UTF-8; rename the file or retype the value", file=sys.stderr)
+            return 2
+        return _run(parse(arguments))
+
+
+def _run(options: argparse.Namespace) -> int:
     # The start-up messages of TensorFlow and XLA would hide the one line that matters.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
@@ -66,6 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Interrupted as stopped:
         print(f"jaxprm: {stopped}", file=sys.stderr)
         return RESUMABLE
+    except SystemExit as ended:
+        # Otherwise a script would take unfinished work for done.
+        print(
+            f"jaxprm: a config, or code that it names, called sys.exit({ended.code!r}); remove that call",
+            file=sys.stderr,
+        )
+        return 2
     except Exception as error:
         if (line := _one_line(error)) is None:
             raise
