@@ -175,6 +175,8 @@ def _swallowed(places: list[tuple[Field, Span]], special: Sequence[Span]) -> Fie
     """The first field that is partly inside of a special token: the end of a text and the template made one."""
     starts = [start for start, _ in special]
     for field, (start, end) in places:
+        if start == end:
+            continue  # of spaces that the template strips
         before = bisect_right(starts, start) - 1
         if before >= 0 and special[before][1] > start:
             return field
