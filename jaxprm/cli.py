@@ -251,6 +251,9 @@ def _import_trajectories(options) -> int:
     settings = convert.Options(
         format=options.format,
         messages=options.messages_field,
+        tools=options.tools_field,
+        step_labels=options.step_labels_field,
+        roles=convert.parse_roles(options.roles),
         outcome=options.outcome_field,
         success=options.success_field,
         id=options.id_field,

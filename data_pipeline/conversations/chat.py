@@ -96,7 +96,9 @@ def role_of(raw: dict[str, Any], key: str, roles: Mapping[str, str], where: str)
         role = roles.get(value.partition(" (")[0]) if value.partition(" (")[0] not in ROLES else None
     if role is None:
         what = "is missing" if value is None else f"{value!r:.40} is none of {', '.join(roles)}"
-        option = f"; map it with --roles assistant={value}" if isinstance(value, str) and value.isidentifier() else ""
+        # Only where the roles of a row are its own: an unknown key is no role.
+        name = value.partition(" (")[0] if isinstance(value, str) else ""
+        option = f"; map it with --roles assistant={name:.40}" if name else ""
         raise DataError(f"{where}: {key} {what}{option}")
     return role
 
