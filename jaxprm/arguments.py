@@ -89,6 +89,7 @@ def _stage_verb(verbs, name: str, text: str) -> None:
     )
     verb.add_argument("--model", metavar="DIR", help="model that reward models start from (base_model)")
     verb.add_argument("--chat-template", metavar="TEMPLATE", help=f"{_TEMPLATE} (policy.chat_template)")
+    _encoding(verb, " (policy.reasoning)", " (policy.special_tokens)")
     verb.add_argument("--skip-bad", action="store_true", help="leave out bad rows of --data (collection.skip_bad)")
 
 
@@ -114,6 +115,7 @@ def _score_verb(verbs) -> None:
     score.add_argument("--output", type=Path, required=True, help="scores, one line for each line of the input")
     score.add_argument("--dtype", choices=_DTYPES, default="float32", help="dtype of the arithmetic (default: float32)")
     score.add_argument("--chat-template", default="own", metavar="TEMPLATE", help=_TEMPLATE)
+    _encoding(score)
     score.add_argument("--mesh", metavar="AXIS=N,...", help=_MESH)
 
 
@@ -124,6 +126,7 @@ def _serve_verb(verbs) -> None:
     serve.add_argument("--port", type=int, default=8000, help="default 8000; 0 picks a free port")
     serve.add_argument("--dtype", choices=_DTYPES, default="float32", help="dtype of the arithmetic (default: float32)")
     serve.add_argument("--chat-template", default="own", metavar="TEMPLATE", help=_TEMPLATE)
+    _encoding(serve)
     serve.add_argument("--mesh", metavar="AXIS=N,...", help=_MESH)
     for name, default, text in (
         ("rows", 8, "conversations per batch"),
@@ -232,9 +235,17 @@ def _validate_verb(verbs) -> None:
     validate.add_argument("files", nargs="+", metavar="[SPLIT=]FILE", help="trajectories, JSON Lines")
     validate.add_argument("--tokenizer", type=Path, metavar="DIR", help="also encode every conversation with it")
     validate.add_argument("--chat-template", default="own", metavar="TEMPLATE", help=_TEMPLATE)
+    _encoding(validate)
     validate.add_argument("--max-length", type=_count, metavar="TOKENS", help="count longer trajectories")
     validate.add_argument("--json", type=Path, metavar="FILE", help="write everything there, with all bad rows")
     validate.add_argument("--skip-bad", action="store_true", help="count bad rows, but do not fail because of them")
+
+
+def _encoding(verb, *fields: str) -> None:
+    """Options that change how messages are encoded; without them, models do as they were trained."""
+    reasoning, special = fields or ("", "")
+    verb.add_argument("--reasoning", choices=("keep", "drop"), help=_REASONING + reasoning)
+    verb.add_argument("--special-tokens", choices=("error", "break"), help=_SPECIAL_TOKENS + special)
 
 
 def _count(text: str) -> int:

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 from data_pipeline import json_values
 from data_pipeline.conversations import chat
-from data_pipeline.conversations.kinds import kind_of, plain
+from data_pipeline.conversations.kinds import kind_of
 from data_pipeline.conversations.leftovers import Leftovers, add_note, is_nothing
 from data_pipeline.conversations.reading import read_conversation
+from data_pipeline.conversations.tools import read_tool
 from data_pipeline.errors import DataError
 from data_pipeline.importers.fields import Path
 
@@ -116,20 +117,7 @@ def tools_of(value: Any, name: str = "tools") -> list[dict[str, Any]]:
     if is_nothing(value):
         return []
     entries = full_list(value, name)
-    return [_tool(plain(entry), f"{name}[{index}]") for index, entry in enumerate(entries)]
-
-
-def _tool(raw: Any, where: str) -> dict[str, Any]:
-    if not isinstance(raw, dict):
-        raise DataError(f"{where} is {kind_of(raw)}, not an object")
-    if isinstance(raw.get("function"), dict) or not isinstance(raw.get("name"), str):
-        return raw
-    function = {key: value for key, value in raw.items() if key not in ("type", "input_schema", "cache_control")}
-    if isinstance(raw.get("input_schema"), dict):
-        function["parameters"] = raw["input_schema"]
-    # Tools of the provider's own, such as a web search, have a type and no parameters.
-    is_function = raw.get("type", "function") in ("function", "custom") or "parameters" in function
-    return {"type": "function", "function": function} if is_function else raw
+    return [read_tool(entry, f"{name}[{index}]") for index, entry in enumerate(entries)]
 
 
 def tools_near(row: Mapping[str, Any], context: Context) -> tuple[list[dict[str, Any]], set[str]]:
