@@ -179,7 +179,7 @@ class _Converter:
             parsed = reader.parse(row.value, context)
             if not parsed:
                 raise DataError("there is no conversation in it")
-            converted = [self._convert(one, reader, row.value, context, default) for one in parsed]
+            converted = [self._convert(conversation, reader, row.value, context, default) for conversation in parsed]
         except _UnknownShape:
             raise
         except RecursionError:
