@@ -68,7 +68,9 @@ def test_what_would_be_lost_is_an_error_that_names_it(model, field, reason):
 
 def test_a_model_that_was_trained_without_reasoning_scores_without_it(tmp_path):
     encoder = Encoder(tiny.encoder().tokenizer, reasoning="drop")
-    recipe = {"fingerprints": {"tokenizer": encoder.fingerprint}, "reasoning": "drop"}
+    # As training records it.
+    assert encoder.choices == {"reasoning": "drop"} and tiny.encoder().choices == {}
+    recipe = {"fingerprints": {"tokenizer": encoder.fingerprint}, **encoder.choices}
     directory = tiny.write_reward_model(tmp_path / "model", **recipe)
     model = jaxprm.load(directory)
     with_thoughts, without = model.score([thinking(PLAIN), PLAIN])
