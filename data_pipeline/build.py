@@ -146,6 +146,15 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--chat-template", default="own", metavar="TEMPLATE", help="own (default), chatml, llama3, or a file"
     )
+    parser.add_argument(
+        "--reasoning", choices=("keep", "drop"), default="keep", help="whether to encode what the model thought"
+    )
+    parser.add_argument(
+        "--special-tokens",
+        choices=("error", "break"),
+        default="error",
+        help="special tokens in the text of messages: an error, or broken up so that they are text",
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="dataset directory to write")
     parser.add_argument(
         "--max-length", type=int, metavar="TOKENS", help="most tokens of a trajectory (default: no bound)"
@@ -182,7 +191,8 @@ def _main(arguments: Sequence[str] | None) -> int:
         reads = [Named("tokenizer", Path(options.tokenizer)), Named("chat template", Path(options.chat_template))]
         reads += [Named("input", Path(path)) for paths in inputs.values() for path in paths]
         check_paths(reads, [Named("output", Path(options.output))])
-        encoder = Encoder.load(options.tokenizer, options.chat_template)
+        choices = {"reasoning": options.reasoning, "special_tokens": options.special_tokens}
+        encoder = Encoder.load(options.tokenizer, options.chat_template, **choices)
         if options.beam is None:
             metadata = _with_bar(inputs, encoder, options.output, settings)
         else:

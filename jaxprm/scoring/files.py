@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from data_pipeline.chat_template import read_template
-from data_pipeline.encode import Encoded
+from data_pipeline.encode import Encoded, Reasoning, SpecialTokens
 from data_pipeline.errors import DataError
 from data_pipeline.output import record_of, staging_file_of
 from data_pipeline.paths import Named, check_paths
@@ -69,6 +69,8 @@ def score_file(
     chunk: int = 256,
     dtype: str = "float32",
     template: str | None = None,
+    reasoning: Reasoning | None = None,
+    special_tokens: SpecialTokens | None = None,
     mesh: config_lib.MeshConfig | None = None,
 ) -> LineCounts:
     """Scores every step of every trajectory of `input`; line k of `output` is about line k of `input`.
@@ -81,6 +83,7 @@ def score_file(
         chunk: trajectories held in memory at a time.
         dtype: of the arithmetic, "float32" or "bfloat16".
         template: a chat template instead of the model's own, as in Encoder.load.
+        reasoning, special_tokens: as in loading.load_encoder.
         mesh: over this process's devices; None uses one device.
 
     Raises UserError for a model or file that cannot be read, for an OUTPUT.partial of another model or input, for an
@@ -92,6 +95,9 @@ def score_file(
     digest, total = digest_and_count(input)
     run_identity = {"format": FORMAT, "chunk": chunk, "dtype": dtype, "input": digest, "model": model_identity(model)}
     run_identity["chat_template"] = read_template(template)
+    # Only where it changes a score: reasoning is the model's own choice.
+    if special_tokens is not None:
+        run_identity["special_tokens"] = special_tokens
     progress = loading.defines_progress(read_recipe(model))
     record = record_of(output)
     target = files.ResumableLines(output, staging=[staging_file_of(record)])
@@ -99,7 +105,8 @@ def score_file(
     try:
         with target, input.open("rb") as file:
             # Within the lock: a second process is refused before it loads the model.
-            scorer = loading.load_scorer(model, dtype=dtype, template=template, mesh=mesh)
+            choices = {"reasoning": reasoning, "special_tokens": special_tokens}
+            scorer = loading.load_scorer(model, dtype=dtype, template=template, mesh=mesh, **choices)
             done, errors = _resume(target, record, run_identity, chunk)
             lines = HashedLines(itertools.islice(file, total))
             remaining = enumerate(itertools.islice(lines, done, None), start=done + 1)
