@@ -29,12 +29,17 @@ class _Steps(NamedTuple):
 
 
 class RowCounts(NamedTuple):
-    """Rows of a split, and how many of them ended in an error, were too long and dropped, or were too long and cut."""
+    """Rows of a split, and how many of them ended in an error, were too long and dropped, or were too long and cut.
+
+    Of the stored rows, `without_outcome` have step labels only, and `pairs` compare actions.
+    """
 
     rows: int = 0
     errors: int = 0
     dropped: int = 0
     windowed: int = 0
+    without_outcome: int = 0
+    pairs: int = 0
 
     def __add__(self, other: RowCounts) -> RowCounts:
         return RowCounts(*map(sum, zip(self, other, strict=True)))
@@ -136,8 +141,11 @@ def sizes_of(records: Sequence[Mapping[str, Any]]) -> Sizes:
 def split_metadata(counts: RowCounts, sizes: Sizes) -> SplitMetadata:
     """The entry of a split in metadata.json."""
     count = len(sizes.lengths)
+    judged = ~np.isnan(sizes.returns)
+    # Left out where they are 0, so that the metadata of outcomes alone stays as it was.
+    supervised = {name: getattr(counts, name) or msgspec.UNSET for name in ("without_outcome", "pairs")}
     return SplitMetadata(
-        **counts._asdict(),
+        **counts._asdict() | supervised,
         merged=int(sizes.weights.sum()) - count,
         trajectories=count,
         tasks=len(set(sizes.tasks)),
@@ -145,7 +153,7 @@ def split_metadata(counts: RowCounts, sizes: Sizes) -> SplitMetadata:
         tokens=int(sizes.lengths.sum()),
         longest=int(sizes.lengths.max()),
         most_steps=int(sizes.steps.max()),
-        mean_return=float(np.average(sizes.returns, weights=sizes.weights)),
+        mean_return=float(np.average(sizes.returns[judged], weights=sizes.weights[judged])) if judged.any() else None,
         lengths=np.histogram(sizes.lengths, [*LENGTH_EDGES, np.inf])[0].tolist(),
     )
 
