@@ -25,19 +25,20 @@ from jaxprm import config as config_lib
 from jaxprm.artifacts.checkpoints import Checkpoints
 from jaxprm.artifacts.directory import DESCRIPTION
 from jaxprm.errors import Interrupted, UserError
+from jaxprm.evaluation.value_metrics import StepRecords
 from jaxprm.hf import reader
 from jaxprm.model import sharding
 from jaxprm.objectives import check_settings
 from jaxprm.progress import bar
 from jaxprm.training import distributed, reward_model, trainable
 from jaxprm.training.distributed import Preemption, Timer
-from jaxprm.training.evaluate import SplitValues, step_values, summary
 from jaxprm.training.features import Features, features_of_split
 from jaxprm.training.flops import train_step_flops
 from jaxprm.training.metrics import Metrics, Profile, Sink, WandbSink, first_not_finite, numbers, seconds_at_peak
 from jaxprm.training.programs import Programs, batch_fields, data_fields, make_programs
 from jaxprm.training.step import NO_PARAMETERS
 from jaxprm.training.supervision import check_selected, selected, supervision_of, with_label_range
+from jaxprm.training.validation import validate
 
 RENAMED = {"loss": "validation_loss"}  # metrics.jsonl has the training loss under "loss"
 SHOWN_TRAJECTORIES = 8
@@ -186,11 +187,12 @@ def train_reward_model(
                     progress.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
                 pending = None
 
-            def evaluate() -> SplitValues:
+            def evaluate() -> tuple[dict[str, float | None], StepRecords | None]:
                 trained = state["parameters"]
-                return step_values(
+                return validate(
                     lambda batch: programs.evaluation_step(trained, put(batch, "validation"), frozen),
                     validation_batches,
+                    settings,
                 )
 
             timer = Timer(settings.checkpoint_minutes)
@@ -218,10 +220,10 @@ def train_reward_model(
                 # Evaluate, unless the machine is about to be taken away
                 loss = None
                 if evaluates and not stops:
-                    validation = summary(values := evaluate(), settings)
+                    validation, records = evaluate()
                     loss = validation["loss"]
                     renamed = {RENAMED.get(key, key): value for key, value in validation.items()}
-                    metrics.validation(step, renamed, values.outcomes)
+                    metrics.validation(step, renamed, records)
 
                 # Save
                 if saves:
@@ -233,7 +235,7 @@ def train_reward_model(
                     checkpoints.wait()
                     raise _interrupted(name, f"at step {step} of {steps}", output, step)
             if validation is None:  # the run was killed between its last checkpoint and its model
-                validation = summary(evaluate(), settings)
+                validation, _ = evaluate()
     finally:
         checkpoints.close()
     if preemption.signalled:  # during the last evaluation, after the last poll; the model is not written yet
