@@ -13,7 +13,7 @@ from jaxprm.errors import UserError
 from jaxprm.model.attention import BLOCKS, MAX_QUERY_BLOCKS, MIN_QUERY_BLOCK
 from jaxprm.model.config import TransformerConfig
 from jaxprm.model.parameters import layer_matrices
-from jaxprm.objectives import has_target_network, reads_states
+from jaxprm.objectives import has_target_network, reads_states, trains_on_pairs
 
 Attention = Literal["splash", "reference"]
 
@@ -190,6 +190,9 @@ def train_step_flops(
             products_again -= 2.0 * tokens * settings.lora.rank * outputs
     recomputed = trained_layers * (products_again + attention_again * pair * multiplied)
     masked = (layers * (1 + passes) + 2 * trained_layers) * pair * (multiplied - causal)
+    if trains_on_pairs(settings) and attention == "splash":
+        # The kernel computes every row once for each of the two actions of a state.
+        masked += (layers + (2 + attention_again) * trained_layers) * pair * multiplied
     return StepFlops(forward, backward, passes * forward, recomputed, masked)
 
 
