@@ -50,7 +50,9 @@ class Preference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     @property
     def state(self) -> list[Message]:
         """The messages before the actions. None of them is a step: only the actions are compared."""
-        return [msgspec.structs.replace(message, step=False) for message in self.messages]
+        return [
+            msgspec.structs.replace(message, step=False) if message.is_step else message for message in self.messages
+        ]
 
     @property
     def task_id(self) -> str:

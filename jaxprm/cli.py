@@ -191,9 +191,11 @@ def _bench(options) -> int:
 
 
 def _evaluate(options) -> int:
+    from data_pipeline.preferences import holds_preferences
     from jaxprm import files
     from jaxprm.errors import UserError
     from jaxprm.evaluation.evaluate import Settings, evaluate
+    from jaxprm.evaluation.pairs import evaluate_pairs, pairs_table
     from jaxprm.evaluation.statistics import Resampling
     from jaxprm.evaluation.tables import evaluation_table
 
@@ -208,8 +210,12 @@ def _evaluate(options) -> int:
         group=options.group,
         resampling=Resampling(samples=options.samples, seed=options.seed),
     )
-    report = evaluate(options.model, options.input, settings)
-    print(evaluation_table(report))
+    if options.input.is_file() and holds_preferences(options.input):
+        report = evaluate_pairs(options.model, options.input, settings.resampling, group=settings.group)
+        print(pairs_table(report))
+    else:
+        report = evaluate(options.model, options.input, settings)
+        print(evaluation_table(report))
     if options.json:
         files.write_json(options.json, report)
     return 1 if report["input"]["errors"] else 0

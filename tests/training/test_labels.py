@@ -25,6 +25,7 @@ from jaxprm.model.attention import packed_attention, splash_attention
 from jaxprm.model.config import Head, TransformerConfig
 from jaxprm.model.transformer import RewardModel, reward_model_graph
 from jaxprm.training.step import FIELDS, LABEL_FIELDS, PAIR_FIELDS, loss_and_gradients, readouts, reward_loss
+from tests.training.supervised_records import pair, split_of, walk
 
 SIZES = {"vocab_size": 20, "hidden_size": 16, "layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 8}
 PLAIN = TransformerConfig(**SIZES, intermediate_size=24)
@@ -47,25 +48,6 @@ def settings(objective: str = "step_labels", **changes) -> config_lib.RewardMode
     return config_lib.RewardModelConfig(label="labels", objective=objective, **changes)
 
 
-def split_of(records: list[dict]) -> ShardSplit:
-    """A split of records {"tokens", "reads", "states", "rewards", "labels"}."""
-    lengths, counts = [len(r["tokens"]) for r in records], [len(r["reads"]) for r in records]
-    join = lambda name, dtype: np.concatenate([np.asarray(r[name], dtype) for r in records])
-    return ShardSplit(
-        ids=[str(index) for index in range(len(records))],
-        tasks=["task"] * len(records),
-        weights=np.asarray([r.get("weight", 1) for r in records], np.float32),
-        outcomes=np.full(len(records), NAN, np.float32),
-        tokens=join("tokens", np.int32),
-        token_starts=np.concatenate([[0], np.cumsum(lengths)]),
-        step_starts=np.concatenate([[0], np.cumsum(counts)]),
-        read_positions=join("reads", np.int32),
-        state_positions=join("states", np.int32),
-        rewards=join("rewards", np.float32),
-        step_labels=join("labels", np.float32),
-    )
-
-
 class Records:
     """A dataset of one split in memory."""
 
@@ -82,35 +64,6 @@ def batch_of(records: list[dict], rows: int = 2, length: int = 64, slots: int = 
     assert packed.batch_count == 1
     batch = packed.gather(0)
     return {name: batch[name] for name in (*FIELDS, *LABEL_FIELDS, *PAIR_FIELDS) if name in batch}
-
-
-def walk(seed: int, labels: list[float], outcome: float | None = None, weight: int = 1) -> dict:
-    """A trajectory of random tokens with these labels."""
-    rng, steps = np.random.default_rng(seed), len(labels)
-    reads = [3 + 3 * step for step in range(steps)]
-    rewards = np.full(steps, NAN) if outcome is None else np.eye(steps)[-1] * outcome
-    return {
-        "tokens": rng.integers(1, 20, reads[-1] + 1),
-        "reads": reads,
-        "states": [read - 2 for read in reads],
-        "rewards": rewards,
-        "labels": labels,
-        "weight": weight,
-    }
-
-
-def pair(seed: int, state: int, actions: tuple[int, ...], weight: int = 1) -> dict:
-    """A state of so many random tokens, and actions of so many."""
-    rng = np.random.default_rng(seed)
-    nothing = np.full(len(actions), NAN)
-    return {
-        "tokens": rng.integers(1, 20, state + sum(actions)),
-        "reads": state - 1 + np.cumsum(actions),
-        "states": [state - 1] * len(actions),
-        "rewards": nothing,
-        "labels": nothing,
-        "weight": weight,
-    }
 
 
 # Losses by hand
