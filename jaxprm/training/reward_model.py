@@ -18,6 +18,7 @@ from data_pipeline.encode import Encoder
 from data_pipeline.metadata import length_histogram, length_range
 from data_pipeline.output import staged_directory
 from data_pipeline.shards import Dataset, ShardSplit
+from data_pipeline.supervision import of_pairs
 from jaxprm import config as config_lib
 from jaxprm import files
 from jaxprm.artifacts.directory import RECIPE
@@ -161,11 +162,16 @@ def training_facts(dataset: Dataset, batches: TrainingBatches) -> dict[str, Any]
 
 
 def _turn_tokens(split: ShardSplit) -> dict[str, dict[str, int]]:
-    within = np.ones(max(0, len(split.read_positions) - 1), bool)
-    within[split.step_starts[1:-1] - 1] = False  # from the last step of a trajectory to the first of the next one
+    # From a step of a trajectory to the next one. The actions of a pair follow each other without an observation.
+    pairs = np.repeat(of_pairs(split), split.step_counts)
+    same = np.ones(max(0, len(split.read_positions) - 1), bool)
+    same[split.step_starts[1:-1] - 1] = False
+    between = split.read_positions[1:] - split.read_positions[:-1]
+    actions = split.read_positions - split.state_positions
+    actions[1:] = np.where(same & pairs[1:], between, actions[1:])
     turns = {
-        "action": split.read_positions - split.state_positions,
-        "observation": (split.state_positions[1:] - split.read_positions[:-1])[within],
+        "action": actions,
+        "observation": (split.state_positions[1:] - split.read_positions[:-1])[same & ~pairs[1:]],
     }
     return {name: _spread(tokens) for name, tokens in turns.items()}
 

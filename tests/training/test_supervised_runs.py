@@ -25,7 +25,7 @@ from jaxprm.errors import UserError
 from jaxprm.hf import reader, writer
 from jaxprm.model.config import Head
 from jaxprm.objectives import check_settings
-from jaxprm.training.reward_model import from_policy
+from jaxprm.training.reward_model import _turn_tokens, from_policy
 from jaxprm.training.supervision import check_selected, selected, supervision_of, with_label_range
 from jaxprm.training.train import train_reward_model
 from jaxprm.training.validation import label_numbers, pair_numbers
@@ -119,6 +119,14 @@ def test_pairs_are_learned(toy, tmp_path):
     recipe = train(toy, shards, tmp_path / "run", objective="preference", epochs=6, beta=0.0)
     assert recipe["validation"]["pair_accuracy"] > 0.95
     assert recipe["validation"]["preference_loss"] < 0.5 and recipe["validation"]["auroc"] is None
+
+
+def test_the_lengths_of_turns_leave_out_what_lies_between_the_actions_of_a_pair():
+    """Found by scoring with a model of pairs: the second action began before the first one had ended."""
+    turns = _turn_tokens(split_of([walk(1, [1, 1]), pair(2, 9, (4, 6)), walk(3, [1])]))
+    # Steps of walks have 2 tokens, with 1 between two steps; the actions have 4 and 6.
+    assert turns["action"] == {"median": 2, "most": 6} and turns["observation"] == {"median": 1, "most": 1}
+    assert _turn_tokens(split_of([pair(2, 9, (4, 6))]))["observation"] == {"median": 0, "most": 0}
 
 
 # What is selected, and what is refused before any work
