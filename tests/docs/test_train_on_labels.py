@@ -76,7 +76,7 @@ def test_the_page_trains_evaluates_and_exports(capsys):
         printed.append(capsys.readouterr().out)
     recipe = json.loads(Path("runs/steps/reward_models/labels/seed-0/model/reward_model.json").read_text())
     assert recipe["targets"]["labels"] == {"loss": "bce", "weight": 0.0, "range": [0.0, 1.0]}
-    assert "label_auroc" in printed[1] and "Against step labels" in printed[2]
+    assert "label_auroc" in printed[1] and "160 steps; 0 with an outcome, 40 with step labels" in printed[2]
     exported = json.loads(Path("my-prm/config.json").read_text())
     assert exported["architectures"] == ["Qwen2ForTokenClassification"] and exported["num_labels"] == 2
     assert "pair_accuracy" in printed[5] and "40 pairs in 40 states of 40 tasks" in printed[6]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from data_pipeline.batches import Shape, _PackedSplit
 from data_pipeline.shards import ShardSplit
+from jaxprm.training.step import FIELDS, LABEL_FIELDS, PAIR_FIELDS
 
 
 def split_of(records: list[dict]) -> ShardSplit:
@@ -53,3 +55,21 @@ def pair(seed: int, state: int, actions: tuple[int, ...], weight: int = 1) -> di
         "labels": nothing,
         "weight": weight,
     }
+
+
+class Records:
+    """A dataset of one split in memory."""
+
+    def __init__(self, records: list[dict]):
+        self._split = split_of(records)
+        self.metadata = type("Metadata", (), {"pad_id": 0})
+
+    def split(self, name: str) -> ShardSplit:
+        return self._split
+
+
+def batch_of(records: list[dict], rows: int = 2, length: int = 64, slots: int = 12) -> dict[str, np.ndarray]:
+    packed = _PackedSplit(Records(records), "train", Shape(rows, length, slots), None, window=8, epochs=1, seed=None)
+    assert packed.batch_count == 1
+    batch = packed.gather(0)
+    return {name: batch[name] for name in (*FIELDS, *LABEL_FIELDS, *PAIR_FIELDS) if name in batch}

@@ -14,8 +14,6 @@ import torch
 from flax import nnx
 from transformers import AutoModelForTokenClassification
 
-from data_pipeline.batches import Shape, _PackedSplit
-from data_pipeline.shards import ShardSplit
 from data_pipeline.supervision import of_pairs, pair_layout
 from jaxprm import config as config_lib
 from jaxprm.hf import writer
@@ -24,8 +22,8 @@ from jaxprm.model import sharding
 from jaxprm.model.attention import packed_attention, splash_attention
 from jaxprm.model.config import Head, TransformerConfig
 from jaxprm.model.transformer import RewardModel, reward_model_graph
-from jaxprm.training.step import FIELDS, LABEL_FIELDS, PAIR_FIELDS, loss_and_gradients, readouts, reward_loss
-from tests.training.supervised_records import pair, split_of, walk
+from jaxprm.training.step import loss_and_gradients, readouts, reward_loss
+from tests.training.supervised_records import batch_of, pair, split_of, walk
 
 SIZES = {"vocab_size": 20, "hidden_size": 16, "layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 8}
 PLAIN = TransformerConfig(**SIZES, intermediate_size=24)
@@ -46,24 +44,6 @@ def parameters(config: TransformerConfig, seed: int = 0) -> nnx.State:
 
 def settings(objective: str = "step_labels", **changes) -> config_lib.RewardModelConfig:
     return config_lib.RewardModelConfig(label="labels", objective=objective, **changes)
-
-
-class Records:
-    """A dataset of one split in memory."""
-
-    def __init__(self, records: list[dict]):
-        self._split = split_of(records)
-        self.metadata = type("Metadata", (), {"pad_id": 0})
-
-    def split(self, name: str) -> ShardSplit:
-        return self._split
-
-
-def batch_of(records: list[dict], rows: int = 2, length: int = 64, slots: int = 12) -> dict[str, np.ndarray]:
-    packed = _PackedSplit(Records(records), "train", Shape(rows, length, slots), None, window=8, epochs=1, seed=None)
-    assert packed.batch_count == 1
-    batch = packed.gather(0)
-    return {name: batch[name] for name in (*FIELDS, *LABEL_FIELDS, *PAIR_FIELDS) if name in batch}
 
 
 # Losses by hand
