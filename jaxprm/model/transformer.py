@@ -328,28 +328,25 @@ class Transformer(nnx.Module):
         return jnp.einsum("...d,vd->...v", hidden, table[...].astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
-def head_values(hidden: jax.Array, weights: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-    """Values [...] in float32 of hidden states [..., D].
+def head_outputs(hidden: jax.Array, weights: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """Outputs of the head in float32 for hidden states [..., D]: [...] of one label, [..., 2] of two.
 
-    weights, bias: [D] and [1] of one label, whose output is the value; [D, 2] and [2] of two, where the value is the
-    probability of label 1. See Head.
+    weights, bias: [D] and [1] of one label, [D, 2] and [2] of two. See Head.
     """
-    outputs = _head_outputs(hidden, weights, bias)
-    return outputs if weights.ndim == 1 else jax.nn.softmax(outputs, axis=-1)[..., 1]
-
-
-def head_log_odds(hidden: jax.Array, weights: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-    """The logarithm of v / (1 - v), v the `head_values` of a head of two labels: the difference of its outputs."""
-    outputs = _head_outputs(hidden, weights, bias)
-    return outputs[..., 1] - outputs[..., 0]
-
-
-def _head_outputs(hidden: jax.Array, weights: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """[...] of one label, [..., 2] of two."""
     outputs = hidden.astype(jnp.float32) @ weights.astype(jnp.float32)
     if bias is None:
         return outputs
     return outputs + (bias[0] if weights.ndim == 1 else bias).astype(jnp.float32)
+
+
+def values_of_outputs(outputs: jax.Array, weights: jax.Array) -> jax.Array:
+    """Values [...] of `head_outputs`: of one label the output itself, of two the probability of label 1."""
+    return outputs if weights.ndim == 1 else jax.nn.softmax(outputs, axis=-1)[..., 1]
+
+
+def head_values(hidden: jax.Array, weights: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """Values [...] in float32 of hidden states [..., D]; arguments as for `head_outputs`."""
+    return values_of_outputs(head_outputs(hidden, weights, bias), weights)
 
 
 class RewardModel(nnx.Module):

@@ -159,7 +159,7 @@ def train_step_flops(
 ) -> StepFlops:
     """FLOPs of a train step on a batch of full rows. With the head alone trained there is no transformer in it."""
     reads = data.rows * data.steps_per_row * (1 + reads_states(settings))
-    head = 2.0 * reads * config.hidden_size
+    head = 2.0 * reads * config.hidden_size * config.head.labels
     passes = 1.0 * has_target_network(settings)
     if settings.trainable == "head":
         return StepFlops(head, head, passes * head, 0.0, 0.0)  # the backward pass has no gradient of the input

@@ -201,7 +201,7 @@ def recipe(
     *,
     base: Path,
     max_tokens: int,
-    value_range: tuple[float, float],
+    value_range: tuple[float, float] | None,
     **facts: Any,
 ) -> dict[str, Any]:
     """reward_model.json: how the model was trained and how to read it. `facts` are added as they are."""
@@ -212,7 +212,7 @@ def recipe(
         "label": settings.label,
         "objective": settings.objective,
         "read_position": READ_POSITION,
-        "value_range": list(value_range),
+        "value_range": None if value_range is None else list(value_range),
         "max_tokens": max_tokens,
         "targets": {"beta": progress_beta(settings)} | {name: getattr(settings, name) for name in targets},
         "config": msgspec.to_builtins(settings),

@@ -34,7 +34,7 @@ from flax import nnx
 from jaxprm import config as config_lib
 from jaxprm.errors import UserError
 from jaxprm.losses import LossSums, label_sums, preference_sums
-from jaxprm.model.transformer import ForwardOptions, RewardModel, head_log_odds, head_values
+from jaxprm.model.transformer import ForwardOptions, RewardModel, head_outputs, head_values, values_of_outputs
 from jaxprm.objectives import (
     find_objective,
     has_target_network,
@@ -135,11 +135,13 @@ def trained_readouts(
         parameters, adapters = join(settings, trained, frozen)
         model = nnx.merge(graph, parameters)
         actions, before = hidden_states(model, batch, states=states, forward_options=forward_options, adapters=adapters)
-    head = (trained["head"][...], trained["head_bias"][...] if "head_bias" in trained else None)
+    weights, bias = trained["head"][...], trained["head_bias"][...] if "head_bias" in trained else None
+    outputs = head_outputs(actions, weights, bias)
     return Readouts(
-        head_values(actions, *head),
-        head_values(before, *head) if states else None,
-        head_log_odds(actions, *head) if log_odds else None,
+        values_of_outputs(outputs, weights),
+        head_values(before, weights, bias) if states else None,
+        # Of two labels, log(M / (1 - M)).
+        outputs[..., 1] - outputs[..., 0] if log_odds else None,
     )
 
 

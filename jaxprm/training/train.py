@@ -28,7 +28,7 @@ from jaxprm.errors import Interrupted, UserError
 from jaxprm.evaluation.value_metrics import StepRecords
 from jaxprm.hf import reader
 from jaxprm.model import sharding
-from jaxprm.objectives import check_settings
+from jaxprm.objectives import check_settings, trains_on_pairs
 from jaxprm.progress import bar
 from jaxprm.training import distributed, reward_model, trainable
 from jaxprm.training.distributed import Preemption, Timer
@@ -150,7 +150,8 @@ def train_reward_model(
         seed,
         base=base,
         max_tokens=data.length,
-        value_range=_value_range(batches.split),
+        # The loss of pairs knows differences only: their promises may have any size.
+        value_range=None if trains_on_pairs(settings) else _value_range(batches.split),
         **facts,
         fingerprints=identity,
     )
