@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from data_pipeline.chat_template import read_template
-from data_pipeline.encode import Encoded
+from data_pipeline.encode import Encoded, Reasoning, SpecialTokens
 from data_pipeline.errors import DataError
 from data_pipeline.trajectory import Trajectory, parse_line
 from jaxprm import config as config_lib
@@ -66,6 +66,8 @@ def score_file(
     chunk: int = 256,
     dtype: str = "float32",
     template: str | None = None,
+    reasoning: Reasoning | None = None,
+    special_tokens: SpecialTokens | None = None,
     mesh: config_lib.MeshConfig | None = None,
 ) -> LineCounts:
     """Scores every step of every trajectory of `input`; line k of `output` is about line k of `input`.
@@ -78,6 +80,7 @@ def score_file(
         chunk: trajectories held in memory at a time.
         dtype: of the arithmetic, "float32" or "bfloat16".
         template: a chat template instead of the model's own, as in Encoder.load.
+        reasoning, special_tokens: as in loading.load_encoder.
         mesh: over this process's devices; None uses one device.
 
     Raises UserError for a model or file that cannot be read, for an OUTPUT.partial of another model or input, for an
@@ -88,7 +91,12 @@ def score_file(
     digest, total = digest_and_count(input)
     run_identity = {"format": FORMAT, "chunk": chunk, "dtype": dtype, "input": digest, "model": model_identity(model)}
     run_identity["chat_template"] = read_template(template)
-    scorer = loading.load_scorer(model, dtype=dtype, template=template, mesh=mesh)
+    # Only where it changes a score: reasoning is the model's own choice.
+    if special_tokens is not None:
+        run_identity["special_tokens"] = special_tokens
+    scorer = loading.load_scorer(
+        model, dtype=dtype, template=template, reasoning=reasoning, special_tokens=special_tokens, mesh=mesh
+    )
     progress = loading.defines_progress(read_recipe(model))
     target, record = files.ResumableLines(output), output.with_name(output.name + ".partial.json")
     done = errors = 0

@@ -96,7 +96,7 @@ BAD = {
     "no object": ("[1, 2]", None, "object"),
     "no messages": ('{"id": "row-1"}', "row-1", "messages"),
     "unknown field": (line(1, score=1.0), "row-1", "score"),
-    "id is a number": ('{"id": 7, "messages": []}', None, "id"),
+    "id is a list": ('{"id": [1], "messages": []}', None, "id"),
     "no step": (line(1, messages=tiny.conversation(0)[:1]), "row-1", "no assistant message"),
     "special token": (
         line(1, messages=[*tiny.conversation(0), {"role": "user", "content": "a <|end|>"}]),
