@@ -10,7 +10,8 @@ from typing import Any
 import msgspec
 
 from data_pipeline.errors import DataError
-from data_pipeline.trajectory import Message, Trajectory, numbered, parse_line, read_numbered, text_parts
+from data_pipeline.source import read_texts
+from data_pipeline.trajectory import Message, Trajectory, parse_line, text_parts
 
 
 class Preference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -101,30 +102,23 @@ def read_rows(
 
     skip_bad: as for `trajectory.read`.
     """
-    if not holds_preferences(path):
-        yield from read_numbered(path, skip_bad=skip_bad)
-        return
-    with open(path, "rb") as file:
-        for number, line in numbered(file):
-            where = f"{path}:{number}"
-            try:
-                row = parse_row(line, where=where)
-            except DataError as error:
-                if not skip_bad:
-                    raise
-                if callable(skip_bad):
-                    skip_bad(error)
-                continue
-            yield where, row
+    for where, _, text, _ in read_texts(path):
+        try:
+            if isinstance(text, DataError):
+                raise text
+            row = parse_row(text, where=where)
+        except DataError as error:
+            if not skip_bad:
+                raise
+            if callable(skip_bad):
+                skip_bad(error)
+            continue
+        yield where, row
 
 
 def holds_preferences(path: str | PathLike[str]) -> bool:
     """Whether a row of a file is a preference. Raises DataError if the file cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return any(is_preference(line) for _, line in numbered(file))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    return any(isinstance(text, bytes) and is_preference(text) for _, _, text, _ in read_texts(path))
 
 
 def to_line(row: Trajectory | Preference) -> str:
