@@ -11,7 +11,7 @@ import msgspec
 
 from data_pipeline.errors import DataError
 from data_pipeline.source import read_texts
-from data_pipeline.trajectory import Message, Trajectory, parse_line, text_parts
+from data_pipeline.trajectory import Message, Trajectory, parse_line, read_numbered, text_parts
 
 
 class Preference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -102,18 +102,7 @@ def read_rows(
 
     skip_bad: as for `trajectory.read`.
     """
-    for where, _, text, _ in read_texts(path):
-        try:
-            if isinstance(text, DataError):
-                raise text
-            row = parse_row(text, where=where)
-        except DataError as error:
-            if not skip_bad:
-                raise
-            if callable(skip_bad):
-                skip_bad(error)
-            continue
-        yield where, row
+    return read_numbered(path, skip_bad=skip_bad, parse=parse_row)
 
 
 def holds_preferences(path: str | PathLike[str]) -> bool:
