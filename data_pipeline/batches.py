@@ -64,11 +64,10 @@ class _PackedSplit:
 
     def __init__(self, dataset: Dataset, split: str, shape: Shape, selection: Selection | None, **planning: Any):
         self.split = dataset.split(split)
-        if selection is not None:
-            mask = selection(self.split)
-            if not mask.any():
-                raise DataError(f"{dataset.directory}: split {split} has no trajectory that is selected")
-            self.split = select(self.split, mask)
+        self.mask = np.ones(len(self.split.ids), bool) if selection is None else selection(self.split)
+        if not self.mask.any():
+            raise DataError(f"{dataset.directory}: split {split} has no trajectory that is selected")
+        self.split = select(self.split, self.mask)
         self._layout = pair_layout(self.split)
         self._fields = _FIELDS if self._layout is None else _FIELDS | _BRANCHES
         self._pad_id = dataset.metadata.pad_id
@@ -304,6 +303,8 @@ def training_batches(
     digest = hashlib.sha256(f"{dataset.fingerprint} {dataset.metadata.pad_id} {split} {shape}".encode())
     for array in packed.plan:
         digest.update(array.tobytes())
+    if not packed.mask.all():
+        digest.update(packed.mask.tobytes())
     return TrainingBatches(packed, digest.hexdigest())
 
 

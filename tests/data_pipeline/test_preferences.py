@@ -103,6 +103,7 @@ def test_a_pair_that_does_not_fit_is_dropped_and_never_cut(encoder, too_long, dr
 
 
 def test_shards_have_outcomes_labels_and_pairs_and_the_metadata_counts_them(encoder, tmp_path):
+    from data_pipeline.batches import training_batches
     from data_pipeline.shards import open_dataset
 
     steps = [*STATE, {"role": "assistant", "content": "a"}, *STATE, {"role": "assistant", "content": "b"}]
@@ -122,6 +123,18 @@ def test_shards_have_outcomes_labels_and_pairs_and_the_metadata_counts_them(enco
     assert with_outcome(split).tolist() == [True, False, False]
     assert with_labels(split).tolist() == [False, True, False]
     assert of_pairs(split).tolist() == [False, False, True]
+    # A position in the batches of some of the trajectories is restored, and only there.
+    shape = {"rows": 1, "length": 64, "steps_per_row": 4, "epochs": 3, "seed": 0}
+    stream = training_batches(tmp_path / "shards", **shape, selection=of_pairs)
+    first, saved = next(stream), stream.save_state()
+    assert stream.split.ids == ["pair"] and set(np.unique(first["branches"])) == {0, 1, 2}
+    again = training_batches(tmp_path / "shards", **shape, selection=of_pairs)
+    again.restore_state(saved)
+    resumed = next(again)
+    for name, array in next(stream).items():
+        np.testing.assert_array_equal(resumed[name], array, err_msg=name)
+    with pytest.raises(DataError, match="belongs to other batches"):
+        training_batches(tmp_path / "shards", **shape, selection=with_labels).restore_state(saved)
     # Files without either have the metadata that they always had.
     file.write_text(json.dumps(lines[0]) + "\n")
     build({None: [file]}, encoder, tmp_path / "plain", max_length=None, shards=1)
