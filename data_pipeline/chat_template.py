@@ -114,6 +114,7 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise DataError(f"the chat template of {source} is not valid Jinja: {one_line(error)}") from None
         self._cached = ByteLRU(self._render, size=_rendering_bytes, max_bytes=_MAX_RENDERING_BYTES)
+        self._tried = ByteLRU(self._try_render, size=_tried_bytes, max_bytes=_MAX_RENDERING_BYTES)
 
     def render(self, messages: FrozenConversation, tools: Tools, generation: bool, row: str) -> str:
         """The conversation as text; with `generation`, including the opening of the next assistant message.
@@ -131,8 +132,12 @@ class ChatTemplate:
 
     def try_render(self, messages: list[dict[str, Any]], tools: Tools) -> str | None:
         """The rendering of messages as the template takes them; None if it fails."""
+        # Cached: with markers in place of their texts, the candidates of a state are the same.
+        return self._tried(msgspec.json.encode(messages), msgspec.json.encode(tools) if tools else b"")
+
+    def _try_render(self, messages: bytes, tools: bytes) -> str | None:
         try:
-            return self._rendered(messages, tools)
+            return self._rendered(msgspec.json.decode(messages), msgspec.json.decode(tools) if tools else None)
         except Exception:  # Jinja and the template itself may raise anything.
             return None
 
@@ -326,6 +331,10 @@ def _rendering_bytes(arguments: tuple[FrozenConversation, bytes, bool], text: st
     # The messages that a text was rendered from take about as much as the text.
     messages, tools, _ = arguments
     return 2 * sys.getsizeof(text) + len(tools) + 256 * (1 + len(messages))
+
+
+def _tried_bytes(arguments: tuple[bytes, bytes], text: str | None) -> int:
+    return sum(map(len, arguments)) + sys.getsizeof(text) + 256
 
 
 def _no_date(form: str) -> str:

@@ -128,7 +128,7 @@ def _forms(value: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
     plain = (value, value.strip(), value.lstrip(), value.rstrip(), value.strip("\n"))
     escaped = [json.dumps(form, ensure_ascii=ascii)[1:-1] for form in plain for ascii in (False, True)]
     # Jinja's own filter escapes for HTML.
-    html = [re.sub("[<>&']", lambda found: f"\\u{ord(found[0]):04x}", form) for form in escaped]
+    html = [re.sub("[<>&']", lambda match: f"\\u{ord(match[0]):04x}", form) for form in escaped]
     forms = tuple(dict.fromkeys((*plain, *escaped, *html)))
     return forms, tuple(f'"{form}"' for form in forms)
 

@@ -80,8 +80,8 @@ def _results(step: dict[str, Any], index: int) -> list[dict[str, Any]]:
         raise DataError(f"steps[{index}].observation has no list of results")
     messages = []
     for result in results:
-        known = {"source_call_id", "content"}
-        others = {key: value for key, value in result.items() if key not in known and not is_nothing(value)}
+        used = {"source_call_id", "content"}
+        others = {key: value for key, value in result.items() if key not in used and not is_nothing(value)}
         content = result.get("content")
         message = {"role": "tool", "content": "" if content is None else content, **others}
         if result.get("source_call_id") is not None:

@@ -74,11 +74,7 @@ def _stem(path: Path) -> str:
 def read_file(file: InputFile) -> Iterator[SourceRow]:
     """The rows of a file: conversations, whatever rows or elements the file has. Raises DataError as `read_rows`."""
     path = file.path
-    try:
-        is_zip = path.is_file() and path.open("rb").read(4) == b"PK\x03\x04"
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
-    if is_zip:
+    if zipfile.is_zipfile(path):
         yield from _archive(path)
         return
     rows = read_rows(path, lists=True)
@@ -132,21 +128,20 @@ def _of_list(row: SourceRow) -> SourceRow:
 def _grouped(path: Path, key: str, rows: Iterable[SourceRow]) -> SourceRow:
     """All rows of a file as one, or the error of the first that is bad."""
     entries: list[Any] = []
+    error: DataError | None = None
     repairs: Counter[str] = Counter()
     size = end = 0
+    # To the end in any case, for the position in the file.
     for row in rows:
-        end = row.bytes_read
-        size += row.size
-        if isinstance(row.value, DataError):
-            # The rest is read all the same, for the position in the file.
-            entries = entries if isinstance(entries, DataError) else row.value  # type: ignore[assignment]
-        elif not isinstance(entries, DataError):
+        end, size = row.bytes_read, size + row.size
+        if error is None and size > MAX_ROW_BYTES:
+            error = DataError(f"{path}: one conversation of more than {MAX_ROW_BYTES >> 20} MiB")
+        if error is None and isinstance(row.value, DataError):
+            error = row.value
+        if error is None:
             entries.append(row.value)
             repairs.update(row.repairs)
-        if size > MAX_ROW_BYTES and not isinstance(entries, DataError):
-            entries = DataError(f"{path}: one conversation of more than {MAX_ROW_BYTES >> 20} MiB")  # type: ignore[assignment]
-    value: Any = entries if isinstance(entries, DataError) else {key: entries}
-    return SourceRow(str(path), 1, value, end, repairs)
+    return SourceRow(str(path), 1, {key: entries} if error is None else error, end, repairs)
 
 
 def _archive(path: Path) -> Iterator[SourceRow]:

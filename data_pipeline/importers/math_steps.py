@@ -50,11 +50,11 @@ def prm800k(row: dict[str, Any], context: Context) -> list[Parsed]:
     Ratings are the labels 1, 0 and -1. In the trajectories of other completions the steps before are not labelled
     again.
     """
-    problem, given = row["question"].get("problem"), full_list(row["label"].get("steps"), "label.steps")
+    problem, rated_steps = row["question"].get("problem"), full_list(row["label"].get("steps"), "label.steps")
     texts: list[str] = []
     labels: list[float | None] = []
     others: list[Parsed] = []
-    for index, step in enumerate(given):
+    for index, step in enumerate(rated_steps):
         completions = step.get("completions") if isinstance(step, dict) else None
         options = [option for option in completions or () if isinstance(option, dict)]
         human = step.get("human_completion") if isinstance(step, dict) else None

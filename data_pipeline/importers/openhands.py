@@ -135,8 +135,8 @@ class _State:
             self._append({"role": "system", "content": [event.get("system_prompt") or ""]})
         elif kind == "MessageEvent":
             message = {key: value for key, value in (event.get("llm_message") or {}).items() if not is_nothing(value)}
-            known = ("role", "content", "tool_calls", "reasoning_content", "thinking_blocks", "name", "tool_call_id")
-            self._append({key: message[key] for key in known if key in message})
+            keys = ("role", "content", "tool_calls", "reasoning_content", "thinking_blocks", "name", "tool_call_id")
+            self._append({key: message[key] for key in keys if key in message})
         elif kind == "ActionEvent":
             called = event.get("tool_call") or {}
             call = {

@@ -67,15 +67,15 @@ def _list_of(value: Any) -> list[Any]:
 
 def _common(chosen: Any, rejected: list[Any]) -> tuple[Any, Any, list[Any]]:
     """(state, chosen, rejected) of conversations that begin alike."""
-    whole = [chosen, *rejected]
-    if not all(isinstance(one, list) and one for one in whole):
+    talks = [chosen, *rejected]
+    if not all(isinstance(talk, list) and talk for talk in talks):
         raise DataError("the state is missing; name it with --messages-field")
     shared = 0
-    while all(len(one) > shared + 1 for one in whole) and all(one[shared] == chosen[shared] for one in whole):
+    while all(len(talk) > shared + 1 and talk[shared] == chosen[shared] for talk in talks):
         shared += 1
     if not shared:
         raise DataError("the conversations of chosen and rejected begin differently, so there is no state")
-    return chosen[:shared], chosen[shared:], [one[shared:] for one in rejected]
+    return chosen[:shared], chosen[shared:], [talk[shared:] for talk in rejected]
 
 
 def _action(value: Any, context: Context, name: str, index: int) -> dict[str, Any]:

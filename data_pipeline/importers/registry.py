@@ -105,10 +105,10 @@ def describe(row: Mapping[str, Any]) -> str:
     if paths:
         entry = Path.parse(paths[0]).find(dict(row))[0]
         roles = entry.get("role")
-        known = (
+        option = (
             "" if not isinstance(roles, str) or roles in ("system", "user", "assistant", "tool") else " with --roles"
         )
-        return printable(f"{shape}; try --messages-field {paths[0]}{known}")
+        return printable(f"{shape}; try --messages-field {paths[0]}{option}")
     return printable(
         f"{shape}; name the field of its conversation with --messages-field, or convert it (docs/your-trajectories.md "
         "lists the formats)"

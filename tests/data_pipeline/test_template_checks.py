@@ -169,3 +169,34 @@ def test_special_tokens_in_text_are_refused_or_broken_up(tmp_path, field):
     with pytest.raises(DataError, match="a tool has the special token"):
         Encoder.load(tmp_path, "chatml").trajectory(talk(reply("x")), row="r", tools=tools)
     assert "< |im_start|>" in encoder.render(talk(), tools=tools)
+
+
+@pytest.mark.parametrize("shipped", ["chatml", "llama3"])
+def test_shards_and_models_of_the_earlier_templates_stay_valid(tmp_path, shipped):
+    """Without reasoning and names, the templates print what they did, and have the same fingerprint."""
+    from importlib import resources
+
+    from data_pipeline.chat_template import SHIPPED
+
+    make_tokenizer("{{ messages }}", SHIPPED[shipped].tokens, SHIPPED[shipped].end).save_pretrained(tmp_path)
+    earlier = resources.files("data_pipeline") / "templates" / "fingerprints" / f"{shipped}.jinja"
+    (tmp_path / "earlier.jinja").write_text(earlier.read_text())
+    tokenizer = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"eos_token": SHIPPED[shipped].end}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    old, new = Encoder.load(tmp_path, tmp_path / "earlier.jinja"), Encoder.load(tmp_path, shipped)
+    assert old.template != new.template and old.fingerprint == new.fingerprint
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+    messages = [
+        {"role": "system", "content": "rules"},
+        user(" go\n"),
+        reply("x", tool_calls=[call(at="box"), call(n=[1, None])]),
+        {"role": "tool", "content": "a"},
+        {"role": "tool", "content": "b"},
+        reply(None, tool_calls=[call()]),
+        {"role": "tool", "name": "look", "content": ""},
+        reply("done"),
+    ]
+    for of_tools in (None, tools):
+        for generation in (False, True):
+            arguments = {"tools": of_tools, "generation": generation}
+            assert old.render(messages, **arguments) == new.render(messages, **arguments)

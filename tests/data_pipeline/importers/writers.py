@@ -44,10 +44,8 @@ def openai(talk: Talk) -> dict[str, Any]:
         unused = dict.fromkeys(("refusal", "annotations", "audio", "function_call"))
         thought = {"reasoning_content": turn.reasoning or None}
         messages.append({"role": "assistant", "content": turn.text, "tool_calls": calls or None, **thought, **unused})
-        messages += [
-            {"role": "tool", "tool_call_id": f"{number}-{n}", "content": call.result}
-            for n, call in enumerate(turn.calls)
-        ]
+        for n, c in enumerate(turn.calls):
+            messages.append({"role": "tool", "tool_call_id": f"{number}-{n}", "content": c.result})
     return {"messages": messages}
 
 
