@@ -87,7 +87,7 @@ def test_the_verb_judges_a_file_of_pairs(tmp_path, capsys):
     chosen, *rejected = [score.promise for score in scores]
     accuracy = np.mean([chosen > value for value in rejected])
     assert report["pairs"]["models"][str(model)]["pairwise_accuracy"]["mean"] == pytest.approx(accuracy)
-    file.write_text("{\n" + json.dumps({"chosen": 1}) + "\n")
+    file.write_text('{"chosen": 1}\n{"chosen": 2}\n')
     with pytest.raises(UserError, match="none of its 2 lines could be scored"):
         evaluate_pairs([model], file, FEW)
     assert pairs_table(report).count("\n") >= 4
