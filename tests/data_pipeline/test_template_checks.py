@@ -121,13 +121,14 @@ def test_the_shipped_templates_print_reasoning_names_and_malformed_arguments(tmp
         user("hi", name="ann"),
         reply(None, reasoning_content="hm", tool_calls=[malformed]),
         {"role": "tool", "name": "look", "content": "error"},
-        {"role": "tool", "name": "other", "content": "more"},
         reply("done", reasoning_content="so"),
     ]
     text = encoder.render(messages)
-    assert '{"at": "bo' in text and "ann: hi" in text and "other: more" in text and "look: " not in text
+    assert '{"at": "bo' in text and "ann: hi" in text and "look: " not in text
     assert "<think>\nhm\n</think>\n\n" in text and "<think>\nso\n</think>\n\ndone" in text
     kept = encoder.trajectory(messages, row="r")
+    with pytest.raises(DataError, match="the name in message 3"):
+        encoder.trajectory([*messages[:3], {"role": "tool", "name": "other", "content": "x"}, messages[-1]], row="r")
     dropped = Encoder.load(tmp_path, shipped, reasoning="drop")
     without = [{k: v for k, v in m.items() if k != "reasoning_content"} for m in messages]
     assert list(dropped.trajectory(messages, row="r").tokens) == list(encoder.trajectory(without, row="r").tokens)
