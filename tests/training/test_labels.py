@@ -161,17 +161,14 @@ def _holds(record: dict, batch: dict, row: int, slot: int) -> bool:
     return read >= 0 and np.array_equal(batch["tokens"][row, end - read : end + 1], record["tokens"][: read + 1])
 
 
-@pytest.mark.parametrize(
-    "objective", ["preference", *(pytest.param(name, marks=pytest.mark.slow) for name in ("agentprm", "step_labels"))]
-)
+@pytest.mark.parametrize("objective", ["preference", pytest.param("agentprm", marks=pytest.mark.slow)])
 def test_a_batch_in_parts_has_the_gradient_of_the_whole(objective):
     if objective == "preference":
         records = [pair(1, 6, (3, 4), weight=3), pair(2, 8, (2, 5)), pair(3, 30, (9, 8)), pair(4, 20, (20, 12))]
         chosen, config = settings(objective), PLAIN
     else:
         records = [walk(1, [1, 0, NAN], 1.0, 3), walk(2, [0] * 12), walk(3, [1, NAN] * 5, 0.0), walk(4, [1, 1], 0.5)]
-        labels = config_lib.LabelsConfig(weight=0.4 if objective == "agentprm" else 0.0)
-        chosen, config = settings(objective, labels=labels), TWO_LABELS
+        chosen, config = settings(objective, labels=config_lib.LabelsConfig(weight=0.4)), TWO_LABELS
     batch, graph, state = batch_of(records, rows=4, length=64), reward_model_graph(config), parameters(config)
     compute = lambda count: jax.jit(lambda p: loss_and_gradients(graph, p, None, batch, _in_parts(chosen, count)))(
         state
