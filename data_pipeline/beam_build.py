@@ -35,6 +35,7 @@ from data_pipeline.locks import locked
 from data_pipeline.metadata import FILE, Metadata, Shard, check_output, shard_of
 from data_pipeline.output import backup_of, staged_directory, staging_of, write_errors
 from data_pipeline.paths import Named, check_paths
+from data_pipeline.preferences import parse_row
 from data_pipeline.records import (
     Preparation,
     RowCounts,
@@ -48,7 +49,7 @@ from data_pipeline.records import (
     split_of_row,
 )
 from data_pipeline.splits import Inputs, in_two_splits
-from data_pipeline.trajectory import numbered, parse_line
+from data_pipeline.trajectory import numbered
 
 # A rank is the number of a file, and in its LINE_BITS lowest bits the line. Ranks are counted by blocks of
 # 2**BLOCK_BITS lines, because every worker reads the table of counts.
@@ -199,7 +200,7 @@ class _Prepare(beam.DoFn):
     def process(self, row: tuple[int, str | None, str, bytes]) -> Iterator[Any]:
         rank, file_split, where, line = row
         try:
-            trajectory = parse_line(line, where=where)
+            trajectory = parse_row(line, where=where)
             name = f"{where} ({trajectory.id})"
             split = split_of_row(trajectory, file_split, name)
             # Before the row is prepared, as in the local build: a leak is found even in a row that is bad.

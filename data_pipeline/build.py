@@ -22,10 +22,11 @@ from data_pipeline.locks import locked
 from data_pipeline.metadata import Metadata, check_output, shard_of, verify
 from data_pipeline.output import backup_of, staged_directory, staging_of, write_errors
 from data_pipeline.paths import Named, check_paths
+from data_pipeline.preferences import read_rows
 from data_pipeline.records import Rows, SplitRecords, TooLong, check_not_empty, sizes_of, split_metadata
 from data_pipeline.splits import Inputs, parse_inputs
 from data_pipeline.terminal import safe_output
-from data_pipeline.trajectory import count_rows, read_numbered
+from data_pipeline.trajectory import count_rows
 
 __all__ = ["Metadata", "build", "verify"]
 
@@ -97,7 +98,7 @@ def _prepare(
 
     for split, files in inputs.items():
         for path in files:
-            for where, trajectory in read_numbered(path, skip_bad=bad):
+            for where, trajectory in read_rows(path, skip_bad=bad):
                 try:
                     rows.add(trajectory, split, where)
                     done += 1

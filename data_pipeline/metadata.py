@@ -36,7 +36,9 @@ class SplitMetadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     Of the rows read, `errors` ended in an error, `dropped` were too long and left out, `windowed` too long and cut, and
     `merged` equal to an earlier row. `trajectories` of `tasks` different tasks are stored, with `steps` and `tokens` in
     all, and at most `longest` tokens and `most_steps` steps each. `lengths[i]` trajectories have
-    LENGTH_EDGES[i] <= tokens < LENGTH_EDGES[i + 1]. `mean_return` is the mean over rows, so trajectories are weighted.
+    LENGTH_EDGES[i] <= tokens < LENGTH_EDGES[i + 1]. `mean_return` is the mean over rows, so trajectories are weighted;
+    None if no row has an outcome. `without_outcome` rows have step labels only, `pairs` compare actions in one state;
+    both are absent where there are none.
     """
 
     rows: int
@@ -50,8 +52,10 @@ class SplitMetadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     tokens: int
     longest: int
     most_steps: int
-    mean_return: float
+    mean_return: float | None
     lengths: list[int]
+    without_outcome: int | msgspec.UnsetType = msgspec.UNSET
+    pairs: int | msgspec.UnsetType = msgspec.UNSET
 
 
 class Metadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

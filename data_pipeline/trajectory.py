@@ -205,14 +205,17 @@ def read(path: str | PathLike[str], *, skip_bad: bool | Callable[[DataError], No
 
 
 def read_numbered(
-    path: str | PathLike[str], *, skip_bad: bool | Callable[[DataError], None] = False
-) -> Iterator[tuple[str, Trajectory]]:
-    """As `read`, as pairs of "path:line" and trajectory."""
+    path: str | PathLike[str],
+    *,
+    skip_bad: bool | Callable[[DataError], None] = False,
+    parse: Callable[..., Any] = parse_line,
+) -> Iterator[tuple[str, Any]]:
+    """As `read`, as pairs of "path:line" and trajectory, or what else `parse` makes of a row."""
     for where, _, text, _ in read_texts(path):
         try:
             if isinstance(text, DataError):
                 raise text
-            trajectory = parse_line(text, where=where)
+            trajectory = parse(text, where=where)
         except DataError as error:
             if not skip_bad:
                 raise

@@ -182,8 +182,7 @@ def _export_verb(verbs) -> None:
     export.add_argument(
         "--format",
         choices=("sequence", "token"),
-        default="sequence",
-        help="one value per conversation (default), or one per token",
+        help="one value per conversation (default), or one per token (default for a head with a bias)",
     )
     export.add_argument("--dtype", choices=_DTYPES, default="float32", help="dtype of the weights (default: float32)")
     export.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="size of a weights file (default: 5GB)")

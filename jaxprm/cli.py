@@ -288,6 +288,8 @@ def _evaluate(options) -> int:
     from jaxprm.evaluation.statistics import Resampling
     from jaxprm.evaluation.tables import evaluation_table
 
+    if (exit_status := _evaluate_pairs(options)) is not None:
+        return exit_status
     settings = Settings(
         labels=options.labels,
         label_kind=options.label_kind,
@@ -298,6 +300,26 @@ def _evaluate(options) -> int:
     )
     report = evaluate(options.model, options.input, settings)
     print(evaluation_table(report))
+    if options.json:
+        files.write_json(options.json, report)
+    return 1 if report["input"]["errors"] else 0
+
+
+def _evaluate_pairs(options) -> int | None:
+    """`evaluate` on a file of preference pairs; None for any other file."""
+    from data_pipeline.preferences import holds_preferences
+    from jaxprm import files
+    from jaxprm.errors import UserError
+    from jaxprm.evaluation.pairs import evaluate_pairs, pairs_table
+    from jaxprm.evaluation.statistics import Resampling
+
+    if not options.input.is_file() or not holds_preferences(options.input):
+        return None
+    if not options.model:
+        raise UserError("evaluate: a file of pairs needs --model")
+    resampling = Resampling(samples=options.samples, seed=options.seed)
+    report = evaluate_pairs(options.model, options.input, resampling, group=options.group)
+    print(pairs_table(report))
     if options.json:
         files.write_json(options.json, report)
     return 1 if report["input"]["errors"] else 0

@@ -63,7 +63,8 @@ def to_text(report: ImportReport, output: str | PathLike[str]) -> list[str]:
         (report.additional, "more trajectories than rows, because a row may hold several"),
         (
             report.without_outcome,
-            "without an outcome: to be scored, but not trained on" + (f"; they may have one in {hint}" if hint else ""),
+            "without an outcome: trained on only by their step labels, if they have any"
+            + (f"; they may have one in {hint}" if hint else ""),
         ),
         (report.repeated_ids, "had the id of an earlier row, and got a number appended to it"),
         (report.resplit, "named another split before"),

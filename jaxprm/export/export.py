@@ -34,7 +34,7 @@ def export(
     model_dir: Path,
     output: Path,
     *,
-    head_format: str = "sequence",
+    head_format: str | None = None,
     dtype: str = "float32",
     max_shard_size: str = MAX_SHARD,
     template: str | None = None,
@@ -48,7 +48,8 @@ def export(
 
     Args:
         model_dir: a reward model: a Hugging Face directory, the output of a training run, or a checkpoint.
-        head_format: "sequence", one value for a conversation, or "token", one for each of its tokens.
+        head_format: "sequence", one value for a conversation, or "token", one for each of its tokens; default:
+            "sequence", except for a head with a bias, which only token classifiers have.
         dtype: of the weights, "float32" or "bfloat16".
         max_shard_size: of a file of weights, such as "5GB".
         template: a chat template instead of the model's own, as in Encoder.load.
@@ -89,10 +90,10 @@ def export(
     return result
 
 
-def _check_options(head_format: str, dtype: str, max_shard_size: str) -> int:
+def _check_options(head_format: str | None, dtype: str, max_shard_size: str) -> int:
     """The largest size of a file, in bytes. Raises UserError for an option that is not supported."""
     for name, value, supported in (("format", head_format, writer.FORMATS), ("dtype", dtype, tuple(DTYPES))):
-        if value not in supported:
+        if value is not None and value not in supported:
             raise UserError(f"export: {name} = {value!r} is not supported; supported: {', '.join(supported)}")
     return parse_size(max_shard_size)
 
@@ -134,7 +135,9 @@ def _mark(directory: Path, names: list[str]) -> None:
     files.write_json(directory / MARKER, {"format": 1, "files": names})
 
 
-def _write(model: Path, staging: Path, head_format: str, dtype: str, limit: int, template: str | None) -> list[str]:
+def _write(
+    model: Path, staging: Path, head_format: str | None, dtype: str, limit: int, template: str | None
+) -> list[str]:
     """Writes all files of the export; returns their names."""
     # The marker comes first, so that the leftovers of a killed export are recognized as ours.
     _mark(staging, [])

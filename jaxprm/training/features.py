@@ -19,7 +19,7 @@ Batch = dict[str, np.ndarray]
 FeaturesOf = Callable[[Mapping[str, np.ndarray]], tuple[jax.Array, jax.Array | None]]
 NAMES = ("read_features", "state_features")
 # Fields of a batch that are not needed with features.
-REPLACED_FIELDS = ("tokens", "positions", "read_positions", "state_positions")
+REPLACED_FIELDS = ("tokens", "positions", "branches", "read_positions", "state_positions")
 
 
 class Features:

@@ -18,7 +18,7 @@ from data_pipeline.splits import parse_inputs
 from jaxprm import config as config_lib
 from jaxprm import files
 from jaxprm.errors import UserError
-from jaxprm.objectives import check_settings
+from jaxprm.objectives import check_settings, trains_on_labels, trains_on_pairs
 from jaxprm.progress import absolute
 from jaxprm.workflow import user_files
 from jaxprm.workflow.context import Run
@@ -232,7 +232,7 @@ def train(run: Run) -> None:
     for model, seed in run.trained():
         output = run.model_directory(model.label, seed)
         with run.work.stage(f"train-{model.label}-{seed}", run.train_inputs(model, seed), [output]) as needed:
-            if needed:
+            if needed and not (trains_on_labels(model) or trains_on_pairs(model)):
                 least = run.experiment.collection.min_success
                 check_outcomes(run.work / "trajectories/train.jsonl", min_success=least)
             # All processes must agree: a training run that only some of them enter never ends.
