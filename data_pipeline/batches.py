@@ -12,7 +12,7 @@ Shapes: B rows of a batch, T tokens of a row, S step slots of a row.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -22,8 +22,11 @@ import tensorflow as tf
 from data_pipeline.errors import DataError
 from data_pipeline.packing import plan_epochs
 from data_pipeline.shards import Dataset, ShardSplit, open_dataset
+from data_pipeline.supervision import pair_layout, select
 
 Batch = dict[str, np.ndarray]
+# A mask of the records of a split that are used.
+Selection = Callable[[ShardSplit], np.ndarray]
 
 _PREFETCH = 8  # batches
 _TOKEN_FIELDS = {"tokens": np.int32, "segments": np.int32, "positions": np.int32}
@@ -42,6 +45,8 @@ _STEP_FIELDS = {
 }
 # The order of the fields where tf.data has only positions.
 _FIELDS = _TOKEN_FIELDS | _STEP_FIELDS
+# A split with pairs has one more.
+_BRANCHES = {"branches": np.int32}
 # Values of a step slot without a step; the other fields are 0 or False there.
 _NO_STEP = {"trajectory": -1, "example": -1, "step_labels": np.nan}
 
@@ -57,8 +62,14 @@ class Shape(NamedTuple):
 class _PackedSplit:
     """A split with a packing plan, and the batches that they define."""
 
-    def __init__(self, dataset: Dataset, split: str, shape: Shape, **planning: Any):
+    def __init__(self, dataset: Dataset, split: str, shape: Shape, selection: Selection | None, **planning: Any):
         self.split = dataset.split(split)
+        self.mask = np.ones(len(self.split.ids), bool) if selection is None else selection(self.split)
+        if not self.mask.any():
+            raise DataError(f"{dataset.directory}: split {split} has no trajectory that is selected")
+        self.split = select(self.split, self.mask)
+        self._layout = pair_layout(self.split)
+        self._fields = _FIELDS if self._layout is None else _FIELDS | _BRANCHES
         self._pad_id = dataset.metadata.pad_id
         self.shape = shape
         _check_fit(self.split, shape)
@@ -104,7 +115,12 @@ class _PackedSplit:
         batch["tokens"].reshape(-1)[spans.slots] = split.tokens[source]
         # Segments count from 1, because 0 marks padding.
         batch["segments"].reshape(-1)[spans.slots] = rank[spans.owner] + 1
-        batch["positions"].reshape(-1)[spans.slots] = spans.within
+        if self._layout is None:
+            batch["positions"].reshape(-1)[spans.slots] = spans.within
+            return batch
+        batch["branches"] = np.zeros((rows, length), np.int32)
+        for name, values in self._layout._asdict().items():
+            batch[name].reshape(-1)[spans.slots] = values[source]
         return batch
 
     def _steps(self, examples: np.ndarray, row_of: np.ndarray, rank: np.ndarray, rows: int) -> Batch:
@@ -138,14 +154,14 @@ class _PackedSplit:
         def gather(number: np.ndarray) -> list[np.ndarray]:
             batch = self.gather(int(number), local_rows)
             # tf.numpy_function returns a list, not a dictionary.
-            return [batch[name] for name in _FIELDS]
+            return [batch[name] for name in self._fields]
 
         def gathered(number: tf.Tensor) -> list[tf.Tensor]:
-            return tf.numpy_function(gather, [number], list(_FIELDS.values()), stateful=False)
+            return tf.numpy_function(gather, [number], list(self._fields.values()), stateful=False)
 
         batches = tf.data.Dataset.range(start, self.batch_count).map(gathered).prefetch(_PREFETCH)
         for arrays in batches.as_numpy_iterator():
-            yield dict(zip(_FIELDS, arrays, strict=True))
+            yield dict(zip(self._fields, arrays, strict=True))
 
 
 class _Spans(NamedTuple):
@@ -255,6 +271,7 @@ def training_batches(
     epochs: int,
     seed: int,
     window: int = 256,
+    selection: Selection | None = None,
 ) -> TrainingBatches:
     """Packed batches of `epochs` passes over a split, each in another order.
 
@@ -267,23 +284,27 @@ def training_batches(
     rewards, step_labels, weights  float32[B, S]  missing labels are NaN; a weight is a number of equal trajectories
     is_first, is_last, valid       bool[B, S]
 
-    Slots without a step have valid False, trajectory and example -1, label NaN, and 0 in the other fields.
+    Slots without a step have valid False, trajectory and example -1, label NaN, and 0 in the other fields. A split with
+    pairs also has branches, int32[B, T]; see `data_pipeline.supervision`.
 
     Args:
       dataset: from `open_dataset`, which checks the tokenizer, or a directory.
       rows, length, steps_per_row: B, T, S.
       window: number of trajectories that are packed together; see `packing.plan_epochs`.
+      selection: which trajectories are used; `.split` then holds only these.
 
     Raises:
       DataError: a trajectory has more than T tokens or S steps, the split is missing, or shards are broken.
     """
     dataset = dataset if isinstance(dataset, Dataset) else open_dataset(dataset)
     shape = Shape(rows, length, steps_per_row)
-    packed = _PackedSplit(dataset, split, shape, window=window, epochs=epochs, seed=seed)
+    packed = _PackedSplit(dataset, split, shape, selection, window=window, epochs=epochs, seed=seed)
     # A saved position is only valid for the very same batches, so their identity covers data, shape and plan.
     digest = hashlib.sha256(f"{dataset.fingerprint} {dataset.metadata.pad_id} {split} {shape}".encode())
     for array in packed.plan:
         digest.update(array.tobytes())
+    if not packed.mask.all():
+        digest.update(packed.mask.tobytes())
     return TrainingBatches(packed, digest.hexdigest())
 
 
@@ -295,11 +316,12 @@ def evaluation_batches(
     length: int,
     steps_per_row: int,
     window: int = 1024,
+    selection: Selection | None = None,
 ) -> EvaluationBatches:
     """A single pass over a split in batches as of `training_batches`, not shuffled; the last may have padding rows."""
     dataset = dataset if isinstance(dataset, Dataset) else open_dataset(dataset)
     shape = Shape(rows, length, steps_per_row)
-    return EvaluationBatches(_PackedSplit(dataset, split, shape, window=window, epochs=1, seed=None))
+    return EvaluationBatches(_PackedSplit(dataset, split, shape, selection, window=window, epochs=1, seed=None))
 
 
 def _check_fit(split: ShardSplit, shape: Shape) -> None:

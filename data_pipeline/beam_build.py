@@ -31,8 +31,11 @@ from apache_beam.pvalue import AsList, AsSingleton, TaggedOutput
 from data_pipeline import shards as shards_lib
 from data_pipeline.encode import Encoder
 from data_pipeline.errors import MOST_LISTED, DataError, SplitError
+from data_pipeline.locks import locked
 from data_pipeline.metadata import FILE, Metadata, Shard, check_output, shard_of
-from data_pipeline.output import staged_directory, write_errors
+from data_pipeline.output import backup_of, staged_directory, staging_of, write_errors
+from data_pipeline.paths import Named, check_paths
+from data_pipeline.preferences import parse_row
 from data_pipeline.records import (
     Preparation,
     RowCounts,
@@ -46,7 +49,7 @@ from data_pipeline.records import (
     split_of_row,
 )
 from data_pipeline.splits import Inputs, in_two_splits
-from data_pipeline.trajectory import numbered, parse_line
+from data_pipeline.trajectory import numbered
 
 # A rank is the number of a file, and in its LINE_BITS lowest bits the line. Ranks are counted by blocks of
 # 2**BLOCK_BITS lines, because every worker reads the table of counts.
@@ -124,10 +127,10 @@ def build(
     local = FileSystems.get_scheme(output) is None
     if local:
         output = str(Path(output).absolute())
-        check_output(Path(output))
+        check_paths([Named("input", Path(path)) for _, path in files], [Named("output", Path(output))])
     elif FileSystems.match([f"{output}/*"])[0].metadata_list:
         raise DataError(f"{output}: not empty; name another directory or empty this one")
-    staged = staged_directory(output, overwrite=True) if local else _staged_remotely(output)
+    staged = _staged_locally(Path(output)) if local else _staged_remotely(output)
     with write_errors(output, "the dataset cannot be written"), staged as staging:
         folder = str(staging)
         _run(files, encoder, folder, _Settings(max_length, too_long, shards), options)
@@ -153,7 +156,7 @@ def _run(
     except ValueError as error:  # such as an unknown runner
         raise DataError(f"--beam {' '.join(options)}: {' '.join(str(error).split())}") from None
     # Workers get the tokenizer and make an Encoder of it: an Encoder has locks, which cannot be pickled.
-    prepare = _Prepare(encoder.tokenizer, encoder.source, settings)
+    prepare = _Prepare(encoder.tokenizer, encoder.source, settings, encoder.choices)
     with pipeline:
         prepared = (
             pipeline
@@ -184,11 +187,11 @@ def _rows(numbered_file: tuple[int, tuple[str | None, str]]) -> Iterator[tuple[i
 class _Prepare(beam.DoFn):
     """Rows to ((split, identity), (rank, record)), with tagged outputs for their tasks, counts and errors."""
 
-    def __init__(self, tokenizer: Any, source: str, settings: _Settings):
-        self._tokenizer, self._source, self._settings = tokenizer, source, settings
+    def __init__(self, tokenizer: Any, source: str, settings: _Settings, choices: dict[str, Any]):
+        self._tokenizer, self._source, self._settings, self._choices = tokenizer, source, settings, choices
 
     def setup(self) -> None:
-        self._encoder = Encoder(self._tokenizer, source=self._source)
+        self._encoder = Encoder(self._tokenizer, source=self._source, **self._choices)
 
     def start_bundle(self) -> None:
         # It caches conversations without a bound, so it lives as long as a bundle, not as a worker.
@@ -197,7 +200,7 @@ class _Prepare(beam.DoFn):
     def process(self, row: tuple[int, str | None, str, bytes]) -> Iterator[Any]:
         rank, file_split, where, line = row
         try:
-            trajectory = parse_line(line, where=where)
+            trajectory = parse_row(line, where=where)
             name = f"{where} ({trajectory.id})"
             split = split_of_row(trajectory, file_split, name)
             # Before the row is prepared, as in the local build: a leak is found even in a row that is bad.
@@ -393,8 +396,19 @@ def _describe(folder: str, summary: _Summary, inputs: Inputs, encoder: Encoder, 
 
 
 @contextmanager
+def _staged_locally(output: Path) -> Iterator[Path]:
+    with locked(output, staging=(staging_of(output), backup_of(output))):
+        check_output(output)
+        with staged_directory(output, overwrite=True) as staging:
+            yield staging
+
+
+@contextmanager
 def _staged_remotely(output: str) -> Iterator[str]:
-    """As `staged_directory`, on any of Beam's file systems: files are moved one by one, metadata.json last."""
+    """As `staged_directory`, on any of Beam's file systems: files are moved one by one, metadata.json last.
+
+    Object stores have no locks.
+    """
     parent, name = FileSystems.split(output)
     staging = FileSystems.join(parent, f".{name}.building")
     try:

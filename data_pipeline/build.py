@@ -18,12 +18,15 @@ from typing import Any
 
 from data_pipeline.encode import Encoder
 from data_pipeline.errors import DataError, SplitError, listed
+from data_pipeline.locks import locked
 from data_pipeline.metadata import Metadata, check_output, shard_of, verify
-from data_pipeline.output import staged_directory, write_errors
+from data_pipeline.output import backup_of, staged_directory, staging_of, write_errors
+from data_pipeline.paths import Named, check_paths
+from data_pipeline.preferences import read_rows
 from data_pipeline.records import Rows, SplitRecords, TooLong, check_not_empty, sizes_of, split_metadata
 from data_pipeline.splits import Inputs, parse_inputs
 from data_pipeline.terminal import safe_output
-from data_pipeline.trajectory import count_rows, read_numbered
+from data_pipeline.trajectory import count_rows
 
 __all__ = ["Metadata", "build", "verify"]
 
@@ -57,11 +60,28 @@ def build(
       The content of metadata.json.
 
     Raises:
-      DataError: names the row, or the directory that cannot be written.
+      DataError: names the row, or the directory that cannot be written: it holds files of others, or an input, or
+        another process writes it.
     """
     output = Path(output)
-    # First, because encoding may take hours.
-    check_output(output)
+    check_paths([Named("input", Path(path)) for files in inputs.values() for path in files], [Named("output", output)])
+    with locked(output, staging=(staging_of(output), backup_of(output))):
+        # First, because encoding may take hours.
+        check_output(output)
+        splits, skipped = _prepare(inputs, encoder, max_length, too_long, progress, skip_bad)
+        settings = {"max_length": max_length, "too_long": too_long, "skipped": skipped}
+        return _write(splits, encoder, output, shards=shards, **settings)
+
+
+def _prepare(
+    inputs: Inputs,
+    encoder: Encoder,
+    max_length: int | None,
+    too_long: TooLong,
+    progress: Callable[[int, int], None] | None,
+    skip_bad: Callable[[DataError], None] | None,
+) -> tuple[dict[str, SplitRecords], int]:
+    """The records of every split, and the number of bad rows that were left out."""
     paths = [path for files in inputs.values() for path in files]
     # Counting reads every file once more, so it is left out if no progress is shown.
     total = sum(map(count_rows, paths)) if progress else 0
@@ -78,7 +98,7 @@ def build(
 
     for split, files in inputs.items():
         for path in files:
-            for where, trajectory in read_numbered(path, skip_bad=bad):
+            for where, trajectory in read_rows(path, skip_bad=bad):
                 try:
                     rows.add(trajectory, split, where)
                     done += 1
@@ -87,8 +107,7 @@ def build(
                 if progress:
                     progress(done, total)
     check_not_empty({name: (split.counts, len(split.records)) for name, split in rows.splits.items()}, inputs)
-    settings = {"max_length": max_length, "too_long": too_long, "skipped": skipped}
-    return _write(rows.splits, encoder, output, shards=shards, **settings)
+    return rows.splits, skipped
 
 
 def _write(
@@ -128,6 +147,15 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--chat-template", default="own", metavar="TEMPLATE", help="own (default), chatml, llama3, or a file"
     )
+    parser.add_argument(
+        "--reasoning", choices=("keep", "drop"), default="keep", help="whether to encode what the model thought"
+    )
+    parser.add_argument(
+        "--special-tokens",
+        choices=("error", "break"),
+        default="error",
+        help="special tokens in the text of messages: an error, or broken up so that they are text",
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="dataset directory to write")
     parser.add_argument(
         "--max-length", type=int, metavar="TOKENS", help="most tokens of a trajectory (default: no bound)"
@@ -160,13 +188,23 @@ def _main(arguments: Sequence[str] | None) -> int:
         "skip_bad": bad.append if options.skip_bad else None,
     }
     try:
-        inputs, encoder = parse_inputs(options.input), Encoder.load(options.tokenizer, options.chat_template)
+        inputs = parse_inputs(options.input)
+        reads = [Named("tokenizer", Path(options.tokenizer)), Named("chat template", Path(options.chat_template))]
+        reads += [Named("input", Path(path)) for paths in inputs.values() for path in paths]
+        check_paths(reads, [Named("output", Path(options.output))])
+        choices = {"reasoning": options.reasoning, "special_tokens": options.special_tokens}
+        encoder = Encoder.load(options.tokenizer, options.chat_template, **choices)
         if options.beam is None:
             metadata = _with_bar(inputs, encoder, options.output, settings)
         else:
             metadata = _with_beam(inputs, encoder, options.output, settings, options.beam)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)

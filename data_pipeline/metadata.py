@@ -15,6 +15,8 @@ import numpy as np
 from data_pipeline.errors import DataError
 
 FILE = "metadata.json"
+# Files in which TFDS describes a dataset.
+_DESCRIPTIONS = ("dataset_info.json", "features.json")
 FORMAT = "jaxprm-trajectories"
 VERSION = 1
 # Lower bounds of the bins of length histograms. They are part of the format: metadata.json stores counts only.
@@ -34,7 +36,9 @@ class SplitMetadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     Of the rows read, `errors` ended in an error, `dropped` were too long and left out, `windowed` too long and cut, and
     `merged` equal to an earlier row. `trajectories` of `tasks` different tasks are stored, with `steps` and `tokens` in
     all, and at most `longest` tokens and `most_steps` steps each. `lengths[i]` trajectories have
-    LENGTH_EDGES[i] <= tokens < LENGTH_EDGES[i + 1]. `mean_return` is the mean over rows, so trajectories are weighted.
+    LENGTH_EDGES[i] <= tokens < LENGTH_EDGES[i + 1]. `mean_return` is the mean over rows, so trajectories are weighted;
+    None if no row has an outcome. `without_outcome` rows have step labels only, `pairs` compare actions in one state;
+    both are absent where there are none.
     """
 
     rows: int
@@ -48,8 +52,10 @@ class SplitMetadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     tokens: int
     longest: int
     most_steps: int
-    mean_return: float
+    mean_return: float | None
     lengths: list[int]
+    without_outcome: int | msgspec.UnsetType = msgspec.UNSET
+    pairs: int | msgspec.UnsetType = msgspec.UNSET
 
 
 class Metadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -88,10 +94,13 @@ class Metadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 def check_output(output: Path) -> None:
-    """Raises DataError unless a dataset may be written to `output`: it is absent, empty, or a dataset itself."""
+    """Raises DataError unless a dataset may be written to `output`: it is absent, empty, or a dataset and no more."""
     if output.is_dir():
         if (output / FILE).is_file():
-            Metadata.load(output)  # raises if another program wrote this metadata.json
+            # Raises if another program wrote this metadata.json.
+            ours = {FILE, *_DESCRIPTIONS, *Metadata.load(output).shards}
+            if others := sorted({path.name for path in output.iterdir()} - ours):
+                raise DataError(f"{output}: holds {others[0]}, which is no part of the dataset; move it away")
         elif any(output.iterdir()):
             raise DataError(f"{output}: not empty and not a dataset; name another directory or empty this one")
     elif output.exists():

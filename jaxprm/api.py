@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, TypedDict
+from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.chat_template import as_messages
+from data_pipeline.chat_template import as_conversation, as_messages
 from data_pipeline.trajectory import Message, Trajectory
 from jaxprm import config as config_lib
 from jaxprm.artifacts.directory import find_model, read_recipe
@@ -116,7 +116,10 @@ class Model:
         for index, trajectory in enumerate(trajectories):
             messages, tools, name = _parts(trajectory, f"trajectory {index}")
             names.append(name)
-            encoded.append(self._scorer.encoder.trajectory(messages, row=name, tools=tools))
+            # A message of the caller may become several, and a step is named by the caller's.
+            checked, indices = as_conversation(messages, name)
+            conversation = self._scorer.encoder.trajectory(checked, row=name, tools=tools)
+            encoded.append(conversation._replace(message_indices=np.asarray(indices)[conversation.message_indices]))
         tables = [
             loading.step_table(conversation.message_indices, promises, progress=self._has_progress)
             for conversation, promises in zip(encoded, self._scorer.score_encoded(encoded, names), strict=True)
@@ -187,6 +190,8 @@ def load(
     max_tokens: int = 2048,
     dtype: str = "float32",
     chat_template: str | None = None,
+    reasoning: Literal["keep", "drop"] | None = None,
+    special_tokens: Literal["error", "break"] | None = None,
     mesh: Mapping[str, int] | None = None,
 ) -> Model:
     """Loads a reward model.
@@ -200,6 +205,8 @@ def load(
       dtype: of the arithmetic and of the cache, "float32" or "bfloat16".
       chat_template: used in place of the model's own: "chatml", "llama3", or a file. For models trained elsewhere whose
         template rewrites earlier turns.
+      reasoning: what to do with what the agent thought, for models from elsewhere. Others do as in training.
+      special_tokens: "break" writes a space into special tokens in the text of messages, which are an error otherwise.
       mesh: devices of this process that share the work, as in a config: {"tensor": 4} splits parameters and cache four
         ways. None is the first device alone.
 
@@ -217,6 +224,8 @@ def load(
         max_tokens=max_tokens,
         dtype=dtype,
         template=chat_template,
+        reasoning=reasoning,
+        special_tokens=special_tokens,
         mesh=None if mesh is None else config_lib.mesh_of_sizes(mesh, where="mesh"),
     )
     return Model(scorer, read_recipe(model))
@@ -231,6 +240,8 @@ def _parts(
     if isinstance(trajectory, Mapping):
         if "messages" not in trajectory:
             raise UserError(f'{name}: has no "messages", only {sorted(trajectory)}')
+        if trajectory.get("system"):
+            raise UserError(f"{name}: `system` is next to the messages; make it the first of them")
         return trajectory["messages"], trajectory.get("tools"), str(trajectory.get("id") or name)
     return trajectory, None, name
 

@@ -8,24 +8,47 @@ from __future__ import annotations
 
 import argparse
 import errno
+import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data_pipeline.terminal import safe_output
 from jaxprm.arguments import STAGE_VERBS, parse
 from jaxprm.errors import RESUMABLE, Interrupted
 from jaxprm.host_memory import keep_freed
 
+if TYPE_CHECKING:
+    from data_pipeline.paths import Named
+
+# Errors of the file system that the user can fix. Others may be bugs, and keep their traceback.
+_FILE_ERRORS = {
+    errno.EACCES,
+    errno.EIO,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.EMFILE,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ESTALE,
+}
 # Verbs that call compiled programs many times: they keep freed memory (see host_memory.py).
 COMPUTING = {*STAGE_VERBS, "imitate", "score", "evaluate", "serve", "check-scorer", "bench"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a verb; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     with safe_output():
+        if (undecoded := next((text for text in arguments if not _is_text(text)), None)) is not None:
+            print(f"jaxprm: {undecoded!a}: is not valid UTF-8; rename the file or retype the value", file=sys.stderr)
+            return 2
         return _run(parse(arguments))
 
 
@@ -38,7 +61,8 @@ def _run(options: argparse.Namespace) -> int:
         # Before JAX starts its threads.
         keep_freed()
     try:
-        return VERBS[options.verb](options)
+        with guarded(options):
+            return VERBS[options.verb](options)
     except KeyboardInterrupt:
         effect = "starts over" if options.verb in ("evaluate", "export", "serve") else "resumes where it stopped"
         print(f"jaxprm: interrupted; the same command {effect}", file=sys.stderr)
@@ -68,17 +92,69 @@ def _one_line(error: Exception) -> str | None:
 
     if isinstance(error, (UserError, DataError)):
         return " ".join(str(error).split())
-    disk_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    # Orbax wraps a full disk in exceptions that carry no errno.
-    if disk_full or "No space left on device" in str(error):
-        where = f" writing {error.filename}" if getattr(error, "filename", None) else ""
+    number = error.errno if isinstance(error, OSError) else None
+    where = str(getattr(error, "filename", None) or "")
+    # Orbax and TensorFlow wrap errors of the disk in exceptions that carry no errno.
+    if number in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
+        where = f" writing {where}" if where else ""
         return f"no space left on the device{where}; free some and run the same command again: finished work is kept"
-    if (
-        isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError))
-        and error.filename
-    ):
-        return f"{error.filename}: {error.strerror}"
+    if number == errno.ENAMETOOLONG:
+        return f"{where[:80]}...: {os.strerror(number)} ({len(os.fsencode(where))} bytes)"
+    if number in _FILE_ERRORS and where:
+        return f"{where}: {os.strerror(number)}"
+    if number == errno.EROFS or os.strerror(errno.EROFS) in str(error):
+        return f"the disk cannot be written: {' '.join(str(error).split())}"
     return None
+
+
+def _is_text(argument: str) -> bool:
+    # Python reads other bytes of a command line as lone surrogates, which no file of ours could hold.
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+@contextmanager
+def guarded(options: argparse.Namespace) -> Iterator[None]:
+    """Refuses outputs that are inputs, and excludes other processes that write the same report.
+
+    The verbs with other outputs lock these themselves. Raises DataError or UserError before any work.
+    """
+    from data_pipeline.locks import locked
+    from data_pipeline.output import staging_file_of
+    from data_pipeline.paths import check_paths
+    from jaxprm.errors import UserError
+
+    report = getattr(options, "json", None)
+    # `inspect` has an option --json without a file.
+    report = report if isinstance(report, Path) else None
+    check_paths(*named_paths(options, report))
+    if report is None:
+        yield
+        return
+    if report.is_dir():
+        raise UserError(f"--json {report}: is a directory; name a file")
+    with locked(report, staging=[staging_file_of(report)]):
+        yield
+
+
+def named_paths(options: argparse.Namespace, report: Path | None) -> tuple[list[Named], list[Named]]:
+    """The paths that a verb's options name: those that it reads, and those that it writes but a work directory's."""
+    from data_pipeline.paths import Named
+    from data_pipeline.splits import parse_inputs
+
+    reads = []
+    for name in ("config", "input", "model", "tokenizer", "chat_template"):
+        value = getattr(options, name, None)
+        values = value if isinstance(value, list) else [value]
+        reads += [Named(name.replace("_", " "), Path(path)) for path in values if path is not None]
+    # [SPLIT=]FILE
+    split_files = parse_inputs([*(getattr(options, "files", None) or []), *(getattr(options, "data", None) or [])])
+    reads += [Named("input", Path(path)) for paths in split_files.values() for path in paths]
+    writes = [Named("output", options.output)] if getattr(options, "output", None) else []
+    return reads, writes + ([Named("--json", report)] if report else [])
 
 
 def _stages(options) -> int:
@@ -133,6 +209,8 @@ def _overrides(options) -> list[str]:
         "collection.files": options.data,
         "base_model": options.model,
         "policy.chat_template": options.chat_template,
+        "policy.reasoning": options.reasoning,
+        "policy.special_tokens": options.special_tokens,
         # An absent option must not override the config.
         "collection.skip_bad": options.skip_bad or None,
     }
@@ -167,6 +245,8 @@ def _score(options) -> int:
         options.output,
         dtype=options.dtype,
         template=options.chat_template,
+        reasoning=options.reasoning,
+        special_tokens=options.special_tokens,
         mesh=parse_mesh(options.mesh) if options.mesh else all_devices(),
     )
     print(f"scored {counts.scored} trajectories, {counts.errors} errors: {options.output}")
@@ -204,14 +284,12 @@ def _bench(options) -> int:
 
 def _evaluate(options) -> int:
     from jaxprm import files
-    from jaxprm.errors import UserError
     from jaxprm.evaluation.evaluate import Settings, evaluate
     from jaxprm.evaluation.statistics import Resampling
     from jaxprm.evaluation.tables import evaluation_table
 
-    # Before the evaluation, which may take long.
-    if options.json and (options.json.is_dir() or options.json.resolve() == options.input.resolve()):
-        raise UserError(f"json {options.json}: is a directory, or the input; name another file")
+    if (exit_status := _evaluate_pairs(options)) is not None:
+        return exit_status
     settings = Settings(
         labels=options.labels,
         label_kind=options.label_kind,
@@ -222,6 +300,26 @@ def _evaluate(options) -> int:
     )
     report = evaluate(options.model, options.input, settings)
     print(evaluation_table(report))
+    if options.json:
+        files.write_json(options.json, report)
+    return 1 if report["input"]["errors"] else 0
+
+
+def _evaluate_pairs(options) -> int | None:
+    """`evaluate` on a file of preference pairs; None for any other file."""
+    from data_pipeline.preferences import holds_preferences
+    from jaxprm import files
+    from jaxprm.errors import UserError
+    from jaxprm.evaluation.pairs import evaluate_pairs, pairs_table
+    from jaxprm.evaluation.statistics import Resampling
+
+    if not options.input.is_file() or not holds_preferences(options.input):
+        return None
+    if not options.model:
+        raise UserError("evaluate: a file of pairs needs --model")
+    resampling = Resampling(samples=options.samples, seed=options.seed)
+    report = evaluate_pairs(options.model, options.input, resampling, group=options.group)
+    print(pairs_table(report))
     if options.json:
         files.write_json(options.json, report)
     return 1 if report["input"]["errors"] else 0
@@ -263,6 +361,9 @@ def _import_trajectories(options) -> int:
     settings = convert.Options(
         format=options.format,
         messages=options.messages_field,
+        tools=options.tools_field,
+        step_labels=options.step_labels_field,
+        roles=convert.parse_roles(options.roles),
         outcome=options.outcome_field,
         success=options.success_field,
         id=options.id_field,
@@ -274,8 +375,14 @@ def _import_trajectories(options) -> int:
         skip_bad=options.skip_bad,
     )
     with progress.absolute("import", unit="B", unit_scale=True) as show:
-        report = convert.import_trajectories(options.input, options.output, settings, progress=show)
-    _write_report(options.json, report)
+        report = convert.import_trajectories(
+            options.input,
+            options.output,
+            settings,
+            progress=show,
+            # The output exists only with its report: after a kill, the command refuses to overwrite the output.
+            before_output=functools.partial(_write_report, options.json),
+        )
     print("\n".join(convert.to_text(report, options.output)))
     if report.bad:
         print("\n".join(listed(report.bad)), file=sys.stderr)
@@ -288,13 +395,21 @@ def _validate(options) -> int:
     from jaxprm import progress
     from jaxprm.errors import UserError
 
-    if options.tokenizer is None and (options.max_length is not None or options.chat_template != "own"):
-        raise UserError("--max-length and --chat-template are about tokens: give a --tokenizer too")
+    of_tokens = (options.max_length, options.reasoning, options.special_tokens)
+    if options.tokenizer is None and (options.chat_template != "own" or any(value is not None for value in of_tokens)):
+        raise UserError(
+            "--max-length, --chat-template, --reasoning and --special-tokens are about tokens: give a --tokenizer too"
+        )
     encoder = None
     if options.tokenizer is not None:
         from data_pipeline.encode import Encoder
 
-        encoder = Encoder.load(options.tokenizer, options.chat_template)
+        encoder = Encoder.load(
+            options.tokenizer,
+            options.chat_template,
+            reasoning=options.reasoning or "keep",
+            special_tokens=options.special_tokens or "error",
+        )
     with progress.absolute("validate", unit="row") as show:
         report = validate(parse_inputs(options.files), encoder=encoder, max_length=options.max_length, progress=show)
     _write_report(options.json, report)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from data_pipeline.errors import printable
+
 # Exit status of interrupted work that the same command resumes (EX_TEMPFAIL of sysexits.h).
 RESUMABLE = 75
 
@@ -11,6 +13,9 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with status 2.
     """
+
+    def __init__(self, message: object = ""):
+        super().__init__(printable(str(message)))
 
 
 def shown(value: object) -> str:

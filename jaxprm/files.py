@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data_pipeline.output import staged_file
+from data_pipeline.errors import DataError
+from data_pipeline.locks import locked
+from data_pipeline.output import partial_of, staged_file, sync_folder
 from jaxprm.errors import UserError
 
 
@@ -44,14 +46,14 @@ def read_lines(path: Path) -> Iterator[dict]:
 
 
 def complete_lines(path: Path) -> list[dict]:
-    """The objects of a JSON Lines file whose writer may have been killed; cuts a torn last line off the file.
+    """The objects of a JSON Lines file whose writer may have been killed; cuts a torn end off the file.
 
-    Raises UserError if an earlier line is malformed: an interrupted write can only damage the last one.
+    Raises UserError if an earlier line is malformed: an interrupted write can only damage the end.
     """
     if not path.exists():
         return []
     with path.open("r+b") as file:
-        return list(_objects(_cut_torn_line(file), path))
+        return _cut_torn_end(file, path)
 
 
 @contextmanager
@@ -66,23 +68,33 @@ def appending(path: Path) -> Iterator:
 class ResumableLines:
     """A JSON Lines file that is written over several runs, by one process at a time.
 
-    Lines are appended to PATH.partial, and PATH appears when all are there. A context manager: an exclusive lock on
-    PATH.partial is held from entering to leaving.
+    Lines are appended to PATH.partial, and PATH appears when all are there. A context manager: PATH is locked from
+    entering to leaving.
+
+    Args:
+      staging: staging paths next to PATH that the caller uses, as in `data_pipeline.locks.locked`.
 
     Raises:
       UserError: on entering, when another process holds the lock; it names the file and the process.
     """
 
-    def __init__(self, path: Path):
-        self.path, self.partial = path, path.with_name(path.name + ".partial")
+    def __init__(self, path: Path, *, staging: Sequence[Path] = ()):
+        self.path, self.partial, self._staging = path, partial_of(path), staging
 
     def __enter__(self) -> ResumableLines:
-        self.partial.parent.mkdir(parents=True, exist_ok=True)
-        self._file = _open_locked(self.partial)
+        with ExitStack() as stack:
+            with user_errors():
+                stack.enter_context(locked(self.path, staging=self._staging))
+            # Unbuffered: after a failed write, closing must not try to write the same bytes again.
+            self._file = stack.enter_context(self.partial.open("a+b", buffering=0))
+            self._held = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        # Nothing to resume from. If the file was renamed to PATH, there is none of this name.
+        if self.is_empty():
+            self.partial.unlink(missing_ok=True)
+        self._held.close()
 
     def is_finished(self) -> bool:
         """Whether PATH exists. A PATH.partial next to it, left by a kill at the very end, is then removed."""
@@ -96,13 +108,13 @@ class ResumableLines:
         return os.fstat(self._file.fileno()).st_size == 0
 
     def read(self) -> list[dict]:
-        """The objects written so far; cuts a torn last line. Raises UserError if an earlier line is malformed."""
-        return list(_objects(_cut_torn_line(self._file), self.partial))
+        """The objects written so far; cuts a torn end. Raises UserError if an earlier line is malformed."""
+        return _cut_torn_end(self._file, self.partial)
 
     def raw_lines(self) -> Iterator[bytes]:
         """The lines written so far with their line ends, one at a time; a torn last line has none."""
         self._file.seek(0)
-        # The descriptor stays open: closing it would release the lock.
+        # The descriptor stays open: more is appended to it.
         with open(self._file.fileno(), "rb", closefd=False) as buffered:
             yield from buffered
 
@@ -123,6 +135,7 @@ class ResumableLines:
         if objects is None:
             os.fsync(self._file.fileno())
             os.replace(self.partial, self.path)
+            sync_folder(self.path.parent)
             return
         with staged_file(self.path, overwrite=True) as file:
             for value in objects:
@@ -132,6 +145,7 @@ class ResumableLines:
 
     def discard(self) -> None:
         """Removes what was written, so that the next run starts from the beginning."""
+        self.truncate(0)
         self.partial.unlink()
 
 
@@ -140,6 +154,15 @@ def write_all(file: BinaryIO, data: bytes) -> None:
     remaining = memoryview(data)
     while remaining:
         remaining = remaining[file.write(remaining) :]
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Raises a DataError of the block as a UserError of the same text."""
+    try:
+        yield
+    except DataError as error:
+        raise UserError(str(error)) from error.__cause__
 
 
 def sha256(path: Path) -> str:
@@ -165,50 +188,46 @@ def without_nan(value: Any) -> Any:
 def _objects(lines: Iterable[bytes], path: Path) -> Iterator[dict]:
     for number, text in enumerate(lines, start=1):
         try:
-            yield json.loads(text)
+            yield _object(text)
         except ValueError as error:
             raise UserError(f"{path}:{number}: not JSON ({error}); fix the line, or remove the file") from None
 
 
-def _cut_torn_line(file: BinaryIO) -> list[bytes]:
-    """The complete lines of an open file; what follows the last line end is cut off."""
+def _object(text: bytes) -> dict:
+    """The object of a line. Raises ValueError if it is none."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError("it is no object")
+    return value
+
+
+def _cut_torn_end(file: BinaryIO, path: Path) -> list[dict]:
+    """The objects of an open file, up to its last valid line; what follows that is cut off, and reported.
+
+    A kill tears the last line. A power failure may leave zeros or other bytes in place of several.
+    Raises UserError for a malformed line before a valid one.
+    """
     file.seek(0)
     content = file.read()
-    end = content.rfind(b"\n") + 1
+    # Bytes are split only at line feeds and carriage returns, which JSON escapes within texts.
+    lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
+    while lines and not _is_object(lines[-1]):
+        lines.pop()
+    end = sum(map(len, lines))
     if end < len(content):
         file.truncate(end)
-    # Bytes are split only at line feeds and carriage returns, which JSON escapes within texts.
-    return content[:end].splitlines()
+        if b"\n" in content[end:]:
+            damaged = content.count(b"\n", end)
+            print(f"{path}: cut {damaged} damaged lines off its end; they are made again", file=sys.stderr)
+    return list(_objects(lines, path))
 
 
-def _open_locked(path: Path) -> BinaryIO:
-    """The file opened for reading and appending, unbuffered, with an exclusive lock that closing it releases."""
-    while True:
-        # Unbuffered: after a failed write, closing must not try to write the same bytes again.
-        file = path.open("a+b", buffering=0)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = _lock_holder(file)
-            file.close()
-            raise UserError(
-                f"{path}: {holder} is writing this file; wait until it ends, or name another output"
-            ) from None
-        except OSError:
-            return file  # a file system without locks
-        # The former holder may have renamed or removed the file between our open and our lock.
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            return file
-        file.close()
-
-
-def _lock_holder(file: BinaryIO) -> str:
-    """The process that holds the lock on a file, from Linux' table of locks; elsewhere it is unknown."""
-    inode = f":{os.fstat(file.fileno()).st_ino}"
-    table = Path("/proc/locks")
-    for entry in table.read_text().splitlines() if table.exists() else ():
-        # "1: FLOCK ADVISORY WRITE <pid> <major>:<minor>:<inode> 0 EOF"
-        fields = entry.split()
-        if len(fields) > 5 and fields[1] == "FLOCK" and fields[5].endswith(inode):
-            return f"process {fields[4]}"
-    return "another process"
+def _is_object(text: bytes) -> bool:
+    try:
+        _object(text)
+    except ValueError:
+        return False
+    return True

@@ -1,4 +1,4 @@
-"""The loss of AgentPRM (Xi et al., arXiv 2511.08325, eq. 4, 9 and 10) over packed rows of steps.
+"""The loss of AgentPRM (Xi et al., arXiv 2511.08325, eq. 4, 9 and 10) over packed rows of steps, and those of labels.
 
 Arrays are [..., S], packed as in jaxprm/targets.py: M_t are the promises, Q^_t their targets, w_t the weights.
 """
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxprm.objectives import PROGRESS_GRADIENTS, ProgressGradient, check_objective
 
-__all__ = ["LossSums", "agent_prm_loss", "agent_prm_sums", "check_objective"]
+__all__ = ["LossSums", "agent_prm_loss", "agent_prm_sums", "check_objective", "label_sums", "preference_sums"]
 
 
 class LossSums(NamedTuple):
@@ -93,6 +93,59 @@ def agent_prm_sums(
     # (M_t - M_{t-1}) - (Q^_t - Q^_{t-1}) = e_t - e_{t-1} with the errors e_t = M_t - Q^_t.
     change = jnp.where(has_previous, current - _shift_right(error), 0)
     return LossSums(jnp.sum(weight * error**2) / 2, jnp.sum(weight * change**2) / 2, jnp.sum(weight))
+
+
+def label_sums(
+    values: jax.Array, targets: jax.Array, weights: jax.Array, *, log_odds: jax.Array | None = None
+) -> LossSums:
+    """The loss of step labels: with a target y in [0, 1] for each step,
+
+        bce:  sum_t w_t (log(1 + exp(z_t)) - y_t z_t),    M_t = 1 / (1 + exp(-z_t))                     (G)
+        mse:  sum_t w_t 1/2 (M_t - y_t)^2                                                               (H)
+
+    (G) is the cross-entropy -y log M - (1 - y) log(1 - M) of a head of two labels, for y in {0, 1} that of TRL's
+    PRMTrainer. It is computed from z_t, the difference of the two outputs, because log(1 - M) overflows near M = 1.
+
+    Args:
+        values, targets, weights: [..., S], M_t, y_t and w_t; only steps with a weight above 0 are read.
+        log_odds: [..., S], z_t, for (G); None for (H).
+    """
+    trained = weights > 0
+    targets = jnp.where(trained, targets, 0)
+    if log_odds is None:
+        losses = (jnp.where(trained, values, 0) - targets) ** 2 / 2
+    else:
+        log_odds = jnp.where(trained, log_odds, 0)
+        losses = jax.nn.softplus(log_odds) - targets * log_odds
+    weights = jnp.where(trained, weights, 0)
+    return LossSums(jnp.sum(weights * losses), jnp.zeros(()), jnp.sum(weights))
+
+
+class PairSums(NamedTuple):
+    """The loss of pairs, and sums for metrics: w of the pairs in order, and w (M+ - M-)."""
+
+    loss: LossSums
+    ordered: jax.Array
+    margins: jax.Array
+
+
+def preference_sums(values: jax.Array, step_index: jax.Array, valid: jax.Array, weights: jax.Array) -> PairSums:
+    """The Bradley-Terry loss of pairs: sum over pairs of w (-log sigmoid(M+ - M-))                     (I)
+
+    M+ is the promise of the chosen action, M- that of a rejected one in the same state. A pair counts as ordered if
+    M+ > M-, and half if they are equal.
+
+    Args:
+        values, valid, weights: [..., S]. The first step of a trajectory is its chosen action, the others are rejected.
+        step_index: int [..., S], index of the step in its trajectory.
+    """
+    values = jnp.where(valid, values, 0)
+    slots = jnp.arange(values.shape[-1]) - step_index
+    margins = jnp.take_along_axis(values, jnp.where(valid, slots, 0), axis=-1) - values
+    weights = jnp.where(valid & (step_index > 0), weights, 0)
+    loss = LossSums(jnp.sum(weights * jax.nn.softplus(-margins)), jnp.zeros(()), jnp.sum(weights))
+    ordered = jnp.sum(weights * ((margins > 0) + 0.5 * (margins == 0)))
+    return PairSums(loss, jax.lax.stop_gradient(ordered), jax.lax.stop_gradient(jnp.sum(weights * margins)))
 
 
 def _shift_right(x: jax.Array) -> jax.Array:

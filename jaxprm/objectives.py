@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 Bootstrap = Literal["action", "next", "state"]
 ProgressGradient = Literal["both", "previous"]
+# What an objective trains on: outcomes or rewards, step labels, or pairs of a chosen and a rejected action.
+Supervision = Literal["outcomes", "labels", "pairs"]
 BOOTSTRAPS: tuple[str, ...] = get_args(Bootstrap)
 PROGRESS_GRADIENTS: tuple[str, ...] = get_args(ProgressGradient)
 
@@ -50,6 +52,24 @@ class Settings(Protocol):
     def progress_gradient(self) -> str: ...
     @property
     def target_update(self) -> str: ...
+
+
+class LabelSettings(Protocol):
+    """The fields of `jaxprm.config.LabelsConfig`."""
+
+    @property
+    def loss(self) -> str: ...
+    @property
+    def weight(self) -> float: ...
+    @property
+    def range(self) -> tuple[float, float] | None: ...
+
+
+class ModelSettings(Settings, Protocol):
+    """`Settings`, and those of step labels."""
+
+    @property
+    def labels(self) -> LabelSettings: ...
 
 
 class TargetFunction(Protocol):
@@ -110,6 +130,8 @@ class Objective:
         bootstraps: targets depend on the promises. Only then are `bootstrap` and `target_update` used, so that a state
             value or a target network is computed.
         loss: the loss of promises, and of state values where they are trained.
+        supervision: what it trains on. The targets of an objective on labels or pairs select no step: their losses are
+            `losses.label_sums` and `losses.preference_sums`.
     """
 
     name: str
@@ -118,6 +140,7 @@ class Objective:
     uses_progress: bool = False
     bootstraps: bool = False
     loss: LossFunction = squared_errors
+    supervision: Supervision = "outcomes"
 
 
 def agentprm_targets(
@@ -166,6 +189,18 @@ def orm_targets(
     return _import("targets").outcomes(rewards, is_last, valid), valid & is_last
 
 
+def no_targets(
+    values: jax.Array,
+    rewards: jax.Array,
+    is_last: jax.Array,
+    valid: jax.Array,
+    settings: Settings,
+    state_values: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """No step is trained towards its outcome."""
+    return 0 * rewards, valid & ~valid
+
+
 def _import(module: str) -> Any:
     # Configs name objectives and are loaded without JAX. So the modules of targets and losses, which need it, are
     # imported when a target or a loss is first computed.
@@ -191,6 +226,18 @@ _BUILT_IN = (
         name="orm",
         targets=orm_targets,
         card_text="an outcome reward model: the outcome, at the last step of a trajectory only",
+    ),
+    Objective(
+        name="step_labels",
+        targets=no_targets,
+        card_text="labels of single steps, where a step has one",
+        supervision="labels",
+    ),
+    Objective(
+        name="preference",
+        targets=no_targets,
+        card_text="pairs of a chosen and a rejected action in one state: the chosen one gets the higher value",
+        supervision="pairs",
     ),
 )
 OBJECTIVES: dict[str, Objective] = {objective.name: objective for objective in _BUILT_IN}
@@ -247,8 +294,27 @@ def progress_beta(settings: Settings) -> float:
     return settings.beta if find_objective(settings.objective).uses_progress else 0.0
 
 
-def check_settings(settings: Settings, *, dense_rewards: bool = False) -> None:
-    """`check_objective` of a reward model's settings."""
+def trains_on_labels(settings: ModelSettings) -> bool:
+    """Whether step labels are in the loss: alone, or next to the targets of another objective."""
+    return settings.labels.weight > 0 or find_objective(settings.objective).supervision == "labels"
+
+
+def trains_on_pairs(settings: Settings) -> bool:
+    """Whether the loss compares the chosen and the rejected action of a state."""
+    return find_objective(settings.objective).supervision == "pairs"
+
+
+def check_settings(settings: ModelSettings, *, dense_rewards: bool = False) -> None:
+    """`check_objective` of a reward model's settings, and the check of those of its labels."""
+    labels, supervision = settings.labels, find_objective(settings.objective).supervision
+    if labels.weight and supervision != "outcomes":
+        alone = "step labels alone" if supervision == "labels" else "pairs, which have no step labels"
+        raise UserError(
+            f"labels.weight is {labels.weight} with objective {settings.objective}, which trains on {alone}: set it to "
+            "0, or mix labels into agentprm, pvm or orm"
+        )
+    if labels.range is not None and not float("-inf") < labels.range[0] < labels.range[1] < float("inf"):
+        raise UserError(f"labels.range is {labels.range}: give the lowest and the highest label, as [-1, 1]")
     check_objective(
         settings.objective,
         beta=progress_beta(settings),

@@ -87,16 +87,24 @@ class PolicyConfig(Section, frozen=True):
     ships, or a user's `module:attribute`, called with `arguments` and the seed. An `endpoint` replaces all of these.
 
     `chat_template` is used by the policy and by the reward models trained on its trajectories: `own` (the
-    tokenizer's), `chatml` or `llama3` (shipped), or a file.
+    tokenizer's), `chatml` or `llama3` (shipped), or a file. `reasoning` keeps or drops what the agent thought, and
+    `special_tokens` refuses or breaks special tokens in the text of messages; both are recorded in reward models.
     """
 
     path: str = "default"
     chat_template: str = "own"
+    reasoning: Literal["keep", "drop"] = "keep"
+    special_tokens: Literal["error", "break"] = "error"
     endpoint: EndpointConfig | None = None
     arguments: dict[str, Any] = {}
     max_action_tokens: PositiveInt = 96
     max_tokens: PositiveInt = 1024
     in_flight: PositiveInt = 128
+
+    @property
+    def encoding(self) -> dict[str, Any]:
+        """The arguments of Encoder.load beside the directory."""
+        return {"template": self.chat_template, "reasoning": self.reasoning, "special_tokens": self.special_tokens}
 
 
 class CollectionConfig(Section, frozen=True):
@@ -141,6 +149,20 @@ class LoraConfig(Section, frozen=True):
     ] = ("query", "key", "value", "output", "gate", "up", "down")
 
 
+class LabelsConfig(Section, frozen=True):
+    """Step labels as targets (docs/train-on-labels.md).
+
+    loss: `bce` is the cross-entropy of a head of two labels, `mse` half the squared error of the promise. `weight` is
+    the share of the label in the loss of a step that has a label and an outcome; 0 leaves labels out, except in the
+    objective step_labels, which trains on nothing else. `range` maps (lowest, highest) label to targets 0 and 1; null
+    is (0, 1), or (-1, 1) if there are negative labels.
+    """
+
+    loss: Literal["bce", "mse"] = "bce"
+    weight: Fraction = 0.0
+    range: tuple[float, float] | None = None
+
+
 class RewardModelConfig(Section, frozen=True):
     """One reward model: its objective (docs/method.md, sections 3, 5 and 6), its optimizer, and how it is computed.
 
@@ -151,7 +173,8 @@ class RewardModelConfig(Section, frozen=True):
     `trainable` is everything, `lora` adapters, the `head` alone (on hidden states that are computed once), or the
     `last_k` layers with the final norm; the head is trained with each. A checkpoint is written every
     `checkpoint_every` steps, and after `checkpoint_minutes` without one. The `keep_latest` newest and the `keep_best`
-    with the smallest validation loss are kept.
+    with the smallest validation loss are kept. `head`: a base that is a reward model already keeps its head, unless
+    this is `new`.
     """
 
     label: Annotated[str, msgspec.Meta(pattern="^[a-z0-9_]+$")]
@@ -165,6 +188,8 @@ class RewardModelConfig(Section, frozen=True):
     target_update: Literal["online", "ema", "copy"] = "online"
     target_decay: Fraction = 0.99
     target_every: PositiveInt = 50
+    labels: LabelsConfig = LabelsConfig()
+    head: Literal["keep", "new"] = "keep"
     trainable: Literal["full", "lora", "head", "last_k"] = "full"
     lora: LoraConfig = LoraConfig()
     last_k: PositiveInt = 2
@@ -191,7 +216,7 @@ class RewardModelConfig(Section, frozen=True):
 # These fields change how a reward model is computed or saved but, up to rounding, not its parameters.
 _NON_SEMANTIC = ("remat", "microbatches", "attention", "checkpoint_minutes", "keep_latest", "keep_best")
 # Runs made before these fields existed used their defaults. Leaving defaults out keeps the fingerprints of those runs.
-_OMIT_IF_DEFAULT = ("dtype", "trainable", "lora", "last_k", "optimizer", "schedule")
+_OMIT_IF_DEFAULT = ("dtype", "trainable", "lora", "last_k", "optimizer", "schedule", "labels", "head")
 
 
 def fingerprint_fields(model: RewardModelConfig) -> dict[str, Any]:

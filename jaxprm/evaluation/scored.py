@@ -68,7 +68,8 @@ def score_models(
     for model_index, model in enumerate(models):
         scorer = loading.load_scorer(find_model(model))
         name = "score" if len(models) == 1 else f"score {model_index + 1} of {len(models)}"
-        with input.open("rb") as lines, bar(name, total, unit="trajectory") as progress:
+        with input.open("rb") as file, bar(name, total, unit="trajectory") as progress:
+            lines = score_files.HashedLines(itertools.islice(file, total))
             numbered = enumerate(lines, start=1)
             while batch := list(itertools.islice(numbered, chunk)):
                 for line in score_files.score_lines(scorer, batch, input.name):
@@ -84,6 +85,8 @@ def score_models(
                         errors.setdefault(line.number, error)
                 progress.set_postfix(errors=len(errors), refresh=False)
                 progress.update(len(batch))
+        if lines.hexdigest() != digest:
+            raise UserError(f"input {input}: changed while it was scored; run the same command again")
     complete = [row for number, row in sorted(rows.items()) if number not in errors]
     examples = [error for _, error in sorted(errors.items())[:SHOWN_ERRORS]]
     if not complete:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
 from data_pipeline.encode import Encoder
+from data_pipeline.locks import locked
 from data_pipeline.output import backup_of, staged_directory, staging_of
+from data_pipeline.paths import Named, check_paths
 from jaxprm import files
 from jaxprm.artifacts.directory import RECIPE, files_of, find_model, read_recipe
 from jaxprm.errors import UserError
@@ -31,7 +34,7 @@ def export(
     model_dir: Path,
     output: Path,
     *,
-    head_format: str = "sequence",
+    head_format: str | None = None,
     dtype: str = "float32",
     max_shard_size: str = MAX_SHARD,
     template: str | None = None,
@@ -45,7 +48,8 @@ def export(
 
     Args:
         model_dir: a reward model: a Hugging Face directory, the output of a training run, or a checkpoint.
-        head_format: "sequence", one value for a conversation, or "token", one for each of its tokens.
+        head_format: "sequence", one value for a conversation, or "token", one for each of its tokens; default:
+            "sequence", except for a head with a bias, which only token classifiers have.
         dtype: of the weights, "float32" or "bfloat16".
         max_shard_size: of a file of weights, such as "5GB".
         template: a chat template instead of the model's own, as in Encoder.load.
@@ -67,11 +71,18 @@ def export(
         raise UserError(f"export --verify compares with transformers' torch model, and torch is missing: {_TORCH}")
     if trajectories is not None and not verify:
         raise UserError("export: trajectories are only read to verify on; add --verify")
-    _check_replaceable(output)
-    # `staged_directory` removes both of these, whatever they hold.
-    for leftover in (staging_of(output), backup_of(output)):
-        _check_leftover(leftover)
-    with staged_directory(output, overwrite=True) as staging:
+    reads = {"model": model, "chat template": template, "input": trajectories}
+    with files.user_errors():
+        check_paths(
+            [Named(name, Path(path)) for name, path in reads.items() if path is not None], [Named("output", output)]
+        )
+    with ExitStack() as stack:
+        with files.user_errors():
+            stack.enter_context(
+                locked(output, staging=(staging_of(output), backup_of(output)), is_ours=_is_made_by_export)
+            )
+        _check_replaceable(output)
+        staging = stack.enter_context(staged_directory(output, overwrite=True))
         names = _write(model, staging, head_format, dtype, limit, template)
         result = {"model": str(model), "output": str(output), "files": names}
         if verify:
@@ -79,10 +90,10 @@ def export(
     return result
 
 
-def _check_options(head_format: str, dtype: str, max_shard_size: str) -> int:
+def _check_options(head_format: str | None, dtype: str, max_shard_size: str) -> int:
     """The largest size of a file, in bytes. Raises UserError for an option that is not supported."""
     for name, value, supported in (("format", head_format, writer.FORMATS), ("dtype", dtype, tuple(DTYPES))):
-        if value not in supported:
+        if value is not None and value not in supported:
             raise UserError(f"export: {name} = {value!r} is not supported; supported: {', '.join(supported)}")
     return parse_size(max_shard_size)
 
@@ -103,14 +114,13 @@ def _check_replaceable(directory: Path) -> None:
         raise UserError(f"output {directory}: holds {others[0]}, which export did not write; name another directory")
 
 
-def _check_leftover(directory: Path) -> None:
-    """Raises UserError for a directory that would be removed as the leftover of a killed export, but is none."""
-    if not directory.exists():
-        return
+def _is_made_by_export(directory: Path) -> bool:
+    """Whether a staging path is the leftover of a killed export of an earlier version, which no lock file names."""
+    if not directory.is_dir() or directory.is_symlink():
+        return False
     names = {path.name for path in directory.iterdir()}
     # The marker is the first file of an export, and is renamed into place itself.
-    if names and not names & {MARKER, MARKER + ".tmp"}:
-        raise UserError(f"{directory}: exists but was not made by export; move or delete it")
+    return not names or bool(names & {MARKER, MARKER + ".tmp", f".{MARKER.removeprefix('.')}.tmp"})
 
 
 def _marked(directory: Path) -> list[str]:
@@ -125,7 +135,9 @@ def _mark(directory: Path, names: list[str]) -> None:
     files.write_json(directory / MARKER, {"format": 1, "files": names})
 
 
-def _write(model: Path, staging: Path, head_format: str, dtype: str, limit: int, template: str | None) -> list[str]:
+def _write(
+    model: Path, staging: Path, head_format: str | None, dtype: str, limit: int, template: str | None
+) -> list[str]:
     """Writes all files of the export; returns their names."""
     # The marker comes first, so that the leftovers of a killed export are recognized as ours.
     _mark(staging, [])
@@ -174,7 +186,8 @@ def _exported_recipe(recipe: dict[str, Any], model: Path, staging: Path) -> dict
     exported = recipe | {"base": base_name(recipe)}
     if "fingerprints" in recipe:
         # The template may be another one than in training, or have got its date: both change the fingerprint.
-        exported["fingerprints"] = recipe["fingerprints"] | {"tokenizer": Encoder.load(staging).fingerprint}
+        encoder = Encoder.load(staging, reasoning=recipe.get("reasoning", "keep"))
+        exported["fingerprints"] = recipe["fingerprints"] | {"tokenizer": encoder.fingerprint}
     results = run_results(model, recipe.get("label"))
     return exported if results is None else exported | {"results": results}
 

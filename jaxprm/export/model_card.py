@@ -106,7 +106,9 @@ def _facts(recipe: Mapping[str, Any], config: Mapping[str, Any], tokenizer: Mapp
     yield f"- Base model: {recipe.get('base', 'unknown')}"
     yield f"- Architecture: {config['architectures'][0]}, weights in {config['dtype']}"
     yield f"- Target: {_objective_text(recipe)}"
-    settings = ", ".join(f"{name} {value}" for name, value in recipe.get("targets", {}).items())
+    targets = dict(recipe.get("targets", {}))
+    targets |= {f"labels.{name}": value for name, value in targets.pop("labels", {}).items()}
+    settings = ", ".join(f"{name} {value}" for name, value in targets.items())
     if settings:
         yield f"- Settings: {settings}"
     trained_on = recipe.get("trained_on", {})
@@ -135,6 +137,8 @@ def _facts(recipe: Mapping[str, Any], config: Mapping[str, Any], tokenizer: Mapp
 def _value_fact(recipe: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     if config.get("num_labels", 1) == 2:
         return f"- Value: the probability of label 1, {config['id2label']['1']!r}, softmax(logits)[1], in [0, 1]"
+    if recipe.get("objective") == "preference":
+        return "- Value: it orders the actions of one state, and has no range; no sigmoid belongs on it"
     limits = _range(recipe, config)
     shown = f"[{limits[0]:g}, {limits[1]:g}]" if limits else "not recorded"
     return f"- Value range of the targets: {shown}; the value is linear, no sigmoid belongs on it"

@@ -73,14 +73,17 @@ def write_model(
     return ["config.json", *write_weights(directory, tensors, dtype=dtype, max_shard_bytes=max_shard_bytes)]
 
 
-def in_format(config: TransformerConfig, state: Any, head_format: str) -> tuple[TransformerConfig, Any]:
+def in_format(config: TransformerConfig, state: Any, head_format: str | None) -> tuple[TransformerConfig, Any]:
     """(config, state) of a reward model with the same values, and the head of one of FORMATS.
 
-    A sequence classifier has no bias. A token classifier has one, zero if the model has none.
+    A sequence classifier has no bias. A token classifier has one, zero if the model has none. None is "token" for a
+    bias that is not zero, else "sequence".
 
     Raises UserError if a bias that is not zero would be dropped.
     """
     head = config.head
+    if head_format is None:
+        head_format = "token" if head.bias and np.any(np.asarray(state["head_bias"][...])) else "sequence"
     if head_format == "token" and not head.bias:
         # Written even though it is zero: transformers draws a bias at random if the checkpoint has none.
         state = nnx.State({**state, "head_bias": nnx.Param(jnp.zeros((head.labels,)))})

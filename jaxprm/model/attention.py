@@ -101,9 +101,11 @@ def tiled_attention(query, keys, values, mask, cached=()) -> jax.Array:
     return jax.lax.platform_dependent(*arguments, cpu=tiles, default=attention)
 
 
-def packed_attention(query, keys, values, segments, *, block=jax.checkpoint(attention)) -> jax.Array:
+def packed_attention(query, keys, values, segments, branches=None, *, block=jax.checkpoint(attention)) -> jax.Array:
     """`attention` within packed rows, without caches: query [B, H, T, E]; keys, values [B, K, T, E]; segments [B, T].
 
+    branches: int32 [B, T], or None without branches. Tokens of branch 0 are read by all later ones of their segment;
+    those of another branch, which continues the tokens of branch 0, only by their own branch.
     block: attention of one block of queries, by default recomputed in the backward pass.
     """
     # A block of queries reads only the keys up to its own end: no [T, T] array exists, and almost half of the products
@@ -115,6 +117,9 @@ def packed_attention(query, keys, values, segments, *, block=jax.checkpoint(atte
         end = min(start + size, length)
         mask = jnp.arange(end) <= jnp.arange(start, end)[:, None]
         mask &= segments[:, start:end, None] == segments[:, None, :end]
+        if branches is not None:
+            read = branches[:, None, :end]
+            mask &= (read == 0) | (read == branches[:, start:end, None])
         mixed.append(block(query[:, :, start:end], keys[:, :, :end], values[:, :, :end], mask))
     return jnp.concatenate(mixed, axis=2)
 
@@ -145,20 +150,46 @@ def fits(length: int, head_dim: int, sequence_shards: int = 1) -> bool:
 
 
 def splash_attention(
-    mesh: Mesh, *, batch: MeshAxes, heads: MeshAxes, kv_heads: MeshAxes, length: MeshAxes, interpret: bool = False
+    mesh: Mesh,
+    *,
+    batch: MeshAxes,
+    heads: MeshAxes,
+    kv_heads: MeshAxes,
+    length: MeshAxes,
+    most_branches: int = 2,
+    interpret: bool = False,
 ) -> Callable[..., jax.Array]:
-    """The splash kernel as a function of (query, keys, values, segments), like `packed_attention`.
+    """The splash kernel as a function of (query, keys, values, segments, branches), like `packed_attention`.
+
+    The kernel masks by equal segments only, so rows with branches are computed once for each branch.
 
     Args:
         batch, heads, kv_heads, length: mesh axes that these axes of the arrays are split over. If tokens are split,
             every device has its part of the queries and all keys.
+        most_branches: the highest branch, where rows have branches.
         interpret: runs the kernel in Pallas' interpreter, on any platform and slowly.
     """
 
     def shards(axes: MeshAxes) -> int:
         return math.prod(mesh.shape[axis] for axis in axes)
 
-    def attend(query: jax.Array, keys: jax.Array, values: jax.Array, segments: jax.Array) -> jax.Array:
+    def attend(
+        query: jax.Array, keys: jax.Array, values: jax.Array, segments: jax.Array, branches: jax.Array | None = None
+    ) -> jax.Array:
+        if branches is None:
+            return attend_segments(query, keys, values, segments)
+
+        def attend_branch(branch: int) -> jax.Array:
+            # The other branches get a segment of their own, which no token reads whose result is used.
+            readable = (branches == 0) | (branches == branch)
+            return attend_segments(query, keys, values, jnp.where(readable, segments, -segments))
+
+        mixed = attend_branch(1)
+        for branch in range(2, most_branches + 1):
+            mixed = jnp.where((branches == branch)[:, None, :, None], attend_branch(branch), mixed)
+        return mixed
+
+    def attend_segments(query: jax.Array, keys: jax.Array, values: jax.Array, segments: jax.Array) -> jax.Array:
         _, count, tokens, head_dim = query.shape
         size = next(block for block in BLOCKS if tokens // shards(length) % block == 0)
         names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")

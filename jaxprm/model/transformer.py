@@ -7,6 +7,7 @@ One forward pass serves three attention masks. A token always reads the tokens o
 token, 0 is padding) at or before itself; what else it reads depends on the call:
 
 * packed rows (training, scoring of full conversations): no cache. Several sequences share a row, one segment each.
+  In training on pairs, the two actions of a state are branches of a segment: both read the state, neither the other.
 * prefix and candidates (scoring of candidate actions): a cached prefix per row. Every segment of the row is another
   continuation of it: all of them read the prefix, none reads a sibling.
 * decoding (sampling): cached blocks and one new token, which is its own segment and reads everything cached.
@@ -18,6 +19,7 @@ on segments alone ([B, T, T]); positions are passed separately, because a candid
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -265,11 +267,13 @@ class Transformer(nnx.Module):
         dtype=jnp.float32,
         forward_options: ForwardOptions | None = None,
         adapters: Mapping[str, Mapping[str, jax.Array]] = MappingProxyType({}),
+        branches: jax.Array | None = None,
     ) -> Output:
         """Hidden states of every token; the masks are those at the top of this file.
 
         Args:
             tokens, positions, segments: int32 [B, T].
+            branches: int32 [B, T], see `packed_attention`, for passes without caches.
             caches: blocks of earlier tokens, each read by every token of its row: for example a prefix, and what was
                 generated after it. They are not changed; `Cache.append` adds the returned keys and values.
             dtype: of the computation, where `forward_options` is not given.
@@ -284,6 +288,9 @@ class Transformer(nnx.Module):
         x = table[tokens]
         graph, stacked = nnx.split(self.blocks)
         if not caches:
+            if branches is not None:
+                attend = functools.partial(forward_options.attend, branches=branches)
+                forward_options = dataclasses.replace(forward_options, attend=attend)
             hidden = self._scan(x, cos, sin, segments, graph, (stacked, dict(adapters)), forward_options)
             return Output(rms_norm(hidden, self.norm[...], self.config.norm_epsilon), (), ())
         filled = [jnp.arange(cache.capacity) < cache.lengths[:, None] for cache in caches]
@@ -321,18 +328,25 @@ class Transformer(nnx.Module):
         return jnp.einsum("...d,vd->...v", hidden, table[...].astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
-def head_values(hidden: jax.Array, weights: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-    """Values [...] in float32 of hidden states [..., D].
+def head_outputs(hidden: jax.Array, weights: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """Outputs of the head in float32 for hidden states [..., D]: [...] of one label, [..., 2] of two.
 
-    weights, bias: [D] and [1] of one label, whose output is the value; [D, 2] and [2] of two, where the value is the
-    probability of label 1. See Head.
+    weights, bias: [D] and [1] of one label, [D, 2] and [2] of two. See Head.
     """
     outputs = hidden.astype(jnp.float32) @ weights.astype(jnp.float32)
-    if weights.ndim == 1:
-        return outputs if bias is None else outputs + bias[0].astype(jnp.float32)
-    if bias is not None:
-        outputs = outputs + bias.astype(jnp.float32)
-    return jax.nn.softmax(outputs, axis=-1)[..., 1]
+    if bias is None:
+        return outputs
+    return outputs + (bias[0] if weights.ndim == 1 else bias).astype(jnp.float32)
+
+
+def values_of_outputs(outputs: jax.Array, weights: jax.Array) -> jax.Array:
+    """Values [...] of `head_outputs`: of one label the output itself, of two the probability of label 1."""
+    return outputs if weights.ndim == 1 else jax.nn.softmax(outputs, axis=-1)[..., 1]
+
+
+def head_values(hidden: jax.Array, weights: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """Values [...] in float32 of hidden states [..., D]; arguments as for `head_outputs`."""
+    return values_of_outputs(head_outputs(hidden, weights, bias), weights)
 
 
 class RewardModel(nnx.Module):

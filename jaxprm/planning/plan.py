@@ -21,8 +21,7 @@ from jaxprm.planning.hlo import Communication, attention_of, host_transfers, rea
 from jaxprm.scoring import engine
 from jaxprm.training import reward_model
 from jaxprm.training.flops import Chip, StepFlops, chip_of, forward_passes, train_step_flops
-from jaxprm.training.programs import batch_fields, batch_shapes, make_programs
-from jaxprm.training.step import FIELDS
+from jaxprm.training.programs import batch_fields, batch_shapes, data_fields, make_programs
 
 # The learning rate's schedule needs a length, a constant in the program that changes neither memory nor time.
 STEPS = 1000
@@ -131,7 +130,7 @@ def make_plan(
 
     Raises UserError for a mesh, a batch or a model that does not divide, as training would.
     """
-    config = reward_model.from_policy_config(policy)
+    config = reward_model.from_policy_config(policy, settings)
     device_mesh = sharding.make_mesh(mesh, tpu_slice.devices)
     sharding.check_rows(device_mesh, data.rows, data.length, settings.microbatches)
     programs = make_programs(settings, config, device_mesh, length=data.length, steps=STEPS, seed=0)
@@ -141,7 +140,7 @@ def make_plan(
     features = None
     if settings.trainable == "head":
         # The step then reads hidden states, which this program computes once from the full batch.
-        full_batch = batch_shapes(FIELDS, data, config, device_mesh)
+        full_batch = batch_shapes(data_fields(settings), data, config, device_mesh)
         features = compile_ahead(programs.features_step, programs.parameters, full_batch, limit=tpu_slice.limit)
     # Where only the head is trained, attention is in the pass over the data. A refused program has no text.
     text = (features or step).text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import io
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -225,7 +226,9 @@ def _write_figure(results: RunResults, directory: Path) -> None:
         if file.endswith("svg"):
             _write(directory / file, standalone_svg(figure, headline(results).claim).encode())
         else:
-            figure.savefig(directory / file, dpi=160, facecolor=COLOURS["paper"][0])
+            picture = io.BytesIO()
+            figure.savefig(picture, format="png", dpi=160, facecolor=COLOURS["paper"][0])
+            _write(directory / file, picture.getvalue())
 
 
 def _write(path: Path, content: bytes) -> None:

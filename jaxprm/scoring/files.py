@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import itertools
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +14,10 @@ import msgspec
 import numpy as np
 
 from data_pipeline.chat_template import read_template
-from data_pipeline.encode import Encoded
+from data_pipeline.encode import Encoded, Reasoning, SpecialTokens
 from data_pipeline.errors import DataError
+from data_pipeline.output import record_of, staging_file_of
+from data_pipeline.paths import Named, check_paths
 from data_pipeline.trajectory import Trajectory, parse_line
 from jaxprm import config as config_lib
 from jaxprm import files
@@ -66,6 +69,8 @@ def score_file(
     chunk: int = 256,
     dtype: str = "float32",
     template: str | None = None,
+    reasoning: Reasoning | None = None,
+    special_tokens: SpecialTokens | None = None,
     mesh: config_lib.MeshConfig | None = None,
 ) -> LineCounts:
     """Scores every step of every trajectory of `input`; line k of `output` is about line k of `input`.
@@ -78,23 +83,32 @@ def score_file(
         chunk: trajectories held in memory at a time.
         dtype: of the arithmetic, "float32" or "bfloat16".
         template: a chat template instead of the model's own, as in Encoder.load.
+        reasoning, special_tokens: as in loading.load_encoder.
         mesh: over this process's devices; None uses one device.
 
     Raises UserError for a model or file that cannot be read, for an OUTPUT.partial of another model or input, for an
-    output that another process is writing, and for a full disk.
+    output that is an input or that another process is writing, for an input that changed meanwhile, and for a full
+    disk.
     """
     model, input, output = find_model(model), Path(input), Path(output)
-    _check_paths(input, output)
+    _check_paths(model, input, output, template)
     digest, total = digest_and_count(input)
     run_identity = {"format": FORMAT, "chunk": chunk, "dtype": dtype, "input": digest, "model": model_identity(model)}
     run_identity["chat_template"] = read_template(template)
-    scorer = loading.load_scorer(model, dtype=dtype, template=template, mesh=mesh)
+    # Only where it changes a score: reasoning is the model's own choice.
+    if special_tokens is not None:
+        run_identity["special_tokens"] = special_tokens
     progress = loading.defines_progress(read_recipe(model))
-    target, record = files.ResumableLines(output), output.with_name(output.name + ".partial.json")
+    record = record_of(output)
+    target = files.ResumableLines(output, staging=[staging_file_of(record)])
     done = errors = 0
     try:
-        with target, input.open("rb") as lines:
+        with target, input.open("rb") as file:
+            # Within the lock: a second process is refused before it loads the model.
+            choices = {"reasoning": reasoning, "special_tokens": special_tokens}
+            scorer = loading.load_scorer(model, dtype=dtype, template=template, mesh=mesh, **choices)
             done, errors = _resume(target, record, run_identity, chunk)
+            lines = HashedLines(itertools.islice(file, total))
             remaining = enumerate(itertools.islice(lines, done, None), start=done + 1)
             with bar("score", total, initial=done, unit="trajectory") as shown:
                 while numbered := list(itertools.islice(remaining, chunk)):
@@ -105,6 +119,16 @@ def score_file(
                     done, errors = done + len(results), errors + sum("error" in result for result in results)
                     shown.set_postfix(errors=errors, refresh=False)
                     shown.update(len(results))
+            if lines.hexdigest() != digest:
+                # They are scores of lines that are in no file any more.
+                target.discard()
+                record.unlink(missing_ok=True)
+                raise UserError(
+                    f"input {input}: changed while it was scored ({done} lines of {total} were there); nothing was "
+                    "written to the output, run the same command again"
+                )
+            if file.readline():
+                print(f"{input}: grew while it was scored; {output} has its first {total} lines", file=sys.stderr)
             target.finish()
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -118,14 +142,30 @@ def score_file(
     return LineCounts(done - errors, errors)
 
 
-def _check_paths(input: Path, output: Path) -> None:
+def _check_paths(model: Path, input: Path, output: Path, template: str | None) -> None:
     if not input.is_file():
         raise UserError(f"input {input}: no such file; give trajectories as JSON Lines")
     if output.is_dir():
         raise UserError(f"output {output}: is a directory; name a file")
-    if output.exists() and output.samefile(input):
-        raise UserError(f"output {output}: is the input; name another file")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    reads = [Named("input", input), Named("model", model)]
+    reads += [Named("chat template", Path(template))] if template else []
+    with files.user_errors():
+        check_paths(reads, [Named("output", output)])
+
+
+class HashedLines:
+    """Lines, and the sha256 of all that were read."""
+
+    def __init__(self, lines: Iterable[bytes]):
+        self._lines, self._digest = lines, hashlib.sha256()
+
+    def __iter__(self) -> Iterator[bytes]:
+        for line in self._lines:
+            self._digest.update(line)
+            yield line
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
 
 
 def digest_and_count(path: Path) -> tuple[str, int]:
@@ -148,6 +188,8 @@ def _resume(target: files.ResumableLines, record: Path, identity: dict[str, Any]
     Raises UserError if the lines are from a run with another model, input, chunk or dtype.
     """
     if target.is_empty():
+        if record.exists() and not _is_record(record):
+            raise UserError(f"{record}: exists and is no record of an interrupted run; move it, or name another output")
         # Before the first line: lines without a record could not be resumed.
         files.write_atomic(record, msgspec.json.encode(identity).decode())
         return 0, 0
@@ -156,7 +198,7 @@ def _resume(target: files.ResumableLines, record: Path, identity: dict[str, Any]
     for line in target.raw_lines():
         try:
             written = msgspec.json.decode(line, type=_Written)
-        except msgspec.MsgspecError:
+        except (msgspec.MsgspecError, UnicodeDecodeError):
             break
         # A torn line can be valid JSON.
         if not line.endswith(b"\n"):
@@ -168,6 +210,14 @@ def _resume(target: files.ResumableLines, record: Path, identity: dict[str, Any]
     return kept, kept_errors
 
 
+def _is_record(path: Path) -> bool:
+    try:
+        # Earlier versions had no more fields than these.
+        return {"chunk", "input", "model"} <= msgspec.json.decode(path.read_bytes(), type=dict[str, Any]).keys()
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        return False
+
+
 def _check_record(partial: Path, record: Path, identity: dict[str, Any]) -> None:
     if not record.is_file():
         raise UserError(
@@ -175,7 +225,7 @@ def _check_record(partial: Path, record: Path, identity: dict[str, Any]) -> None
         )
     try:
         begun = msgspec.json.decode(record.read_bytes(), type=dict[str, Any])
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise UserError(f"{record}: {error}; delete it and {partial} to start again") from None
     # The fields of both: another version may record more of them, or fewer.
     for name in identity | begun:

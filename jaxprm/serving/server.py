@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 from jaxprm import config as config_lib
 from jaxprm import progress
@@ -58,6 +58,8 @@ def serve_verb(options: argparse.Namespace) -> int:
         rows=options.rows,
         dtype=options.dtype,
         template=options.chat_template,
+        reasoning=options.reasoning,
+        special_tokens=options.special_tokens,
         mesh=config_lib.parse_mesh(options.mesh) if options.mesh else loading.all_devices(),
         limits=RequestLimits(
             tokens=options.max_tokens,
@@ -80,6 +82,8 @@ def serve(
     rows: int = 8,
     dtype: str = "float32",
     template: str | None = None,
+    reasoning: Literal["keep", "drop"] | None = None,
+    special_tokens: Literal["error", "break"] | None = None,
     mesh: config_lib.MeshConfig | None = None,
     limits: RequestLimits = RequestLimits(),
     name: str | None = None,
@@ -94,7 +98,7 @@ def serve(
     Args:
       model: as for `jaxprm.load`.
       port: 0 for any free port.
-      rows, dtype, template: as in scoring.loading.load_scorer.
+      rows, dtype, template, reasoning, special_tokens: as in scoring.loading.load_scorer.
       mesh: devices of this process that share the work; None is the first device alone.
       name: of the model, for clients; None: its name on the hub, its label, or the name of its directory.
       private: connections share no caches, see docs/serve.md.
@@ -109,7 +113,15 @@ def serve(
     try:
         directory = find_model(model)
         scorer = loading.load_scorer(
-            directory, rows=rows, max_tokens=limits.tokens, dtype=dtype, template=template, mesh=mesh, shapes=SHAPES
+            directory,
+            rows=rows,
+            max_tokens=limits.tokens,
+            dtype=dtype,
+            template=template,
+            reasoning=reasoning,
+            special_tokens=special_tokens,
+            mesh=mesh,
+            shapes=SHAPES,
         )
         scorer.bound_caches(**HOST_CACHES)
         recipe = read_recipe(directory)

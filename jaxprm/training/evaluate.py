@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -28,6 +28,11 @@ def step_values(values_of: ValuesOf, batches: EvaluationBatches) -> StepRecords:
 
     Raises ValueError if a value is not finite.
     """
+    return StepRecords(**step_columns(values_of, batches))
+
+
+def step_columns(values_of: ValuesOf, batches: EvaluationBatches, fields: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """The columns of `step_values`, not checked, and these fields of the batches by step, [K] each."""
     tasks, outcomes = np.asarray(batches.split.tasks), batches.split.outcomes
     columns: dict[str, list[np.ndarray]] = defaultdict(list)
     for batch in batches:
@@ -42,7 +47,9 @@ def step_values(values_of: ValuesOf, batches: EvaluationBatches) -> StepRecords:
         first = np.maximum.accumulate(np.where(batch["is_first"], np.arange(valid.shape[1]), 0), axis=1)
         first_return = np.take_along_axis(returns, first, axis=1)[valid]
         columns["success"].append(np.where(np.isnan(outcomes[example]), first_return, outcomes[example]) > 0.5)
-    return StepRecords(**{name: np.concatenate(parts) for name, parts in columns.items()})
+        for field in fields:
+            columns[field].append(batch[field][valid])
+    return {name: np.concatenate(parts) for name, parts in columns.items()}
 
 
 def summary(records: StepRecords) -> dict[str, float | None]:

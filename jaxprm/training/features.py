@@ -12,13 +12,14 @@ import jax
 import numpy as np
 
 from data_pipeline.output import staged_directory
+from jaxprm.errors import UserError
 
 Batch = dict[str, np.ndarray]
 # A batch to (features where actions end, features where they begin or None), both [B, S, D].
 FeaturesOf = Callable[[Mapping[str, np.ndarray]], tuple[jax.Array, jax.Array | None]]
 NAMES = ("read_features", "state_features")
 # Fields of a batch that are not needed with features.
-REPLACED_FIELDS = ("tokens", "positions", "read_positions", "state_positions")
+REPLACED_FIELDS = ("tokens", "positions", "branches", "read_positions", "state_positions")
 
 
 class Features:
@@ -50,8 +51,7 @@ def features_of_split(
     """
     cached = {name: path / f"{name}.npy" for name in NAMES if (path / f"{name}.npy").is_file()}
     if cached:
-        # Memory-mapped: the features of a large split need not fit in memory.
-        return Features({name: np.load(file, mmap_mode="r") for name, file in cached.items()}, step_starts)
+        return Features({name: _read(file, int(step_starts[-1]), width) for name, file in cached.items()}, step_starts)
     arrays: dict[str, np.ndarray] = {}
     for batch in batches:
         valid, steps = batch["valid"], _step_indices(batch, step_starts)
@@ -62,6 +62,21 @@ def features_of_split(
     if writes:
         _write(path, arrays)
     return Features(arrays, step_starts)
+
+
+def _read(file: Path, steps: int, width: int) -> np.ndarray:
+    """Cached features, [steps, width] float32. Raises UserError for a file that was cut or is of something else."""
+    try:
+        # Memory-mapped: the features of a large split need not fit in memory.
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise UserError(f"{file}: damaged ({error}); delete {file.parent}, and it is computed again") from None
+    if array.shape != (steps, width) or array.dtype != np.float32:
+        raise UserError(
+            f"{file}: has {array.dtype} {array.shape}, expected float32 {(steps, width)}; delete {file.parent}, and it "
+            "is computed again"
+        )
+    return array
 
 
 def _step_indices(batch: Batch, step_starts: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from jaxprm.errors import UserError
 from jaxprm.model.attention import BLOCKS, MAX_QUERY_BLOCKS, MIN_QUERY_BLOCK
 from jaxprm.model.config import TransformerConfig
 from jaxprm.model.parameters import layer_matrices
-from jaxprm.objectives import has_target_network, reads_states
+from jaxprm.objectives import has_target_network, reads_states, trains_on_pairs
 
 Attention = Literal["splash", "reference"]
 
@@ -159,7 +159,7 @@ def train_step_flops(
 ) -> StepFlops:
     """FLOPs of a train step on a batch of full rows. With the head alone trained there is no transformer in it."""
     reads = data.rows * data.steps_per_row * (1 + reads_states(settings))
-    head = 2.0 * reads * config.hidden_size
+    head = 2.0 * reads * config.hidden_size * config.head.labels
     passes = 1.0 * has_target_network(settings)
     if settings.trainable == "head":
         return StepFlops(head, head, passes * head, 0.0, 0.0)  # the backward pass has no gradient of the input
@@ -190,6 +190,9 @@ def train_step_flops(
             products_again -= 2.0 * tokens * settings.lora.rank * outputs
     recomputed = trained_layers * (products_again + attention_again * pair * multiplied)
     masked = (layers * (1 + passes) + 2 * trained_layers) * pair * (multiplied - causal)
+    if trains_on_pairs(settings) and attention == "splash":
+        # The kernel computes every row once for each of the two actions of a state.
+        masked += (layers + (2 + attention_again) * trained_layers) * pair * multiplied
     return StepFlops(forward, backward, passes * forward, recomputed, masked)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import random
+import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,7 @@ import optax
 from flax import nnx
 
 from data_pipeline.encode import Encoder
+from data_pipeline.output import staged_directory
 from jaxprm import config as config_lib
 from jaxprm import environments, files
 from jaxprm.artifacts.checkpoints import Checkpoints, abstract
@@ -121,15 +123,26 @@ def imitate(experiment: config_lib.Experiment, workdir: Path) -> Path:
 
     # Output
     output = workdir / "policy"
-    write_policy(output, model_config, state["parameters"], encoder, tokenizer, experiment)
-    description = {
-        "recipe": recipe,
-        "tokenizer": encoder.fingerprint,
-        "data": _fingerprint(environment, encoder, experiment),
-        "numbers": measure(experiment, output),
-    }
-    files.write_json(output / "recipe.json", description)
+    # Replaced as a whole: a policy is complete, with its numbers, or it is the earlier one.
+    with staged_directory(output, overwrite=True) as staging:
+        write_policy(staging, model_config, state["parameters"], encoder, tokenizer, experiment)
+        description = {
+            "recipe": recipe,
+            "tokenizer": encoder.fingerprint,
+            "data": _fingerprint(environment, encoder, experiment),
+            "numbers": measure(experiment, staging),
+        }
+        files.write_json(staging / "recipe.json", description)
+        _keep_others(output, staging)
     return output
+
+
+def _keep_others(earlier: Path, staging: Path) -> None:
+    """Copies what a user has put into the directory that is replaced."""
+    for path in earlier.iterdir() if earlier.is_dir() else ():
+        if not (staging / path.name).exists():
+            copy = shutil.copytree if path.is_dir() else shutil.copy2
+            copy(path, staging / path.name)
 
 
 def _tokenizer(experiment: config_lib.Experiment, environment, directory: Path) -> Path:
@@ -140,7 +153,9 @@ def _tokenizer(experiment: config_lib.Experiment, environment, directory: Path) 
             environment.demonstration(rng, **settings.demonstrations) for _ in range(settings.tokenizer_episodes)
         )
         texts = (message["content"] for episode in episodes for message in episode)
-        train_tokenizer(texts, experiment.model.vocab_size, directory)
+        # Staged: a kill must not leave the half of a tokenizer, which would be taken for one.
+        with staged_directory(directory, overwrite=True) as staging:
+            train_tokenizer(texts, experiment.model.vocab_size, staging)
     return directory
 
 

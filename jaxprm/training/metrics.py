@@ -89,10 +89,10 @@ class Metrics:
         if self._steps % TIMING_EVERY == 0:
             self._write_timing(line["step"])
 
-    def validation(self, step: int, numbers: dict[str, Any], records: StepRecords) -> None:
-        """Writes the numbers of a validation, and histograms of its values and returns."""
+    def validation(self, step: int, numbers: dict[str, Any], records: StepRecords | None) -> None:
+        """Writes the numbers of a validation, and histograms of its values and returns if there are outcomes."""
         self._write("metrics.jsonl", {"step": step} | numbers, "validation")
-        if self._writes:
+        if self._writes and records is not None:
             for name, values in (("values", records.values), ("returns", records.targets)):
                 for sink in self._sinks:
                     sink.histogram(f"validation/{name}", values, step, weights=records.weights)

@@ -21,20 +21,24 @@ from jaxprm.model.attention import BLOCKS, HEAD_DIM_DIVISOR, fits, packed_attent
 from jaxprm.model.config import TransformerConfig
 from jaxprm.model.sharding import RULES, Rules
 from jaxprm.model.transformer import ForwardOptions, reward_model_graph
-from jaxprm.objectives import reads_states
+from jaxprm.objectives import reads_states, trains_on_labels, trains_on_pairs
 from jaxprm.training import features, reward_model, trainable
 from jaxprm.training.optimizer import reward_model_optimizer
 from jaxprm.training.step import (
     FIELDS,
+    LABEL_FIELDS,
     NO_PARAMETERS,
+    PAIR_FIELDS,
     initial_state,
     make_evaluation_step,
     make_features_step,
     make_train_step,
 )
 
-_TOKEN_FIELDS = ("tokens", "segments", "positions")
-_DTYPES = {"rewards": jnp.float32, "weights": jnp.float32} | dict.fromkeys(("is_first", "is_last", "valid"), jnp.bool_)
+_TOKEN_FIELDS = ("tokens", "segments", "positions", "branches")
+_DTYPES = dict.fromkeys(("rewards", "weights", "step_labels"), jnp.float32) | dict.fromkeys(
+    ("is_first", "is_last", "valid"), jnp.bool_
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +69,14 @@ class Programs:
 
 
 def make_programs(
-    settings: config_lib.RewardModelConfig, config: TransformerConfig, mesh: Mesh, *, length: int, steps: int, seed: int
+    settings: config_lib.RewardModelConfig,
+    config: TransformerConfig,
+    mesh: Mesh,
+    *,
+    length: int,
+    steps: int,
+    seed: int,
+    branches: int = 2,
 ) -> Programs:
     """The programs of a reward model on a mesh, whose devices may be described only.
 
@@ -73,6 +84,7 @@ def make_programs(
         length: T.
         steps: length of the learning rate's schedule.
         seed: initializes adapters.
+        branches: the most actions of a state in pairs.
 
     Raises:
         UserError: the model does not divide over the mesh, or cannot be trained or computed as the settings say.
@@ -80,7 +92,7 @@ def make_programs(
     sharding.check_model(mesh, config)
     trainable.check_trainable(settings, config)
     graph = reward_model_graph(config)
-    forward_options = make_forward_options(settings, config, mesh, length)
+    forward_options = make_forward_options(settings, config, mesh, length, branches=branches)
     optimizer = reward_model_optimizer(settings, steps)
 
     def split(parameters: Any) -> tuple[Any, Any]:
@@ -124,7 +136,12 @@ def make_programs(
 
 
 def make_forward_options(
-    settings: config_lib.RewardModelConfig, config: TransformerConfig, mesh: Mesh, length: int, rules: Rules = RULES
+    settings: config_lib.RewardModelConfig,
+    config: TransformerConfig,
+    mesh: Mesh,
+    length: int,
+    rules: Rules = RULES,
+    branches: int = 2,
 ) -> ForwardOptions:
     """dtype, rematerialisation, attention and sharding of a forward pass over rows of `length` tokens.
 
@@ -133,17 +150,23 @@ def make_forward_options(
     return ForwardOptions(
         dtype=jnp.dtype(settings.dtype),
         remat=settings.remat,
-        attend=_attention(settings.attention, config, mesh, length, rules),
+        attend=_attention(settings.attention, config, mesh, length, rules, branches),
         constrain=sharding.constraints(mesh, rules),
         frozen_layers=config.layers - settings.last_k if settings.trainable == "last_k" else 0,
     )
 
 
+def data_fields(settings: config_lib.RewardModelConfig) -> tuple[str, ...]:
+    """Fields of a batch from the shards that training with these settings reads."""
+    return FIELDS + LABEL_FIELDS * trains_on_labels(settings) + PAIR_FIELDS * trains_on_pairs(settings)
+
+
 def batch_fields(settings: config_lib.RewardModelConfig) -> tuple[str, ...]:
     """Fields of a batch that the step functions read: hidden states replace tokens if the transformer is frozen."""
+    fields = data_fields(settings)
     if settings.trainable != "head":
-        return FIELDS
-    fields = tuple(field for field in FIELDS if field not in features.REPLACED_FIELDS)
+        return fields
+    fields = tuple(field for field in fields if field not in features.REPLACED_FIELDS)
     return fields + features.NAMES[: 1 + reads_states(settings)]
 
 
@@ -164,7 +187,7 @@ def batch_shapes(
     return {field: shape(field) for field in fields}
 
 
-def _attention(name: str, config: TransformerConfig, mesh: Mesh, length: int, rules: Rules) -> Callable:
+def _attention(name: str, config: TransformerConfig, mesh: Mesh, length: int, rules: Rules, branches: int) -> Callable:
     """The attention function; `auto` is splash attention on TPUs if it supports the shapes, else the reference."""
     platform = mesh.devices.flat[0].platform
     if name == "reference" or (name == "auto" and platform != "tpu"):
@@ -180,4 +203,4 @@ def _attention(name: str, config: TransformerConfig, mesh: Mesh, length: int, ru
             f'model\'s head_dim = {config.head_dim} of {HEAD_DIM_DIVISOR}; use "auto" or "reference"'
         )
     axes = {name: getattr(rules, name) for name in ("batch", "heads", "kv_heads", "length")}
-    return splash_attention(mesh, **axes)
+    return splash_attention(mesh, **axes, most_branches=branches)

@@ -18,17 +18,25 @@ from data_pipeline.encode import Encoder
 from data_pipeline.metadata import length_histogram, length_range
 from data_pipeline.output import staged_directory
 from data_pipeline.shards import Dataset, ShardSplit
+from data_pipeline.supervision import of_pairs
 from jaxprm import config as config_lib
 from jaxprm import files
 from jaxprm.artifacts.directory import RECIPE
 from jaxprm.errors import UserError
 from jaxprm.hf import hub, reader, writer
-from jaxprm.hf.config import hf_config
+from jaxprm.hf.config import hf_config, is_reward_model
 from jaxprm.hf.safetensors import weight_files
 from jaxprm.model import sharding
 from jaxprm.model.config import Head, TransformerConfig
 from jaxprm.model.transformer import RewardModel
-from jaxprm.objectives import find_objective, is_built_in, progress_beta, reads_states
+from jaxprm.objectives import (
+    find_objective,
+    is_built_in,
+    progress_beta,
+    reads_states,
+    trains_on_labels,
+)
+from jaxprm.training.supervision import supervision_of
 
 READ_POSITION = "last token of the chat rendering that ends with the assistant message"
 
@@ -36,10 +44,33 @@ READ_POSITION = "last token of the chat rendering that ends with the assistant m
 _CADENCE = ("evaluate_every", "checkpoint_every")
 
 
-def from_policy_config(policy: TransformerConfig) -> TransformerConfig:
-    """The config of the reward model that starts from a policy with this config."""
+def from_policy_config(
+    policy: TransformerConfig, settings: config_lib.RewardModelConfig | None = None
+) -> TransformerConfig:
+    """The config of the reward model that starts from a policy with this config, and gets a new head.
+
+    The head has one linear output; for the cross-entropy of step labels it has two labels and a bias, as in TRL.
+    """
+    two = settings is not None and trains_on_labels(settings) and settings.labels.loss == "bce"
     # No token is predicted: an unembedding would only take memory, three times its size with the optimizer's moments.
-    return dataclasses.replace(policy, head=Head(), tie_embeddings=True)
+    return dataclasses.replace(policy, head=Head(2, bias=True) if two else Head(), tie_embeddings=True)
+
+
+def from_base_config(base: Path, settings: config_lib.RewardModelConfig | None) -> tuple[TransformerConfig, bool]:
+    """(config of the reward model that starts from the model in `base`, whether it keeps that model's head).
+
+    Raises UserError for a head that the loss of step labels cannot train.
+    """
+    policy, source = reader.read_config(base)
+    config = from_policy_config(policy, settings)
+    if settings is None or settings.head == "new" or not is_reward_model(source):
+        return config, False
+    if config.head.labels > policy.head.labels:
+        raise UserError(
+            f'reward model {settings.label}: labels.loss = "bce" trains a head of two labels, that of {base} has one; '
+            'set labels.loss to "mse", or head to "new"'
+        )
+    return dataclasses.replace(policy, tie_embeddings=True), True
 
 
 def abstract(config: TransformerConfig) -> nnx.State:
@@ -48,24 +79,34 @@ def abstract(config: TransformerConfig) -> nnx.State:
     return nnx.State({"transformer": reader.abstract(config, reward=False), **head})
 
 
-def from_policy(base: Path, seed: int, mesh: Mesh | None = None) -> tuple[TransformerConfig, nnx.State]:
-    """(config, parameters): the policy's transformer, and a head initialized from the seed.
+def from_policy(
+    base: Path, seed: int, mesh: Mesh | None = None, settings: config_lib.RewardModelConfig | None = None
+) -> tuple[TransformerConfig, nnx.State]:
+    """(config, parameters): the transformer of a policy or a reward model, with the latter's head or a new one.
 
     With a mesh every array is created with its sharding: no host and no device holds the whole model.
+
+    Args:
+        seed: initializes a new head.
+        settings: decide which head; None is a new one of one label.
     """
-    config = from_policy_config(reader.read_config(base)[0])
-    shardings: dict[str, Any] = {"transformer": None, "head": None}
+    config, keeps_head = from_base_config(base, settings)
+    names = ("transformer", "head", "head_bias") if config.head.bias else ("transformer", "head")
+    shardings: dict[str, Any] = dict.fromkeys(names)
     if mesh is not None:
         sharding.check_model(mesh, config)
         shardings = sharding.shardings(sharding.with_shardings(mesh, abstract(config)))
-    config, transformer = reader.load_transformer(base, unembedding=False, shardings=shardings["transformer"])
+    if keeps_head:
+        return reader.load_reward_model(base, shardings=None if mesh is None else shardings)
+    _, transformer = reader.load_transformer(base, unembedding=False, shardings=shardings["transformer"])
 
     def initialize_head() -> Any:
-        return nnx.state(RewardModel(config, rngs=nnx.Rngs(seed)))["head"]
+        state = nnx.state(RewardModel(config, rngs=nnx.Rngs(seed)))
+        return {name: state[name] for name in names[1:]}
 
     # Under jit the rest of the initialized model is dead code: only the head is computed.
-    head = jax.jit(initialize_head, out_shardings=shardings["head"])()
-    return config, nnx.State({"transformer": transformer, "head": head})
+    head = jax.jit(initialize_head, out_shardings={name: shardings[name] for name in names[1:]})()
+    return config, nnx.State({"transformer": transformer, **head})
 
 
 def identity(
@@ -94,6 +135,9 @@ def identity(
 def features_identity(settings: config_lib.RewardModelConfig, identity: dict[str, Any]) -> str:
     """A short name for everything that a frozen transformer's features depend on."""
     inputs = {name: identity[name] for name in ("base model", "dataset", "tokenizer")}
+    # Which trajectories of the dataset are used. Features of those with outcomes were cached before there were others.
+    if (supervision := supervision_of(settings)) != "outcomes":
+        inputs["supervision"] = supervision
     return config_lib.fingerprint(inputs | {"dtype": settings.dtype, "states": reads_states(settings)})[:16]
 
 
@@ -118,11 +162,16 @@ def training_facts(dataset: Dataset, batches: TrainingBatches) -> dict[str, Any]
 
 
 def _turn_tokens(split: ShardSplit) -> dict[str, dict[str, int]]:
-    within = np.ones(max(0, len(split.read_positions) - 1), bool)
-    within[split.step_starts[1:-1] - 1] = False  # from the last step of a trajectory to the first of the next one
+    # From a step of a trajectory to the next one. The actions of a pair follow each other without an observation.
+    pairs = np.repeat(of_pairs(split), split.step_counts)
+    same = np.ones(max(0, len(split.read_positions) - 1), bool)
+    same[split.step_starts[1:-1] - 1] = False
+    between = split.read_positions[1:] - split.read_positions[:-1]
+    actions = split.read_positions - split.state_positions
+    actions[1:] = np.where(same & pairs[1:], between, actions[1:])
     turns = {
-        "action": split.read_positions - split.state_positions,
-        "observation": (split.state_positions[1:] - split.read_positions[:-1])[within],
+        "action": actions,
+        "observation": (split.state_positions[1:] - split.read_positions[:-1])[same & ~pairs[1:]],
     }
     return {name: _spread(tokens) for name, tokens in turns.items()}
 
@@ -152,18 +201,18 @@ def recipe(
     *,
     base: Path,
     max_tokens: int,
-    value_range: tuple[float, float],
+    value_range: tuple[float, float] | None,
     **facts: Any,
 ) -> dict[str, Any]:
     """reward_model.json: how the model was trained and how to read it. `facts` are added as they are."""
     targets = ("gae_lambda", "discount", "bootstrap", "progress_gradient", "target_update")
-    contents = {
+    contents: dict[str, Any] = {
         "format": "jaxprm-reward-model",
         "version": 1,
         "label": settings.label,
         "objective": settings.objective,
         "read_position": READ_POSITION,
-        "value_range": list(value_range),
+        "value_range": None if value_range is None else list(value_range),
         "max_tokens": max_tokens,
         "targets": {"beta": progress_beta(settings)} | {name: getattr(settings, name) for name in targets},
         "config": msgspec.to_builtins(settings),
@@ -171,6 +220,8 @@ def recipe(
         "seed": seed,
         **facts,
     }
+    if trains_on_labels(settings):
+        contents["targets"]["labels"] = msgspec.to_builtins(settings.labels)
     if not is_built_in(settings.objective):
         # A later process may not have the user's module; the model card needs the text all the same.
         contents["objective_text"] = find_objective(settings.objective).card_text

@@ -14,6 +14,10 @@ V_t = V(s_t), the targets Q^_t (jaxprm/targets.py) and the weights w_t (how ofte
 
 Numbers are those of Xi et al., arXiv 2511.08325; (F) is in docs/method.md, section 5. L_V is there with bootstrap
 "state" only. Targets and loss are those of AgentPRM; an objective may have its own (jaxprm/objectives.py).
+
+With step labels, a step that has a label has w_t (1 - m) in these sums, and w_t m in that of the label's loss L_Y, of
+which all sums together are divided by the sum of w_t over all trained steps. m is `labels.weight`, or 1 for a step
+without a target Q^_t. The objective `preference` has the loss of pairs instead (jaxprm/losses.py).
 """
 
 from __future__ import annotations
@@ -29,9 +33,16 @@ from flax import nnx
 
 from jaxprm import config as config_lib
 from jaxprm.errors import UserError
-from jaxprm.losses import LossSums
-from jaxprm.model.transformer import ForwardOptions, RewardModel, head_values
-from jaxprm.objectives import find_objective, has_target_network, progress_beta, reads_states
+from jaxprm.losses import LossSums, label_sums, preference_sums
+from jaxprm.model.transformer import ForwardOptions, RewardModel, head_outputs, head_values, values_of_outputs
+from jaxprm.objectives import (
+    find_objective,
+    has_target_network,
+    progress_beta,
+    reads_states,
+    trains_on_labels,
+    trains_on_pairs,
+)
 from jaxprm.targets import returns_to_go
 from jaxprm.training.trainable import join
 
@@ -55,6 +66,9 @@ FIELDS = (
     "is_last",
     "valid",
 )
+# Further ones: of step labels [B, S], and of pairs, [B, T] and [B, S].
+LABEL_FIELDS = ("step_labels",)
+PAIR_FIELDS = ("branches", "step_index")
 
 
 def hidden_states(
@@ -67,7 +81,8 @@ def hidden_states(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Inputs of the head: hidden states [B, S, D] where actions end and, if `states`, before they begin."""
     tokens, positions, segments = batch["tokens"], batch["positions"], batch["segments"]
-    hidden = model.transformer(tokens, positions, segments, forward_options=forward_options, adapters=adapters).hidden
+    options = {"forward_options": forward_options, "adapters": adapters, "branches": batch.get("branches")}
+    hidden = model.transformer(tokens, positions, segments, **options).hidden
 
     def read(name: str) -> jax.Array:
         return jnp.take_along_axis(hidden, batch[name][..., None], axis=1)
@@ -88,6 +103,17 @@ def readouts(
     return model.value(actions), model.value(before) if states else None
 
 
+class Readouts(NamedTuple):
+    """What the head computes from a batch, [B, S] float32 each; None where it is not needed.
+
+    log_odds: of the promises of a head of two labels, z_t of `losses.label_sums`.
+    """
+
+    promises: jax.Array
+    states: jax.Array | None
+    log_odds: jax.Array | None
+
+
 def trained_readouts(
     graph: nnx.GraphDef,
     trained: Any,
@@ -97,18 +123,26 @@ def trained_readouts(
     forward_options: ForwardOptions,
     *,
     states: bool,
-) -> tuple[jax.Array, jax.Array | None]:
-    """`readouts` of a model whose parameters are split into trained and frozen ones (trainable.py).
+    log_odds: bool = False,
+) -> Readouts:
+    """Promises, state values and log-odds of a model whose parameters are split into trained and frozen ones.
 
-    A batch with `read_features` and `state_features`, hidden states [B, S, D], needs the head only.
+    A batch with `read_features` and `state_features`, hidden states [B, S, D], needs the head only (trainable.py).
     """
     if "read_features" in batch:
-        head = trained["head"][...]
-        values = head_values(batch["read_features"], head)
-        return values, head_values(batch["state_features"], head) if states else None
-    parameters, adapters = join(settings, trained, frozen)
-    model = nnx.merge(graph, parameters)
-    return readouts(model, batch, states=states, forward_options=forward_options, adapters=adapters)
+        actions, before = batch["read_features"], batch["state_features"] if states else None
+    else:
+        parameters, adapters = join(settings, trained, frozen)
+        model = nnx.merge(graph, parameters)
+        actions, before = hidden_states(model, batch, states=states, forward_options=forward_options, adapters=adapters)
+    weights, bias = trained["head"][...], trained["head_bias"][...] if "head_bias" in trained else None
+    outputs = head_outputs(actions, weights, bias)
+    return Readouts(
+        values_of_outputs(outputs, weights),
+        head_values(before, weights, bias) if states else None,
+        # Of two labels, log(M / (1 - M)).
+        outputs[..., 1] - outputs[..., 0] if log_odds else None,
+    )
 
 
 class RewardSums(NamedTuple):
@@ -116,23 +150,31 @@ class RewardSums(NamedTuple):
 
     promises: LossSums
     states: LossSums | None  # None where no state value is trained
-    values: jax.Array  # sum of w_t M_t over the trained steps
-    targets: jax.Array  # sum of w_t Q^_t over the trained steps
+    supervised: dict[str, LossSums]  # the loss of labels or of pairs, by name; empty for outcomes alone
+    numbers: dict[str, jax.Array]  # sums of w_t times a number of a step, by the name of their mean
+
+    @property
+    def weight(self) -> jax.Array:
+        """The sum of the weights of all trained steps or pairs."""
+        return sum((sums.weight for sums in self.supervised.values()), self.promises.weight)
 
     def total(self, beta: float) -> jax.Array:
         """The loss before the division by the weight."""
         total = self.promises.value + beta * self.promises.progress
+        total = sum((sums.value for sums in self.supervised.values()), total)
         return total if self.states is None else total + self.states.value
 
     def means(self, beta: float) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """(loss, {"value_loss", "progress_loss", "state_loss"?, "weight", "value_mean", "target_mean"}), float32."""
-        loss, metrics = self.promises.means(beta)
-        weight = jnp.where(self.promises.weight > 0, self.promises.weight, 1)
-        metrics |= {"value_mean": self.values / weight, "target_mean": self.targets / weight}
+        """(loss, its parts and means over the trained steps or pairs), float32; see `reward_loss`."""
+        loss, metrics = self.promises._replace(weight=self.weight).means(beta)
+        weight = jnp.where(self.weight > 0, self.weight, 1)
+        metrics |= {name: number / weight for name, number in self.numbers.items()}
+        parts = {f"{name}_loss": sums.value / weight for name, sums in self.supervised.items()}
         if self.states is not None:
-            state_loss, _ = self.states.means(0.0)
-            loss, metrics = loss + state_loss, metrics | {"state_loss": state_loss}
-        return loss, metrics
+            parts["state_loss"] = self.states.value / weight
+        for part in parts.values():
+            loss = loss + part
+        return loss, metrics | parts
 
 
 def reward_sums(
@@ -145,32 +187,76 @@ def reward_sums(
     frozen: Any = NO_PARAMETERS,
 ) -> RewardSums:
     """The sums of `reward_loss`, for a caller that divides later. Same arguments."""
-    objective, states = find_objective(settings.objective), reads_states(settings)
+    objective, states, labels = find_objective(settings.objective), reads_states(settings), trains_on_labels(settings)
 
     # Forward pass, and a second one where targets come from a target network.
-    def read(trained: Any) -> tuple[jax.Array, jax.Array | None]:
-        return trained_readouts(graph, trained, frozen, batch, settings, forward_options, states=states)
+    def read(trained: Any) -> Readouts:
+        return trained_readouts(
+            graph,
+            trained,
+            frozen,
+            batch,
+            settings,
+            forward_options,
+            states=states,
+            log_odds=labels and settings.labels.loss == "bce",
+        )
 
-    values, state_values = read(parameters)
-    target_values, target_states = (values, state_values) if target is None else read(target)
+    values, state_values, log_odds = read(parameters)
+    if trains_on_pairs(settings):
+        return pair_sums(values, batch)
+    target_values, target_states, _ = Readouts(values, state_values, None) if target is None else read(target)
 
-    # Targets [B, S], and the steps that are trained.
+    # Targets [B, S], and the steps that are trained towards them: a trajectory without an outcome has rewards of NaN.
+    rewards, valid, weights = batch["rewards"], batch["valid"], batch["weights"]
+    judged = valid & ~jnp.isnan(rewards) if labels else valid
     targets, mask = checked_targets(
         settings.objective,
-        objective.targets(target_values, batch["rewards"], batch["is_last"], batch["valid"], settings, target_states),
+        objective.targets(target_values, rewards, batch["is_last"], judged, settings, target_states),
         target_values.shape,
     )
 
+    # Labels, and how a labelled step's weight is divided between its label and its target.
+    supervised, label_targets, label_weights = {}, targets, jnp.zeros_like(weights)
+    if labels:
+        label_targets, labelled = targets_of_labels(batch["step_labels"], valid, settings.labels.range)
+        shares = jnp.where(labelled, jnp.where(mask, settings.labels.weight, 1.0), 0.0)
+        weights, label_weights = weights * (1 - shares), weights * shares
+        supervised["label"] = label_sums(values, label_targets, label_weights, log_odds=log_odds)
+
     # Loss. State values have the targets of the promises: V(s_t) is the mean of Q(s_t, a) over the policy's actions.
     def sums(values: jax.Array) -> LossSums:
-        return objective.loss(values, targets, batch["is_first"], mask, batch["weights"], settings)
+        return objective.loss(values, targets, batch["is_first"], mask, weights, settings)
 
-    weights = jnp.where(mask, batch["weights"], 0)
+    target_weights = jnp.where(mask, weights, 0)
+    value_mean = jnp.sum(target_weights * jnp.where(mask, values, 0))
+    target_mean = jnp.sum(target_weights * jnp.where(mask, targets, 0))
+    if labels:
+        value_mean += jnp.sum(label_weights * jnp.where(valid, values, 0))
+        target_mean += jnp.sum(label_weights * label_targets)
     return RewardSums(
         sums(values),
         sums(state_values) if states else None,
-        values=jax.lax.stop_gradient(jnp.sum(weights * jnp.where(mask, values, 0))),
-        targets=jnp.sum(weights * jnp.where(mask, targets, 0)),
+        supervised,
+        {"value_mean": jax.lax.stop_gradient(value_mean), "target_mean": target_mean},
+    )
+
+
+def targets_of_labels(
+    labels: jax.Array, valid: jax.Array, label_range: tuple[float, float] | None
+) -> tuple[jax.Array, jax.Array]:
+    """(targets in [0, 1], mask of the steps with a label), [B, S]; labels of `label_range`, by default (0, 1)."""
+    low, high = label_range or (0.0, 1.0)
+    labelled = valid & ~jnp.isnan(labels)
+    return jnp.where(labelled, (labels - low) / (high - low), 0.0), labelled
+
+
+def pair_sums(values: jax.Array, batch: Batch) -> RewardSums:
+    """The sums of the objective `preference`, from the promises [B, S] of a batch of pairs."""
+    pairs = preference_sums(values, batch["step_index"], batch["valid"], batch["weights"])
+    nothing = LossSums(*[jnp.zeros(())] * 3)
+    return RewardSums(
+        nothing, None, {"preference": pairs.loss}, {"pair_accuracy": pairs.ordered, "margin_mean": pairs.margins}
     )
 
 
@@ -219,7 +305,8 @@ def reward_loss(
         target: parameters of the target network, like `parameters`; None takes the targets from the trained pass.
 
     Returns:
-        (loss, {"value_loss", "progress_loss", "state_loss"?, "weight", "value_mean", "target_mean"}), float32 scalars.
+        (loss, {"value_loss", "progress_loss", "state_loss"?, "label_loss"?, "weight", "value_mean", "target_mean"}),
+        float32 scalars. Of pairs {"preference_loss", "pair_accuracy", "margin_mean"} are the numbers that count.
     """
     return reward_sums(graph, parameters, target, batch, settings, forward_options, frozen).means(
         progress_beta(settings)
@@ -268,7 +355,7 @@ def loss_and_gradients(
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes, parameters))
     # A scan, not a sum over a list: only one microbatch's activations are in memory at a time.
     (sums, gradients), _ = jax.lax.scan(add, zeros, microbatches)
-    weight = jnp.where(sums.promises.weight > 0, sums.promises.weight, 1)
+    weight = jnp.where(sums.weight > 0, sums.weight, 1)
     return *sums.means(beta), jax.tree.map(lambda leaf: leaf / weight, gradients)
 
 
@@ -324,9 +411,12 @@ def make_evaluation_step(
     """The function (parameters, batch, frozen) -> (promises, returns-to-go), both [B, S]."""
 
     def evaluation_step(parameters: Any, batch: Batch, frozen: Any = NO_PARAMETERS) -> tuple[jax.Array, jax.Array]:
-        values, _ = trained_readouts(graph, parameters, frozen, batch, settings, forward_options, states=False)
-        returns = returns_to_go(batch["rewards"], batch["is_last"], batch["valid"], discount=settings.discount)
-        return values, returns
+        values = trained_readouts(graph, parameters, frozen, batch, settings, forward_options, states=False).promises
+        rewards, valid = batch["rewards"], batch["valid"]
+        if trains_on_labels(settings) or trains_on_pairs(settings):
+            # Trajectories without an outcome: the return of one would be that of those before it in the row.
+            valid &= ~jnp.isnan(rewards)
+        return values, returns_to_go(rewards, batch["is_last"], valid, discount=settings.discount)
 
     return evaluation_step
 

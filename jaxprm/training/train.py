@@ -6,9 +6,10 @@ late, evaluate, save), output. The step and its loss are in step.py.
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,17 @@ from jaxprm.errors import Interrupted, UserError
 from jaxprm.evaluation.value_metrics import StepRecords
 from jaxprm.hf import reader
 from jaxprm.model import sharding
-from jaxprm.objectives import check_settings
+from jaxprm.objectives import check_settings, trains_on_pairs
 from jaxprm.progress import bar
 from jaxprm.training import distributed, reward_model, trainable
 from jaxprm.training.distributed import Preemption, Timer
-from jaxprm.training.evaluate import step_values, summary
 from jaxprm.training.features import Features, features_of_split
 from jaxprm.training.flops import train_step_flops
 from jaxprm.training.metrics import Metrics, Profile, Sink, WandbSink, first_not_finite, numbers, seconds_at_peak
-from jaxprm.training.programs import Programs, batch_fields, make_programs
-from jaxprm.training.step import FIELDS, NO_PARAMETERS
+from jaxprm.training.programs import Programs, batch_fields, data_fields, make_programs
+from jaxprm.training.step import NO_PARAMETERS
+from jaxprm.training.supervision import check_selected, selected, supervision_of, with_label_range
+from jaxprm.training.validation import validate
 
 RENAMED = {"loss": "validation_loss"}  # metrics.jsonl has the training loss under "loss"
 SHOWN_TRAJECTORIES = 8
@@ -76,7 +78,7 @@ def train_reward_model(
     check_settings(settings)
 
     # Inputs, and the identity that a finished model or a checkpoint must have
-    encoder = Encoder.load(base, experiment.policy.chat_template)
+    encoder = Encoder.load(base, **experiment.policy.encoding)
     dataset = open_dataset(shards, encoder_fingerprint=encoder.fingerprint, skip_bad=data.skip_bad)
     _print_once(f"left out: {error}" for error in dataset.broken.values())
     # Every process plans the batches by itself: with other shards, or others left out, the plans would differ.
@@ -92,17 +94,22 @@ def train_reward_model(
     sharding.check_rows(mesh, data.rows, data.length, settings.microbatches)
 
     # Data: the batches of all epochs in the order of the seed; their number is the length of the schedule
-    shape = {"rows": data.rows, "length": data.length, "steps_per_row": data.steps_per_row}
+    _print_once(check_selected(settings, dataset))
+    selection = functools.partial(selected, supervision=supervision_of(settings))
+    shape = {"rows": data.rows, "length": data.length, "steps_per_row": data.steps_per_row, "selection": selection}
     batches = training_batches(dataset, "train", **shape, epochs=settings.epochs, seed=seed)
     validation_batches = evaluation_batches(dataset, "validation", **shape)
+    settings = with_label_range(settings, batches.split, validation_batches.split)
     check_settings(settings, dense_rewards=_has_dense_rewards(batches.split))
     steps, facts = len(batches), reward_model.training_facts(dataset, batches)
     _print_once(reward_model.summary_lines(name, facts, data, steps))
 
     # Model and shardings: every array is read or initialized where it is placed, then split into trained and frozen
-    config, parameters = reward_model.from_policy(base, seed, mesh)
+    config, parameters = reward_model.from_policy(base, seed, mesh, settings)
     reader.check_vocabulary(base, config, encoder.vocabulary_size)
-    programs = make_programs(settings, config, mesh, length=data.length, steps=steps, seed=seed)
+    programs = make_programs(
+        settings, config, mesh, length=data.length, steps=steps, seed=seed, branches=_most_actions(batches.split)
+    )
     frozen = NO_PARAMETERS
     if settings.trainable != "full":
         parameters, frozen = programs.split(parameters)
@@ -114,6 +121,7 @@ def train_reward_model(
             programs,
             nnx.State(dict(parameters.items()) | dict(frozen.items())),
             mesh,
+            data_fields(settings),
             {"train": evaluation_batches(dataset, "train", **shape), "validation": validation_batches},
             shards.with_name("features") / reward_model.features_identity(settings, identity),
         )
@@ -142,8 +150,10 @@ def train_reward_model(
         seed,
         base=base,
         max_tokens=data.length,
-        value_range=_value_range(batches.split),
+        # The loss of pairs knows differences only: their promises may have any size.
+        value_range=None if trains_on_pairs(settings) else _value_range(batches.split),
         **facts,
+        **encoder.choices,
         fingerprints=identity,
     )
     if settings.trainable == "full" and distributed.is_primary():
@@ -179,11 +189,12 @@ def train_reward_model(
                     progress.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
                 pending = None
 
-            def evaluate() -> StepRecords:
+            def evaluate() -> tuple[dict[str, float | None], StepRecords | None]:
                 trained = state["parameters"]
-                return step_values(
+                return validate(
                     lambda batch: programs.evaluation_step(trained, put(batch, "validation"), frozen),
                     validation_batches,
+                    settings,
                 )
 
             timer = Timer(settings.checkpoint_minutes)
@@ -211,7 +222,7 @@ def train_reward_model(
                 # Evaluate, unless the machine is about to be taken away
                 loss = None
                 if evaluates and not stops:
-                    validation = summary(records := evaluate())
+                    validation, records = evaluate()
                     loss = validation["loss"]
                     renamed = {RENAMED.get(key, key): value for key, value in validation.items()}
                     metrics.validation(step, renamed, records)
@@ -226,7 +237,7 @@ def train_reward_model(
                     checkpoints.wait()
                     raise _interrupted(name, f"at step {step} of {steps}", output, step)
             if validation is None:  # the run was killed between its last checkpoint and its model
-                validation = summary(evaluate())
+                validation, _ = evaluate()
     finally:
         checkpoints.close()
     if preemption.signalled:  # during the last evaluation, after the last poll; the model is not written yet
@@ -235,7 +246,7 @@ def train_reward_model(
     # Output: the merged model in Hugging Face format
     recipe |= {"steps": steps, "validation": validation}
     if settings.trainable == "head":  # its frozen transformer was dropped: read it again
-        frozen = nnx.State({"transformer": reward_model.from_policy(base, seed, mesh)[1]["transformer"]})
+        frozen = nnx.State({"transformer": reward_model.from_policy(base, seed, mesh, settings)[1]["transformer"]})
     merged = distributed.fetch(trainable.merged(settings, state["parameters"], frozen))
     if distributed.is_primary():
         reward_model.write(output / "model", config, merged, base=base, encoder=encoder, recipe=recipe)
@@ -253,12 +264,18 @@ def _has_dense_rewards(split: ShardSplit) -> bool:
     """Whether any step but the last of some trajectory has a reward."""
     before_end = np.ones(len(split.rewards), bool)
     before_end[split.step_starts[1:] - 1] = False
-    return bool(np.any(split.rewards[before_end]))
+    # Rewards of NaN are those of a trajectory without an outcome.
+    return bool(np.any(np.nan_to_num(split.rewards[before_end])))
+
+
+def _most_actions(split: ShardSplit) -> int:
+    """The most steps of a trajectory, which in pairs are the actions of a state."""
+    return int(split.step_counts.max())
 
 
 def _value_range(split: ShardSplit) -> tuple[float, float]:
     """(lowest, highest) return, at least [0, 1]: outcomes are in [0, 1], a user's own rewards may exceed it."""
-    returns = np.add.reduceat(split.rewards, split.step_starts[:-1])
+    returns = np.add.reduceat(np.nan_to_num(split.rewards), split.step_starts[:-1])
     return min(0.0, float(returns.min())), max(1.0, float(returns.max()))
 
 
@@ -266,13 +283,14 @@ def _features(
     programs: Programs,
     parameters: nnx.State,
     mesh: jax.sharding.Mesh,
+    fields: Sequence[str],
     batches: dict[str, EvaluationBatches],
     cache: Path,
 ) -> dict[str, Features]:
     """Hidden states of every split, from the cache or from one pass over its batches."""
     return {
         split: features_of_split(
-            lambda batch: programs.features_step(parameters, sharding.put_batch(batch, mesh, FIELDS)),
+            lambda batch: programs.features_step(parameters, sharding.put_batch(batch, mesh, fields)),
             split_batches,
             split_batches.split.step_starts,
             cache / split,

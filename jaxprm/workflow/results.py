@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.metadata import Metadata
 from jaxprm import config as config_lib
 from jaxprm import files
+from jaxprm.errors import UserError
 from jaxprm.evaluation import value_metrics
 from jaxprm.evaluation.best_of_n import AGGREGATIONS, VOTES, Cost, budget_ratio, equal_budget, vote_curve
 from jaxprm.evaluation.statistics import best_of_n_curve, bootstrap, oracle_curve, paired_difference
@@ -22,6 +24,8 @@ from jaxprm.search.methods import SEARCHES, SearchSpec, search_specs
 from jaxprm.workflow.context import Run, flops_of_tokens
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "transformers", "textcraft", "numpy")
+
+_REPAIR = "copy it again, or delete it and run the same command"
 
 # Score of a trajectory that ended in an error: below any model's, and finite, because ranking needs finite scores.
 WORST = -1e9
@@ -76,7 +80,7 @@ class ResultsBuilder:
         self.seeds = self.experiment.reward_seeds
         self.specs = search_specs(self.settings)
         self.folder: Path = run.work / "search"
-        self.pool = self._by_task(self.folder / "pool.jsonl")
+        self.pool = self._by_task(self.folder / "pool.jsonl", self.settings.pool)
         self.outcomes = np.array([[_outcome(line) for line in lines] for lines in self.pool.values()])
         self.labels = [model.label for model in self.experiment.reward_models]
         self.guides = [*self.labels, "random"]
@@ -85,7 +89,7 @@ class ResultsBuilder:
 
     def policy(self) -> dict:
         """Success of the plain policy, sampled and greedy."""
-        greedy = [_outcome(lines[0]) for lines in self._by_task(self.folder / "greedy.jsonl").values()]
+        greedy = [_outcome(lines[0]) for lines in self._by_task(self.folder / "greedy.jsonl", 1).values()]
         return {"sampled": self._estimate(self.outcomes.mean(1)), "greedy": self._estimate(greedy)}
 
     def oracle(self) -> dict:
@@ -207,13 +211,15 @@ class ResultsBuilder:
         curves: dict[str, dict] = {}
         for model, seed in self.run.trained():
             path = self.run.model_directory(model.label, seed) / "metrics.jsonl"
-            curves.setdefault(model.label, {})[str(seed)] = list(files.read_lines(path))
+            lines = list(files.read_lines(path))
+            if not lines:
+                raise UserError(f"{path}: is empty; copy it again, or delete {path.parent} to train again")
+            curves.setdefault(model.label, {})[str(seed)] = lines
         return curves
 
     def data(self) -> dict:
         """Counts of trajectories and tasks."""
-        train = list(files.read_lines(self.run.work / "trajectories/train.jsonl"))
-        validation = list(files.read_lines(self.run.work / "trajectories/validation.jsonl"))
+        train, validation = self._trajectories("train"), self._trajectories("validation")
         pool = [line for lines in self.pool.values() for line in lines]
         splits = {"train": train, "validation": validation, self.settings.split: pool}
         return {
@@ -250,16 +256,37 @@ class ResultsBuilder:
 
     # Files of the search stage as arrays.
 
-    def _by_task(self, path: Path) -> dict[str, list[dict]]:
+    # Records of earlier versions have no digests of these files, so what is counted on is checked here.
+
+    def _by_task(self, path: Path, count: int) -> dict[str, list[dict]]:
+        """Lines by task. Raises UserError unless every task has `count`."""
         grouped: dict[str, list[dict]] = defaultdict(list)
         for line in files.read_lines(path):
             grouped[line["task"]].append(line)
+        for task, lines in grouped.items():
+            if len(lines) != count:
+                raise UserError(f"{path}: task {task} has {len(lines)} trajectories, not {count}; {_REPAIR}")
+        if not grouped:
+            raise UserError(f"{path}: is empty; {_REPAIR}")
         return dict(grouped)
+
+    def _trajectories(self, split: str) -> list[dict]:
+        """The trajectories that the shards were built from. Raises UserError if their number is another."""
+        path, metadata = self.run.work / f"trajectories/{split}.jsonl", Metadata.load(self.run.work / "shards")
+        lines, rows = list(files.read_lines(path)), metadata.splits[split].rows
+        # Rows that were left out as bad are not counted by split.
+        if not metadata.skipped and len(lines) != rows:
+            raise UserError(f"{path}: has {len(lines)} trajectories, the shards were built from {rows}; {_REPAIR}")
+        return lines
 
     def _searched(self, spec: SearchSpec, label: str) -> list[list[dict]]:
         """Lines of a guided search, [seeds][tasks]."""
-        names = [spec.file_name(label, seed) for seed in self.seeds]
-        return [list(files.read_lines(self.folder / f"{name}.jsonl")) for name in names]
+        paths = [self.folder / f"{spec.file_name(label, seed)}.jsonl" for seed in self.seeds]
+        searched = [list(files.read_lines(path)) for path in paths]
+        for path, lines in zip(paths, searched, strict=True):
+            if [line["task"] for line in lines] != list(self.pool):
+                raise UserError(f"{path}: has {len(lines)} tasks, not the {len(self.pool)} of pool.jsonl; {_REPAIR}")
+        return searched
 
     def _all_lines(self, spec: SearchSpec, label: str) -> list[dict]:
         return [line for lines in self._searched(spec, label) for line in lines]
@@ -270,9 +297,17 @@ class ResultsBuilder:
 
     def _pool_values(self, label: str, seed: int) -> list[list[list[float]]]:
         """Step values of the pool, [tasks][pool][steps]; [WORST] for a trajectory that ended in an error."""
-        lines = files.read_lines(self.folder / f"values-pool-{label}-{seed}.jsonl")
-        values = {line["id"]: line["values"] for line in lines}
-        return [[values.get(line["id"], [WORST]) for line in lines] for lines in self.pool.values()]
+        path = self.folder / f"values-pool-{label}-{seed}.jsonl"
+        values = {line["id"]: line["values"] for line in files.read_lines(path)}
+
+        def of(line: dict) -> list[float]:
+            if line.get("ended") == "error":
+                return [WORST]
+            if not values.get(line["id"]):
+                raise UserError(f"{path}: has no values of {line['id']}; {_REPAIR}")
+            return values[line["id"]]
+
+        return [[of(line) for line in lines] for lines in self.pool.values()]
 
     def _pool_tokens(self, label: str) -> dict[str, float] | None:
         """Mean tokens of best-of-N: read "once" for a task's prompt, read for "each" candidate, and "sampled"."""

@@ -5,16 +5,20 @@ Stages import their libraries when they start, so a run that stops after an earl
 
 from __future__ import annotations
 
+import shutil
 import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from data_pipeline import paths
 from data_pipeline.errors import listed
+from data_pipeline.output import backup_of, staging_of
+from data_pipeline.splits import parse_inputs
 from jaxprm import config as config_lib
 from jaxprm import files
 from jaxprm.errors import UserError
-from jaxprm.objectives import check_settings
+from jaxprm.objectives import check_settings, trains_on_labels, trains_on_pairs
 from jaxprm.progress import absolute
 from jaxprm.workflow import user_files
 from jaxprm.workflow.context import Run
@@ -22,6 +26,19 @@ from jaxprm.workflow.outcomes import check_outcomes
 from jaxprm.workflow.workdir import WorkDirectory
 
 STAGES = ("collect", "build", "train", "search", "report")
+# What a run writes in its work directory.
+WRITTEN = (
+    "config.json",
+    "features",
+    "lock",
+    "report",
+    "results.json",
+    "reward_models",
+    "search",
+    "shards",
+    "stages",
+    "trajectories",
+)
 
 
 def run(
@@ -77,6 +94,11 @@ def _includes(until: str, stage: str) -> bool:
 
 def check(run: Run, until: str) -> None:
     """Raises UserError for what would stop a stage up to `until`, before any work is spent."""
+    check_paths(run)
+    # The user's own files may change until something was made of them. Sampled trajectories are never removed.
+    may_change = run.experiment.collection.files and not run.work.has_begun("build")
+    if may_change and run.work.forget("collect", run.collect_inputs, "files", list(_collected(run).values())):
+        print("trajectories: the files have changed, and are read again", file=sys.stderr)
     run.work.check(stage_inputs(run, until))
     if _includes(until, "train"):
         from jaxprm.training import metrics
@@ -87,6 +109,19 @@ def check(run: Run, until: str) -> None:
         from jaxprm.workflow import search_stage
 
         search_stage.check(run)
+
+
+def check_paths(run: Run) -> None:
+    """Raises UserError if the run would write to a file or a model that it reads."""
+    experiment = run.experiment
+    named = {"base_model": experiment.base_model, "policy.path": experiment.policy.path}
+    named["policy.chat_template"] = experiment.policy.chat_template
+    reads = [paths.Named(field, Path(path)) for field, path in named.items() if path]
+    own = parse_inputs(experiment.collection.files)
+    reads += [paths.Named("collection.files", Path(path)) for own_files in own.values() for path in own_files]
+    with files.user_errors():
+        for name in WRITTEN:
+            paths.check_paths(reads, [paths.Named("output", run.work / name)])
 
 
 def check_objectives(experiment: config_lib.Experiment) -> None:
@@ -117,7 +152,7 @@ def collect(run: Run) -> None:
     from jaxprm.policies.rollouts import collect as sample
 
     settings = run.experiment.collection
-    outputs = {split: run.work / f"trajectories/{split}.jsonl" for split in ("train", "validation")}
+    outputs = _collected(run)
     limits = {"train": settings.train_tasks, "validation": settings.validation_tasks}
     with run.work.stage("collect", run.collect_inputs, list(outputs.values())) as needed:
         if not needed:
@@ -139,6 +174,11 @@ def collect(run: Run) -> None:
                 seed=run.experiment.seed,
                 label=f"collect {split}",
             )
+
+
+def _collected(run: Run) -> dict[str, Path]:
+    """Trajectory files by split."""
+    return {split: run.work / f"trajectories/{split}.jsonl" for split in ("train", "validation")}
 
 
 def import_user_files(run: Run, outputs: dict[str, Path]) -> None:
@@ -167,11 +207,14 @@ def build(run: Run) -> None:
         # Shards appear all at once, together with their metadata: only the record of this stage was lost.
         if not needed or (output / "metadata.json").exists():
             return
-        inputs = {split: [run.work / f"trajectories/{split}.jsonl"] for split in ("train", "validation")}
+        # Of a build of an earlier version that was killed: no lock file says that they are ours, but where they are.
+        for leftover in (staging_of(output), backup_of(output)):
+            shutil.rmtree(leftover, ignore_errors=True)
+        inputs = {split: [path] for split, path in _collected(run).items()}
         with absolute("build shards", unit="trajectory") as show:
             builder.build(
                 inputs,
-                Encoder.load(run.base_directory, run.experiment.policy.chat_template),
+                Encoder.load(run.base_directory, **run.experiment.policy.encoding),
                 output,
                 max_length=settings.length,
                 too_long=settings.too_long,
@@ -189,7 +232,7 @@ def train(run: Run) -> None:
     for model, seed in run.trained():
         output = run.model_directory(model.label, seed)
         with run.work.stage(f"train-{model.label}-{seed}", run.train_inputs(model, seed), [output]) as needed:
-            if needed:
+            if needed and not (trains_on_labels(model) or trains_on_pairs(model)):
                 least = run.experiment.collection.min_success
                 check_outcomes(run.work / "trajectories/train.jsonl", min_success=least)
             # All processes must agree: a training run that only some of them enter never ends.
@@ -210,8 +253,8 @@ def run_secondary_process(run: Run) -> None:
 def _train(run: Run, model: config_lib.RewardModelConfig, seed: int, output: Path) -> None:
     from jaxprm.training.train import train_reward_model
 
-    paths = {"shards": run.work / "shards", "base": run.base_directory, "output": output}
-    train_reward_model(run.experiment, model, seed, **paths, profile=run.profile)
+    where = {"shards": run.work / "shards", "base": run.base_directory, "output": output}
+    train_reward_model(run.experiment, model, seed, **where, profile=run.profile)
 
 
 def validation_lines(experiment: config_lib.Experiment, workdir: Path) -> list[str]:

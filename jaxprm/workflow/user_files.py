@@ -11,8 +11,9 @@ import msgspec
 
 from data_pipeline.errors import DataError, SplitError
 from data_pipeline.output import staged_file, write_errors
+from data_pipeline.preferences import Preference, read_rows, to_line
 from data_pipeline.splits import Splits, check_share, named_split, parse_inputs, split_of
-from data_pipeline.trajectory import Trajectory, check_steps, count_rows, read_numbered, to_line
+from data_pipeline.trajectory import Trajectory, check_steps, count_rows
 from jaxprm import files
 from jaxprm.errors import UserError
 from jaxprm.progress import bar
@@ -67,10 +68,11 @@ def import_files(
 
         for file_split, paths in inputs.items():
             for path in paths:
-                for where, trajectory in read_numbered(path, skip_bad=bad):
+                for where, trajectory in read_rows(path, skip_bad=bad):
                     row = f"{where} ({trajectory.id})"
                     try:
-                        check_steps(trajectory.messages, row)
+                        if isinstance(trajectory, Trajectory):
+                            check_steps(trajectory.messages, row)
                         split = _split(trajectory, file_split, row, validation_share, seed)
                         tasks.add(trajectory.task_id, split)
                     except SplitError as error:
@@ -96,12 +98,14 @@ def identity(arguments: Sequence[str]) -> list[dict[str, str | None]]:
     ]
 
 
-def _split(trajectory: Trajectory, file_split: str | None, row: str, share: float, seed: int) -> str:
+def _split(trajectory: Trajectory | Preference, file_split: str | None, row: str, share: float, seed: int) -> str:
     named = named_split(trajectory.split, file_split, row)
     return named or split_of(trajectory.task_id, validation_share=share, seed=seed)
 
 
-def _complete(trajectory: Trajectory, split: str) -> Trajectory:
+def _complete(trajectory: Trajectory | Preference, split: str) -> Trajectory | Preference:
+    if isinstance(trajectory, Preference):
+        return msgspec.structs.replace(trajectory, split=split, task=trajectory.task_id)
     success = trajectory.success
     if success is None and trajectory.outcome is not None:
         success = trajectory.outcome > 0.5

@@ -24,5 +24,5 @@ def write(directory: Path) -> Path:
     encoder = Encoder.load(directory)
     parameters = jax.jit(lambda: nnx.state(Transformer(SIZES, rngs=nnx.Rngs(0))))()
     ids = {"pad_id": encoder.pad_id, "end_id": encoder.end_id}
-    writer.write_model(directory, SIZES, parameters, max_length=1024, **ids)
+    writer.write_model(directory, SIZES, parameters, max_length=2048, **ids)
     return directory

@@ -250,7 +250,7 @@ def test_a_directory_with_other_files_is_refused_and_not_touched(model, plain, t
         export(model, foreign / "thesis.tex")
     (tmp_path / ".new.partial").mkdir()
     (tmp_path / ".new.partial" / "mine").touch()
-    with pytest.raises(UserError, match="exists but was not made by export"):
+    with pytest.raises(UserError, match="no interrupted command left it"):
         export(model, tmp_path / "new")
 
 

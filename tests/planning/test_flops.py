@@ -11,6 +11,7 @@ from jaxprm.model import sharding
 from jaxprm.planning.models import MODELS
 from jaxprm.training.flops import attended_pairs, train_step_flops
 from jaxprm.training.programs import batch_fields, batch_shapes, make_programs
+from jaxprm.training.reward_model import from_policy_config
 from tests.planning.fakes import TINY
 
 LENGTHS = {"one block": 64, "three blocks": 160}
@@ -28,6 +29,8 @@ SETTINGS = {
     },
     "last": {"trainable": "last_k", "last_k": 2, "remat": "minimal"},
     "head": {"trainable": "head"},
+    "pairs": {"objective": "preference"},
+    "labels": {"labels": config_lib.LabelsConfig(weight=0.5)},
 }
 
 
@@ -52,10 +55,11 @@ def test_the_formula_counts_every_traced_product(changes, length):
     settings = config_lib.RewardModelConfig(label="x", **changes)
     data = config_lib.DataConfig(rows=2, length=length, steps_per_row=5)
     mesh = sharding.make_mesh(config_lib.MeshConfig(), jax.devices()[:1])
-    programs = make_programs(settings, TINY, mesh, length=length, steps=10, seed=0)
-    batch = batch_shapes(batch_fields(settings), data, TINY, mesh)
+    config = from_policy_config(TINY, settings)
+    programs = make_programs(settings, config, mesh, length=length, steps=10, seed=0)
+    batch = batch_shapes(batch_fields(settings), data, config, mesh)
     traced = jax.make_jaxpr(programs.train_step)(programs.state, batch, programs.frozen)
-    assert train_step_flops(TINY, settings, data, "reference").computed == products(traced.jaxpr)
+    assert train_step_flops(config, settings, data, "reference").computed == products(traced.jaxpr)
 
 
 def test_the_counter_counts_loops():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -61,3 +62,16 @@ def test_a_small_model_fits_without_host_transfers_in_the_recorded_memory(tmp_pa
         for part, recorded in RECORDED[program].items():
             message = f"{program}: {part} {sizes[part]}, recorded {recorded} with {RECORDED['versions']}"
             assert 0.5 * recorded <= sizes[part] <= 1.05 * recorded, message
+
+
+@pytest.mark.slow
+def test_the_kernel_compiles_for_pairs_whose_actions_are_branches(tmp_path):
+    config = hf_config(dataclasses.replace(MODEL, layers=1), reward=False, pad_id=0, end_id=1, max_length=512)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "jaxprm", "plan", "configs/forkme.py", "reward_models.0.objective=preference"]
+    command += ["--model", tmp_path, "--topology", "v5e:2x4", "--mesh", "data=4,fsdp=2", "--batch", "8"]
+    command += ["--length", "128", "--json", tmp_path / "plan.json"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads((tmp_path / "plan.json").read_text())
+    assert report["fits"] and report["attention"] == "splash" and report["host_transfers"] == 0

@@ -96,7 +96,7 @@ BAD = {
     "no object": ("[1, 2]", None, "object"),
     "no messages": ('{"id": "row-1"}', "row-1", "messages"),
     "unknown field": (line(1, score=1.0), "row-1", "score"),
-    "id is a number": ('{"id": 7, "messages": []}', None, "id"),
+    "id is a list": ('{"id": [1], "messages": []}', None, "id"),
     "no step": (line(1, messages=tiny.conversation(0)[:1]), "row-1", "no assistant message"),
     "special token": (
         line(1, messages=[*tiny.conversation(0), {"role": "user", "content": "a <|end|>"}]),
@@ -322,3 +322,81 @@ def test_numbers_have_the_digits_of_float32():
     assert table["steps"][0]["promise"] == 0.1
     assert table["score"] == 0.3
     assert table["steps"][1]["progress"] == pytest.approx(0.2, abs=1e-7)
+
+
+def change_meanwhile(monkeypatch, change) -> None:
+    """Calls `change` while the first chunk is scored."""
+    original, calls = Scorer.score_encoded, []
+
+    def score_encoded(scorer, encoded, names):
+        if not calls:
+            change()
+        calls.append(len(encoded))
+        return original(scorer, encoded, names)
+
+    monkeypatch.setattr(Scorer, "score_encoded", score_encoded)
+
+
+@pytest.mark.parametrize("lines", [range(5), range(4), [*range(9), 19]])
+def test_an_input_that_changes_while_it_is_scored_is_reported_and_nothing_is_written(
+    model, paths, monkeypatch, tmp_path, lines
+):
+    input, output = paths
+    # Longer than a read-ahead buffer, so that the change is seen.
+    texts = [line(number, meta={"text": "x" * 40_000}) for number in range(20)]
+    write_lines(input, texts[:10])
+    output.write_text("an earlier result\n")
+    with monkeypatch.context() as patch:
+        change_meanwhile(patch, lambda: write_lines(input, [texts[number] for number in lines]))
+        with pytest.raises(UserError, match=r"in\.jsonl: changed while it was scored") as error:
+            score_file(model, input, output, chunk=2)
+    assert "\n" not in str(error.value)
+    assert output.read_text() == "an earlier result\n" and leftovers(output) == []
+    assert score_file(model, input, output, chunk=2).scored == len(lines)
+
+
+def test_an_input_that_grows_has_the_scores_of_its_first_lines(model, paths, monkeypatch, capsys):
+    input, output = paths
+
+    def grow():
+        with input.open("a") as file:
+            file.write(line(10) + "\n")
+
+    change_meanwhile(monkeypatch, grow)
+    assert score_file(model, input, output, chunk=CHUNK) == LineCounts(10, 0)
+    assert [result["id"] for result in read(output)] == [f"row-{number}" for number in range(10)]
+    assert "grew while it was scored" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tail", [b'{"id": "\xc3', b'{"id": "\xff"}\n', b"\0" * 100])
+def test_a_tail_that_is_no_text_is_scored_again(model, paths, monkeypatch, tail):
+    input, output = paths
+    score_file(model, input, output, chunk=CHUNK)
+    uninterrupted = output.read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        Interrupt(patch, 1, KeyboardInterrupt())
+        score_file(model, input, output, chunk=CHUNK)
+    with output.with_name("out.jsonl.partial").open("ab") as file:
+        file.write(tail)
+    score_file(model, input, output, chunk=CHUNK)
+    assert output.read_bytes() == uninterrupted
+
+
+def test_a_users_file_with_the_name_of_the_record_stays(model, paths):
+    input, output = paths
+    record = output.with_name("out.jsonl.partial.json")
+    for content in ('{"mine": 1}', "[1]", "\xff"):
+        record.write_text(content)
+        with pytest.raises(UserError, match="is no record of an interrupted run"):
+            score_file(model, input, output)
+        assert record.read_text() == content and leftovers(output) == [record.name]
+
+
+def test_the_record_as_input_is_refused(model, paths, tmp_path):
+    input, output = paths
+    record = tmp_path / "out.jsonl.partial.json"
+    input.rename(record)
+    before = record.read_bytes()
+    with pytest.raises(UserError, match=r"out\.jsonl: is written by way of out\.jsonl\.partial\.json, which is the"):
+        score_file(model, record, output)
+    assert record.read_bytes() == before

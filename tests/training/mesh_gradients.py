@@ -4,8 +4,9 @@
 
 Prints {"DATAxFSDPxTENSORxSEQUENCE": {"gradient", "parameters", "split"}}: differences by norm, relative, and how many
 parameters are split. One mesh computes in microbatches and rematerialises: that changes no gradient either. Then
-{"restored", "fingerprints", "split"} of a checkpoint that another mesh wrote, and {"splash": ...}, the difference of
-the TPU's attention, interpreted on a mesh, from the reference.
+{"restored", "fingerprints", "split"} of a checkpoint that another mesh wrote, and {"splash", "branches"}: differences
+of the TPU's attention, interpreted on a mesh, from the reference, the second with branches. The last line has those of
+the gradients of step labels mixed into AgentPRM, and of pairs, on a mesh.
 """
 
 import json
@@ -29,7 +30,15 @@ from jaxprm.model.attention import packed_attention, splash_attention
 from jaxprm.model.config import TransformerConfig
 from jaxprm.model.transformer import ForwardOptions, RewardModel, reward_model_graph
 from jaxprm.training.optimizer import make_optimizer
-from jaxprm.training.step import FIELDS, initial_state, loss_and_gradients, make_train_step
+from jaxprm.training.step import (
+    FIELDS,
+    LABEL_FIELDS,
+    PAIR_FIELDS,
+    initial_state,
+    loss_and_gradients,
+    make_train_step,
+)
+from tests.training.supervised_records import batch_of, pair, walk
 
 SIZES = TransformerConfig(
     vocab_size=300, hidden_size=32, layers=2, heads=4, kv_heads=2, head_dim=8, intermediate_size=64
@@ -106,14 +115,39 @@ def restored(parameters) -> dict:
     }
 
 
-def splash_difference() -> float:
+def splash_difference(branches=None) -> float:
     mesh = sharding.make_mesh(config_lib.MeshConfig(data=1, fsdp=2, tensor=2, sequence=2))
     rules = {name: getattr(sharding.RULES, name) for name in ("batch", "heads", "kv_heads", "length")}
     keys = jax.random.split(jax.random.key(0), 3)
     arrays = [jax.random.normal(key, (2, count, 256, 64)) for key, count in zip(keys, (4, 2, 2), strict=True)]
     segments = jnp.asarray(np.repeat([[1, 2, 3], [1, 2, 4]], [100, 60, 96], axis=1), jnp.int32)
-    splash = jax.jit(splash_attention(mesh, **rules, interpret=True))(*arrays, segments)
-    return float(np.abs(splash - jax.jit(packed_attention)(*arrays, segments)).max())
+    splash = jax.jit(splash_attention(mesh, **rules, interpret=True))(*arrays, segments, branches)
+    return float(np.abs(splash - jax.jit(packed_attention)(*arrays, segments, branches)).max())
+
+
+def supervised_difference(objective: str) -> float:
+    """Difference of the gradients on a mesh from those on one device."""
+    if objective == "preference":
+        records, fields = [pair(seed, 9 + 3 * seed, (4, 5)) for seed in range(1, 5)], FIELDS + PAIR_FIELDS
+        settings = config_lib.RewardModelConfig(label="mesh", objective=objective)
+    else:
+        records = [walk(seed, [1, np.nan, 0], outcome=seed % 2) for seed in range(1, 5)]
+        fields = FIELDS + LABEL_FIELDS
+        settings = msgspec.structs.replace(SETTINGS, labels=config_lib.LabelsConfig(loss="mse", weight=0.5))
+    batch, parameters, gradients = batch_of(records, rows=4, length=64), spread_model(), []
+    for sizes in ((1, 1, 1, 1), (1, 2, 2, 2)):
+        named = dict(zip(sharding.AXES, sizes, strict=True))
+        mesh = sharding.make_mesh(config_lib.MeshConfig(**named), jax.devices()[: math.prod(sizes)])
+        options = ForwardOptions(constrain=sharding.constraints(mesh))
+        shapes = jax.eval_shape(lambda p: p, parameters)
+        placed = jax.tree.map(lambda leaf: leaf.sharding, sharding.with_shardings(mesh, shapes))
+        compute = jax.jit(
+            lambda p, batch, options=options: loss_and_gradients(GRAPH, p, None, batch, settings, options)[2],
+            out_shardings=placed,
+        )
+        put = sharding.put_batch(batch, mesh, fields)
+        gradients.append(jax.device_get(compute(jax.device_put(parameters, placed), put)))
+    return difference(gradients[1], gradients[0])
 
 
 def difference(actual, expected) -> float:
@@ -143,7 +177,9 @@ def main() -> None:
     }
     print(json.dumps(report))
     print(json.dumps(restored(spread_model())))
-    print(json.dumps({"splash": splash_difference()}))
+    branches = jnp.asarray(np.repeat([[0, 1, 2, 0, 1, 2]], [50, 30, 20, 90, 40, 26], axis=1).repeat(2, 0), jnp.int32)
+    print(json.dumps({"splash": splash_difference(), "branches": splash_difference(branches)}))
+    print(json.dumps({name: supervised_difference(name) for name in ("labels", "preference")}))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from jaxprm import config, files
+from jaxprm.errors import UserError
 from jaxprm.report.labels import search_name
 from jaxprm.report.results import load_results
 from jaxprm.search.methods import search_specs
@@ -141,3 +142,28 @@ def test_a_search_from_outside_the_package_is_reported_under_its_label(build, tm
 
 def test_without_searches_from_outside_nothing_about_them_is_written(results):
     assert results.custom_searches() == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "keep", "problem"),
+    [
+        ("pool", 3, r"pool\.jsonl: task u has 1 trajectories, not 2"),
+        ("pool", 0, r"pool\.jsonl: is empty"),
+        ("values-pool-good-0", 3, r"values-pool-good-0\.jsonl: has no values of u1"),
+        ("beam-2x2-bad-0", 1, r"beam-2x2-bad-0\.jsonl: has 1 tasks, not the 2 of pool\.jsonl"),
+    ],
+)
+def test_a_file_of_the_search_that_lost_lines_is_named(build, tmp_path, name, keep, problem):
+    """Records of earlier versions have no digests."""
+    build(SEARCH)
+    path = tmp_path / f"search/{name}.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    write = files.write_atomic
+
+    def write_less(target, text):
+        write(target, "".join(lines[:keep]) if target == path else text)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=problem) as error:
+        patch.setattr(files, "write_atomic", write_less)
+        build(SEARCH).methods()
+    assert "\n" not in str(error.value)

@@ -152,9 +152,26 @@ def test_own_trajectories_are_imported_once_and_changed_ones_are_refused(own, tm
     shutil.move("own.jsonl", "moved.jsonl")
     assert cli.main(own("collect", "moved.jsonl", "--skip-bad")) == 0  # the same trajectories: nothing to do
     assert "read trajectories" not in capsys.readouterr().err
-    write(tmp_path / "moved.jsonl", [row(1)])
+    # Until something is made of them, other trajectories take their place. Then they are refused.
+    write(tmp_path / "moved.jsonl", [row(1, split="train"), row(2, split="validation")])
+    assert cli.main(own("collect", "moved.jsonl")) == 0
+    assert "the files have changed, and are read again" in capsys.readouterr().err
+    assert [one.id for one in read(tmp_path / "w/trajectories/train.jsonl")] == ["1"]
+    (tmp_path / "w/stages/build.json").write_text('{"inputs": {}, "finished": true, "seconds": 1.0}')
+    write(tmp_path / "moved.jsonl", [row(3, split="train"), row(2, split="validation")])
     assert cli.main(own("collect", "moved.jsonl")) == 2
     assert "stage collect was made with files" in capsys.readouterr().err
+    assert [one.id for one in read(tmp_path / "w/trajectories/train.jsonl")] == ["1"]
+
+
+def test_a_fixed_file_is_read_after_a_bad_row(own, tmp_path, capsys):
+    good = [row(1, split="train"), row(2, split="validation")]
+    write(tmp_path / "bad.jsonl", [*good, "not a row"])
+    assert cli.main(own("collect", "bad.jsonl")) == 2
+    assert "bad.jsonl:3" in capsys.readouterr().err
+    write(tmp_path / "bad.jsonl", [*good, row(3, split="train")])
+    assert cli.main(own("collect", "bad.jsonl")) == 0
+    assert [one.id for one in read(tmp_path / "w/trajectories/train.jsonl")] == ["1", "3"]
 
 
 @pytest.mark.slow
@@ -168,3 +185,15 @@ def test_a_run_on_own_trajectories_trains_on_them_from_a_model_and_stops(own, tm
     tasks = {one.task for one in read(tmp_path / "w/trajectories/train.jsonl")}
     assert recipe["base"] == "base" and recipe["trained_on"]["trajectories"] == len(tasks) > 5
     assert not (tmp_path / "w/search").exists()
+
+
+def test_sampled_trajectories_are_not_replaced_by_files(own, tmp_path, capsys):
+    (tmp_path / "w/stages").mkdir(parents=True)
+    (tmp_path / "w/trajectories").mkdir()
+    sampled = {"inputs": {"environment": {}, "seed": 0}, "finished": True, "seconds": 9.0}
+    (tmp_path / "w/stages/collect.json").write_text(json.dumps(sampled))
+    for split in ("train", "validation"):
+        (tmp_path / f"w/trajectories/{split}.jsonl").write_text("precious\n")
+    assert cli.main(own("collect", "own.jsonl", "--skip-bad")) == 2
+    assert "stage collect was made with" in capsys.readouterr().err
+    assert (tmp_path / "w/trajectories/train.jsonl").read_text() == "precious\n"

@@ -58,7 +58,7 @@ def test_a_work_directory_admits_one_process_at_a_time(tmp_path):
             pass
         other.kill()
     with WorkDirectory(tmp_path).lock():
-        assert (tmp_path / "lock").read_text() == str(os.getpid())
+        assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
 
 
 def test_a_finished_stage_is_skipped(tmp_path):

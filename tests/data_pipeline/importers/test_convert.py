@@ -190,8 +190,8 @@ def test_bad_rows_are_left_out_only_with_skip_bad_and_each_is_reported(convert, 
 def test_nothing_is_overwritten_and_a_failure_leaves_nothing(convert, tmp_path):
     convert([row()])
     before = (tmp_path / "out.jsonl").read_bytes()
-    for output in ("out.jsonl", "log.jsonl"):
-        with pytest.raises(DataError, match="exists already and is not overwritten"):
+    for output, problem in (("out.jsonl", "exists already and is not overwritten"), ("log.jsonl", "is the input")):
+        with pytest.raises(DataError, match=problem):
             import_trajectories([tmp_path / "log.jsonl"], tmp_path / output, Options(format="openai"))
     assert (tmp_path / "out.jsonl").read_bytes() == before
     with pytest.raises(DataError, match="cannot be written"):
