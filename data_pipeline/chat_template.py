@@ -17,6 +17,7 @@ import msgspec
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
+from data_pipeline import typed_json
 from data_pipeline.caching import ByteLRU
 from data_pipeline.errors import DataError
 from data_pipeline.trajectory import Message, text_parts
@@ -53,6 +54,28 @@ SHIPPED = {
     "chatml": Shipped(("<|im_start|>", "<|im_end|>"), "<|im_end|>"),
     "llama3": Shipped(("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "<|eot_id|>"),
 }
+
+
+class _Token(msgspec.Struct):
+    content: str
+
+
+class _NamedTemplate(msgspec.Struct):
+    name: str
+    template: str
+
+
+class _TokenizerConfig(msgspec.Struct):
+    """The fields of tokenizer_config.json that are read; files have others."""
+
+    bos_token: str | _Token | None = None
+    eos_token: str | _Token | None = None
+    unk_token: str | _Token | None = None
+    sep_token: str | _Token | None = None
+    pad_token: str | _Token | None = None
+    cls_token: str | _Token | None = None
+    mask_token: str | _Token | None = None
+    chat_template: str | list[_NamedTemplate] | dict[str, str] | None = None
 
 
 class FrozenMessage(NamedTuple):
@@ -169,21 +192,22 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
         raise DataError(f"{file}: cannot be read: {one_line(error)}") from None
     # The separate file has priority, as in transformers.
     template = directory / "chat_template.jinja"
-    tokenizer.chat_template = (
-        template.read_text(encoding="utf-8") if template.is_file() else config.get("chat_template")
-    )
+    tokenizer.chat_template = _read_text(template) if template.is_file() else config.get("chat_template")
     return tokenizer
 
 
 def read_tokenizer_config(directory: Path) -> dict[str, Any]:
-    """tokenizer_config.json of a directory; empty if it is missing. Raises DataError if it is malformed."""
+    """tokenizer_config.json of a directory; empty if it is missing.
+
+    Raises DataError if it is malformed, or if a field that this package reads has another type.
+    """
     file = directory / "tokenizer_config.json"
     if not file.is_file():
         return {}
-    try:
-        return msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: {error}") from None
+    fix = "copy or download the tokenizer's files again"
+    config = typed_json.read(file, dict[str, Any], fix=fix)
+    typed_json.convert(config, _TokenizerConfig, where=str(file), fix=fix)
+    return config
 
 
 def write_tokenizer(template: str, end: str, base: Path, directory: Path) -> None:
@@ -196,7 +220,7 @@ def write_tokenizer(template: str, end: str, base: Path, directory: Path) -> Non
             shutil.copyfile(base / name, directory / name)
     config = read_tokenizer_config(base)
     own = base / "chat_template.jinja"
-    own_text = own.read_text(encoding="utf-8") if own.is_file() else config.get("chat_template")
+    own_text = _read_text(own) if own.is_file() else config.get("chat_template")
     token = config.get("eos_token")
     is_own = own_text is not None and default_template(own_text) == template
     if not is_own or (token and _token_text(token)) != end:
@@ -250,6 +274,8 @@ def default_template(template: Any) -> str:
     if isinstance(template, str):
         return template
     named = template if isinstance(template, Mapping) else {entry["name"]: entry["template"] for entry in template}
+    if "default" not in named:
+        raise DataError(f"none of the chat templates {', '.join(map(repr, named))} is named 'default'; name one so")
     return named["default"]
 
 
@@ -296,6 +322,13 @@ def _rendering_bytes(arguments: tuple[FrozenConversation, bytes, bool], text: st
 
 def _no_date(form: str) -> str:
     raise DataError("it prints today's date, and a rendering must not depend on the day")
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 (byte {error.start}); copy or download it again") from None
 
 
 def _token_text(token: str | Mapping[str, Any]) -> str:

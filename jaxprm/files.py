@@ -165,9 +165,12 @@ def without_nan(value: Any) -> Any:
 def _objects(lines: Iterable[bytes], path: Path) -> Iterator[dict]:
     for number, text in enumerate(lines, start=1):
         try:
-            yield json.loads(text)
-        except ValueError as error:
+            value = json.loads(text)
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}:{number}: not JSON ({error}); fix the line, or remove the file") from None
+        if not isinstance(value, dict):
+            raise UserError(f"{path}:{number}: not a JSON object; fix the line, or remove the file")
+        yield value
 
 
 def _cut_torn_line(file: BinaryIO) -> list[bytes]:

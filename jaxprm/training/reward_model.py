@@ -20,6 +20,7 @@ from data_pipeline.output import staged_directory
 from data_pipeline.shards import Dataset, ShardSplit
 from jaxprm import config as config_lib
 from jaxprm import files
+from jaxprm.artifacts import recipe as recipe_file
 from jaxprm.artifacts.directory import RECIPE
 from jaxprm.errors import UserError
 from jaxprm.hf import hub, reader, writer
@@ -187,7 +188,7 @@ def is_written(directory: Path, expected: dict[str, Any]) -> bool:
     path = directory / RECIPE
     if not path.is_file():
         raise UserError(f"{directory}: exists and is no trained reward model ({RECIPE} is missing); move it away")
-    fingerprints = files.read_json(path)["fingerprints"]
+    fingerprints = recipe_file.read(path).get("fingerprints", {})
     for name, value in expected.items():
         if fingerprints.get(name) != value:
             raise UserError(

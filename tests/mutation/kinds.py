@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import random
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -204,8 +203,10 @@ def weights_reason(before: bytes, after: bytes) -> str | None:
     """Any bytes of a tensor are numbers; a header has one meaning."""
     length = int.from_bytes(before[:8], "little")
     same_header = after[: 8 + length] == before[: 8 + length]
-    return "other numbers in a tensor" if same_header and len(before) == len(after) else json_reason_of_header(
-        before, after
+    return (
+        "other numbers in a tensor"
+        if same_header and len(before) == len(after)
+        else json_reason_of_header(before, after)
     )
 
 
