@@ -188,8 +188,12 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     named = {name: _token_text(config[name]) for name in _TOKEN_NAMES if config.get(name)}
     try:
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), **named)
-    except Exception as error:  # The tokenizers library raises no narrower class.
-        raise DataError(f"{file}: cannot be read: {one_line(error)}") from None
+    except (
+        BaseException
+    ) as error:  # The tokenizers library raises no narrower class, and Rust's panics are no Exception.
+        if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
+            raise
+        raise DataError(f"{file}: cannot be read: {one_line(error)[:300]}") from None
     # The separate file has priority, as in transformers.
     template = directory / "chat_template.jinja"
     tokenizer.chat_template = _read_text(template) if template.is_file() else config.get("chat_template")
@@ -309,7 +313,7 @@ def freeze(message: Message) -> FrozenMessage:
     return FrozenMessage(message.role, content, msgspec.json.encode(others) if others else b"")
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """The message of an error on a single line."""
     return " ".join(str(error).split()) or type(error).__name__
 

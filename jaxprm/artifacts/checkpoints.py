@@ -59,7 +59,9 @@ class Checkpoints:
             # What a killed process left unfinished is removed when the next one starts.
             cleanup_tmp_directories=True,
         )
-        self._manager = ocp.CheckpointManager(Path(directory).absolute(), options=options)
+        # The manager reads the metadata of every checkpoint that is there.
+        with _broken_files(directory, "delete the broken checkpoint in it"):
+            self._manager = ocp.CheckpointManager(Path(directory).absolute(), options=options)
         self._meta = {"identity": identity, "config": config or {}}
         self._directory = directory
 

@@ -12,7 +12,7 @@ from data_pipeline import typed_json
 from data_pipeline.chat_template import DATE, Messages, one_line, read_tokenizer_config
 from data_pipeline.encode import Encoder
 from jaxprm import files
-from jaxprm.errors import UserError
+from jaxprm.errors import UserError, shown
 
 _TEMPLATE = "chat_template.jinja"
 _SPECIAL = "special_tokens_map.json"
@@ -81,15 +81,19 @@ def _same_tokens(source: Path, directory: Path, encoder: Encoder, conversations:
 
     Raises UserError if it cannot read the files, which have all fields of those in `source`.
     """
-    from transformers import AutoTokenizer
-
     try:
-        theirs = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        return _encodes_equally(directory, encoder, conversations)
     except Exception as error:  # transformers raises anything for a field of a wrong type
         raise UserError(
             f"model {source}: transformers cannot read its config.json or its tokenizer's files "
-            f"({type(error).__name__}: {one_line(error)[:300]}); correct the field, or remove it"
-        ) from None
+            f"({type(error).__name__}: {shown(one_line(error)[:300])}); correct the field, or remove it"
+        ) from error
+
+
+def _encodes_equally(directory: Path, encoder: Encoder, conversations: Sequence[Messages]) -> bool:
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     if len(theirs) != encoder.vocabulary_size or theirs.pad_token_id != encoder.pad_id:
         return False
     for messages in conversations:

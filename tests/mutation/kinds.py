@@ -17,7 +17,7 @@ import numpy as np
 
 from tests.model import tiny
 from tests.mutation import mutations as mutate
-from tests.mutation.outcomes import command, json_reason
+from tests.mutation.outcomes import changes, command, json_reason
 
 Verb = Callable[[Path], Any]
 Reason = Callable[[bytes, bytes], str | None]
@@ -28,7 +28,7 @@ class Kind:
     """A kind of file.
 
     Args:
-        make: writes a directory that holds a healthy file at `file`.
+        make: writes a directory that holds a healthy file at `file`, a pattern of which the largest match is taken.
         mutators: each makes one random mutation.
         verbs: what reads it, by name: a function of the directory that returns the comparable output.
         reason: why other content may change the output.
@@ -42,6 +42,9 @@ class Kind:
     verbs: dict[str, Verb]
     reason: Reason = json_reason
     names: tuple[str, ...] = ()
+
+    def path(self, directory: Path) -> Path:
+        return max(directory.glob(self.file), key=lambda path: path.stat().st_size)
 
 
 # Models and checkpoints.
@@ -94,9 +97,9 @@ def make_checkpoint(directory: Path) -> None:
     (directory / "run/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
 
 
-def write_trajectories(path: Path, count: int = 4) -> None:
+def write_trajectories(path: Path, count: int = 4, first: int = 0) -> None:
     lines = []
-    for number in range(count):
+    for number in range(first, first + count):
         messages = tiny.conversation(number)
         line = {"id": f"row {number}", "task": f"task {number // 2}", "environment": "craft", "messages": messages}
         line |= {"outcome": number % 2, "success": bool(number % 2), "step_labels": [1, 0, 1], "ended": "done"}
@@ -147,7 +150,12 @@ def export(directory: Path, name: str = "model") -> Any:
     output = directory / "exported"
     shutil.rmtree(output, ignore_errors=True)
     command("export", "--model", directory / name, "--output", output)()
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(output.iterdir())}
+    from data_pipeline.encode import Encoder
+    from jaxprm.hf.reader import read_config
+
+    # Not the files that are copied as they are: what they mean.
+    weights = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(output.glob("*.safetensors"))]
+    return weights, str(read_config(output)[0]), Encoder.load(output).fingerprint, (output / "README.md").read_text()
 
 
 def serve(directory: Path, name: str = "model") -> Any:
@@ -199,6 +207,26 @@ def any_text(before: bytes, after: bytes) -> str | None:
     return "another valid content"
 
 
+def any_number(before: bytes, after: bytes) -> str | None:
+    """Orbax stores arrays without checksums: other bytes are other numbers."""
+    return "other numbers in a tensor" if len(before) == len(after) else None
+
+
+def free_reason(*fields: str) -> Reason:
+    """As `json_reason`, and anything may be in these fields, which are shown or compared as they are."""
+
+    def reason(before: bytes, after: bytes) -> str | None:
+        if known := json_reason(before, after):
+            return known
+        with suppress(ValueError):
+            for path, _ in changes(json.loads(before), json.loads(after)):
+                if path.split(".")[1].partition("[")[0] in fields:
+                    return "a field of any form, shown as it is"
+        return None
+
+    return reason
+
+
 def weights_reason(before: bytes, after: bytes) -> str | None:
     """Any bytes of a tensor are numbers; a header has one meaning."""
     length = int.from_bytes(before[:8], "little")
@@ -215,6 +243,127 @@ def json_reason_of_header(before: bytes, after: bytes) -> str | None:
     with suppress(ValueError):
         return json_reason(*headers)
     return None
+
+
+# Datasets.
+
+
+def make_dataset(directory: Path) -> None:
+    from data_pipeline.build import build
+
+    for first, split in enumerate(("train", "validation")):
+        write_trajectories(directory / f"{split}.jsonl", 2, 2 * first)
+    inputs = {"train": [directory / "train.jsonl"], "validation": [directory / "validation.jsonl"]}
+    build(inputs, tiny.encoder(), directory / "shards", max_length=None, shards=1)
+
+
+def read_dataset(directory: Path) -> Any:
+    from data_pipeline.shards import open_dataset
+
+    dataset = open_dataset(directory / "shards", encoder_fingerprint=tiny.encoder().fingerprint)
+    splits = [dataset.split(name) for name in ("train", "validation")]
+    fields = [value.tolist() if isinstance(value, np.ndarray) else value for split in splits for value in split]
+    return str(fields), dataset.fingerprint, dataset.metadata.pad_id
+
+
+# Trajectories.
+
+
+def make_trajectories(directory: Path) -> None:
+    make_model(directory)
+
+
+def validate(directory: Path) -> Any:
+    output = directory / "validated.json"
+    status = command("validate", directory / "t.jsonl", "--json", output, "--tokenizer", directory / "model")()
+    return status, output.read_text()
+
+
+def import_rows(directory: Path) -> Any:
+    output = directory / "imported.jsonl"
+    output.unlink(missing_ok=True)
+    arguments = (
+        "--format",
+        "openai",
+        "--input",
+        directory / "t.jsonl",
+        "--output",
+        output,
+        "--outcome-field",
+        "outcome",
+    )
+    status = command("import-trajectories", *arguments)()
+    return status, output.read_text()
+
+
+def collect(directory: Path) -> Any:
+    """Trajectories of a user as a run takes them, with --data."""
+    from jaxprm.workflow.user_files import import_files
+
+    outputs = {"train": directory / "collected.jsonl"}
+    arguments = [f"train={directory / 't.jsonl'}"]
+    imported = import_files(arguments, outputs, validation_share=0.5, seed=0, skip_bad=False)
+    return str(imported), outputs["train"].read_text()
+
+
+# Reports.
+
+
+def make_report(directory: Path) -> None:
+    from tests.report.conftest import make_results, make_trees, write
+
+    write(directory / "run", make_results(), make_trees()[:2])
+
+
+def report(directory: Path) -> Any:
+    from jaxprm.report.build import build_report
+
+    page = build_report(directory / "run").read_text()
+    return page
+
+
+def make_run(directory: Path) -> None:
+    from tests.report.conftest import make_results
+
+    make_model(directory)
+    model = directory / "run/reward_models/agentprm/seed-0/model"
+    model.parent.mkdir(parents=True)
+    shutil.move(directory / "model", model)
+    (directory / "run/results.json").write_text(json.dumps(make_results()))
+
+
+# Configs.
+
+
+def make_overrides(directory: Path) -> None:
+    (directory / "overrides.json").write_text(
+        json.dumps(
+            {
+                "search.pool": 64,
+                "search.beams": [[2, 2]],
+                "collection.files": ["a.jsonl"],
+                "environment.arguments": {"a": {"b": [1]}},
+                "reward_models.0.discount": 0.5,
+                "policy.endpoint": {"model": "m", "base_url": "http://127.0.0.1:1/v1", "extra_body": {"top_p": 0.5}},
+                "name": "x",
+            }
+        )
+    )
+
+
+def load_config(directory: Path) -> Any:
+    """The config with the members of the file's object as overrides, each value as it is spelt there."""
+    from jaxprm import config
+
+    text = (directory / "overrides.json").read_bytes().decode("utf-8", "surrogateescape")
+    try:
+        overrides = [f"{name}={json.dumps(value)}" for name, value in json.loads(text).items()]
+    except (ValueError, RecursionError, AttributeError):
+        overrides = [f"search.pool={text}", f"environment.arguments.text={text}", text[:3000] + "=1"]
+    experiment = config.load("textcraft_tiny", overrides)
+    plain = json.dumps(config.to_dict(experiment), ensure_ascii=False)
+    plain.encode()
+    return plain
 
 
 MODELS = (
@@ -243,4 +392,98 @@ MODELS = (
     ),
 )  # fmt: skip
 
-KINDS = MODELS
+CHECKPOINTS = tuple(
+    Kind(
+        f"checkpoint: {name}",
+        make_checkpoint,
+        f"run/{name}",
+        mutators,
+        verbs,
+        reason,
+        names=("/run",),
+    )
+    for name, mutators, verbs, reason in (
+        (
+            "checkpoints/7/meta/metadata",
+            JSON,
+            {"inspect": inspect, "resume": resume},
+            free_reason("identity", "position", "config"),
+        ),
+        (
+            "checkpoints/7/state/_METADATA",
+            JSON,
+            {"inspect": inspect, "load": of_run(load), "resume": resume},
+            json_reason,
+        ),
+        (
+            "checkpoints/7/state/_sharding",
+            JSON,
+            {"inspect": inspect, "load": of_run(load), "resume": resume},
+            json_reason,
+        ),
+        (
+            "checkpoints/7/_CHECKPOINT_METADATA",
+            JSON,
+            {"inspect": inspect, "load": of_run(load), "resume": resume},
+            any_text,
+        ),
+        (
+            "checkpoints/7/state/manifest.ocdbt",
+            BYTES,
+            {"inspect": inspect, "load": of_run(load), "resume": resume},
+            json_reason,
+        ),
+        (
+            "checkpoints/7/state/ocdbt.process_0/d/*",
+            BYTES,
+            {"inspect": inspect, "load": of_run(load), "resume": resume},
+            any_number,
+        ),
+        (
+            "checkpoints/7/state/array_metadatas/process_0",
+            JSON,
+            {"inspect": inspect, "load": of_run(load), "resume": resume},
+            json_reason,
+        ),
+        (
+            "metrics.jsonl",
+            (mutate.one_of_lines, mutate.one_bytes),
+            {"export": of_run(export), "load": of_run(load)},
+            any_text,
+        ),
+        ("model-files/config.json", JSON, {"load": of_run(load), "export": of_run(export)}, json_reason),
+    )
+)
+DATASETS = tuple(
+    Kind(f"dataset: {name}", make_dataset, f"shards/{name}", mutators, {"read": read_dataset}, names=("/shards",))
+    for name, mutators in (
+        ("metadata.json", JSON),
+        ("features.json", JSON),
+        ("dataset_info.json", JSON),
+        ("trajectories-train.tfrecord-00000-of-00001", BYTES),
+    )
+)
+LINES = (mutate.one_of_lines, mutate.one_of_lines, mutate.one_bytes)
+OTHERS = (
+    Kind(
+        "trajectories",
+        make_trajectories,
+        "t.jsonl",
+        LINES,
+        {
+            "score": score,
+            "evaluate": evaluate,
+            "evaluate --labels": lambda directory: evaluate(directory, "model", "--labels", "own.labels"),
+            "evaluate --group": lambda directory: evaluate(directory, "model", "--group", "level"),
+            "validate": validate,
+            "import": import_rows,
+            "collect": collect,
+        },
+        any_text,
+    ),
+    Kind("results.json", make_report, "run/results.json", JSON, {"report": report}),
+    Kind("trees.json", make_report, "run/search/trees.json", JSON, {"report": report}),
+    Kind("results.json of a model", make_run, "run/results.json", JSON, {"export": of_run(export)}),
+    Kind("overrides", make_overrides, "overrides.json", JSON, {"load": load_config}, names=("config", "override")),
+)
+KINDS = MODELS + CHECKPOINTS + DATASETS + OTHERS

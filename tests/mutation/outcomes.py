@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-SECONDS = 20  # for one input; a healthy one takes less than one
+SECONDS = 10  # for one input; a healthy one takes less than one
 MAX_LINE = 1200
 
 
@@ -83,7 +83,7 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def run(verb: Callable[[Path], Any], directory: Path) -> Result:
+def run(verb: Callable[[Path], Any], directory: Path, seconds: float = SECONDS) -> Result:
     """The result of a verb, a function of the directory with its files.
 
     A verb returns its output, which must not be None, or raises what the command line would.
@@ -92,7 +92,7 @@ def run(verb: Callable[[Path], Any], directory: Path) -> Result:
 
     out, err = io.StringIO(), io.StringIO()
     try:
-        with time_limit(SECONDS), redirect_stdout(out), redirect_stderr(err):
+        with time_limit(seconds), redirect_stdout(out), redirect_stderr(err):
             output = verb(directory)
     except Hang:
         return Result(fault="hang")

@@ -19,6 +19,10 @@ from tests.mutation.kinds import Kind
 from tests.mutation.outcomes import Counts, run
 
 
+# Seconds for the healthy file, whose verbs compile programs.
+COMPILING = 300
+
+
 def chosen(kind: Kind, content: bytes, count: int, seed: int) -> Iterator[mutate.Mutation]:
     """`count` mutations: those of the whole file first, then random ones."""
     rng = random.Random(f"{kind.name} {seed}")
@@ -37,10 +41,10 @@ def write(path: Path, content: bytes) -> None:
 
 def sweep(kind: Kind, directory: Path, inputs: Iterable[mutate.Mutation], *, each_verb: bool = False) -> Counts:
     """Runs a verb of the kind on every input, in turn, or all verbs on each."""
-    counts, path = Counts(), directory / kind.file
+    counts, path = Counts(), kind.path(directory)
     original = path.read_bytes()
     verbs = list(kind.verbs.items())
-    baselines = {name: run(verb, directory) for name, verb in verbs}
+    baselines = {name: run(verb, directory, COMPILING) for name, verb in verbs}
     for name, result in baselines.items():
         assert result.output is not None, f"{kind.name}, {name}: the healthy file fails: {result}"
     names = kind.names or (path.name,)
@@ -70,14 +74,14 @@ def main() -> int:
             continue
         with tempfile.TemporaryDirectory() as folder:
             kind.make(Path(folder))
-            content = (Path(folder) / kind.file).read_bytes()
+            content = kind.path(Path(folder)).read_bytes()
             inputs = mutate.all_json(content) if options.all else chosen(kind, content, options.count, options.seed)
             began = time.monotonic()
             counts = sweep(kind, Path(folder), inputs)
             print(f"{kind.name}: {counts} ({time.monotonic() - began:.0f} s) {dict(counts.reasons)}", flush=True)
         seen = set()
         for fault in counts.faults:
-            last = fault.strip().splitlines()[-1][:80] + fault.strip().splitlines()[-2][:60] if "\n" in fault else fault
+            last = fault.rpartition(" at ")[2][:60] if "tracebacks" in fault else fault[:60]
             if last not in seen and len(seen) < options.show:
                 seen.add(last)
                 print("   ", fault, flush=True)
