@@ -217,11 +217,10 @@ class Dataset:
             raise DataError(f"{self.directory}: no shard of split {name} is intact; build the dataset again")
         parts = [tfds.core.ReadInstruction(name, from_=index, to=index + 1, unit="shard") for index in kept]
         instruction = name if len(kept) == len(files) else functools.reduce(operator.add, parts)
+        columns: dict[str, list[np.ndarray]] = {}
         with _broken_files(self.directory):
             records = self._builder.as_dataset(split=instruction, shuffle_files=False, read_config=config)
-        columns: dict[str, list[np.ndarray]] = {}
-        # Ragged batches are converted a thousand records at a time, not one by one.
-        with _broken_files(self.directory):
+            # Ragged batches are converted a thousand records at a time, not one by one.
             for batch in records.ragged_batch(1024):
                 for field, value in batch.items():
                     if field in _TOKEN_FIELDS or field in _STEP_FIELDS:
@@ -229,20 +228,21 @@ class Dataset:
                         columns.setdefault(f"{field} lengths", []).append(value.row_lengths().numpy())
                     else:
                         columns.setdefault(field, []).append(value.numpy())
-        arrays = {field: np.concatenate(parts) for field, parts in columns.items()}
+            arrays = {field: np.concatenate(parts) for field, parts in columns.items()}
+            split = ShardSplit(
+                ids=[id.decode() for id in arrays["id"]],
+                tasks=[task.decode() for task in arrays["task"]],
+                weights=arrays["weight"].astype(np.float32),
+                outcomes=arrays["outcome"],
+                token_starts=_starts(arrays["tokens lengths"]),
+                step_starts=_starts(arrays["read_positions lengths"]),
+                tokens=arrays["tokens"],
+                **{field: arrays[field] for field in _STEP_FIELDS},
+            )
         expected = self.metadata.splits[name].trajectories - self.skipped(name).trajectories
-        if len(arrays["weight"]) != expected:
-            raise DataError(f"{self.directory}: split {name} has {len(arrays['weight'])} records, not {expected}")
-        return ShardSplit(
-            ids=[id.decode() for id in arrays["id"]],
-            tasks=[task.decode() for task in arrays["task"]],
-            weights=arrays["weight"].astype(np.float32),
-            outcomes=arrays["outcome"],
-            token_starts=_starts(arrays["tokens lengths"]),
-            step_starts=_starts(arrays["read_positions lengths"]),
-            tokens=arrays["tokens"],
-            **{field: arrays[field] for field in _STEP_FIELDS},
-        )
+        if len(split.ids) != expected:
+            raise DataError(f"{self.directory}: split {name} has {len(split.ids)} records, not {expected}")
+        return split
 
 
 def open_dataset(

@@ -18,6 +18,11 @@ _FIX = "correct the field, or copy the file again from the training output"
 
 class _Targets(msgspec.Struct):
     discount: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
+    beta: float | None = None
+    gae_lambda: float | None = None
+    bootstrap: str | None = None
+    progress_gradient: str | None = None
+    target_update: str | None = None
 
 
 class _Settings(msgspec.Struct):

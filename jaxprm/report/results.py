@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from data_pipeline import typed_json
 from jaxprm.errors import UserError
 from jaxprm.search.methods import SEARCHES
 
@@ -229,10 +230,15 @@ def load_trees(path: Path) -> list[SearchTree]:
 
 def _decode(path: Path, form: type[T]) -> T:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=form)
+        content = path.read_bytes()
+        if form is RunResults:
+            typed_json.parse(content)  # refuses a name that occurs twice, which msgspec accepts
+        return msgspec.json.decode(content, type=form)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run the evaluation and search stages of this work directory") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply; write it again with the evaluation and search stages") from None
+    except ValueError as error:  # msgspec's errors, invalid UTF-8, and those of typed_json
         raise UserError(f"{path}: {error}; write it again with the evaluation and search stages") from None
 
 

@@ -220,7 +220,7 @@ def free_reason(*fields: str) -> Reason:
             return known
         with suppress(ValueError):
             for path, _ in changes(json.loads(before), json.loads(after)):
-                if path.split(".")[1].partition("[")[0] in fields:
+                if any(f".{field}" in path for field in fields):
                     return "a field of any form, shown as it is"
         return None
 
@@ -316,10 +316,11 @@ def make_report(directory: Path) -> None:
 
 
 def report(directory: Path) -> Any:
-    from jaxprm.report.build import build_report
+    """The page, without its figures' files, which take seconds."""
+    from jaxprm.report.build import render
+    from jaxprm.report.results import load_results, load_trees
 
-    page = build_report(directory / "run").read_text()
-    return page
+    return render(load_results(directory / "run/results.json"), load_trees(directory / "run/search/trees.json"))
 
 
 def make_run(directory: Path) -> None:
@@ -343,7 +344,7 @@ def make_overrides(directory: Path) -> None:
                 "search.beams": [[2, 2]],
                 "collection.files": ["a.jsonl"],
                 "environment.arguments": {"a": {"b": [1]}},
-                "reward_models.0.discount": 0.5,
+                "reward_models.0.learning_rate": 0.5,
                 "policy.endpoint": {"model": "m", "base_url": "http://127.0.0.1:1/v1", "extra_body": {"top_p": 0.5}},
                 "name": "x",
             }
@@ -484,6 +485,14 @@ OTHERS = (
     Kind("results.json", make_report, "run/results.json", JSON, {"report": report}),
     Kind("trees.json", make_report, "run/search/trees.json", JSON, {"report": report}),
     Kind("results.json of a model", make_run, "run/results.json", JSON, {"export": of_run(export)}),
-    Kind("overrides", make_overrides, "overrides.json", JSON, {"load": load_config}, names=("config", "override")),
+    Kind(
+        "overrides",
+        make_overrides,
+        "overrides.json",
+        JSON,
+        {"load": load_config},
+        free_reason("arguments", "extra_body"),
+        names=("config", "override"),
+    ),
 )
 KINDS = MODELS + CHECKPOINTS + DATASETS + OTHERS

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-SECONDS = 10  # for one input; a healthy one takes less than one
+SECONDS = 30  # for one input; a healthy one takes less than one, and seconds if it compiles
 MAX_LINE = 1200
 
 

@@ -11,13 +11,12 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from tests.mutation import mutations as mutate
 from tests.mutation.kinds import Kind
 from tests.mutation.outcomes import Counts, run
-
 
 # Seconds for the healthy file, whose verbs compile programs.
 COMPILING = 300
@@ -39,21 +38,21 @@ def write(path: Path, content: bytes) -> None:
     os.replace(beside, path)
 
 
-def sweep(kind: Kind, directory: Path, inputs: Iterable[mutate.Mutation], *, each_verb: bool = False) -> Counts:
-    """Runs a verb of the kind on every input, in turn, or all verbs on each."""
+def sweep(kind: Kind, directory: Path, inputs: Iterable[mutate.Mutation], only: Collection[str] = ()) -> Counts:
+    """Runs the verbs of the kind, or only some, on the inputs: one verb on each, in turn."""
     counts, path = Counts(), kind.path(directory)
     original = path.read_bytes()
-    verbs = list(kind.verbs.items())
+    verbs = [(name, verb) for name, verb in kind.verbs.items() if not only or name in only]
     baselines = {name: run(verb, directory, COMPILING) for name, verb in verbs}
     for name, result in baselines.items():
         assert result.output is not None, f"{kind.name}, {name}: the healthy file fails: {result}"
     names = kind.names or (path.name,)
     for index, (label, content) in enumerate(inputs):
         write(path, content)
-        for name, verb in verbs if each_verb else [verbs[index % len(verbs)]]:
-            result = run(verb, directory)
-            where = f"{kind.name}, {name}: {label}"
-            counts.add(where, result, baselines[name].output, lambda c=content: kind.reason(original, c), names)
+        name, verb = verbs[index % len(verbs)]
+        result = run(verb, directory)
+        where = f"{kind.name}, {name}: {label}"
+        counts.add(where, result, baselines[name].output, lambda c=content: kind.reason(original, c), names)
     write(path, original)
     return counts
 
