@@ -12,6 +12,7 @@ from typing import Any
 
 from data_pipeline.errors import listed
 from jaxprm import config as config_lib
+from jaxprm import files
 from jaxprm.artifacts import recipe
 from jaxprm.errors import UserError
 from jaxprm.objectives import check_settings

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
-import numpy as np
-
-from tests.model import tiny
 from tests.mutation import mutations as mutate
-from tests.mutation.outcomes import changes, command, json_reason
+from tests.mutation import verbs
+from tests.mutation.outcomes import changes, json_reason
+from tests.mutation.verbs import Verb
 
-Verb = Callable[[Path], Any]
 Reason = Callable[[bytes, bytes], str | None]
 
 
@@ -33,6 +27,7 @@ class Kind:
         verbs: what reads it, by name: a function of the directory that returns the comparable output.
         reason: why other content may change the output.
         names: an error names one of these; by default the file's name.
+        share: of the inputs of a sweep; less where a verb takes long.
     """
 
     name: str
@@ -42,159 +37,19 @@ class Kind:
     verbs: dict[str, Verb]
     reason: Reason = json_reason
     names: tuple[str, ...] = ()
+    share: float = 1.0
 
     def path(self, directory: Path) -> Path:
         return max(directory.glob(self.file), key=lambda path: path.stat().st_size)
 
 
-# Models and checkpoints.
-
-RECIPE = {
-    "format": "jaxprm-reward-model",
-    "version": 1,
-    "max_tokens": 1024,
-    "seed": 3,
-    "trained_on": {"trajectories": 1234, "tokens": 56789},
-    "turn_tokens": {"action": {"median": 5, "most": 9}, "observation": {"median": 6, "most": 12}},
-    "config": {"trainable": "full", "label": "agentprm"},
-    "validation": {"loss": 0.0625, "by_depth": {"1": 0.5}},
-    "objective_text": "the outcome",
+SCORING: dict[str, Verb] = {
+    "load": verbs.load,
+    "score": verbs.score,
+    "evaluate": verbs.evaluate,
+    "export": verbs.export,
+    "serve": verbs.serve,
 }
-
-
-def make_model(directory: Path) -> None:
-    fingerprints = {"fingerprints": {"tokenizer": tiny.encoder().fingerprint, "shards": "s"}}
-    model = tiny.write_reward_model(directory / "model")
-    recipe = json.loads((model / "reward_model.json").read_text()) | RECIPE | fingerprints
-    (model / "reward_model.json").write_text(json.dumps(recipe))
-    (model / "special_tokens_map.json").write_text(json.dumps({"eos_token": tiny.encoder().decode([1]), "x": "y"}))
-    write_trajectories(directory / "t.jsonl")
-
-
-def make_sharded_model(directory: Path) -> None:
-    from jaxprm.hf import writer
-
-    make_model(directory)
-    model, encoder = directory / "model", tiny.encoder()
-    (model / "model.safetensors").unlink()
-    sizes = {"pad_id": encoder.pad_id, "end_id": encoder.end_id, "max_length": 1024}
-    writer.write_model(model, tiny.CONFIG, tiny.reward_model(), **sizes, max_shard_bytes=40_000)
-
-
-def make_checkpoint(directory: Path) -> None:
-    import jax.numpy as jnp
-
-    from jaxprm.artifacts.checkpoints import Checkpoints
-    from jaxprm.artifacts.directory import DESCRIPTION
-
-    make_model(directory)
-    checkpoints = Checkpoints(directory / "run/checkpoints", {"config": "c", "seed": 3}, config={"label": "agentprm"})
-    state = {"step": jnp.int32(7), "parameters": tiny.reward_model(), "optimizer": {"mu": jnp.ones(3)}}
-    checkpoints.save(7, state, {"batches": 7})
-    checkpoints.close()
-    shutil.move(directory / "model", directory / "run" / DESCRIPTION)
-    log = [{"step": 5, "validation_loss": 0.5}, {"step": 7, "loss": 0.1}, {"step": 9, "validation_loss": 0.25}]
-    (directory / "run/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-
-
-def write_trajectories(path: Path, count: int = 4, first: int = 0) -> None:
-    lines = []
-    for number in range(first, first + count):
-        messages = tiny.conversation(number)
-        line = {"id": f"row {number}", "task": f"task {number // 2}", "environment": "craft", "messages": messages}
-        line |= {"outcome": number % 2, "success": bool(number % 2), "step_labels": [1, 0, 1], "ended": "done"}
-        line |= {"meta": {"level": number % 2, "own": {"labels": [0.5, None, 1]}}, "policy": {"name": "p"}}
-        lines.append(json.dumps(line) + "\n")
-    path.write_text("".join(lines))
-
-
-def load(directory: Path, name: str = "model") -> Any:
-    """What loading a model for scoring gives: its config and parameters, tokens of a conversation, and its recipe."""
-    from jaxprm.api import Model
-    from jaxprm.artifacts.directory import find_model, model_identity, read_recipe
-    from jaxprm.scoring.loading import load_scorer
-
-    model = find_model(directory / name)
-    scorer, recipe = load_scorer(model), read_recipe(model)
-    model_identity(model)
-    Model(scorer, recipe)
-    tokens = scorer.encoder.trajectory(tiny.conversation(3), row="x").tokens.tolist()
-    return str(scorer.config), digest(scorer.parameters), tokens, str(scorer.engine.shapes)
-
-
-def digest(parameters: Any) -> str:
-    import jax
-
-    leaves = jax.tree.leaves(parameters)
-    return hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in leaves)).hexdigest()
-
-
-def score(directory: Path, name: str = "model") -> Any:
-    output = directory / "scores"
-    for path in directory.glob("scores*"):
-        path.unlink()
-    status = command("score", "--model", directory / name, "--input", directory / "t.jsonl", "--output", output)()
-    return status, output.read_text()
-
-
-def evaluate(directory: Path, name: str = "model", *options: str) -> Any:
-    output = directory / "report.json"
-    arguments = ("--model", directory / name, "--input", directory / "t.jsonl", "--json", output, "--samples", 20)
-    status = command("evaluate", *arguments, *options)()
-    report = json.loads(output.read_text())
-    del report["models"], report["input"]["sha256"]
-    return status, json.dumps(report)
-
-
-def export(directory: Path, name: str = "model") -> Any:
-    output = directory / "exported"
-    shutil.rmtree(output, ignore_errors=True)
-    command("export", "--model", directory / name, "--output", output)()
-    from data_pipeline.encode import Encoder
-    from jaxprm.hf.reader import read_config
-
-    # Not the files that are copied as they are: what they mean.
-    weights = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(output.glob("*.safetensors"))]
-    return weights, str(read_config(output)[0]), Encoder.load(output).fingerprint, (output / "README.md").read_text()
-
-
-def serve(directory: Path, name: str = "model") -> Any:
-    """The serve verb up to the socket: the model is loaded, nothing is served."""
-    with mock.patch("jaxprm.serving.server.run") as run:
-        command("serve", "--model", directory / name, "--port", 0)()
-        return run.call_args.args[0].batcher is not None
-
-
-def check_scorer(directory: Path, name: str = "model") -> Any:
-    return command("check-scorer", "--model", directory / name)()
-
-
-def plan(directory: Path, name: str = "model") -> Any:
-    from jaxprm.planning.models import policy_config
-
-    return str(policy_config(directory / name))
-
-
-def inspect(directory: Path) -> Any:
-    from jaxprm.artifacts import checkpoints
-
-    description = checkpoints.inspect(directory / "run")
-    return checkpoints.summary(description), json.dumps(description)
-
-
-def resume(directory: Path) -> Any:
-    """The state that a resumed training run starts from."""
-    import jax
-
-    from jaxprm.artifacts.checkpoints import Checkpoints, abstract
-
-    state = {"step": jax.numpy.int32(7), "parameters": tiny.reward_model(), "optimizer": {"mu": jax.numpy.ones(3)}}
-    checkpoints = Checkpoints(directory / "run/checkpoints", {"config": "c", "seed": 3})
-    restored = checkpoints.restore(abstract(state))
-    return "nothing" if restored is None else (restored[0], digest(restored[1]), restored[2])
-
-
-SCORING: dict[str, Verb] = {"load": load, "score": score, "evaluate": evaluate, "export": export, "serve": serve}
 BYTES, JSON = (mutate.one_bytes,), (mutate.one_json, mutate.one_json, mutate.one_bytes)
 
 
@@ -212,6 +67,11 @@ def any_number(before: bytes, after: bytes) -> str | None:
     return "other numbers in a tensor" if len(before) == len(after) else None
 
 
+def trees_reason(before: bytes, after: bytes) -> str | None:
+    """As for rows: there may be many trees."""
+    return json_reason(before, after) or _repeated(after)
+
+
 def free_reason(*fields: str) -> Reason:
     """As `json_reason`, and anything may be in these fields, which are shown or compared as they are."""
 
@@ -225,6 +85,29 @@ def free_reason(*fields: str) -> Reason:
         return None
 
     return reason
+
+
+def lines_reason(before: bytes, after: bytes) -> str | None:
+    """Why other rows may give another output, where they are not reported as bad."""
+    old, new = before.splitlines(), after.splitlines()
+    if len(old) != len(new):
+        return "other rows"
+    of_line = free_reason("meta", "policy", "tools", "tool_calls")
+    reasons = [of_line(*pair) or _repeated(pair[1]) for pair in zip(old, new, strict=True) if pair[0] != pair[1]]
+    return reasons[0] if reasons and all(reasons) else None
+
+
+def _repeated(line: bytes) -> str | None:
+    """Rows are too many to look for repeated names: msgspec takes the last, as JSON parsers do."""
+    names: list[str] = []
+
+    def count(pairs: list) -> dict:
+        names.extend([name for name, _ in pairs][len(dict(pairs)) :])
+        return dict(pairs)
+
+    with suppress(ValueError):
+        json.loads(line, object_pairs_hook=count)
+    return "a name that occurs twice in a row: the last counts" if names else None
 
 
 def weights_reason(before: bytes, after: bytes) -> str | None:
@@ -245,158 +128,51 @@ def json_reason_of_header(before: bytes, after: bytes) -> str | None:
     return None
 
 
-# Datasets.
-
-
-def make_dataset(directory: Path) -> None:
-    from data_pipeline.build import build
-
-    for first, split in enumerate(("train", "validation")):
-        write_trajectories(directory / f"{split}.jsonl", 2, 2 * first)
-    inputs = {"train": [directory / "train.jsonl"], "validation": [directory / "validation.jsonl"]}
-    build(inputs, tiny.encoder(), directory / "shards", max_length=None, shards=1)
-
-
-def read_dataset(directory: Path) -> Any:
-    from data_pipeline.shards import open_dataset
-
-    dataset = open_dataset(directory / "shards", encoder_fingerprint=tiny.encoder().fingerprint)
-    splits = [dataset.split(name) for name in ("train", "validation")]
-    fields = [value.tolist() if isinstance(value, np.ndarray) else value for split in splits for value in split]
-    return str(fields), dataset.fingerprint, dataset.metadata.pad_id
-
-
-# Trajectories.
-
-
-def make_trajectories(directory: Path) -> None:
-    make_model(directory)
-
-
-def validate(directory: Path) -> Any:
-    output = directory / "validated.json"
-    status = command("validate", directory / "t.jsonl", "--json", output, "--tokenizer", directory / "model")()
-    return status, output.read_text()
-
-
-def import_rows(directory: Path) -> Any:
-    output = directory / "imported.jsonl"
-    output.unlink(missing_ok=True)
-    arguments = (
-        "--format",
-        "openai",
-        "--input",
-        directory / "t.jsonl",
-        "--output",
-        output,
-        "--outcome-field",
-        "outcome",
-    )
-    status = command("import-trajectories", *arguments)()
-    return status, output.read_text()
-
-
-def collect(directory: Path) -> Any:
-    """Trajectories of a user as a run takes them, with --data."""
-    from jaxprm.workflow.user_files import import_files
-
-    outputs = {"train": directory / "collected.jsonl"}
-    arguments = [f"train={directory / 't.jsonl'}"]
-    imported = import_files(arguments, outputs, validation_share=0.5, seed=0, skip_bad=False)
-    return str(imported), outputs["train"].read_text()
-
-
-# Reports.
-
-
-def make_report(directory: Path) -> None:
-    from tests.report.conftest import make_results, make_trees, write
-
-    write(directory / "run", make_results(), make_trees()[:2])
-
-
-def report(directory: Path) -> Any:
-    """The page, without its figures' files, which take seconds."""
-    from jaxprm.report.build import render
-    from jaxprm.report.results import load_results, load_trees
-
-    return render(load_results(directory / "run/results.json"), load_trees(directory / "run/search/trees.json"))
-
-
-def make_run(directory: Path) -> None:
-    from tests.report.conftest import make_results
-
-    make_model(directory)
-    model = directory / "run/reward_models/agentprm/seed-0/model"
-    model.parent.mkdir(parents=True)
-    shutil.move(directory / "model", model)
-    (directory / "run/results.json").write_text(json.dumps(make_results()))
-
-
-# Configs.
-
-
-def make_overrides(directory: Path) -> None:
-    (directory / "overrides.json").write_text(
-        json.dumps(
-            {
-                "search.pool": 64,
-                "search.beams": [[2, 2]],
-                "collection.files": ["a.jsonl"],
-                "environment.arguments": {"a": {"b": [1]}},
-                "reward_models.0.learning_rate": 0.5,
-                "policy.endpoint": {"model": "m", "base_url": "http://127.0.0.1:1/v1", "extra_body": {"top_p": 0.5}},
-                "name": "x",
-            }
-        )
-    )
-
-
-def load_config(directory: Path) -> Any:
-    """The config with the members of the file's object as overrides, each value as it is spelt there."""
-    from jaxprm import config
-
-    text = (directory / "overrides.json").read_bytes().decode("utf-8", "surrogateescape")
-    try:
-        overrides = [f"{name}={json.dumps(value)}" for name, value in json.loads(text).items()]
-    except (ValueError, RecursionError, AttributeError):
-        overrides = [f"search.pool={text}", f"environment.arguments.text={text}", text[:3000] + "=1"]
-    experiment = config.load("textcraft_tiny", overrides)
-    plain = json.dumps(config.to_dict(experiment), ensure_ascii=False)
-    plain.encode()
-    return plain
-
-
 MODELS = (
-    Kind("reward_model.json", make_model, "model/reward_model.json", JSON, SCORING, names=("reward_model.json", "/model:")),
-    Kind("config.json", make_model, "model/config.json", JSON, SCORING | {"plan": plan}, names=("config.json", "/model")),
-    Kind("tokenizer.json", make_model, "model/tokenizer.json", JSON, SCORING, names=("tokenizer.json", "/model")),
-    Kind("tokenizer_config.json", make_model, "model/tokenizer_config.json", JSON, SCORING, names=("/model",)),
-    Kind("special_tokens_map.json", make_model, "model/special_tokens_map.json", JSON, {"export": export}, names=("/model",)),
-    Kind("chat_template.jinja", make_model, "model/chat_template.jinja", BYTES, SCORING, any_text, names=("/model",)),
+    Kind("reward_model.json", verbs.make_model, "model/reward_model.json", JSON, SCORING, names=("/model",)),
+    Kind("config.json", verbs.make_model, "model/config.json", JSON, SCORING | {"plan": verbs.plan}, names=("/model",)),
+    Kind("tokenizer.json", verbs.make_model, "model/tokenizer.json", JSON, SCORING, names=("/model",)),
+    Kind("tokenizer_config.json", verbs.make_model, "model/tokenizer_config.json", JSON, SCORING, names=("/model",)),
+    Kind(
+        "special_tokens_map.json",
+        verbs.make_model,
+        "model/special_tokens_map.json",
+        JSON,
+        {"export": verbs.export},
+        names=("/model",),
+    ),
+    Kind(
+        "chat_template.jinja",
+        verbs.make_model,
+        "model/chat_template.jinja",
+        BYTES,
+        SCORING,
+        any_text,
+        names=("/model",),
+    ),
     Kind(
         "model.safetensors",
-        make_model,
+        verbs.make_model,
         "model/model.safetensors",
         (mutate.one_safetensors,),
-        {"load": load, "score": score, "export": export},
+        {"load": verbs.load, "score": verbs.score, "export": verbs.export},
         weights_reason,
         names=("/model",),
     ),
     Kind(
         "index of safetensors",
-        make_sharded_model,
+        verbs.make_sharded_model,
         "model/model.safetensors.index.json",
         JSON,
-        {"load": load, "export": export},
+        {"load": verbs.load, "export": verbs.export},
         names=("/model",),
     ),
-)  # fmt: skip
+)
 
 CHECKPOINTS = tuple(
     Kind(
         f"checkpoint: {name}",
-        make_checkpoint,
+        verbs.make_checkpoint,
         f"run/{name}",
         mutators,
         verbs,
@@ -407,56 +183,63 @@ CHECKPOINTS = tuple(
         (
             "checkpoints/7/meta/metadata",
             JSON,
-            {"inspect": inspect, "resume": resume},
+            {"inspect": verbs.inspect, "resume": verbs.resume},
             free_reason("identity", "position", "config"),
         ),
         (
             "checkpoints/7/state/_METADATA",
             JSON,
-            {"inspect": inspect, "load": of_run(load), "resume": resume},
+            {"inspect": verbs.inspect, "load": of_run(verbs.load), "resume": verbs.resume},
             json_reason,
         ),
         (
             "checkpoints/7/state/_sharding",
             JSON,
-            {"inspect": inspect, "load": of_run(load), "resume": resume},
+            {"inspect": verbs.inspect, "load": of_run(verbs.load), "resume": verbs.resume},
             json_reason,
         ),
         (
             "checkpoints/7/_CHECKPOINT_METADATA",
             JSON,
-            {"inspect": inspect, "load": of_run(load), "resume": resume},
+            {"inspect": verbs.inspect, "load": of_run(verbs.load), "resume": verbs.resume},
             any_text,
         ),
         (
             "checkpoints/7/state/manifest.ocdbt",
             BYTES,
-            {"inspect": inspect, "load": of_run(load), "resume": resume},
+            {"inspect": verbs.inspect, "load": of_run(verbs.load), "resume": verbs.resume},
             json_reason,
         ),
         (
             "checkpoints/7/state/ocdbt.process_0/d/*",
             BYTES,
-            {"inspect": inspect, "load": of_run(load), "resume": resume},
+            {"inspect": verbs.inspect, "load": of_run(verbs.load), "resume": verbs.resume},
             any_number,
         ),
         (
             "checkpoints/7/state/array_metadatas/process_0",
             JSON,
-            {"inspect": inspect, "load": of_run(load), "resume": resume},
+            {"inspect": verbs.inspect, "load": of_run(verbs.load), "resume": verbs.resume},
             json_reason,
         ),
         (
             "metrics.jsonl",
             (mutate.one_of_lines, mutate.one_bytes),
-            {"export": of_run(export), "load": of_run(load)},
+            {"export": of_run(verbs.export), "load": of_run(verbs.load)},
             any_text,
         ),
-        ("model-files/config.json", JSON, {"load": of_run(load), "export": of_run(export)}, json_reason),
+        ("model-files/config.json", JSON, {"load": of_run(verbs.load), "export": of_run(verbs.export)}, json_reason),
     )
 )
 DATASETS = tuple(
-    Kind(f"dataset: {name}", make_dataset, f"shards/{name}", mutators, {"read": read_dataset}, names=("/shards",))
+    Kind(
+        f"dataset: {name}",
+        verbs.make_dataset,
+        f"shards/{name}",
+        mutators,
+        {"read": verbs.read_dataset},
+        names=("/shards",),
+    )
     for name, mutators in (
         ("metadata.json", JSON),
         ("features.json", JSON),
@@ -468,29 +251,37 @@ LINES = (mutate.one_of_lines, mutate.one_of_lines, mutate.one_bytes)
 OTHERS = (
     Kind(
         "trajectories",
-        make_trajectories,
+        verbs.make_trajectories,
         "t.jsonl",
         LINES,
         {
-            "score": score,
-            "evaluate": evaluate,
-            "evaluate --labels": lambda directory: evaluate(directory, "model", "--labels", "own.labels"),
-            "evaluate --group": lambda directory: evaluate(directory, "model", "--group", "level"),
-            "validate": validate,
-            "import": import_rows,
-            "collect": collect,
+            "score": verbs.score,
+            "evaluate": verbs.evaluate,
+            "evaluate --labels": lambda directory: verbs.evaluate(directory, "model", "--labels", "own.labels"),
+            "evaluate --group": lambda directory: verbs.evaluate(directory, "model", "--group", "level"),
+            "validate": verbs.validate,
+            "import": verbs.import_rows,
+            "collect": verbs.collect,
         },
-        any_text,
+        lines_reason,
     ),
-    Kind("results.json", make_report, "run/results.json", JSON, {"report": report}),
-    Kind("trees.json", make_report, "run/search/trees.json", JSON, {"report": report}),
-    Kind("results.json of a model", make_run, "run/results.json", JSON, {"export": of_run(export)}),
+    Kind("results.json", verbs.make_report, "run/results.json", JSON, {"report": verbs.report}, share=0.3),
+    Kind(
+        "trees.json",
+        verbs.make_report,
+        "run/search/trees.json",
+        JSON,
+        {"report": verbs.report},
+        trees_reason,
+        share=0.3,
+    ),
+    Kind("results.json of a model", verbs.make_run, "run/results.json", JSON, {"export": of_run(verbs.export)}),
     Kind(
         "overrides",
-        make_overrides,
+        verbs.make_overrides,
         "overrides.json",
         JSON,
-        {"load": load_config},
+        {"load": verbs.load_config},
         free_reason("arguments", "extra_body"),
         names=("config", "override"),
     ),

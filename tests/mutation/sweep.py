@@ -25,6 +25,7 @@ COMPILING = 300
 def chosen(kind: Kind, content: bytes, count: int, seed: int) -> Iterator[mutate.Mutation]:
     """`count` mutations: those of the whole file first, then random ones."""
     rng = random.Random(f"{kind.name} {seed}")
+    count = round(count * kind.share)
     fixed = mutate.fixed_bytes(content)
     yield from fixed[:count]
     for _ in range(count - len(fixed)):
