@@ -175,11 +175,11 @@ CHECKPOINTS = tuple(
         verbs.make_checkpoint,
         f"run/{name}",
         mutators,
-        verbs,
+        readers,
         reason,
         names=("/run",),
     )
-    for name, mutators, verbs, reason in (
+    for name, mutators, readers, reason in (
         (
             "checkpoints/7/meta/metadata",
             JSON,
@@ -265,7 +265,7 @@ OTHERS = (
         },
         lines_reason,
     ),
-    Kind("results.json", verbs.make_report, "run/results.json", JSON, {"report": verbs.report}, share=0.3),
+    Kind("results.json", verbs.make_report, "run/results.json", JSON, {"report": verbs.report}, share=0.6),
     Kind(
         "trees.json",
         verbs.make_report,
@@ -273,7 +273,7 @@ OTHERS = (
         JSON,
         {"report": verbs.report},
         trees_reason,
-        share=0.3,
+        share=0.6,
     ),
     Kind("results.json of a model", verbs.make_run, "run/results.json", JSON, {"export": of_run(verbs.export)}),
     Kind(
