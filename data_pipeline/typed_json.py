@@ -96,8 +96,6 @@ def convert(value: Any, kind: type[T], *, where: str, fix: str, error: type[Valu
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as problem:
         raise error(f"{where}: {describe(problem, value)}; {fix}") from None
-    except OverflowError:  # a whole number that no float64 holds
-        raise error(f"{where}: a number is larger than 1.8e308; {fix}") from None
 
 
 def describe(problem: msgspec.ValidationError, value: Any) -> str:

@@ -183,7 +183,7 @@ def _apply(plain: dict[str, Any], override: str) -> None:
     for part in path:
         node = _child(node, part)
         if node is None:
-            raise UserError(f"override {shown(override)}: the config has no section {part!r}")
+            raise UserError(f"override {shown(override)}: the config has no section {shown(part)}")
     # Bytes of the command line that are not UTF-8 arrive as surrogates.
     if not override.isascii() and any("\ud800" <= character <= "\udfff" for character in override):
         raise UserError(f"override {shown(override)}: not UTF-8; write it in UTF-8")
