@@ -188,10 +188,9 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     named = {name: _token_text(config[name]) for name in _TOKEN_NAMES if config.get(name)}
     try:
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), **named)
-    except (
-        BaseException
-    ) as error:  # The tokenizers library raises no narrower class, and Rust's panics are no Exception.
-        if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
+    except BaseException as error:  # The tokenizers library raises no narrower class.
+        # A panic of its Rust code is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise DataError(f"{file}: cannot be read: {one_line(error)[:300]}") from None
     # The separate file has priority, as in transformers.
