@@ -265,7 +265,15 @@ OTHERS = (
         },
         lines_reason,
     ),
-    Kind("results.json", verbs.make_report, "run/results.json", JSON, {"report": verbs.report}, share=0.6),
+    Kind(
+        "results.json",
+        verbs.make_report,
+        "run/results.json",
+        JSON,
+        {"report": verbs.report},
+        free_reason("compute", "data", "provenance", "seconds", "validation"),
+        share=0.6,
+    ),
     Kind(
         "trees.json",
         verbs.make_report,
