@@ -12,20 +12,21 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 import msgspec
 from transformers import PreTrainedTokenizerFast
-from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from data_pipeline import typed_json
+from data_pipeline import template_sandbox, typed_json
 from data_pipeline.caching import ByteLRU
 from data_pipeline.errors import DataError
+from data_pipeline.template_sandbox import TemplateLimitError
 from data_pipeline.trajectory import Message, text_parts
 
 Messages = Sequence[Message | Mapping[str, Any]]
 Tools = list[dict[str, Any]] | None
 
 _MAX_RENDERING_BYTES = 64 << 20
+# Conversations on which a template may exceed its bounds, before it is used for no more.
+_MAX_EXCEEDED = 3
 _TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Llama's templates print today's date unless one is passed. A rendering must not depend on the day.
 DATE = "26 Jul 2024"
@@ -140,10 +141,11 @@ class ChatTemplate:
         self._arguments = {**arguments, **_CONSTANTS, "strftime_now": _no_date}
         try:
             # `apply_chat_template` copies the conversation on every call: the same text at eight times the cost.
-            self._compiled = _compile_jinja_template(self.text)
-        except jinja2.TemplateError as error:
+            self._compiled = template_sandbox.compile_template(self.text)
+        except Exception as error:  # Also RecursionError, SyntaxError and others: the text may be anything.
             raise DataError(f"the chat template of {source} is not valid Jinja: {one_line(error)}") from None
-        self._cached = ByteLRU(self._render, size=_rendering_bytes, max_bytes=_MAX_RENDERING_BYTES)
+        self._exceeded = 0
+        self.bound_cache(_MAX_RENDERING_BYTES)
 
     def render(self, messages: FrozenConversation, tools: Tools, generation: bool, row: str) -> str:
         """The conversation as text; with `generation`, including the opening of the next assistant message.
@@ -152,12 +154,28 @@ class ChatTemplate:
         """
         encoded = msgspec.json.encode(tools) if tools else b""
         try:
+            # Each costs seconds.
+            if self._exceeded >= _MAX_EXCEEDED:
+                raise TemplateLimitError(f"it exceeded its bounds on {self._exceeded} conversations already")
             return self._cached(messages, encoded, generation)
+        except TemplateLimitError as error:
+            self._exceeded = min(self._exceeded + 1, _MAX_EXCEEDED)
+            raise DataError(
+                f"{row}: the chat template of {self.source} exceeds a bound: {one_line(error)}{self._advice}"
+            ) from None
         except Exception as error:  # Jinja and the template itself may raise anything.
             raise DataError(
                 f"{row}: the chat template of {self.source} fails {self._where(messages, encoded, generation)}: "
                 f"{one_line(error)}{self._advice}"
             ) from None
+
+    def forget(self) -> None:
+        """Drops the renderings that are kept in memory."""
+        self._cached.clear()
+
+    def bound_cache(self, max_bytes: int) -> None:
+        """Drops the renderings, and keeps fewer or more of them from now on."""
+        self._cached = ByteLRU(self._render, size=_rendering_bytes, max_bytes=max_bytes)
 
     def _where(self, messages: FrozenConversation, tools: bytes, generation: bool) -> str:
         """The place where rendering fails: after the longest beginning of the conversation that can be rendered."""
@@ -169,12 +187,15 @@ class ChatTemplate:
         return f"at message 0 ({messages[0].role})" if messages else "without messages"
 
     def _render(self, messages: FrozenConversation, tools: bytes, generation: bool) -> str:
-        return self._compiled.render(
-            messages=[message.for_template() for message in messages],
-            tools=msgspec.json.decode(tools) if tools else None,
-            documents=None,
-            add_generation_prompt=generation,
-            **self._arguments,
+        return template_sandbox.render(
+            self._compiled,
+            {
+                "messages": [message.for_template() for message in messages],
+                "tools": msgspec.json.decode(tools) if tools else None,
+                "documents": None,
+                "add_generation_prompt": generation,
+                **self._arguments,
+            },
         )
 
 
@@ -194,8 +215,8 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
             raise
         raise DataError(f"{file}: cannot be read: {one_line(error)[:300]}") from None
     # The separate file has priority, as in transformers.
-    template = directory / "chat_template.jinja"
-    tokenizer.chat_template = _read_text(template) if template.is_file() else config.get("chat_template")
+    own = _own_template(directory)
+    tokenizer.chat_template = config.get("chat_template") if own is None else own
     return tokenizer
 
 
@@ -213,6 +234,17 @@ def read_tokenizer_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+def _own_template(directory: Path) -> str | None:
+    """chat_template.jinja of a directory, None if it is missing. Raises DataError if it is not UTF-8."""
+    file = directory / "chat_template.jinja"
+    if not file.is_file():
+        return None
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: byte {error.start} is not UTF-8; convert the file") from None
+
+
 def write_tokenizer(template: str, end: str, base: Path, directory: Path) -> None:
     """Copies a tokenizer's files from `base` to `directory`, with the template and the end token it is used with.
 
@@ -222,8 +254,7 @@ def write_tokenizer(template: str, end: str, base: Path, directory: Path) -> Non
         if (base / name).is_file():
             shutil.copyfile(base / name, directory / name)
     config = read_tokenizer_config(base)
-    own = base / "chat_template.jinja"
-    own_text = _read_text(own) if own.is_file() else config.get("chat_template")
+    own_text = _own_template(base) or config.get("chat_template")
     token = config.get("eos_token")
     is_own = own_text is not None and default_template(own_text) == template
     if not is_own or (token and _token_text(token)) != end:
@@ -325,13 +356,6 @@ def _rendering_bytes(arguments: tuple[FrozenConversation, bytes, bool], text: st
 
 def _no_date(form: str) -> str:
     raise DataError("it prints today's date, and a rendering must not depend on the day")
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 (byte {error.start}); copy or download it again") from None
 
 
 def _token_text(token: str | Mapping[str, Any]) -> str:

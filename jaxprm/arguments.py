@@ -117,6 +117,11 @@ def _serve_verb(verbs) -> None:
     serve.add_argument("--dtype", choices=_DTYPES, default="float32", help="dtype of the arithmetic (default: float32)")
     serve.add_argument("--chat-template", default="own", metavar="TEMPLATE", help=_TEMPLATE)
     serve.add_argument("--mesh", metavar="AXIS=N,...", help=_MESH)
+    serve.add_argument(
+        "--allow-host", action="append", metavar="NAME", help="a name that clients use for this server; may be repeated"
+    )
+    serve.add_argument("--private", action="store_true", help="connections share no caches")
+    serve.add_argument("--served-model-name", metavar="NAME", help="the model's name for clients (default: its label)")
     for name, default, text in (
         ("rows", 8, "conversations per batch"),
         ("max-tokens", 2048, "tokens of a conversation with a candidate"),

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http import HTTPStatus
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
@@ -147,13 +147,20 @@ def _containers_in(value: Any) -> list:
     return [item for item in items if isinstance(item, (dict, list))]
 
 
+Salt = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
+
+
 class ScoreActions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`POST /v1/score_actions`: the arguments of jaxprm.Model.score_actions. `model` is ignored: a server has one."""
+    """`POST /v1/score_actions`: the arguments of jaxprm.Model.score_actions. `model` is ignored: a server has one.
+
+    cache_salt: requests share caches only with those of the same salt, as in vLLM.
+    """
 
     messages: list[dict[str, Any]]
     candidates: list[str | dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
     model: str | None = None
+    cache_salt: Salt | None = None
 
 
 class Classify(NamedTuple):
@@ -167,6 +174,7 @@ class Classify(NamedTuple):
     messages: list[dict[str, Any]] | None
     tools: list[dict[str, Any]] | None
     is_single: bool
+    cache_salt: str | None = None
 
 
 class Values(NamedTuple):
@@ -198,17 +206,18 @@ def parse_classify(value: Any, limits: RequestLimits) -> Classify:
         if fields.get(name) not in (None, harmless):
             raise RequestRefused(400, f"{name} is not supported; leave it out")
     (name,) = present
+    salt = _convert(fields.get("cache_salt"), Salt | None, "cache_salt")
     if name == "messages":
         messages = _convert(fields[name], list[dict[str, Any]], name)
         tools = _convert(fields.get("tools"), list[dict[str, Any]] | None, "tools")
         last = messages[-1] if messages else {}
         if last.get("role") != "assistant" or last.get("step") is False:
             raise RequestRefused(400, "messages: the last one must be the assistant's, whose promise is the answer")
-        return Classify("vllm", [], messages, tools, True)
+        return Classify("vllm", [], messages, tools, True, salt)
     is_single = isinstance(fields[name], str) or (isinstance(fields[name], list) and not _holds_inputs(fields[name]))
     inputs = [fields[name]] if is_single else fields[name]
     _check_inputs(name, inputs, limits)
-    return Classify("vllm" if name == "input" else "sglang", inputs, None, None, is_single)
+    return Classify("vllm" if name == "input" else "sglang", inputs, None, None, is_single, salt)
 
 
 def score_actions_response(scores: Sequence[ActionScore], model: str) -> dict[str, Any]:

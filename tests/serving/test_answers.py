@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxprm.api import ActionScore
 from jaxprm.errors import UserError
-from jaxprm.serving.batcher import Answers
+from jaxprm.serving.batcher import Answers, Asked
 from jaxprm.serving.requests import Classify, RequestLimits, ScoreActions, Values
 
 
@@ -16,7 +16,7 @@ class Stub:
     config, encoder, usage = SimpleNamespace(vocab_size=100), None, {}
 
     def __init__(self):
-        self.engine, self.calls, self.forgotten = self, [], 0
+        self.engine, self.calls, self.forgotten, self.owners = self, [], 0, []
 
     def score_full(self, sequences, names, small_batches):
         self.calls.append(len(sequences))
@@ -37,6 +37,9 @@ class Stub:
     def forget(self):
         self.forgotten += 1
 
+    def isolate(self, owner):
+        self.owners.append(owner)
+
 
 def ids(*tokens: int) -> Classify:
     return Classify("vllm", [list(tokens)], None, None, True)
@@ -48,7 +51,8 @@ def actions(*candidates: str, messages=({"role": "user", "content": "x"},)) -> S
 
 def answered(*asked):
     stub = Stub()
-    return Answers(stub, stub, RequestLimits(tokens=3))(asked), stub
+    requests = [request if isinstance(request, Asked) else Asked(request) for request in asked]
+    return Answers(stub, stub, RequestLimits(tokens=3))(requests), stub
 
 
 def test_all_is_computed_at_once_and_in_order():
@@ -74,3 +78,10 @@ def test_one_that_breaks_the_batch_fails_alone():
 def test_a_score_that_is_no_number_is_an_error():
     answers, _ = answered(ids(14), ids(2))
     assert answers[0].status == 500 and "not finite" in answers[0].message and answers[1] == Values([2.0], [1])
+
+
+def test_owners_are_computed_apart_and_answered_in_order():
+    asked = [Asked(ids(1), 5), Asked(ids(2), 9), Asked(ids(3), 5), Asked(ids(13), 9)]
+    answers, stub = answered(*asked)
+    assert answers[:3] == [Values([1.0], [1]), Values([2.0], [1]), Values([3.0], [1])] and answers[3].status == 500
+    assert stub.owners == [5, 9] and stub.calls[:2] == [2, 2]
