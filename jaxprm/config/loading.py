@@ -305,7 +305,7 @@ def _wrong_url(url: str) -> str | None:
     if parts.query or parts.fragment or parts.username is not None:
         return "base_url has a user, a query or a fragment; write it as http://host:port/v1"
     if parts.scheme not in ("http", "https") or not host or re.search(r"[\s\x00-\x1f]", url):
-        return f'base_url = "{url}": write it as http://host:port/v1'
+        return f'base_url = "{cut(url)}": write it as http://host:port/v1'
     if parts.path.rstrip("/").endswith("/completions"):
         return f'base_url = "{url}": leave out /chat/completions, which is added'
     return None

@@ -145,7 +145,8 @@ def changes(before: Any, after: Any, where: str = "$") -> Iterator[tuple[str, st
         for index, pair in enumerate(zip(before, after, strict=False)):
             yield from changes(*pair, f"{where}[{index}]")
     elif _kind(before) != _kind(after):
-        yield where, "missing" if after is None else "type"
+        # A null does not show which type the field has.
+        yield where, "missing" if after is None else "value" if before is None else "type"
     elif before != after:
         yield where, "value"
 
