@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from data_pipeline import typed_json
 from data_pipeline.errors import DataError
 from data_pipeline.packing import plan_epochs
 from data_pipeline.shards import Dataset, ShardSplit, open_dataset
@@ -252,12 +253,18 @@ class TrainingBatches:
 
         Raises DataError if it was saved with other data, another seed, other epochs or another batch shape.
         """
+        batches = state.get("batches")
+        if not isinstance(batches, int) or not 0 <= batches <= len(self):
+            raise DataError(
+                f"the saved data position has batches = {typed_json.shown(batches)}, not a whole number of at most "
+                f"{len(self)}: the checkpoint is broken; delete it"
+            )
         if state.get("plan") != self._identity:
             raise DataError(
                 "the saved data position belongs to other batches: the dataset, the seed, the epochs or the batch "
                 "shape have changed; train into another work directory, or restore the old settings"
             )
-        self.position = int(state["batches"])
+        self.position = batches
         self._stream = None
 
 

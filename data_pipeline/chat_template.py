@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import msgspec
 from transformers import PreTrainedTokenizerFast
 
-from data_pipeline import template_sandbox
+from data_pipeline import template_sandbox, typed_json
 from data_pipeline.caching import ByteLRU
 from data_pipeline.conversations.reading import read_conversation
 from data_pipeline.conversations.tool_calls import arguments_object
@@ -58,6 +58,28 @@ SHIPPED = {
     "chatml": Shipped(("<|im_start|>", "<|im_end|>"), "<|im_end|>"),
     "llama3": Shipped(("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "<|eot_id|>"),
 }
+
+
+class _Token(msgspec.Struct):
+    content: str
+
+
+class _NamedTemplate(msgspec.Struct):
+    name: str
+    template: str
+
+
+class _TokenizerConfig(msgspec.Struct):
+    """The fields of tokenizer_config.json that are read; files have others."""
+
+    bos_token: str | _Token | None = None
+    eos_token: str | _Token | None = None
+    unk_token: str | _Token | None = None
+    sep_token: str | _Token | None = None
+    pad_token: str | _Token | None = None
+    cls_token: str | _Token | None = None
+    mask_token: str | _Token | None = None
+    chat_template: str | list[_NamedTemplate] | dict[str, str] | None = None
 
 
 class FrozenMessage(NamedTuple):
@@ -197,8 +219,11 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     named = {name: _token_text(config[name]) for name in _TOKEN_NAMES if config.get(name)}
     try:
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), **named)
-    except Exception as error:  # The tokenizers library raises no narrower class.
-        raise DataError(f"{file}: cannot be read: {one_line(error)}") from None
+    except BaseException as error:  # The tokenizers library raises no narrower class.
+        # A panic of its Rust code is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise DataError(f"{file}: cannot be read: {one_line(error)[:300]}") from None
     # The separate file has priority, as in transformers.
     own = _own_template(directory)
     tokenizer.chat_template = config.get("chat_template") if own is None else own
@@ -206,14 +231,17 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
 
 
 def read_tokenizer_config(directory: Path) -> dict[str, Any]:
-    """tokenizer_config.json of a directory; empty if it is missing. Raises DataError if it is malformed."""
+    """tokenizer_config.json of a directory; empty if it is missing.
+
+    Raises DataError if it is malformed, or if a field that this package reads has another type.
+    """
     file = directory / "tokenizer_config.json"
     if not file.is_file():
         return {}
-    try:
-        return msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: {error}") from None
+    fix = "copy or download the tokenizer's files again"
+    config = typed_json.read(file, dict[str, Any], fix=fix)
+    typed_json.convert(config, _TokenizerConfig, where=str(file), fix=fix)
+    return config
 
 
 def _own_template(directory: Path) -> str | None:
@@ -303,6 +331,8 @@ def default_template(template: Any) -> str:
     if isinstance(template, str):
         return template
     named = template if isinstance(template, Mapping) else {entry["name"]: entry["template"] for entry in template}
+    if "default" not in named:
+        raise DataError(f"none of the chat templates {', '.join(map(repr, named))} is named 'default'; name one so")
     return named["default"]
 
 
@@ -357,7 +387,7 @@ def freeze(message: Message, *, reasoning: bool = True) -> FrozenMessage:
     return FrozenMessage(message.role, content, msgspec.json.encode(others) if others else b"")
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """The message of an error on a single line."""
     return " ".join(str(error).split()) or type(error).__name__
 

@@ -85,7 +85,7 @@ class Metadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             return msgspec.json.decode(file.read_bytes(), type=cls)
         except OSError as error:
             raise DataError(f"{directory}: not a dataset, {FILE} cannot be read: {error.strerror}") from None
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
             raise DataError(f"{file}: not the metadata of a dataset: {error}; build it again") from None
 
     def save(self, directory: str | PathLike[str]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import operator
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 
+from data_pipeline import typed_json
 from data_pipeline.errors import DataError
-from data_pipeline.metadata import Metadata, broken_shards, fingerprint, verify
+from data_pipeline.metadata import FILE, Metadata, broken_shards, fingerprint, verify
 
 _TOKEN_FIELDS = {"tokens": np.int32}
 _STEP_FIELDS = {
@@ -27,6 +29,7 @@ _STEP_FIELDS = {
 _SCALARS = {"weight": np.int64, "outcome": np.float32}
 _TEXTS = ("id", "task")
 _NAME = "trajectories"
+_CLASSES = "tensorflow_datasets.core.features."
 
 
 def features() -> tfds.features.FeaturesDict:
@@ -162,7 +165,9 @@ class Dataset:
 
     @functools.cached_property
     def _builder(self) -> tfds.core.DatasetBuilder:
-        return tfds.builder_from_directory(str(self.directory))
+        with _broken_files(self.directory):
+            _check_classes(self.directory / "features.json")
+            return tfds.builder_from_directory(str(self.directory))
 
     @property
     def fingerprint(self) -> str:
@@ -181,8 +186,18 @@ class Dataset:
 
     def _files(self, name: str) -> dict[str, int]:
         """Number of records by file of a split, in order."""
-        info = self._builder.info.splits[name]
-        return dict(zip(info.filenames, info.shard_lengths, strict=True))
+        builder = self._builder
+        with _broken_files(self.directory):
+            info = builder.info.splits[name]
+            files = dict(zip(info.filenames, info.shard_lengths, strict=True))
+        # TFDS reads the files of dataset_info.json, and only those of metadata.json have a checksum.
+        recorded = {file for file in self.metadata.shards if file.startswith(f"{_NAME}-{name}.")}
+        if files.keys() != recorded:
+            raise DataError(
+                f"{self.directory}: dataset_info.json and {FILE} name other shards of split {name}; "
+                "build the dataset again"
+            )
+        return files
 
     def split(self, name: str) -> ShardSplit:
         """A split by name. Raises DataError if there is none, or if all of its shards are broken."""
@@ -202,30 +217,32 @@ class Dataset:
             raise DataError(f"{self.directory}: no shard of split {name} is intact; build the dataset again")
         parts = [tfds.core.ReadInstruction(name, from_=index, to=index + 1, unit="shard") for index in kept]
         instruction = name if len(kept) == len(files) else functools.reduce(operator.add, parts)
-        records = self._builder.as_dataset(split=instruction, shuffle_files=False, read_config=config)
         columns: dict[str, list[np.ndarray]] = {}
-        # Ragged batches are converted a thousand records at a time, not one by one.
-        for batch in records.ragged_batch(1024):
-            for field, value in batch.items():
-                if field in _TOKEN_FIELDS or field in _STEP_FIELDS:
-                    columns.setdefault(field, []).append(value.flat_values.numpy())
-                    columns.setdefault(f"{field} lengths", []).append(value.row_lengths().numpy())
-                else:
-                    columns.setdefault(field, []).append(value.numpy())
-        arrays = {field: np.concatenate(parts) for field, parts in columns.items()}
+        with _broken_files(self.directory):
+            records = self._builder.as_dataset(split=instruction, shuffle_files=False, read_config=config)
+            # Ragged batches are converted a thousand records at a time, not one by one.
+            for batch in records.ragged_batch(1024):
+                for field, value in batch.items():
+                    if field in _TOKEN_FIELDS or field in _STEP_FIELDS:
+                        columns.setdefault(field, []).append(value.flat_values.numpy())
+                        columns.setdefault(f"{field} lengths", []).append(value.row_lengths().numpy())
+                    else:
+                        columns.setdefault(field, []).append(value.numpy())
+            arrays = {field: np.concatenate(parts) for field, parts in columns.items()}
+            split = ShardSplit(
+                ids=[id.decode() for id in arrays["id"]],
+                tasks=[task.decode() for task in arrays["task"]],
+                weights=arrays["weight"].astype(np.float32),
+                outcomes=arrays["outcome"],
+                token_starts=_starts(arrays["tokens lengths"]),
+                step_starts=_starts(arrays["read_positions lengths"]),
+                tokens=arrays["tokens"],
+                **{field: arrays[field] for field in _STEP_FIELDS},
+            )
         expected = self.metadata.splits[name].trajectories - self.skipped(name).trajectories
-        if len(arrays["weight"]) != expected:
-            raise DataError(f"{self.directory}: split {name} has {len(arrays['weight'])} records, not {expected}")
-        return ShardSplit(
-            ids=[id.decode() for id in arrays["id"]],
-            tasks=[task.decode() for task in arrays["task"]],
-            weights=arrays["weight"].astype(np.float32),
-            outcomes=arrays["outcome"],
-            token_starts=_starts(arrays["tokens lengths"]),
-            step_starts=_starts(arrays["read_positions lengths"]),
-            tokens=arrays["tokens"],
-            **{field: arrays[field] for field in _STEP_FIELDS},
-        )
+        if len(split.ids) != expected:
+            raise DataError(f"{self.directory}: split {name} has {len(split.ids)} records, not {expected}")
+        return split
 
 
 def open_dataset(
@@ -251,6 +268,37 @@ def open_dataset(
             "build the dataset again with the model's tokenizer"
         )
     return Dataset(Path(directory), metadata, broken)
+
+
+@contextmanager
+def _broken_files(directory: Path) -> Iterator[None]:
+    """Raises what TFDS and TensorFlow raise for broken files as a DataError. The shards have been verified before."""
+    try:
+        yield
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:  # features.json and dataset_info.json are parsed by TFDS, which raises anything
+        reason = typed_json.shown(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        raise DataError(
+            f"{directory}: features.json or dataset_info.json cannot be read ({reason}); build the dataset again"
+        ) from error
+
+
+def _check_classes(features: Path) -> None:
+    """Raises DataError if features.json names a class that is none of TFDS, which would import its module."""
+    nodes: list[Any] = [typed_json.read(features, dict[str, Any], fix="build the dataset again")]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, dict):
+            name = node.get("pythonClassName", _CLASSES)
+            if not isinstance(name, str) or not name.startswith(_CLASSES):
+                raise DataError(
+                    f"{features}: pythonClassName = {typed_json.shown(name)}: must start with {_CLASSES}; "
+                    "build the dataset again"
+                )
+            nodes += node.values()
+        elif isinstance(node, list):
+            nodes += node
 
 
 def _quiet_tensorflow() -> None:

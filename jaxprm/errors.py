@@ -20,7 +20,11 @@ class UserError(ValueError):
 
 def shown(value: object) -> str:
     """A value for a message: on one line, cut at 80 characters."""
-    text = repr(value)
+    return cut(repr(value))
+
+
+def cut(text: str) -> str:
+    """A text for a message: at most 80 characters."""
     return text if len(text) <= 80 else text[:77] + "..."
 
 

@@ -190,7 +190,7 @@ def _objects(lines: Iterable[bytes], path: Path) -> Iterator[dict]:
         try:
             yield _object(text)
         except ValueError as error:
-            raise UserError(f"{path}:{number}: not JSON ({error}); fix the line, or remove the file") from None
+            raise UserError(f"{path}:{number}: not a JSON object ({error}); fix the line, or remove the file") from None
 
 
 def _object(text: bytes) -> dict:

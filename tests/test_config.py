@@ -472,3 +472,47 @@ def test_sections_keep_working_under_the_names_they_had_before(capsys):
 
 def test_an_override_may_fill_the_custom_searches_that_a_config_leaves_out(recipe):
     assert config.load(recipe, ["search.custom.own=[[2]]"]).search.custom == {"own": ((2,),)}
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("search.pool=" + "9" * 5000, r"a number has 5000 digits, more than 400$"),
+        ('environment.arguments={"a": ' + "[" * 5000 + "]" * 5000 + "}", r"nested more than 64 levels deep$"),
+        ('environment.arguments={"a": ' + "[" * 100 + "]" * 100 + "}", r"nested more than 64 levels deep$"),
+        ('name="\\ud800"', r"the text '\\ud800' is no Unicode: it has half of a surrogate pair$"),
+        ("name=a\udcff", r"not UTF-8; write it in UTF-8$"),
+        ('name={"a": 1, "a": 2}', r"the name 'a' occurs twice with different values$"),
+        ("reward_models." + "9" * 5000 + ".beta=1", r"the config has no section"),
+    ],
+)
+def test_overrides_that_no_config_can_hold_are_one_short_line(override, problem, capsys):
+    with pytest.raises(UserError, match=problem) as raised:
+        config.load("textcraft_tiny", [override])
+    assert len(str(raised.value)) < 400 and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("Experiment(name='a', search=5)", r"search = 5: expected `object`, got `int`"),
+        ("Experiment(name='a', seed=10**5000)", r"4300 digits"),
+        ("Experiment(name='\\ud800')", r"half of a surrogate pair"),
+        (
+            "Experiment(name='a', environment=EnvironmentConfig(name='x', arguments={'a': loop}))",
+            r"config holds only|deep",
+        ),
+        (
+            "Experiment(name='a', environment=EnvironmentConfig(name='x', arguments={'a': {1, print}}))",
+            r"config holds only",
+        ),
+        ("{'name': 'a'}", r"must define `config`"),
+    ],
+)
+def test_wrong_values_in_a_config_file_are_one_line(text, problem, tmp_path):
+    path = tmp_path / "c.py"
+    header = "from jaxprm.config import EnvironmentConfig, Experiment\nloop = []\nloop.append(loop)\n"
+    path.write_text(f"{header}config = {text}\n")
+    with pytest.raises(UserError, match=problem) as raised:
+        config.load(path)
+    assert str(raised.value).startswith(f"config {path}: ")

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import msgspec
 import numpy as np
 import orbax.checkpoint as ocp
 
+from data_pipeline import typed_json
 from jaxprm.artifacts.directory import find_checkpoint
-from jaxprm.errors import UserError
+from jaxprm.errors import UserError, shown
 
+_NEWER = "a running training run may have deleted it: give a newer checkpoint"
 # Parts of a training state that `inspect` has a fingerprint of.
 PARTS = ("parameters", "optimizer", "target")
 
@@ -56,7 +59,9 @@ class Checkpoints:
             # What a killed process left unfinished is removed when the next one starts.
             cleanup_tmp_directories=True,
         )
-        self._manager = ocp.CheckpointManager(Path(directory).absolute(), options=options)
+        # The manager reads the metadata of every checkpoint that is there.
+        with _broken_files(directory, "delete the broken checkpoint in it"):
+            self._manager = ocp.CheckpointManager(Path(directory).absolute(), options=options)
         self._meta = {"identity": identity, "config": config or {}}
         self._directory = directory
 
@@ -68,21 +73,23 @@ class Checkpoints:
 
         The mesh may differ from that of the run that saved it.
 
-        Raises UserError if the identity differs: another config, data set or tokenizer.
+        Raises UserError if the identity differs (another config, data set or tokenizer), and for a broken checkpoint.
         """
         step = self.latest_step()
         if step is None:
             return None
+        checkpoint = self._directory / str(step)
         # Before the state: Orbax would silently cut or pad arrays of another config.
-        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        meta = _read_meta(checkpoint)
         for name, value in self._meta["identity"].items():
-            if meta["identity"].get(name) != value:
+            if meta.identity.get(name) != value:
                 raise UserError(
-                    f"checkpoint {self._directory}/{step}: its {name} differs from this run's; "
-                    "use another work directory or --redo"
+                    f"checkpoint {checkpoint}: its {name} differs from this run's; use another work directory or --redo"
                 )
-        restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state)))
-        return step, restored["state"], meta["position"]
+        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+        with _broken_files(checkpoint, "delete it: the run then resumes from the one before"):
+            restored = self._manager.restore(step, args=arguments)
+        return step, restored["state"], meta.position
 
     def save(self, step: int, state: Any, position: dict, *, validation_loss: float | None = None) -> None:
         """Writes a checkpoint in the background, unless there is one of this step.
@@ -127,6 +134,34 @@ class Checkpoints:
             raise OSError(errno.ENOSPC, "No space left on device", str(self._directory)) from error
 
 
+class _Meta(msgspec.Struct):
+    """What is stored with a state: see `Checkpoints`."""
+
+    identity: dict[str, Any]
+    position: dict[str, Any]
+    config: dict[str, Any] = {}
+
+
+def _read_meta(checkpoint: Path) -> _Meta:
+    path = checkpoint / "meta" / "metadata"
+    with _broken_files(checkpoint, _NEWER):
+        return typed_json.read(path, _Meta, fix=_NEWER, error=UserError)
+
+
+@contextmanager
+def _broken_files(checkpoint: Path, fix: str) -> Iterator[None]:
+    """Raises what Orbax raises for missing or broken files as a UserError."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # Orbax and TensorStore check little: any class may come of a wrong byte
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        raise UserError(f"checkpoint {checkpoint}: cannot be read ({shown(reason)[1:-1]}); {fix}") from error
+
+
 def abstract(state: Any) -> Any:
     """Shapes, dtypes and shardings of a state of arrays, for `Checkpoints.restore`."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
@@ -153,17 +188,9 @@ def read_parameters(directory: Path, shapes: Any, shardings: Any = None) -> Any:
         item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
     )
     state, handler = (directory / "state").absolute(), ocp.PyTreeCheckpointHandler()
-    try:
+    with _broken_files(directory, _NEWER):
         _check_shapes(handler.metadata(state).tree["parameters"], expected, directory)
         return handler.restore(state, args=arguments)["parameters"]
-    except UserError:
-        raise
-    except (OSError, KeyError, ValueError) as error:  # ValueError: Orbax, for a missing or broken file
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(
-            f"checkpoint {directory}: cannot be read ({reason}). A running training run may have deleted it; "
-            "give a newer checkpoint"
-        ) from None
 
 
 def _check_shapes(saved: Any, expected: Any, directory: Path) -> None:
@@ -201,7 +228,7 @@ def inspect(directory: str | Path) -> dict[str, Any]:
     """
     path = find_checkpoint(Path(directory)).absolute()  # Orbax cannot read a relative path
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns about metadata that only a manager's folder has
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    with _broken_files(path, _NEWER), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         tree = reader.metadata(path / "state").item_metadata.tree
         leaves = dict(_leaves(tree))
         digests = {part: hashlib.sha256() for part in PARTS if any(name[0] == part for name in leaves)}
@@ -215,16 +242,16 @@ def inspect(directory: str | Path) -> dict[str, Any]:
             size = sizes[name[0]]
             size["arrays"], size["numbers"] = size["arrays"] + 1, size["numbers"] + array.size
             size["bytes"] += array.nbytes
-    meta = json.loads((path / "meta" / "metadata").read_text())
+    meta = _read_meta(path)
     return {
         "checkpoint": str(path),
         "step": int(path.name),
         "fingerprints": {part: digest.hexdigest() for part, digest in digests.items()},
         "sizes": sizes,
         "shardings": {"/".join(name): _sharding(leaf) for name, leaf in sorted(leaves.items())},
-        "position": meta["position"],
-        "identity": meta["identity"],
-        "config": meta.get("config", {}),
+        "position": meta.position,
+        "identity": meta.identity,
+        "config": meta.config,
     }
 
 

@@ -11,9 +11,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
+from data_pipeline import typed_json
 from jaxprm import files
+from jaxprm.artifacts import recipe
 from jaxprm.errors import UserError
 from jaxprm.hf import hub
 from jaxprm.hf.safetensors import WEIGHTS, has_weights, model_files
@@ -102,16 +102,13 @@ def model_identity(model: Path) -> dict[str, str]:
 def read_recipe(model: Path) -> dict[str, Any]:
     """The fields of a model's reward_model.json, {} if it has none; those of a checkpoint say how far it was trained.
 
-    Raises UserError if the file is not a JSON object.
+    Raises UserError if the file is not a JSON object, or a field of this package has another type.
     """
     path = files_of(model) / RECIPE
     if not path.is_file():
         return {}
-    try:
-        recipe = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {error}") from None
-    return recipe | _training_progress(model) if is_checkpoint(model) else recipe
+    fields = recipe.read(path)
+    return fields | _training_progress(model) if is_checkpoint(model) else fields
 
 
 def _outputs(path: Path) -> set[Path]:
@@ -149,9 +146,14 @@ def _check_usable(checkpoint: Path) -> Path:
 def _training_progress(checkpoint: Path) -> dict[str, Any]:
     """The step of a checkpoint, and the last validation metrics up to it."""
     step, log = int(checkpoint.absolute().name), checkpoint.absolute().parents[1] / "metrics.jsonl"
-    lines = files.read_lines(log) if log.is_file() else ()
-    validations = [line for line in lines if "validation_loss" in line and line["step"] <= step]
-    latest = dict(validations[-1]) if validations else {}
-    latest.pop("step", None)
+    latest: dict[str, float | None] = {}
+    for number, line in enumerate(files.read_lines(log) if log.is_file() else (), start=1):
+        if "validation_loss" in line:
+            fix = "remove the line"
+            metrics = typed_json.convert(
+                line, dict[str, float | None], where=f"{log}:{number}", fix=fix, error=UserError
+            )
+            if (metrics.pop("step", None) or 0) <= step:
+                latest = metrics
     validation = {name.removeprefix("validation_"): value for name, value in latest.items()}
     return {"steps": step, "validation": validation, "unfinished": True}

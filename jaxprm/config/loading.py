@@ -16,9 +16,10 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from data_pipeline import typed_json
 from jaxprm import plugins
 from jaxprm.config.schema import EndpointConfig, Experiment, MeshConfig, PolicyConfig, Section
-from jaxprm.errors import UserError
+from jaxprm.errors import UserError, cut, shown
 from jaxprm.objectives import check_settings
 from jaxprm.redaction import secret_field
 
@@ -59,10 +60,11 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, quick: bool = False
     try:
         # Through plain types, because msgspec checks values where it converts, not where a config file calls a section.
         plain = to_dict(namespace[name])
-    except TypeError as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"config {path}: {error}; a config holds only numbers, text, lists and dicts") from None
     # `to_dict` leaves it out when it is empty, but an override may fill it.
-    plain["search"].setdefault("custom", {})
+    if isinstance(plain["search"], dict):
+        plain["search"].setdefault("custom", {})
     for override in overrides:
         _apply(plain, override)
     return from_dict(plain, where=str(path))
@@ -119,13 +121,18 @@ def to_dict(experiment: Experiment) -> dict[str, Any]:
     # Through JSON, so that tuples are lists as in a config.json that is read back.
     plain: dict[str, Any] = json.loads(json.dumps(msgspec.to_builtins(experiment, str_keys=True)))
     # Left out when empty, so that fingerprints of configs from before this field existed stay the same.
-    if not plain["search"]["custom"]:
+    # A config file may have put anything in place of a section.
+    if isinstance(plain["search"], dict) and not plain["search"]["custom"]:
         del plain["search"]["custom"]
     return plain
 
 
 def from_dict(plain: dict[str, Any], *, where: str) -> Experiment:
     """The experiment of a plain dict, checked. Raises UserError with field, value and bound, but never a secret."""
+    try:
+        typed_json.check(plain)
+    except ValueError as error:
+        raise UserError(f"config {where}: {error}") from None
     # First, because the messages of the other checks show values.
     if secret := secret_field(plain):
         raise UserError(
@@ -175,17 +182,22 @@ def fingerprint(value: Any) -> str:
 def _apply(plain: dict[str, Any], override: str) -> None:
     name, separator, text = override.partition("=")
     if not separator:
-        raise UserError(f"override {override!r}: write it as section.field=value")
+        raise UserError(f"override {shown(override)}: write it as section.field=value")
     *path, last = name.split(".")
     node: Any = plain
     for part in path:
         node = _child(node, part)
         if node is None:
-            raise UserError(f"override {override!r}: the config has no section {part!r}")
+            raise UserError(f"override {shown(override)}: the config has no section {shown(part)}")
+    # Bytes of the command line that are not UTF-8 arrive as surrogates.
+    if not override.isascii() and any("\ud800" <= character <= "\udfff" for character in override):
+        raise UserError(f"override {shown(override)}: not UTF-8; write it in UTF-8")
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
+        value = typed_json.parse(text)
+    except typed_json.NotJSON:
         value = text
+    except ValueError as error:
+        raise UserError(f"override {shown(override)}: {error}") from None
     if isinstance(node, dict):
         # An unknown field is refused later, by `from_dict`, which lists the fields.
         node[last] = value
@@ -193,13 +205,13 @@ def _apply(plain: dict[str, Any], override: str) -> None:
         node[int(last)] = value
     else:
         have = f"items 0 to {len(node) - 1}" if isinstance(node, list) and node else "no fields"
-        raise UserError(f"override {override!r}: {'.'.join(path)} has {have}, not {last!r}")
+        raise UserError(f"override {shown(override)}: {'.'.join(path)} has {have}, not {last!r}")
 
 
 def _child(node: Any, name: str) -> Any:
     """A dict's field or a list's item, or None."""
     if isinstance(node, list):
-        return node[int(name)] if name.isdecimal() and int(name) < len(node) else None
+        return node[int(name)] if name.isdecimal() and len(name) < 10 and int(name) < len(node) else None
     return node.get(name) if isinstance(node, dict) else None
 
 
@@ -237,7 +249,7 @@ def _with_value(plain: dict[str, Any], message: str) -> str:
         problem = f"must be one of {', '.join(map(str, get_args(kind)))}"
     if problem.startswith("Expected `array`, got"):
         problem += next((f"; write {json.dumps(fix)}" for fix in ([node], [[node]]) if _converts(fix, kind)), "")
-    value = f"{where} = {json.dumps(node)}: " if where else ""
+    value = f"{where} = {cut(json.dumps(node))}: " if where else ""
     return f"{value}{problem[0].lower()}{problem[1:]}"
 
 
@@ -293,7 +305,7 @@ def _wrong_url(url: str) -> str | None:
     if parts.query or parts.fragment or parts.username is not None:
         return "base_url has a user, a query or a fragment; write it as http://host:port/v1"
     if parts.scheme not in ("http", "https") or not host or re.search(r"[\s\x00-\x1f]", url):
-        return f'base_url = "{url}": write it as http://host:port/v1'
+        return f'base_url = "{cut(url)}": write it as http://host:port/v1'
     if parts.path.rstrip("/").endswith("/completions"):
         return f'base_url = "{url}": leave out /chat/completions, which is added'
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from data_pipeline.errors import DataError
 from data_pipeline.trajectory import Trajectory, steps
-from jaxprm.errors import UserError
+from jaxprm.errors import UserError, shown
 from jaxprm.evaluation.statistics import Array
 
 OWN_FIELD = "step_labels"
@@ -59,7 +60,9 @@ def read_labels(trajectory: Trajectory, field: str, where: str) -> Labels | None
         raise DataError(f"{where}: {field} has {len(value)} values, the messages have {len(positions)} steps")
     for index, label in enumerate(value):
         if label is not None and not isinstance(label, (bool, int, float)):
-            raise DataError(f"{where}: {field}[{index}] = {label!r}: a label is a number, or null for none")
+            raise DataError(f"{where}: {field}[{index}] = {shown(label)}: a label is a number, or null for none")
+        if label is not None and not abs(label) <= sys.float_info.max:  # JSON can have larger whole numbers
+            raise DataError(f"{where}: {field}[{index}] = {shown(label)}: a label is at most 1.8e308")
     return Labels(np.array([math.nan if label is None else float(label) for label in value]), first_error=False)
 
 

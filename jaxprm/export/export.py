@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-import json
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import msgspec
 
+from data_pipeline import typed_json
 from data_pipeline.encode import Encoder
+from data_pipeline.errors import DataError
 from data_pipeline.locks import locked
 from data_pipeline.output import backup_of, staged_directory, staging_of
 from data_pipeline.paths import Named, check_paths
@@ -18,7 +21,7 @@ from jaxprm import files
 from jaxprm.artifacts.directory import RECIPE, files_of, find_model, read_recipe
 from jaxprm.errors import UserError
 from jaxprm.export import verify as verification
-from jaxprm.export.model_card import model_card, run_results
+from jaxprm.export.model_card import check_results, model_card, run_results
 from jaxprm.export.tokenizer import write_tokenizer
 from jaxprm.hf import reader, writer
 from jaxprm.hf.writer import DTYPES, MAX_SHARD, parse_size
@@ -28,6 +31,10 @@ from jaxprm.scoring.engine import LENGTH_BUCKETS
 
 MARKER = ".jaxprm-export"
 _TORCH = "pip install torch==2.13.0 (PyTorch's own index has a CPU build, which is enough)"
+
+
+class _Marker(msgspec.Struct):
+    files: list[str]
 
 
 def export(
@@ -126,8 +133,8 @@ def _is_made_by_export(directory: Path) -> bool:
 def _marked(directory: Path) -> list[str]:
     """The files that the marker of an export lists; none if it was killed before it was complete."""
     try:
-        return json.loads((directory / MARKER).read_text())["files"]
-    except (OSError, ValueError, KeyError):
+        return typed_json.read(directory / MARKER, _Marker, fix="").files
+    except (OSError, DataError):
         return []
 
 
@@ -142,6 +149,8 @@ def _write(
     # The marker comes first, so that the leftovers of a killed export are recognized as ours.
     _mark(staging, [])
     encoder, recipe = loading.load_encoder(model, template), read_recipe(model)
+    if "results" in recipe:
+        check_results(recipe["results"], f"{files_of(model) / RECIPE}: results")
     _check_pooling(encoder, model)
     # Rounded as they are read: half the memory, and the same bits as rounded when they are written.
     loaded = loading.load_reward_model(model, dtype=jnp.bfloat16 if dtype == "bfloat16" else None)
@@ -196,7 +205,8 @@ def base_name(recipe: dict[str, Any]) -> str:
     """The model that training started from: its Hub id, or the last part of a path, the rest of which is private."""
     base = Path(recipe.get("base") or "unknown")
     # Two parts of a relative path that does not exist are a Hub id.
-    return base.name if base.exists() or base.is_absolute() or len(base.parts) != 2 else str(base)
+    # os.path.exists is False for a name that no file can have, where Path.exists raises.
+    return base.name if os.path.exists(base) or base.is_absolute() or len(base.parts) != 2 else str(base)
 
 
 def _verify(model: Path, staging: Path, trajectories: Path | None, dtype: str, template: str | None) -> dict[str, Any]:

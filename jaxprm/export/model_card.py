@@ -6,12 +6,53 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxprm import files
+import msgspec
+
+from data_pipeline import typed_json
+from jaxprm.errors import UserError
 from jaxprm.objectives import OBJECTIVES
 from jaxprm.search.methods import SEARCHES
 
 # The words for each search. Searches from outside the package come with a run's results.
 _METHODS = {kind: method.card for kind, method in SEARCHES.items() if method.card} | {"best_of_n": "best of {}"}
+
+_FIX = "run `report` in the work directory again"
+
+
+class _Estimate(msgspec.Struct):
+    """A mean with its interval over n units; all null where it is not defined."""
+
+    n: float
+    mean: float | None
+    low: float | None = None
+    high: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.mean is not None and (self.low is None or self.high is None):
+            raise ValueError("a mean needs its interval, low and high")
+
+
+class _CustomSearch(msgspec.Struct):
+    card: str | None = None
+
+    def __post_init__(self) -> None:
+        # str.format would look up other names between braces.
+        if set("{}") & set((self.card or "").replace("{}", "")):
+            raise ValueError("card may have braces only as {}, in place of the size")
+
+
+class _Provenance(msgspec.Struct):
+    seeds: list[int] | None = None
+
+
+class _Results(msgspec.Struct):
+    """The parts of results.json that the card shows."""
+
+    policy: dict[str, _Estimate]
+    methods: dict[str, dict[str, Any]]
+    name: str | None = None
+    provenance: _Provenance = msgspec.field(default_factory=_Provenance)
+    searches: dict[str, _CustomSearch] = {}
 
 
 def model_card(
@@ -57,7 +98,8 @@ def run_results(model: Path, label: str | None) -> dict[str, Any] | None:
     path = parents[3] / "results.json" if len(parents) > 3 else Path()
     if len(parents) <= 3 or parents[2].name != "reward_models" or not path.is_file():
         return None
-    results = files.read_json(path)
+    results = typed_json.read(path, dict[str, Any], fix=_FIX, error=UserError)
+    check_results(results, str(path))
     methods = {name: results["methods"][name] for name in (label, "random") if name in results["methods"]}
     if label not in methods:
         return None
@@ -69,6 +111,17 @@ def run_results(model: Path, label: str | None) -> dict[str, Any] | None:
         "methods": methods,
         "seeds": results.get("provenance", {}).get("seeds"),
     }
+
+
+def check_results(results: Any, where: str) -> None:
+    """Raises UserError, which starts with `where`, unless the card can show these results of a run."""
+    parsed = typed_json.convert(results, _Results, where=where, fix=_FIX, error=UserError)
+    for label, numbers in parsed.methods.items():
+        # Other keys of a method may have any form: the card shows these only.
+        for kind in (*_METHODS, *parsed.searches):
+            if curve := numbers.get(kind):
+                place = f"{where}: methods.{label}.{kind}"
+                typed_json.convert(curve, dict[str, _Estimate], where=place, fix=_FIX, error=UserError)
 
 
 def _front_matter(recipe: Mapping[str, Any], config: Mapping[str, Any]) -> str:

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.chat_template import DATE, Messages
+from data_pipeline import typed_json
+from data_pipeline.chat_template import DATE, Messages, one_line, read_tokenizer_config
 from data_pipeline.encode import Encoder
 from jaxprm import files
-from jaxprm.errors import UserError
+from jaxprm.errors import UserError, shown
 
 _TEMPLATE = "chat_template.jinja"
 _SPECIAL = "special_tokens_map.json"
@@ -37,13 +38,14 @@ def write_tokenizer(source: Path, target: Path, encoder: Encoder, conversations:
         shutil.copyfile(source / name, target / name)
     if (source / _SPECIAL).is_file():  # in transformers 4 it overrides tokenizer_config.json
         names.append(_SPECIAL)
-        files.write_json(target / _SPECIAL, files.read_json(source / _SPECIAL) | _special_tokens(encoder))
+        special = typed_json.read(source / _SPECIAL, dict[str, Any], fix="copy or download it again", error=UserError)
+        files.write_json(target / _SPECIAL, special | _special_tokens(encoder))
     files.write_atomic(target / _TEMPLATE, pin_date(encoder.template))
     settings = _settings(source, encoder)
     # A class is declared only where it is needed: an auto_map looks as if code had to be trusted.
     for declaration in ({}, _PLAIN_CLASS):
         files.write_json(target / "tokenizer_config.json", settings | declaration)
-        if _same_tokens(target, encoder, conversations):
+        if _same_tokens(source, target, encoder, conversations):
             return [*names, _TEMPLATE, "tokenizer_config.json"]
     raise UserError(
         f"model {source}: transformers' AutoTokenizer does not give the tokens it was trained on; "
@@ -60,8 +62,7 @@ def pin_date(template: str) -> str:
 
 def _settings(source: Path, encoder: Encoder) -> dict[str, Any]:
     """The source's tokenizer_config.json, with a class that every version of transformers knows."""
-    path = source / "tokenizer_config.json"
-    settings = files.read_json(path) if path.is_file() else {}
+    settings = read_tokenizer_config(source)
     # An auto_map names code of the source's repository; the template is written as a file.
     for name in ("backend", "auto_map", "chat_template"):
         settings.pop(name, None)
@@ -75,8 +76,21 @@ def _special_tokens(encoder: Encoder) -> dict[str, str]:
     return {"pad_token": encoder.decode([encoder.pad_id]), "eos_token": encoder.decode([encoder.end_id])}
 
 
-def _same_tokens(directory: Path, encoder: Encoder, conversations: Sequence[Messages]) -> bool:
-    """Whether AutoTokenizer gives the encoder's tokens, padding and vocabulary size."""
+def _same_tokens(source: Path, directory: Path, encoder: Encoder, conversations: Sequence[Messages]) -> bool:
+    """Whether AutoTokenizer gives the encoder's tokens, padding and vocabulary size.
+
+    Raises UserError if it cannot read the files, which have all fields of those in `source`.
+    """
+    try:
+        return _encodes_equally(directory, encoder, conversations)
+    except Exception as error:  # transformers raises anything for a field of a wrong type
+        raise UserError(
+            f"model {source}: transformers cannot read its config.json or its tokenizer's files "
+            f"({type(error).__name__}: {shown(one_line(error)[:300])}); correct the field, or remove it"
+        ) from error
+
+
+def _encodes_equally(directory: Path, encoder: Encoder, conversations: Sequence[Messages]) -> bool:
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(directory, local_files_only=True)

@@ -5,12 +5,12 @@ A config that the transformer cannot represent is refused, with the field, its v
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from data_pipeline import typed_json
 from jaxprm.errors import UserError, shown
 from jaxprm.model.config import FAMILIES, Family, Head, RopeScaling, TransformerConfig
 
@@ -56,6 +56,7 @@ def read_config(directory: str | Path) -> tuple[TransformerConfig, dict]:
     if head_dim % 2:
         fields.refuse("head_dim", head_dim, "even sizes")
     kv_heads = fields.count("num_key_value_heads", heads)
+    fields.count("max_position_embeddings", 1)  # checked here, because an export inherits it
     if heads % kv_heads:
         raise UserError(f"{path}: num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}")
     config = TransformerConfig(
@@ -123,13 +124,7 @@ class _Fields:
 def _read(path: Path, directory: str | Path) -> dict:
     if not path.is_file():
         raise UserError(f"model {directory}: no config.json; give a directory in Hugging Face format")
-    try:
-        source = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
-        raise UserError(f"{path}: not JSON ({str(error) or type(error).__name__})") from None
-    if not isinstance(source, dict):
-        raise UserError(f"{path}: must hold an object")
-    return source
+    return typed_json.read(path, dict[str, Any], fix="copy or download the model's files again", error=UserError)
 
 
 def _family(fields: _Fields) -> tuple[Family, str]:
@@ -237,8 +232,9 @@ def _head(fields: _Fields, family: Family, architecture: str) -> Head:
     if architecture == family.causal:
         return Head()
     names, labels = fields.get("id2label"), fields.get("num_labels")
-    if names is not None and not isinstance(names, dict):
-        fields.refuse("id2label", names, "an object")
+    is_table = isinstance(names, dict) and all(isinstance(name, str) for name in names.values())
+    if names is not None and not (is_table and sorted(names) == [str(index) for index in range(len(names))]):
+        fields.refuse("id2label", names, 'an object of texts by "0", "1", ...')
     # transformers saves a classifier of two labels, its default, without either field.
     count = len(names) if names is not None else 2 if labels is None else labels
     if labels is not None and labels != count:

@@ -9,6 +9,7 @@ from jaxprm.config import Experiment, PolicyConfig, is_plugin
 from jaxprm.errors import UserError
 from jaxprm.hf import hub
 from jaxprm.policies import protocol
+from jaxprm.policies.checked import CheckedPolicy
 
 _METHODS = ("propose", "count_tokens")
 
@@ -16,7 +17,7 @@ _METHODS = ("propose", "count_tokens")
 def load(experiment: Experiment) -> protocol.Policy:
     """The policy of an experiment: a model directory, an endpoint, or a user's own "module:attribute".
 
-    Raises UserError if it does not exist, or lacks a method of protocol.Policy.
+    Raises UserError if it does not exist, or lacks a method of protocol.Policy, or has a wrong `usage`.
     """
     settings = experiment.policy
     # The imports are here because each kind brings its own: JAX and a model, or an HTTP client.
@@ -38,7 +39,7 @@ def load(experiment: Experiment) -> protocol.Policy:
     if missing := plugins.missing_methods(policy, _METHODS):
         kind = type(policy).__name__
         raise UserError(f"policy {settings.path!r}: {kind} has no method {', '.join(missing)}; define it")
-    return policy
+    return CheckedPolicy(policy, settings.path)
 
 
 def is_directory(settings: PolicyConfig) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from data_pipeline import typed_json
 from data_pipeline.terminal import escape
 from jaxprm.errors import UserError
 from jaxprm.search.methods import SEARCHES
@@ -231,13 +232,17 @@ def load_trees(path: Path) -> list[SearchTree]:
 def _decode(path: Path, form: type[T]) -> T:
     try:
         content = path.read_bytes()
+        if form is RunResults:
+            typed_json.parse(content)  # refuses a name that occurs twice, which msgspec accepts
         # An escape of JSON may be such a character.
         if b"\\u" in content or escape(content.decode()) != content.decode():
             return msgspec.convert(_visible(msgspec.json.decode(content)), form, str_keys=True)
         return msgspec.json.decode(content, type=form)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run the evaluation and search stages of this work directory") from None
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply; write it again with the evaluation and search stages") from None
+    except ValueError as error:  # msgspec's errors, invalid UTF-8, and those of typed_json
         raise UserError(f"{path}: {error}; write it again with the evaluation and search stages") from None
 
 

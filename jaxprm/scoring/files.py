@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
+from data_pipeline import typed_json
 from data_pipeline.chat_template import read_template
 from data_pipeline.encode import Encoded, Reasoning, SpecialTokens
 from data_pipeline.errors import DataError
@@ -223,10 +224,7 @@ def _check_record(partial: Path, record: Path, identity: dict[str, Any]) -> None
         raise UserError(
             f"{partial}: exists but its record {record.name} is missing, so it cannot be resumed; move or delete it"
         )
-    try:
-        begun = msgspec.json.decode(record.read_bytes(), type=dict[str, Any])
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise UserError(f"{record}: {error}; delete it and {partial} to start again") from None
+    begun = typed_json.read(record, dict[str, Any], fix=f"delete it and {partial} to start again", error=UserError)
     # The fields of both: another version may record more of them, or fewer.
     for name in identity | begun:
         if begun.get(name) != identity.get(name):
@@ -272,7 +270,7 @@ def _encode(scorer: Scorer, trajectory: Trajectory, where: str) -> Encoded:
 def _failed(line: bytes, number: int, error: str) -> dict[str, Any]:
     try:
         id = msgspec.json.decode(line, type=dict[str, Any]).get("id")
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         id = None
     identity = {"id": id} if isinstance(id, str) else {"id": None, "line": number}
     return identity | {"error": error}

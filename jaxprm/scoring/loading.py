@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import msgspec
 import numpy as np
 
 from data_pipeline.encode import Encoder, Reasoning, SpecialTokens
 from jaxprm import config as config_lib
-from jaxprm.artifacts.directory import RECIPE, files_of, is_checkpoint, read_recipe
+from jaxprm.artifacts.directory import files_of, is_checkpoint, read_recipe
 from jaxprm.errors import UserError
 from jaxprm.hf import reader
 from jaxprm.hf.safetensors import open_tensors
@@ -23,8 +22,6 @@ from jaxprm.model.config import TransformerConfig
 from jaxprm.model.prefix_bank import Shapes, TurnTokens
 from jaxprm.model.sharding import ONE_DEVICE, Layout, make_mesh
 from jaxprm.scoring.scorer import Scorer
-
-_Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 def load_reward_model(
@@ -140,19 +137,11 @@ def load_scorer(
 def read_turn_tokens(model: Path) -> dict[str, TurnTokens]:
     """{"action", "observation"}: lengths of the turns that a model was trained on; {} if its recipe has none.
 
-    Raises UserError if the recipe's `turn_tokens` are malformed.
+    Raises UserError if the recipe is malformed.
     """
-    value = read_recipe(model).get("turn_tokens")
-    if value is None:
-        return {}
-    try:
-        turns = msgspec.convert(value, dict[Literal["action", "observation"], dict[Literal["median", "most"], _Count]])
-        return {name: TurnTokens(turns[name]["median"], turns[name]["most"]) for name in ("action", "observation")}
-    except (msgspec.ValidationError, KeyError, TypeError):
-        raise UserError(
-            f"{files_of(model) / RECIPE}: turn_tokens must have median and most, whole numbers, of action and "
-            f"observation, got {str(value)[:200]}"
-        ) from None
+    turns = read_recipe(model).get("turn_tokens")
+    roles = ("action", "observation") if turns else ()
+    return {role: TurnTokens(turns[role]["median"], turns[role]["most"]) for role in roles}
 
 
 def all_devices() -> config_lib.MeshConfig | None:

@@ -13,8 +13,10 @@ from types import TracebackType
 from typing import Any, Protocol
 
 import jax
+import msgspec
 import numpy as np
 
+from data_pipeline import typed_json
 from jaxprm import config as config_lib
 from jaxprm import files
 from jaxprm.errors import UserError
@@ -292,8 +294,12 @@ def _cut(path: Path, start: int) -> None:
     files.write_atomic(path, "".join(map(files.line, lines)))
 
 
+class _WandbRun(msgspec.Struct):
+    id: str
+
+
 def _run_id(output: Path) -> str:
     path = output / "wandb.json"
     if not path.exists():
         files.write_json(path, {"id": secrets.token_hex(8)})
-    return files.read_json(path)["id"]
+    return typed_json.read(path, _WandbRun, fix="remove it: the next run gets another id", error=UserError).id

@@ -21,6 +21,7 @@ from data_pipeline.shards import Dataset, ShardSplit
 from data_pipeline.supervision import of_pairs
 from jaxprm import config as config_lib
 from jaxprm import files
+from jaxprm.artifacts import recipe as recipe_file
 from jaxprm.artifacts.directory import RECIPE
 from jaxprm.errors import UserError
 from jaxprm.hf import hub, reader, writer
@@ -238,7 +239,7 @@ def is_written(directory: Path, expected: dict[str, Any]) -> bool:
     path = directory / RECIPE
     if not path.is_file():
         raise UserError(f"{directory}: exists and is no trained reward model ({RECIPE} is missing); move it away")
-    fingerprints = files.read_json(path)["fingerprints"]
+    fingerprints = recipe_file.read(path).get("fingerprints", {})
     for name, value in expected.items():
         if fingerprints.get(name) != value:
             raise UserError(

@@ -17,6 +17,7 @@ from data_pipeline.output import backup_of, staging_of
 from data_pipeline.splits import parse_inputs
 from jaxprm import config as config_lib
 from jaxprm import files
+from jaxprm.artifacts import recipe
 from jaxprm.errors import UserError
 from jaxprm.objectives import check_settings, trains_on_labels, trains_on_pairs
 from jaxprm.progress import absolute
@@ -262,8 +263,8 @@ def validation_lines(experiment: config_lib.Experiment, workdir: Path) -> list[s
     lines = []
     run = Run(experiment, WorkDirectory(workdir))
     for model, seed in run.trained():
-        recipe = files.read_json(run.model_directory(model.label, seed) / "model/reward_model.json")
-        metrics = ", ".join(f"{name} {value:.4g}" for name, value in recipe["validation"].items() if value is not None)
+        validation = recipe.read(run.model_directory(model.label, seed) / "model/reward_model.json")["validation"]
+        metrics = ", ".join(f"{name} {value:.4g}" for name, value in validation.items() if value is not None)
         lines.append(f"{model.label}, seed {seed}: {metrics}")
     return lines
 

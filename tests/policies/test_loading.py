@@ -1,5 +1,6 @@
 """Loading the policy of a config: a directory, a user's class or an endpoint; and the base of reward models."""
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,6 @@ def test_a_run_closes_its_policy_and_prints_its_retries(own, tmp_path, capsys):
     policy = run.policy
     run.close()
     assert (policy.closed, capsys.readouterr().err) == (1, "")
-    policy.usage = {"encoded": 3, "retries": 2}
+    importlib.import_module("own_policy").Parrot.usage = {"encoded": 3, "retries": 2}
     run.close()
     assert capsys.readouterr().err == "policy: 3 encoded, 2 retries\n"
