@@ -53,9 +53,7 @@ def _write_model(source: Path, directory: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=GGUF, dtype=torch.float32, local_files_only=True
-    )
+    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32, local_files_only=True)
     # transformers 5 refuses to save a model that was loaded from GGUF, so a fresh one takes its weights.
     config = AutoConfig.for_model(**{k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"})
     fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -217,6 +217,10 @@ class TrainingBatches:
         self.position += 1
         return batch
 
+    def peek(self) -> Batch:
+        """The next batch, which stays the next one."""
+        return self._packed.gather(self.position, self._local_rows)
+
     def set_local_rows(self, rows: np.ndarray) -> None:
         """Restricts the batches from here on to these rows, ascending: those of this host."""
         # Batches that were gathered ahead have other rows, so the stream is made again.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import errno
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,10 +24,6 @@ COMPUTING = {*STAGE_VERBS, "imitate", "score", "evaluate", "serve", "check-score
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a verb; returns the exit status."""
     options = parse(arguments)
-    # The start-up messages of TensorFlow and XLA would hide the one line that matters.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
     if options.verb in COMPUTING:
         # Before JAX starts its threads.
         keep_freed()

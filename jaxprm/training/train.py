@@ -119,7 +119,14 @@ def train_reward_model(
         )
         frozen = NO_PARAMETERS
 
-    # Restore: train state and data position are one checkpoint
+    local_rows = sharding.local_rows(mesh, data.rows)
+    batches.set_local_rows(local_rows)
+
+    def put(batch: dict, split: str, **rows: Any) -> dict[str, jax.Array]:
+        batch = batch if features is None else features[split].attach(batch)
+        return sharding.put_batch(batch, mesh, fields, **rows)
+
+    # Restore: train state and data position are one checkpoint. A new head is centred on the first batch
     checkpoints = Checkpoints(
         output / "checkpoints",
         identity,
@@ -128,13 +135,14 @@ def train_reward_model(
         config=msgspec.to_builtins(settings, str_keys=True) | {"mesh": dict(mesh.shape)},
     )
     if checkpoints.latest_step() is None:
+        if settings.head_start == "centred":
+            first = put(batches.peek(), "train", held=local_rows, rows=data.rows)
+            parameters = programs.centre_head(parameters, first, frozen)
         start, state = 0, programs.init(parameters)
     else:
         del parameters  # the device may not hold them next to the restored state
         start, state, position = checkpoints.restore(programs.state)
         batches.restore_state(position)
-    local_rows = sharding.local_rows(mesh, data.rows)
-    batches.set_local_rows(local_rows)
 
     # Description: makes the checkpoints of a whole model scorable and exportable before the run ends
     recipe = reward_model.recipe(
@@ -165,10 +173,6 @@ def train_reward_model(
             Profile(profile, output / "profile") as profiler,
             bar(f"train {name}", steps, initial=start, unit="step") as progress,
         ):
-
-            def put(batch: dict, split: str, **rows: Any) -> dict[str, jax.Array]:
-                batch = batch if features is None else features[split].attach(batch)
-                return sharding.put_batch(batch, mesh, fields, **rows)
 
             def log_pending() -> None:
                 nonlocal pending

@@ -28,8 +28,8 @@ def plug(folder: Path, *devices: tuple[str, str]) -> Path:
 
 def test_tpu_chips_are_counted_and_google_network_cards_are_not(tmp_path):
     tpu, card, gpu = ("0x1ae0", "0x120000"), ("0x1ae0", "0x020000"), ("0x10de", "0x030200")
-    assert distributed.tpu_chips(plug(tmp_path, tpu, card, gpu, tpu)) == 2
-    assert distributed.tpu_chips(tmp_path / "nothing") == 0
+    assert quiet.tpu_chips(plug(tmp_path, tpu, card, gpu, tpu)) == 2
+    assert quiet.tpu_chips(tmp_path / "nothing") == 0
 
 
 @pytest.mark.parametrize(
