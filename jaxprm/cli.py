@@ -276,8 +276,10 @@ def _validate(options) -> int:
     encoder = None
     if options.tokenizer is not None:
         from data_pipeline.encode import Encoder
+        from jaxprm.export.exportable import check_exportable
 
         encoder = Encoder.load(options.tokenizer, options.chat_template)
+        check_exportable(options.tokenizer, encoder)
     with progress.absolute("validate", unit="row") as show:
         report = validate(parse_inputs(options.files), encoder=encoder, max_length=options.max_length, progress=show)
     _write_report(options.json, report)

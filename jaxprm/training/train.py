@@ -25,6 +25,7 @@ from jaxprm.artifacts.checkpoints import Checkpoints
 from jaxprm.artifacts.directory import DESCRIPTION
 from jaxprm.errors import Interrupted, UserError
 from jaxprm.evaluation.value_metrics import StepRecords
+from jaxprm.export.exportable import check_exportable
 from jaxprm.hf import reader
 from jaxprm.model import sharding
 from jaxprm.objectives import check_settings
@@ -68,7 +69,7 @@ def train_reward_model(
 
     Raises:
         UserError: settings that cannot be trained, a mesh or a batch that does not divide, a checkpoint or a model of
-            another identity, or a loss that is not finite.
+            another identity, a tokenizer that could not be exported, or a loss that is not finite.
         DataError: shards of another tokenizer, broken, or with a trajectory that does not fit.
         Interrupted: the machine is preempted; the same call resumes.
     """
@@ -86,6 +87,8 @@ def train_reward_model(
     )
     if distributed.broadcast_from_primary(reward_model.is_written(output / "model", identity)):
         return output / "model"
+    if not (output / "checkpoints").exists():
+        check_exportable(base, encoder)
 
     # Mesh
     mesh = sharding.make_mesh(experiment.mesh)
