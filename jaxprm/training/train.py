@@ -33,7 +33,7 @@ from jaxprm.progress import bar
 from jaxprm.training import distributed, reward_model, trainable
 from jaxprm.training.distributed import Preemption, Timer
 from jaxprm.training.evaluate import step_values, summary
-from jaxprm.training.features import Features, features_of_split
+from jaxprm.training.features import Features, Pass, features_of_split
 from jaxprm.training.flops import train_step_flops
 from jaxprm.training.metrics import Metrics, Profile, Sink, WandbSink, first_not_finite, numbers, seconds_at_peak
 from jaxprm.training.programs import Programs, batch_fields, make_programs
@@ -111,9 +111,9 @@ def train_reward_model(
         parameters, frozen = programs.split(parameters)
 
     # Frozen features: with a frozen transformer its hidden states are computed once, and it is dropped
-    fields, features = batch_fields(settings), None
+    fields, features, passes = batch_fields(settings), None, {}
     if settings.trainable == "head":
-        features = _features(
+        features, passes = _features(
             programs,
             nnx.State(dict(parameters.items()) | dict(frozen.items())),
             mesh,
@@ -164,7 +164,9 @@ def train_reward_model(
     flops = train_step_flops(config, settings, data, "reference").model
     metrics_options = {
         "writes": distributed.is_primary(),
-        "peak_seconds": seconds_at_peak(flops, mesh.devices.flat),
+        # With features a step reads no tokens: only the pass that computed them has such rates.
+        "reads_tokens": features is None,
+        "peak_seconds": seconds_at_peak(flops, mesh.devices.flat) if features is None else None,
         "extra_sink": _wandb(experiment, settings, seed, output, identity),
     }
 
@@ -176,6 +178,8 @@ def train_reward_model(
             Profile(profile, output / "profile") as profiler,
             bar(f"train {name}", steps, initial=start, unit="step") as progress,
         ):
+            for split, done in passes.items():
+                metrics.features_pass(split, done.tokens, done.seconds)
 
             def log_pending() -> None:
                 nonlocal pending
@@ -202,6 +206,8 @@ def train_reward_model(
                 metrics.add_input_wait(time.monotonic() - waited_since)
                 with jax.transfer_guard("disallow"):
                     state, step_metrics = programs.train_step(state, batch, frozen)
+                if step == start + 1:
+                    metrics.pause()  # the first step was compiled
 
                 # Metrics one step late: those of step t - 1 are fetched while step t runs
                 log_pending()
@@ -275,19 +281,20 @@ def _features(
     mesh: jax.sharding.Mesh,
     batches: dict[str, EvaluationBatches],
     cache: Path,
-) -> dict[str, Features]:
-    """Hidden states of every split, from the cache or from one pass over its batches."""
-    return {
-        split: features_of_split(
+) -> tuple[dict[str, Features], dict[str, Pass]]:
+    """Hidden states of every split, and the passes over those that were not in the cache."""
+    features, passes = {}, {}
+    for split, split_batches in batches.items():
+        features[split], done = features_of_split(
             lambda batch: programs.features_step(parameters, sharding.put_batch(batch, mesh, FIELDS)),
             split_batches,
-            split_batches.split.step_starts,
             cache / split,
             width=parameters["head"][...].shape[0],
-            writes=distributed.is_primary(),
+            label=f"hidden states {split}",
         )
-        for split, split_batches in batches.items()
-    }
+        if done is not None:
+            passes[split] = done
+    return features, passes
 
 
 def _wandb(
