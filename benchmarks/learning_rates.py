@@ -6,12 +6,13 @@
 The work directory must have shards. Every cell (a rate, a start, a seed) is trained as `train` does and judged on the
 validation split; no model is written. A finished cell is a file in OUTPUT and is not trained again. The table has the
 AUROC over all steps and over pairs that share task and depth, with 95 % intervals over tasks and seeds, and the
-gradient norm of the first step. --steps and --rows shorten a cell where the whole model is trained.
+gradient norm of the first step. --steps, --rows and --held-out shorten a cell where the transformer is trained.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ import msgspec
 import numpy as np
 from flax import nnx
 
-from data_pipeline.batches import evaluation_batches, training_batches
+from data_pipeline.batches import EvaluationBatches, evaluation_batches, training_batches
 from data_pipeline.encode import Encoder
 from data_pipeline.shards import open_dataset
 from jaxprm import config as config_lib
@@ -90,10 +91,21 @@ def train(cell: Cell, options: argparse.Namespace, inputs: Inputs) -> dict[str, 
             norms.append(float(metrics["gradient_norm"]))
             progress.update()
     records = step_values(
-        lambda batch: programs.evaluation_step(state["parameters"], put(batch, "validation"), frozen), held_out
+        lambda batch: programs.evaluation_step(state["parameters"], put(batch, "validation"), frozen),
+        _First(held_out, options.held_out),
     )
     result = cell._asdict() | {"first_gradient_norm": norms[0], "steps": steps}
     return result | {name: getattr(records, name) for name in COLUMNS}
+
+
+class _First:
+    """The first batches of a split, all of them if `count` is None."""
+
+    def __init__(self, batches: EvaluationBatches, count: int | None):
+        self.split, self._batches, self._count = batches.split, batches, count
+
+    def __iter__(self) -> Iterator[dict]:
+        return itertools.islice(self._batches, self._count)
 
 
 def _features(programs, inputs: Inputs, settings, trained, frozen, mesh, seed: int) -> dict:
@@ -175,6 +187,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--epochs", type=int, help="instead of the config's")
     parser.add_argument("--steps", type=int, help="end the training, and its schedule, after so many steps")
+    parser.add_argument("--held-out", type=int, help="batches of the validation split to judge on; default: all")
     parser.add_argument("--rows", type=int, help="rows of a batch, instead of the config's")
     parser.add_argument("overrides", nargs="*", help="FIELD=VALUE of the config")
     options = parser.parse_args()
