@@ -1,4 +1,4 @@
-"""Keeps the start-up messages of libtpu, TensorFlow and transformers off the terminal; importing jaxprm calls it.
+"""Keeps the start-up messages of libtpu, TensorFlow and transformers off the terminal. Importing jaxprm calls it.
 
 With libtpu installed, as the compiler of `plan`, JAX looks for a TPU. On a machine without one, libtpu prints a page of
 errors about variables that only a TPU machine has. JAX then computes on the CPU or the GPU as it would have anyway.
@@ -11,14 +11,11 @@ import os
 from collections.abc import MutableMapping
 from pathlib import Path
 
+from data_pipeline import quiet
+
 PCI_DEVICES = Path("/sys/bus/pci/devices")
 # PCI vendor, and the class of processing accelerators: Google's network cards have another class.
 _GOOGLE, _ACCELERATOR = "0x1ae0", "0x12"
-_LOGGING = {
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-    "TF_ENABLE_ONEDNN_OPTS": "0",
-    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # "PyTorch was not found"
-}
 # Without the first two, libtpu asks the metadata server, and locks out a second process that has no TPU either. A TPU
 # machine sets the others; without them libtpu prints a page of warnings.
 _NO_TPU = {
@@ -31,8 +28,7 @@ _NO_TPU = {
 
 def silence(environment: MutableMapping[str, str] = os.environ, devices: Path = PCI_DEVICES) -> None:
     """Sets the variables that keep the libraries quiet, where they are not set. Call it before JAX computes."""
-    for name, value in _LOGGING.items():
-        environment.setdefault(name, value)
+    quiet.silence(environment)
     if importlib.util.find_spec("libtpu") is not None and not tpu_chips(devices):
         without_tpu(environment)
 

@@ -43,7 +43,9 @@ def bare_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "TPU_", "TF_", "ALLOW_"))}
 
 
-@pytest.mark.parametrize("imports", ["import jaxprm, jax", "import jax, jaxprm"])
+@pytest.mark.parametrize(
+    "imports", ["import jaxprm, jax", "import jax, jaxprm", "from data_pipeline import batches; import jax, jaxprm"]
+)
 def test_looking_for_a_tpu_prints_nothing(imports):
     pytest.importorskip("libtpu")
     script = f"{imports}; print(jax.devices()[0].platform)"
