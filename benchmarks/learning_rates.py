@@ -5,8 +5,8 @@
 
 The work directory must have shards. Every cell (a rate, a start, a seed) is trained as `train` does and judged on the
 validation split; no model is written. A finished cell is a file in OUTPUT and is not trained again. The table has the
-AUROC over all steps and over pairs that share task and depth, with 95 % intervals over tasks and seeds, and the
-gradient norm of the first step. --steps, --rows and --held-out shorten a cell where the transformer is trained.
+AUROC over all steps and over pairs that share task and depth, and the loss, with 95 % intervals over tasks and seeds,
+and the gradient norm of the first step. --steps, --rows and --held-out shorten a cell where the transformer is trained.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from data_pipeline.encode import Encoder
 from data_pipeline.shards import open_dataset
 from jaxprm import config as config_lib
 from jaxprm import files
+from jaxprm.evaluation.statistics import bootstrap_statistic, task_pairs
 from jaxprm.evaluation.value_metrics import StepRecords, validation
 from jaxprm.host_memory import keep_freed
 from jaxprm.model import sharding
@@ -151,29 +152,68 @@ def load_inputs(options: argparse.Namespace) -> Inputs:
 
 def table(folder: Path, samples: int = 2000) -> Iterator[str]:
     """The finished cells as lines of a Markdown table, seeds together."""
-    groups: dict[tuple, list[dict]] = {}
+    groups: dict[tuple, list[tuple[dict, StepRecords]]] = {}
     for path in sorted(folder.glob("*.npz")):
-        with np.load(path) as stored:
-            cell = dict(stored)
-        groups.setdefault((str(cell["trainable"]), float(cell["rate"]), str(cell["start"])), []).append(cell)
-    yield "| trained | learning rate | start | seeds | steps | AUROC | within task | first gradient norm |"
-    yield "|---|---|---|---|---|---|---|---|"
+        (trainable, rate), cell, records = _read(path)
+        groups.setdefault((trainable, rate, str(cell["start"])), []).append((cell, records))
+    yield "| trained | learning rate | start | seeds | steps | AUROC | within task | loss | first gradient norm |"
+    yield "|---|---|---|---|---|---|---|---|---|"
     for (trainable, rate, start), cells in sorted(groups.items()):
-        records = [StepRecords(**{name: cell[name] for name in COLUMNS}) for cell in cells]
-        metrics = validation(records, samples=samples)
+        metrics = validation([records for _, records in cells], samples=samples)
         scores = " | ".join(_interval(metrics[name]) for name in ("auroc", "auroc_within_task"))
-        norm, steps = np.mean([cell["first_gradient_norm"] for cell in cells]), int(cells[0]["steps"])
-        yield f"| {trainable} | {rate:g} | {start} | {len(cells)} | {steps} | {scores} | {norm:.2g} |"
+        loss = _interval(metrics["loss"], scale=1, digits=3)
+        norm, steps = np.mean([cell["first_gradient_norm"] for cell, _ in cells]), int(cells[0][0]["steps"])
+        yield f"| {trainable} | {rate:g} | {start} | {len(cells)} | {steps} | {scores} | {loss} | {norm:.2g} |"
     if groups:
-        (*_, cells) = groups.values()
-        records = StepRecords(**{name: cells[0][name] for name in COLUMNS})
+        ((_, records), *_), *_ = groups.values()
         depth = StepRecords(**vars(records) | {"values": -records.depths.astype(np.float64)})
-        yield f"| depth alone | | | | | {_interval(validation([depth], samples=samples)['auroc'])} | 50 | |"
+        yield f"| depth alone | | | | | {_interval(validation([depth], samples=samples)['auroc'])} | 50 | | |"
 
 
-def _interval(estimate: dict) -> str:
-    low, high = estimate["low"], estimate["high"]
-    return f"{100 * estimate['mean']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+def gains(folder: Path, samples: int = 2000) -> Iterator[str]:
+    """What centring changes at each rate, paired by task and seed, as lines of a Markdown table."""
+    yield "| trained | learning rate | AUROC, centred minus random | loss, centred minus random |"
+    yield "|---|---|---|---|"
+    cells = {path.stem: path for path in folder.glob("*.npz")}
+    pairs: dict[tuple, list[tuple[StepRecords, StepRecords]]] = {}
+    for name, path in sorted(cells.items()):
+        if (other := cells.get(name.replace("-random-", "-centred-"))) and other != path:
+            (trainable, rate), _, records = _read(path)
+            pairs.setdefault((trainable, rate), []).append((_read(other)[2], records))
+    for (trainable, rate), both in sorted(pairs.items()):
+        tasks, index = np.unique(both[0][0].tasks, return_inverse=True)
+        options = {"tasks": len(tasks), "samples": samples}
+        auroc = bootstrap_statistic([_difference(_auroc, *pair, index, len(tasks)) for pair in both], **options)
+        loss = bootstrap_statistic([_difference(_loss, *pair, index, len(tasks)) for pair in both], **options)
+        yield f"| {trainable} | {rate:g} | {_interval(auroc)} | {_interval(loss, scale=1, digits=3)} |"
+
+
+def _difference(statistic, centred: StepRecords, random: StepRecords, index: np.ndarray, count: int):
+    first, second = (statistic(records, index, count) for records in (centred, random))
+    return lambda counts: first(counts) - second(counts)
+
+
+def _auroc(records: StepRecords, index: np.ndarray, count: int):
+    return task_pairs(records.values, records.success, index, count, records.weights).auroc
+
+
+def _loss(records: StepRecords, index: np.ndarray, count: int):
+    errors = records.weights * (records.values - records.targets) ** 2 / 2
+    total, weight = (np.bincount(index, column, minlength=count) for column in (errors, records.weights))
+    return lambda counts: (counts @ total) / (counts @ weight)
+
+
+def _read(path: Path) -> tuple[tuple[str, float], dict, StepRecords]:
+    """((what is trained, rate), the cell, its records)."""
+    with np.load(path) as stored:
+        cell = dict(stored)
+    records = StepRecords(**{name: cell[name] for name in COLUMNS})
+    return (str(cell["trainable"]), float(cell["rate"])), cell, records
+
+
+def _interval(estimate: dict, *, scale: float = 100, digits: int = 1) -> str:
+    mean, low, high = (f"{scale * estimate[name]:.{digits}f}" for name in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
 
 
 def main() -> None:
@@ -206,7 +246,7 @@ def main() -> None:
                         np.savez_compressed(stream, **train(cell, options, inputs))
                     staging.rename(path)
                     jax.clear_caches()
-    lines = list(table(options.output))
+    lines = [*table(options.output), "", *gains(options.output)]
     print("\n".join(lines))
     files.write_atomic(options.output / "table.md", "\n".join(lines) + "\n")
 
