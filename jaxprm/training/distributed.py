@@ -132,9 +132,14 @@ def is_primary() -> bool:
 
 def broadcast_from_primary(answer: bool) -> bool:
     """Process 0's answer, in every process."""
+    return bool(number_from_primary(answer))
+
+
+def number_from_primary(number: int) -> int:
+    """Process 0's whole number, below 2^31, in every process."""
     if jax.process_count() == 1:
-        return answer
-    return bool(multihost_utils.broadcast_one_to_all(np.int32(answer)))
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def check_equal(text: str, what: str) -> None:

@@ -80,7 +80,7 @@ def features_of_split(
 
 
 def _compute(compute: FeaturesOf, batches: EvaluationBatches, cache: _Cache, label: str) -> Pass:
-    first, tokens, since = distributed.broadcast_from_primary(cache.open()), 0, time.monotonic()
+    first, tokens, since = distributed.number_from_primary(cache.open()), 0, time.monotonic()
     with bar(label, len(batches), initial=first, unit="batch") as progress:
         for number, batch in enumerate(batches.starting_at(first), start=first):
             valid, steps = batch["valid"], _step_indices(batch, batches.split.step_starts)
@@ -99,7 +99,7 @@ def _compute(compute: FeaturesOf, batches: EvaluationBatches, cache: _Cache, lab
 class _Cache:
     """The features of a split as they are computed: [N, D] float32 by name, and how many batches are in them.
 
-    Only process 0 writes; in the others every method does nothing.
+    Only process 0 writes; in the others the methods do nothing.
     """
 
     def __init__(self, path: Path, shape: tuple[int, int], identity: str):
@@ -151,9 +151,9 @@ class _Cache:
             for array in self._arrays.values():
                 array.flush()
             self._arrays.clear()
-            (self._staging / _PROGRESS).unlink(missing_ok=True)
             shutil.rmtree(self._path, ignore_errors=True)
             self._staging.rename(self._path)
+            (self._path / _PROGRESS).unlink(missing_ok=True)
 
 
 def _step_indices(batch: Batch, step_starts: np.ndarray) -> np.ndarray:
