@@ -22,6 +22,7 @@ import transformers
 from flax import nnx
 
 import jaxprm
+from benchmarks import learning_rates
 from benchmarks.smollm2 import prepare
 from data_pipeline.encode import Encoder
 from data_pipeline.trajectory import parse_line, steps
@@ -29,6 +30,7 @@ from jaxprm import cli, files
 from jaxprm.errors import UserError
 from jaxprm.hf import reader
 from jaxprm.model.transformer import transformer_graph
+from tests.docs import pages
 from tests.policies.transformers_server import free_port, transformers_server, wait_until_healthy
 
 pytestmark = pytest.mark.slow
@@ -159,6 +161,28 @@ def test_a_head_on_its_hidden_states_tells_success_from_failure_far_better_than_
     # The head began at the mean of the targets: the first loss is not that of a constant far away.
     lines = list(files.read_lines(model.parent / "metrics.jsonl"))
     assert lines[0]["loss"] < 0.2 and lines[0]["value_mean"] == pytest.approx(lines[0]["target_mean"], abs=0.02)
+
+
+def test_the_benchmark_of_learning_rates_runs_as_on_the_page(command, workdir, tmp_path, monkeypatch, capsys):
+    text = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    (arguments,) = pages.command_lines(text, "benchmarks.learning_rates")
+    options = dict(zip(arguments[::2], arguments[1::2], strict=False))
+    assert options["--config"] == "configs/smollm2_head.py" and "centred random" in " ".join(arguments)
+    config, override = command
+    monkeypatch.setattr(sys, "argv", ["learning_rates", "--config", config, "--workdir", str(workdir)])
+    sys.argv += ["--output", str(tmp_path / "rates"), "--rates", "1e-4", "--starts", "centred", "random"]
+    sys.argv += ["--epochs", "1", override]
+    learning_rates.main()
+    lines = (tmp_path / "rates/table.md").read_text().splitlines()
+    rows = [line for line in lines if line.startswith("| head | 0.0001 |")]
+    assert len(rows) == 3 and "depth alone" in "".join(lines)
+    # A centred head begins where the loss is small: its first gradient is not of one large vector.
+    norms = [float(row.split("|")[-2]) for row in rows[:2]]
+    assert norms[0] < norms[1] / 5
+    (before,) = (tmp_path / "rates").glob("*-centred-*.npz")
+    written = before.stat().st_mtime_ns
+    learning_rates.main()
+    assert before.stat().st_mtime_ns == written
 
 
 def test_its_scores_do_not_depend_on_how_they_are_computed(model, trajectories, tmp_path, capsys):
