@@ -19,7 +19,7 @@ from jaxprm import config as config_lib
 from jaxprm.model.transformer import ForwardOptions
 from jaxprm.objectives import find_objective, reads_states
 from jaxprm.targets import returns_to_go
-from jaxprm.training.step import NO_PARAMETERS, PLAIN, Batch, checked_targets, hidden_states
+from jaxprm.training.step import NO_PARAMETERS, PLAIN, Batch, checked_targets, hidden_states, microbatches_of
 from jaxprm.training.trainable import join
 
 
@@ -32,18 +32,31 @@ def make_centre_head(
         if "read_features" in batch:
             features, state_features = batch["read_features"], batch.get("state_features")
         else:
-            parameters, adapters = join(settings, trained, frozen)
-            features, state_features = hidden_states(
-                nnx.merge(graph, parameters),
-                batch,
-                states=reads_states(settings),
-                forward_options=forward_options,
-                adapters=adapters,
-            )
+            features, state_features = _read(graph, join(settings, trained, frozen), batch, settings, forward_options)
         head = centred(trained["head"][...], features, state_features, batch, settings)
         return nnx.State(dict(trained.items()) | {"head": nnx.Param(head)})
 
     return centre_head
+
+
+def _read(
+    graph: nnx.GraphDef,
+    parameters_and_adapters: tuple[nnx.State, Any],
+    batch: Batch,
+    settings: config_lib.RewardModelConfig,
+    forward_options: ForwardOptions,
+) -> tuple[jax.Array, jax.Array | None]:
+    """`hidden_states` of a batch, in as many parts as a training step computes, so that it needs no more memory."""
+    parameters, adapters = parameters_and_adapters
+    options = {"states": reads_states(settings), "forward_options": forward_options, "adapters": adapters}
+
+    def read(part: Batch) -> tuple[jax.Array, jax.Array | None]:
+        return hidden_states(nnx.merge(graph, parameters), part, **options)
+
+    if settings.microbatches == 1:
+        return read(batch)
+    parts = jax.lax.map(read, microbatches_of(batch, settings.microbatches))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), parts)
 
 
 def centred(

@@ -393,12 +393,8 @@ def test_a_base_that_cannot_be_exported_is_refused_before_the_first_step(toy, tr
         train_reward_model(toy.experiment, toy.settings(), 0, **arguments | {"output": tmp_path / "begun"})
 
 
-def test_values_begin_at_the_mean_of_the_targets(toy, train_toy):
-    """With the paper's learning rate the start is all that matters: a centred head's values stay at the outcomes."""
-    centred, random = (
-        train_toy(head_start=start, learning_rate=1e-6, epochs=1).lines[0] for start in ("centred", "random")
-    )
+def test_values_begin_at_the_mean_of_the_targets(trained):
+    first = trained.lines[0]
     # Not equal: targets lean on values, which differ around their mean.
-    assert centred["value_mean"] == pytest.approx(centred["target_mean"], abs=0.01)
-    assert abs(random["value_mean"] - random["target_mean"]) > 0.1
-    assert centred["value_loss"] < random["value_loss"]
+    assert first["value_mean"] == pytest.approx(first["target_mean"], abs=0.01)
+    assert 0.2 < first["target_mean"] < 0.8
