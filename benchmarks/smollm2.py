@@ -14,8 +14,10 @@ import argparse
 import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
 
+from data_pipeline.errors import DataError
 from data_pipeline.output import staged_directory
 from jaxprm.errors import UserError
 
@@ -57,7 +59,9 @@ def _write_model(source: Path, directory: Path) -> None:
 
     loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32, local_files_only=True)
     # transformers 5 refuses to save a model that was loaded from GGUF, so a fresh one takes its weights.
-    config = AutoConfig.for_model(**{k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"})
+    fields = {name: value for name, value in loaded.config.to_dict().items() if not name.startswith("_")}
+    fields.pop("quantization_config", None)
+    config = AutoConfig.for_model(**fields)
     fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     fresh.load_state_dict(loaded.state_dict())
     fresh.save_pretrained(directory)
@@ -78,12 +82,18 @@ def _write_tokenizer(source: Path, directory: Path) -> None:
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directory", type=Path, help="directory to write")
+    directory = parser.parse_args().directory
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    print(f"model: {prepare(parser.parse_args().directory)}")
+    try:
+        print(f"model: {prepare(directory)}")
+    except (UserError, DataError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
