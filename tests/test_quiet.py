@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks.toy import walks
+from data_pipeline.trajectory import to_line
 from jaxprm import quiet
+from jaxprm.policies.language_model import default_directory
+
+ROOT = Path(__file__).parents[1]
 
 
 def plug(folder: Path, *devices: tuple[str, str]) -> Path:
@@ -53,3 +59,38 @@ def test_looking_for_a_tpu_prints_nothing(imports):
         [sys.executable, "-c", script], env=bare_environment(), capture_output=True, text=True, timeout=120, check=True
     )
     assert (done.stdout, done.stderr) == ("cpu\n", "")
+
+
+NOISE = re.compile(r"(?i)warning|libtpu|\btpu|absl|tensorflow|transformers|onednn|cuda|\b[EWIF]0000 ")
+
+
+@pytest.mark.slow
+def test_no_verb_prints_messages_of_other_libraries(tmp_path):
+    """As a user calls them, with libtpu installed: without the variables that tests set."""
+    pytest.importorskip("libtpu")
+    (tmp_path / "rows.jsonl").write_text("".join(to_line(row) + "\n" for row in walks(0, "train", 12, 6)))
+    config = str(ROOT / "configs/textcraft_tiny.py")
+    settings = ["reward_models=[{'label': 'pvm', 'objective': 'pvm', 'beta': 0, 'epochs': 1}]".replace("'", '"')]
+    model = "run/reward_models/pvm/seed-0"
+    for arguments in (
+        ["validate", "rows.jsonl", "--tokenizer", str(default_directory())],
+        ["train", config, *settings, "collection.validation_share=0.3", "--data", "rows.jsonl", "--workdir", "run"],
+        ["inspect", model],
+        ["score", "--model", model, "--input", "rows.jsonl", "--output", "scores.jsonl"],
+        ["evaluate", "--model", model, "--input", "run/trajectories/validation.jsonl"],
+        ["export", "--model", model, "--output", "export", "--verify"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "jaxprm", *arguments],
+            cwd=tmp_path,
+            env=bare_environment() | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+        assert done.returncode == 0, (arguments[0], done.stderr)
+        lines = re.split(r"[\r\n]+", done.stdout + done.stderr)
+        # `export` names the libraries that it compared with.
+        noise = [line for line in lines if NOISE.search(line) and not line.startswith("verified")]
+        assert not noise, (arguments[0], noise)

@@ -7,7 +7,6 @@ ends messages, a template with a system prompt of its own.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import urllib.request
@@ -206,7 +205,7 @@ def test_a_server_gives_the_scores_of_the_loaded_model(model, trajectories, tmp_
     port, log = free_port(), tmp_path / "log"
     with log.open("w") as file:
         command = [sys.executable, "-m", "jaxprm", "serve", "--model", str(model), "--port", str(port)]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=os.environ.copy())
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
     try:
         wait_until_healthy(process, port, log)
         body = json.dumps({"messages": messages, "candidates": candidates}).encode()
