@@ -185,7 +185,7 @@ def test_the_benchmark_of_learning_rates_runs_as_on_the_page(command, workdir, t
 
 def test_its_scores_do_not_depend_on_how_they_are_computed(model, trajectories, tmp_path, capsys):
     few = tmp_path / "few.jsonl"
-    few.write_text("".join((trajectories / "validation.jsonl").read_text().splitlines(keepends=True)[:2]))
+    few.write_text("".join((trajectories / "validation.jsonl").read_text().splitlines(keepends=True)[:1]))
     assert cli.main(["check-scorer", "--model", str(model), "--input", str(few)]) == 0
     assert "passed" in capsys.readouterr().out
 
