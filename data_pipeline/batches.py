@@ -191,11 +191,12 @@ class EvaluationBatches:
     """Every trajectory of a split exactly once, in packed order. Can be iterated again; `len` is the number of batches.
 
     `split` holds the trajectories, and a batch's `example` is an index into it. `fill` is the share of token slots that
-    hold a token.
+    hold a token. `identity` names the batches: it depends on the data, the split, the shape of a batch and the plan.
     """
 
-    def __init__(self, packed: _PackedSplit):
+    def __init__(self, packed: _PackedSplit, identity: str):
         self._packed = packed
+        self.identity = identity
         self.split = packed.split
         self.fill = packed.fill
 
@@ -203,7 +204,11 @@ class EvaluationBatches:
         return self._packed.batch_count
 
     def __iter__(self) -> Iterator[Batch]:
-        return self._packed.stream(0)
+        return self.starting_at(0)
+
+    def starting_at(self, number: int) -> Iterator[Batch]:
+        """The batches from `number` on, counted from 0."""
+        return self._packed.stream(number)
 
 
 class TrainingBatches:
@@ -233,6 +238,10 @@ class TrainingBatches:
         batch = next(self._stream)
         self.position += 1
         return batch
+
+    def peek(self) -> Batch:
+        """The next batch, which stays the next one."""
+        return self._packed.gather(self.position, self._local_rows)
 
     def set_local_rows(self, rows: np.ndarray) -> None:
         """Restricts the batches from here on to these rows, ascending: those of this host."""
@@ -306,13 +315,7 @@ def training_batches(
     dataset = dataset if isinstance(dataset, Dataset) else open_dataset(dataset)
     shape = Shape(rows, length, steps_per_row)
     packed = _PackedSplit(dataset, split, shape, selection, window=window, epochs=epochs, seed=seed)
-    # A saved position is only valid for the very same batches, so their identity covers data, shape and plan.
-    digest = hashlib.sha256(f"{dataset.fingerprint} {dataset.metadata.pad_id} {split} {shape}".encode())
-    for array in packed.plan:
-        digest.update(array.tobytes())
-    if not packed.mask.all():
-        digest.update(packed.mask.tobytes())
-    return TrainingBatches(packed, digest.hexdigest())
+    return TrainingBatches(packed, _identity(dataset, split, packed))
 
 
 def evaluation_batches(
@@ -328,7 +331,18 @@ def evaluation_batches(
     """A single pass over a split in batches as of `training_batches`, not shuffled; the last may have padding rows."""
     dataset = dataset if isinstance(dataset, Dataset) else open_dataset(dataset)
     shape = Shape(rows, length, steps_per_row)
-    return EvaluationBatches(_PackedSplit(dataset, split, shape, selection, window=window, epochs=1, seed=None))
+    packed = _PackedSplit(dataset, split, shape, selection, window=window, epochs=1, seed=None)
+    return EvaluationBatches(packed, _identity(dataset, split, packed))
+
+
+def _identity(dataset: Dataset, split: str, packed: _PackedSplit) -> str:
+    """sha256 of data, shape and plan: a saved position is only valid for the very same batches."""
+    digest = hashlib.sha256(f"{dataset.fingerprint} {dataset.metadata.pad_id} {split} {packed.shape}".encode())
+    for array in packed.plan:
+        digest.update(array.tobytes())
+    if not packed.mask.all():
+        digest.update(packed.mask.tobytes())
+    return digest.hexdigest()
 
 
 def _check_fit(split: ShardSplit, shape: Shape) -> None:

@@ -16,6 +16,7 @@ import re
 import sys
 from bisect import bisect_right
 from collections.abc import Sequence
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -50,6 +51,12 @@ from data_pipeline.trajectory import Message, check_steps, text_parts
 _MAX_PIECE_BYTES = 64 << 20
 Reasoning = Literal["keep", "drop"]
 SpecialTokens = Literal["error", "break"]
+_TOOL = {"type": "function", "function": {"name": "look", "description": ".", "parameters": {}}}
+_PROBES: tuple[tuple[tuple[str, ...], Tools], ...] = (
+    (("user", "assistant", "user"), None),
+    (("system", "user", "assistant", "user"), None),
+    (("user", "assistant", "tool"), [_TOOL]),
+)
 
 
 class Encoded(NamedTuple):
@@ -378,11 +385,22 @@ class Encoder:
 
     def _padding(self) -> int:
         tokenizer, declared = self.tokenizer, self.tokenizer.pad_token_id
-        used = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id}
+        used = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id} | self._rendered_specials()
         free = padding_id(self._special_ids, declared=declared, used=used, template=self._template.text)
         if free is None and declared is None:
             raise DataError(f"{self.source} needs a pad_token and an eos_token; set both in tokenizer_config.json")
         return declared if free is None else free
+
+    def _rendered_specials(self) -> set[int]:
+        """Special tokens in renderings of short conversations: a template may put them together, '<|' + role + '|>'."""
+        ids: set[int] = set()
+        for roles, tools in _PROBES:
+            conversation = tuple(freeze(Message(role=role, content=".")) for role in roles)
+            # A template may refuse a role, an order or tools.
+            with suppress(DataError):
+                text = self._template.render(conversation, tools, True, "probe")
+                ids.update(self._special_ids[token] for token in self._specials.findall(text))
+        return ids
 
     def _prepare_specials(self) -> None:
         tokens = {id: token for id, token in self._backend.get_added_tokens_decoder().items() if token.special}

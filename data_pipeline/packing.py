@@ -147,12 +147,13 @@ def padding_id(
 ) -> int | None:
     """The id to pad with: the declared one if it is free, else another special token that no conversation contains.
 
-    A token is free if it has no other role and its text does not occur in the chat template.
+    A token is free if it has no other role and its text does not occur in the chat template. Of several, one that is
+    known or named as padding is preferred, then one that is reserved, then the first.
 
     Args:
       specials: ids of the tokenizer's special tokens by text.
       declared: id of the tokenizer's pad_token.
-      used: ids with a role of their own (bos, eos, unk).
+      used: ids with a role of their own (bos, eos, unk), and those that the template puts together.
       template: source of the chat template.
 
     Returns:
@@ -163,4 +164,5 @@ def padding_id(
     if declared in free.values():
         return declared
     by_name = [text for word in ("pad", "reserved") for text in sorted(free, key=free.get) if word in text.lower()]
-    return next((free[text] for text in (*_PADDING_TOKENS, *by_name) if text in free), None)
+    preferred = [text for text in (*_PADDING_TOKENS, *by_name) if text in free]
+    return free[preferred[0]] if preferred else min(free.values(), default=None)

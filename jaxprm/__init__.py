@@ -5,11 +5,16 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from jaxprm import quiet
+
 if TYPE_CHECKING:
     from jaxprm.api import ActionScore, Model, load
 
 __all__ = ["ActionScore", "Model", "load"]
 _MODULES = ("losses", "objectives", "targets")
+
+# Before JAX and TensorFlow start, which read the environment once.
+quiet.silence()
 
 
 def __getattr__(name: str) -> Any:

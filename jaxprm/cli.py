@@ -53,10 +53,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    # The start-up messages of TensorFlow and XLA would hide the one line that matters.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
     if options.verb in COMPUTING:
         # Before JAX starts its threads.
         keep_freed()
@@ -403,6 +399,7 @@ def _validate(options) -> int:
     encoder = None
     if options.tokenizer is not None:
         from data_pipeline.encode import Encoder
+        from jaxprm.export.exportable import check_exportable
 
         encoder = Encoder.load(
             options.tokenizer,
@@ -410,6 +407,7 @@ def _validate(options) -> int:
             reasoning=options.reasoning or "keep",
             special_tokens=options.special_tokens or "error",
         )
+        check_exportable(options.tokenizer, encoder)
     with progress.absolute("validate", unit="row") as show:
         report = validate(parse_inputs(options.files), encoder=encoder, max_length=options.max_length, progress=show)
     _write_report(options.json, report)

@@ -100,15 +100,15 @@ def label_sums(
 ) -> LossSums:
     """The loss of step labels: with a target y in [0, 1] for each step,
 
-        bce:  sum_t w_t (log(1 + exp(z_t)) - y_t z_t),    M_t = 1 / (1 + exp(-z_t))                     (G)
-        mse:  sum_t w_t 1/2 (M_t - y_t)^2                                                               (H)
+        bce:  sum_t w_t (log(1 + exp(z_t)) - y_t z_t),    M_t = 1 / (1 + exp(-z_t))                     (H)
+        mse:  sum_t w_t 1/2 (M_t - y_t)^2                                                               (I)
 
-    (G) is the cross-entropy -y log M - (1 - y) log(1 - M) of a head of two labels, for y in {0, 1} that of TRL's
+    (H) is the cross-entropy -y log M - (1 - y) log(1 - M) of a head of two labels, for y in {0, 1} that of TRL's
     PRMTrainer. It is computed from z_t, the difference of the two outputs, because log(1 - M) overflows near M = 1.
 
     Args:
         values, targets, weights: [..., S], M_t, y_t and w_t; only steps with a weight above 0 are read.
-        log_odds: [..., S], z_t, for (G); None for (H).
+        log_odds: [..., S], z_t, for (H); None for (I).
     """
     trained = weights > 0
     targets = jnp.where(trained, targets, 0)
@@ -130,7 +130,7 @@ class PairSums(NamedTuple):
 
 
 def preference_sums(values: jax.Array, step_index: jax.Array, valid: jax.Array, weights: jax.Array) -> PairSums:
-    """The Bradley-Terry loss of pairs: sum over pairs of w (-log sigmoid(M+ - M-))                     (I)
+    """The Bradley-Terry loss of pairs: sum over pairs of w (-log sigmoid(M+ - M-))                     (J)
 
     M+ is the promise of the chosen action, M- that of a rejected one in the same state. A pair counts as ordered if
     M+ > M-, and half if they are equal.

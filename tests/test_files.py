@@ -109,7 +109,7 @@ def read_partial(path):
 def test_a_broken_line_is_named(read, broken, tmp_path):
     path = tmp_path / "lines.jsonl"
     path.write_bytes(b'{"a": 1}\n' + broken + b'\n{"a": 2}\n')
-    with pytest.raises(UserError, match=r"lines\.jsonl(\.partial)?:2: not JSON") as error:
+    with pytest.raises(UserError, match=r"lines\.jsonl(\.partial)?:2: not a JSON object") as error:
         read(path)
     assert "\n" not in str(error.value)
 

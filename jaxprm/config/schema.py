@@ -171,7 +171,8 @@ class RewardModelConfig(Section, frozen=True):
     the backward pass computes again. A batch is computed in `microbatches` parts; its gradient stays the same.
     `attention`: `auto` uses the splash kernel on TPUs for shapes that it supports, `reference` never uses it.
     `trainable` is everything, `lora` adapters, the `head` alone (on hidden states that are computed once), or the
-    `last_k` layers with the final norm; the head is trained with each. A checkpoint is written every
+    `last_k` layers with the final norm; the head is trained with each. It starts at random; `centred` then moves it so
+    that the values of the first batch begin at the mean of its targets. A checkpoint is written every
     `checkpoint_every` steps, and after `checkpoint_minutes` without one. The `keep_latest` newest and the `keep_best`
     with the smallest validation loss are kept. `head`: a base that is a reward model already keeps its head, unless
     this is `new`.
@@ -193,6 +194,7 @@ class RewardModelConfig(Section, frozen=True):
     trainable: Literal["full", "lora", "head", "last_k"] = "full"
     lora: LoraConfig = LoraConfig()
     last_k: PositiveInt = 2
+    head_start: Literal["centred", "random"] = "centred"
     epochs: PositiveInt = 2
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -216,7 +218,8 @@ class RewardModelConfig(Section, frozen=True):
 # These fields change how a reward model is computed or saved but, up to rounding, not its parameters.
 _NON_SEMANTIC = ("remat", "microbatches", "attention", "checkpoint_minutes", "keep_latest", "keep_best")
 # Runs made before these fields existed used their defaults. Leaving defaults out keeps the fingerprints of those runs.
-_OMIT_IF_DEFAULT = ("dtype", "trainable", "lora", "last_k", "optimizer", "schedule", "labels", "head")
+# Of `head_start` only "random" is recorded: models from before the field, whose heads started so, stay usable.
+_OMIT_IF_DEFAULT = ("dtype", "trainable", "lora", "last_k", "head_start", "optimizer", "schedule", "labels", "head")
 
 
 def fingerprint_fields(model: RewardModelConfig) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from jaxprm import files
 from jaxprm.artifacts.directory import RECIPE, files_of, find_model, read_recipe
 from jaxprm.errors import UserError
 from jaxprm.export import verify as verification
+from jaxprm.export.exportable import check_padding
 from jaxprm.export.model_card import check_results, model_card, run_results
 from jaxprm.export.tokenizer import write_tokenizer
 from jaxprm.hf import reader, writer
@@ -151,7 +152,7 @@ def _write(
     encoder, recipe = loading.load_encoder(model, template), read_recipe(model)
     if "results" in recipe:
         check_results(recipe["results"], f"{files_of(model) / RECIPE}: results")
-    _check_pooling(encoder, model)
+    check_padding(model, encoder)
     # Rounded as they are read: half the memory, and the same bits as rounded when they are written.
     loaded = loading.load_reward_model(model, dtype=jnp.bfloat16 if dtype == "bfloat16" else None)
     config, parameters = writer.in_format(*loaded, head_format)
@@ -176,18 +177,6 @@ def _write(
     names = sorted([*names, RECIPE, "README.md"])
     _mark(staging, names)
     return names
-
-
-def _check_pooling(encoder: Encoder, model: Path) -> None:
-    """Raises UserError if a step can end with the padding token: consumers read the last token that is not padding."""
-    example = encoder.trajectory(sample_conversations()[0], row="example")
-    last = int(example.tokens[example.read_positions[-1]])
-    if encoder.pad_id in (encoder.end_id, last):
-        raise UserError(
-            f"model {model}: pad_token is {encoder.decode([encoder.pad_id])!r}, which also ends a message, so "
-            "consumers would read the wrong token, and no other special token is free; train with a tokenizer whose "
-            "pad_token ends no message"
-        )
 
 
 def _exported_recipe(recipe: dict[str, Any], model: Path, staging: Path) -> dict[str, Any]:

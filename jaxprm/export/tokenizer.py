@@ -23,12 +23,15 @@ _COPIED = ("tokenizer.json", "added_tokens.json", "vocab.json", "merges.txt")
 _PLAIN_CLASS = {"auto_map": {"AutoTokenizer": [None, "PreTrainedTokenizerFast"]}}
 
 
-def write_tokenizer(source: Path, target: Path, encoder: Encoder, conversations: Sequence[Messages]) -> list[str]:
+def write_tokenizer(
+    source: Path, target: Path, encoder: Encoder, conversations: Sequence[Messages], *, source_name: str | None = None
+) -> list[str]:
     """Writes the tokenizer of `source` into `target`, which has its config.json; returns the names of the files.
 
     Args:
         encoder: that of `source`.
         conversations: on which AutoTokenizer must give the encoder's tokens.
+        source_name: of `source` in an error.
 
     Raises:
         UserError: AutoTokenizer gives other tokens, with and without a declared class.
@@ -48,7 +51,7 @@ def write_tokenizer(source: Path, target: Path, encoder: Encoder, conversations:
         if _same_tokens(source, target, encoder, conversations):
             return [*names, _TEMPLATE, "tokenizer_config.json"]
     raise UserError(
-        f"model {source}: transformers' AutoTokenizer does not give the tokens it was trained on; "
+        f"model {source_name or source}: transformers' AutoTokenizer does not give the tokens it was trained on; "
         "train with a tokenizer that transformers reads without changes, such as imitate makes"
     )
 

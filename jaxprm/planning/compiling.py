@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, MutableMapping
 from typing import Any
 
+from jaxprm import quiet
 from jaxprm.errors import UserError
 
 # Shown with an unknown topology.
@@ -65,12 +66,8 @@ def prepare_environment(environment: MutableMapping[str, str]) -> None:
     if importlib.util.find_spec("libtpu") is None:
         wanted = f"jax[tpu]=={importlib.metadata.version('jax')}"  # each jax wants a libtpu of its own
         raise UserError(f"plan needs the TPU compiler, libtpu, which is not installed: pip install '{wanted}'")
-    environment["JAX_PLATFORMS"] = "cpu"
-    # Without these libtpu asks the metadata server, and locks out a second process that has no TPU either.
-    environment |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    # A TPU machine sets these; without them libtpu prints a page of warnings.
-    for name, value in {"TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost"}.items():
-        environment.setdefault(name, value)
+    environment |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    quiet.without_tpu(environment)
 
 
 def devices_of(topology: str) -> list[Any]:

@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -21,6 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxprm.errors import RESUMABLE, Interrupted, UserError
+from jaxprm.quiet import tpu_chips
 
 # A cold restart of a pod takes longer than the five minutes that JAX waits by default.
 JOIN_SECONDS = 1800
@@ -32,8 +32,6 @@ SECRET_BYTES = 16
 FAREWELL = b"."
 # Steps between two broadcasts of process 0's clock: a broadcast after every step would cost time.
 CLOCK_EVERY = 10
-# PCI vendor, and the class of processing accelerators: Google's network cards have another class.
-_GOOGLE, _ACCELERATOR = "0x1ae0", "0x12"
 
 
 @contextmanager
@@ -90,18 +88,6 @@ def _initialize(
         # A single TPU host that knows of no others, such as a notebook's.
 
 
-def tpu_chips(devices: Path = Path("/sys/bus/pci/devices")) -> int:
-    """Number of TPU chips that are plugged into this machine, whatever JAX was installed for."""
-    count = 0
-    for device in devices.glob("*"):
-        try:
-            vendor, kind = ((device / name).read_text().strip() for name in ("vendor", "class"))
-        except OSError:
-            continue
-        count += vendor == _GOOGLE and kind.startswith(_ACCELERATOR)
-    return count
-
-
 def clear_stale(environment: MutableMapping[str, str], slices: int) -> None:
     """Removes the variables of an earlier multi-slice run if this run has one slice: it would wait for the others.
 
@@ -146,9 +132,14 @@ def is_primary() -> bool:
 
 def broadcast_from_primary(answer: bool) -> bool:
     """Process 0's answer, in every process."""
+    return bool(number_from_primary(answer))
+
+
+def number_from_primary(number: int) -> int:
+    """Process 0's whole number, below 2^31, in every process."""
     if jax.process_count() == 1:
-        return answer
-    return bool(multihost_utils.broadcast_one_to_all(np.int32(answer)))
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def check_equal(text: str, what: str) -> None:

@@ -48,6 +48,7 @@ class Metrics:
 
     Args:
         writes: True in one process only; in the others nothing is written.
+        reads_tokens: whether a step computes its batch's tokens; without it there is no rate of tokens.
         peak_seconds: time of a step at the devices' peak, None if unknown; `mfu` is its share of the measured time.
         extra_sink: opens a sink besides TensorBoard.
     """
@@ -58,12 +59,13 @@ class Metrics:
         start: int,
         *,
         writes: bool,
+        reads_tokens: bool = True,
         peak_seconds: float | None = None,
         extra_sink: Callable[[], Sink] | None = None,
     ):
         self._writes, self._output, self._start = writes, output, start
-        self._peak_seconds, self._extra_sink = peak_seconds, extra_sink
-        self.pause()
+        self._peak_seconds, self._extra_sink, self._reads_tokens = peak_seconds, extra_sink, reads_tokens
+        self._restart()
         if writes:
             for name in ("metrics.jsonl", "timing.jsonl"):
                 _cut(output / name, start)
@@ -86,6 +88,8 @@ class Metrics:
     def step(self, line: dict[str, float]) -> None:
         """Writes the metrics of one step; every tenth step also its timing. Steps must come in order."""
         self._write("metrics.jsonl", line, "training")
+        now = time.monotonic()
+        self._seconds, self._since = self._seconds + now - self._since, now
         self._steps += 1
         self._tokens += line.get("tokens", 0)
         if self._steps % TIMING_EVERY == 0:
@@ -104,22 +108,31 @@ class Metrics:
         """Adds time that was spent waiting for the next batch."""
         self._waited += seconds
 
+    def features_pass(self, split: str, tokens: int, seconds: float) -> None:
+        """Writes the timing of a frozen transformer's pass over a split."""
+        rates = {"seconds": _rounded(seconds), "tokens_per_second": _rounded(tokens / max(seconds, 1e-9))}
+        if self._writes:
+            self._append["timing.jsonl"]([{"step": self._start, "features": split} | rates])
+
     def pause(self) -> None:
-        """Restarts the clock, so that time since the last step (a validation, a save) does not count as step time."""
-        self._since, self._steps, self._waited, self._tokens = time.monotonic(), 0, 0.0, 0.0
+        """Leaves out the time since the last step: a validation, a save, a compilation."""
+        self._since = time.monotonic()
+        if not self._steps:
+            self._waited = 0.0  # the wait belongs to a step that is left out
+
+    def _restart(self) -> None:
+        self._since, self._seconds, self._steps, self._waited, self._tokens = time.monotonic(), 0.0, 0, 0.0, 0.0
 
     def _write_timing(self, step: int) -> None:
-        seconds = max(time.monotonic() - self._since, 1e-9)
-        line = {
-            "step": step,
-            "seconds_per_step": _rounded(seconds / self._steps),
-            "tokens_per_second": _rounded(self._tokens / seconds),
-            "input_share": _rounded(self._waited / seconds),
-        } | device_memory()
+        seconds = max(self._seconds, 1e-9)
+        line = {"step": step, "seconds_per_step": _rounded(seconds / self._steps)}
+        if self._reads_tokens:
+            line["tokens_per_second"] = _rounded(self._tokens / seconds)
+        line |= {"input_share": _rounded(self._waited / seconds)} | device_memory()
         if self._peak_seconds is not None:
             line["mfu"] = _rounded(self._peak_seconds * self._steps / seconds)
         self._write("timing.jsonl", line, "timing")
-        self.pause()
+        self._restart()
 
     def _write(self, file: str, line: dict[str, Any], group: str) -> None:
         if self._writes:

@@ -23,6 +23,7 @@ from jaxprm.model.sharding import RULES, Rules
 from jaxprm.model.transformer import ForwardOptions, reward_model_graph
 from jaxprm.objectives import reads_states, trains_on_labels, trains_on_pairs
 from jaxprm.training import features, reward_model, trainable
+from jaxprm.training.head import make_centre_head
 from jaxprm.training.optimizer import reward_model_optimizer
 from jaxprm.training.step import (
     FIELDS,
@@ -48,6 +49,7 @@ class Programs:
     Attributes:
         graph, forward_options: the model, and how its forward pass is computed.
         split: (parameters) -> (trained, frozen); donates its argument unless `trainable` is last_k.
+        centre_head: (trained, batch, frozen) -> trained, with the head centred on the batch; donates the first.
         init: (trained) -> state; donates its argument.
         train_step: (state, batch, frozen) -> (state, metrics); donates the state.
         evaluation_step: (trained, batch, frozen) -> (promises, returns-to-go), both [B, S].
@@ -59,6 +61,7 @@ class Programs:
     graph: nnx.GraphDef
     forward_options: ForwardOptions
     split: Callable
+    centre_head: Callable
     init: Callable
     train_step: Callable
     evaluation_step: Callable
@@ -115,6 +118,12 @@ def make_programs(
         forward_options=forward_options,
         # A layer stack that is cut in two cannot reuse the buffer of the uncut one.
         split=jax.jit(split, donate_argnums=() if settings.trainable == "last_k" else 0, out_shardings=split_shardings),
+        centre_head=jax.jit(
+            make_centre_head(graph, settings, forward_options),
+            donate_argnums=0,
+            in_shardings=(state_shardings["parameters"], batch_sharding, frozen_shardings),
+            out_shardings=state_shardings["parameters"],
+        ),
         init=jax.jit(init, donate_argnums=0, out_shardings=state_shardings),
         # Pinned on both sides: left to the compiler, a parameter's sharding can drift, and the step compiles again.
         train_step=jax.jit(

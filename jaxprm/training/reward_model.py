@@ -74,6 +74,19 @@ def from_base_config(base: Path, settings: config_lib.RewardModelConfig | None) 
     return dataclasses.replace(policy, tie_embeddings=True), True
 
 
+def is_centred(base: Path, settings: config_lib.RewardModelConfig) -> bool:
+    """Whether the head is centred on the targets of the first batch: if it is new, and trained on outcomes alone.
+
+    Losses of step labels and pairs have no such targets: a head of two labels has a bias for its mean, and pairs decide
+    differences only.
+    """
+    return (
+        settings.head_start == "centred"
+        and supervision_of(settings) == "outcomes"
+        and not from_base_config(base, settings)[1]
+    )
+
+
 def abstract(config: TransformerConfig) -> nnx.State:
     """Shapes of the parameters, in the tree of `from_policy`."""
     head = {name: part for name, part in reader.abstract(config, reward=True).items() if name != "transformer"}

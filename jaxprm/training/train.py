@@ -26,13 +26,14 @@ from jaxprm.artifacts.checkpoints import Checkpoints
 from jaxprm.artifacts.directory import DESCRIPTION
 from jaxprm.errors import Interrupted, UserError
 from jaxprm.evaluation.value_metrics import StepRecords
+from jaxprm.export.exportable import check_exportable
 from jaxprm.hf import reader
 from jaxprm.model import sharding
 from jaxprm.objectives import check_settings, trains_on_pairs
 from jaxprm.progress import bar
 from jaxprm.training import distributed, reward_model, trainable
 from jaxprm.training.distributed import Preemption, Timer
-from jaxprm.training.features import Features, features_of_split
+from jaxprm.training.features import Features, Pass, features_of_split
 from jaxprm.training.flops import train_step_flops
 from jaxprm.training.metrics import Metrics, Profile, Sink, WandbSink, first_not_finite, numbers, seconds_at_peak
 from jaxprm.training.programs import Programs, batch_fields, data_fields, make_programs
@@ -70,7 +71,7 @@ def train_reward_model(
 
     Raises:
         UserError: settings that cannot be trained, a mesh or a batch that does not divide, a checkpoint or a model of
-            another identity, or a loss that is not finite.
+            another identity, a tokenizer that could not be exported, or a loss that is not finite.
         DataError: shards of another tokenizer, broken, or with a trajectory that does not fit.
         Interrupted: the machine is preempted; the same call resumes.
     """
@@ -88,6 +89,8 @@ def train_reward_model(
     )
     if distributed.broadcast_from_primary(reward_model.is_written(output / "model", identity)):
         return output / "model"
+    if not (output / "checkpoints").exists():
+        check_exportable(base, encoder)
 
     # Mesh
     mesh = sharding.make_mesh(experiment.mesh)
@@ -115,9 +118,9 @@ def train_reward_model(
         parameters, frozen = programs.split(parameters)
 
     # Frozen features: with a frozen transformer its hidden states are computed once, and it is dropped
-    fields, features = batch_fields(settings), None
+    fields, features, passes = batch_fields(settings), None, {}
     if settings.trainable == "head":
-        features = _features(
+        features, passes = _features(
             programs,
             nnx.State(dict(parameters.items()) | dict(frozen.items())),
             mesh,
@@ -127,7 +130,14 @@ def train_reward_model(
         )
         frozen = NO_PARAMETERS
 
-    # Restore: train state and data position are one checkpoint
+    local_rows = sharding.local_rows(mesh, data.rows)
+    batches.set_local_rows(local_rows)
+
+    def put(batch: dict, split: str, **rows: Any) -> dict[str, jax.Array]:
+        batch = batch if features is None else features[split].attach(batch)
+        return sharding.put_batch(batch, mesh, fields, **rows)
+
+    # Restore: train state and data position are one checkpoint. A new head is centred on the first batch
     checkpoints = Checkpoints(
         output / "checkpoints",
         identity,
@@ -136,13 +146,14 @@ def train_reward_model(
         config=msgspec.to_builtins(settings, str_keys=True) | {"mesh": dict(mesh.shape)},
     )
     if checkpoints.latest_step() is None:
+        if reward_model.is_centred(base, settings):
+            first = put(batches.peek(), "train", held=local_rows, rows=data.rows)
+            parameters = programs.centre_head(parameters, first, frozen)
         start, state = 0, programs.init(parameters)
     else:
         del parameters  # the device may not hold them next to the restored state
         start, state, position = checkpoints.restore(programs.state)
         batches.restore_state(position)
-    local_rows = sharding.local_rows(mesh, data.rows)
-    batches.set_local_rows(local_rows)
 
     # Description: makes the checkpoints of a whole model scorable and exportable before the run ends
     recipe = reward_model.recipe(
@@ -163,7 +174,9 @@ def train_reward_model(
     flops = train_step_flops(config, settings, data, "reference").model
     metrics_options = {
         "writes": distributed.is_primary(),
-        "peak_seconds": seconds_at_peak(flops, mesh.devices.flat),
+        # With features a step reads no tokens: only the pass that computed them has such rates.
+        "reads_tokens": features is None,
+        "peak_seconds": seconds_at_peak(flops, mesh.devices.flat) if features is None else None,
         "extra_sink": _wandb(experiment, settings, seed, output, identity),
     }
 
@@ -175,10 +188,8 @@ def train_reward_model(
             Profile(profile, output / "profile") as profiler,
             bar(f"train {name}", steps, initial=start, unit="step") as progress,
         ):
-
-            def put(batch: dict, split: str, **rows: Any) -> dict[str, jax.Array]:
-                batch = batch if features is None else features[split].attach(batch)
-                return sharding.put_batch(batch, mesh, fields, **rows)
+            for split, done in passes.items():
+                metrics.features_pass(split, done.tokens, done.seconds)
 
             def log_pending() -> None:
                 nonlocal pending
@@ -206,6 +217,8 @@ def train_reward_model(
                 metrics.add_input_wait(time.monotonic() - waited_since)
                 with jax.transfer_guard("disallow"):
                     state, step_metrics = programs.train_step(state, batch, frozen)
+                if step == start + 1:
+                    metrics.pause()  # the first step was compiled
 
                 # Metrics one step late: those of step t - 1 are fetched while step t runs
                 log_pending()
@@ -286,19 +299,20 @@ def _features(
     fields: Sequence[str],
     batches: dict[str, EvaluationBatches],
     cache: Path,
-) -> dict[str, Features]:
-    """Hidden states of every split, from the cache or from one pass over its batches."""
-    return {
-        split: features_of_split(
+) -> tuple[dict[str, Features], dict[str, Pass]]:
+    """Hidden states of every split, and the passes over those that were not in the cache."""
+    features, passes = {}, {}
+    for split, split_batches in batches.items():
+        features[split], done = features_of_split(
             lambda batch: programs.features_step(parameters, sharding.put_batch(batch, mesh, fields)),
             split_batches,
-            split_batches.split.step_starts,
             cache / split,
             width=parameters["head"][...].shape[0],
-            writes=distributed.is_primary(),
+            label=f"hidden states {split}",
         )
-        for split, split_batches in batches.items()
-    }
+        if done is not None:
+            passes[split] = done
+    return features, passes
 
 
 def _wandb(

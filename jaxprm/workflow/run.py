@@ -106,6 +106,7 @@ def check(run: Run, until: str) -> None:
 
         metrics.check_wandb(run.experiment.logging)
         check_objectives(run.experiment)
+        check_base(run)
     if _includes(until, "search"):
         from jaxprm.workflow import search_stage
 
@@ -123,6 +124,16 @@ def check_paths(run: Run) -> None:
     with files.user_errors():
         for name in WRITTEN:
             paths.check_paths(reads, [paths.Named("output", run.work / name)])
+
+
+def check_base(run: Run) -> None:
+    """Raises UserError if a model that is still to be trained could not be exported."""
+    if all(run.model_directory(model.label, seed).exists() for model, seed in run.trained()):
+        return
+    from data_pipeline.encode import Encoder
+    from jaxprm.export.exportable import check_exportable
+
+    check_exportable(run.base_directory, Encoder.load(run.base_directory, run.experiment.policy.chat_template))
 
 
 def check_objectives(experiment: config_lib.Experiment) -> None:

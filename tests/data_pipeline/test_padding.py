@@ -37,6 +37,8 @@ LLAMA_31 = LLAMA_3 | {"<|finetune_right_pad_id|>": 7}
         (LLAMA_3, None, {0, 3}, LLAMA, "<|reserved_special_token_0|>"),  # Llama 3 has no padding token
         (LLAMA_3, 6, {0, 3}, LLAMA, "<|reserved_special_token_1|>"),  # the user's choice is kept
         ({"[PAD]": 5, "</s>": 1}, 1, {1}, "{{ eos_token }}", "[PAD]"),
+        # SmolLM2: pad is the end of a turn, and no other token is named as padding.
+        ({"<|im_start|>": 1, "<|im_end|>": 2, "<repo_name>": 3, "<gh_stars>": 7}, 2, {1, 2}, CHATML, "<repo_name>"),
         ({"<s>": 0, "</s>": 1, "<unk>": 2}, 1, {0, 1, 2}, "{{ eos_token }}", None),
     ],
 )
@@ -69,3 +71,14 @@ def test_without_a_free_special_token_the_declared_one_is_kept_or_an_error():
     assert encoder(("<|im_end|>",), template, "<|im_end|>", "<|pad|>").pad_id == 0
     with pytest.raises(DataError, match="the model needs a pad_token and an eos_token"):
         encoder(("<|im_end|>",), template, "<|im_end|>", None)
+
+
+def test_a_token_that_the_template_puts_together_is_not_free():
+    """The names of the roles are in the text of no template. The comment keeps the declared token from being free."""
+    template = (
+        "{# <|pad|> #}{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+        "{% if tools %}{{ '<|' + 'tools' + '|>' }}{% endif %}"
+    )
+    roles = ("<|user|>", "<|system|>", "<|assistant|>", "<|tool|>", "<|tools|>")
+    padded = encoder(("<|end|>", *roles, "<|spare|>"), template, "<|end|>", "<|end|>")
+    assert padded.decode([padded.pad_id]) == "<|spare|>"

@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -23,11 +17,11 @@ from jaxprm.policies import endpoint as endpoint_module
 from jaxprm.policies import language_model
 from jaxprm.policies.protocol import State
 from jaxprm.policies.rollouts import collect
+from tests.policies.transformers_server import transformers_server
 
 pytestmark = pytest.mark.slow
 
 SEED, TOKENS = 0, 48
-SERVE = "from transformers.cli.transformers import main; main()"
 # Without these fields the server rebuilds the tokenizer by Qwen2's rules, and parses its answers as ChatML.
 TOKENIZER = {
     "tokenizer_class": "PreTrainedTokenizerFast",
@@ -57,36 +51,8 @@ def directories(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base_url(tmp_path_factory):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    home = tmp_path_factory.mktemp("home")
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
-    log = home / "log"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-c", SERVE, "serve", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"],
-            env=environment,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        deadline = time.monotonic() + 180
-        while not _is_up(port):
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        process.terminate()
-        process.wait(20)
-
-
-def _is_up(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as response:
-            return response.status == 200
-    except OSError:
-        return False
+    with transformers_server(tmp_path_factory.mktemp("home")) as url:
+        yield url
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import threading
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,20 +15,6 @@ import pytest
 from jaxprm.errors import RESUMABLE, UserError
 from jaxprm.training import distributed
 from jaxprm.training.distributed import FAREWELL, SECRET_BYTES, Peers, Preemption, Timer
-
-
-def plug(folder: Path, *devices: tuple[str, str]) -> Path:
-    for index, (vendor, kind) in enumerate(devices):
-        (folder / str(index)).mkdir()
-        (folder / str(index) / "vendor").write_text(vendor + "\n")
-        (folder / str(index) / "class").write_text(kind + "\n")
-    return folder
-
-
-def test_tpu_chips_are_counted_and_google_network_cards_are_not(tmp_path):
-    tpu, card, gpu = ("0x1ae0", "0x120000"), ("0x1ae0", "0x020000"), ("0x10de", "0x030200")
-    assert distributed.tpu_chips(plug(tmp_path, tpu, card, gpu, tpu)) == 2
-    assert distributed.tpu_chips(tmp_path / "nothing") == 0
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -31,20 +32,26 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def start(toy, tmp_path_factory):
-    """start(output, processes, kill) -> (output, [(exit status, stderr)] of every process); none may hang."""
+    """start(output, processes, kill, **changes) -> (output, [(exit status, stderr)] of every process); none may hang.
+
+    changes: of the settings.
+    """
     folder = tmp_path_factory.mktemp("hosts")
     mesh = config_lib.MeshConfig(data=2, fsdp=4)
-    experiment = msgspec.structs.replace(toy.experiment, mesh=mesh, reward_models=(toy.settings(**CHANGES),))
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
-    def run(output: str, processes: int, kill: dict | None = None) -> tuple[Path, list[tuple[int, str]]]:
+    def run(
+        output: str, processes: int, kill: dict | None = None, *, shards: Path | None = None, **changes
+    ) -> tuple[Path, list[tuple[int, str]]]:
+        settings = toy.settings(**CHANGES | changes)
+        experiment = msgspec.structs.replace(toy.experiment, mesh=mesh, reward_models=(settings,))
         arguments = {
             "experiment": config_lib.to_dict(experiment),
-            "shards": str(toy.shards),
+            "shards": str(shards or toy.shards),
             "base": str(toy.base),
             "output": str(folder / output),
             "coordinator": f"127.0.0.1:{free_port()}",
@@ -89,3 +96,21 @@ def test_two_processes_train_as_one_and_survive_the_loss_of_one(start):
     np.testing.assert_allclose(list(actual.values()), list(expected.values()), rtol=1e-4)
     assert np.ptp(list(expected.values())) > 0.01
     assert (resumed / "model/model.safetensors").stat().st_size == (single / "model/model.safetensors").stat().st_size
+
+
+@pytest.mark.slow
+def test_two_processes_compute_hidden_states_once_and_train_the_head_as_one(start, toy, tmp_path):
+    outputs = []
+    for processes in (1, 2):
+        # Each has shards of its own, and so hidden states of its own, which lie next to them.
+        shards = tmp_path / str(processes) / "shards"
+        shutil.copytree(toy.shards, shards)
+        output, ended = start(f"head-{processes}", processes, shards=shards, trainable="head")
+        assert [status for status, _ in ended] == [0] * processes, ended[0][1][-3000:]
+        outputs.append(output)
+    single, two = ([np.load(path) for path in sorted((tmp_path / name).rglob("*.npy"))] for name in ("1", "2"))
+    assert len(single) == len(two) == 2
+    for ours, expected in zip(two, single, strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
+    expected, actual = (list(losses(output).values()) for output in outputs)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4)

@@ -80,6 +80,39 @@ def test_timing_is_of_steps_alone(tmp_path, monkeypatch):
         assert line["seconds_per_step"] == 0.5 and line["tokens_per_second"] == 200 and line["input_share"] == 0.2
 
 
+def test_timing_leaves_out_pauses_wherever_they_are(tmp_path, monkeypatch):
+    """A compilation in the first step, and a validation every third step: no ten steps follow each other."""
+    now = [0.0]
+    monkeypatch.setattr(metrics_lib.time, "monotonic", lambda: now[0])
+    with Metrics(tmp_path, 0, writes=True) as metrics:
+        metrics.add_input_wait(30)
+        now[0] += 60
+        metrics.pause()
+        for step in range(1, 11):
+            now[0] += 0.5
+            metrics.add_input_wait(0.1)
+            metrics.step({"step": step, "loss": 1.0, "tokens": 100})
+            if step % 3 == 0:
+                now[0] += 1000
+                metrics.pause()
+    (line,) = files.read_lines(tmp_path / "timing.jsonl")
+    assert (line["step"], line["seconds_per_step"], line["tokens_per_second"]) == (10, 0.5, 200)
+    assert line["input_share"] == 0.2
+
+
+def test_steps_on_features_have_no_rate_of_tokens_and_the_pass_before_them_has(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(metrics_lib.time, "monotonic", lambda: now[0])
+    with Metrics(tmp_path, 0, writes=True, reads_tokens=False) as metrics:
+        metrics.features_pass("train", 3000, 60.0)
+        for step in range(1, 11):
+            now[0] += 0.5
+            metrics.step({"step": step, "loss": 1.0, "tokens": 100})
+    first, second = files.read_lines(tmp_path / "timing.jsonl")
+    assert first == {"step": 0, "features": "train", "seconds": 60.0, "tokens_per_second": 50.0}
+    assert second["seconds_per_step"] == 0.5 and "tokens_per_second" not in second and "mfu" not in second
+
+
 class Device(NamedTuple):
     device_kind: str
 

@@ -375,3 +375,26 @@ def test_the_last_checkpoint_is_the_model_and_can_be_scored_before_it_is_written
     assert {"steps", "trained_on", "fingerprints"} < recipes[0].keys() <= recipes[1].keys()
     assert recipes[0]["validation"].keys() == recipes[1]["validation"].keys()
     assert (files.sha256(trained.output / "model-files" / "config.json")) == files.sha256(trained.model / "config.json")
+
+
+def test_a_base_that_cannot_be_exported_is_refused_before_the_first_step(toy, trained, tmp_path, monkeypatch):
+    def refuse(base, encoder):
+        raise UserError(f"model {base}: cannot be exported")
+
+    monkeypatch.setattr(train, "check_exportable", refuse)
+    refused(UserError, "cannot be exported", toy, tmp_path / "output")
+    assert not (tmp_path / "output").exists()
+    # What is trained, or has begun, is not stopped by it: it can be scored and searched with all the same.
+    arguments = {"shards": toy.shards, "base": toy.base, "output": trained.output}
+    assert train_reward_model(toy.experiment, toy.settings(), 0, **arguments) == trained.model
+    (tmp_path / "begun/checkpoints").mkdir(parents=True)
+    monkeypatch.setattr(train.sharding, "make_mesh", lambda settings: pytest.fail("reached the mesh"))
+    with pytest.raises(pytest.fail.Exception, match="reached the mesh"):
+        train_reward_model(toy.experiment, toy.settings(), 0, **arguments | {"output": tmp_path / "begun"})
+
+
+def test_values_begin_at_the_mean_of_the_targets(trained):
+    first = trained.lines[0]
+    # Not equal: targets lean on values, which differ around their mean.
+    assert first["value_mean"] == pytest.approx(first["target_mean"], abs=0.01)
+    assert 0.2 < first["target_mean"] < 0.8

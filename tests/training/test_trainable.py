@@ -16,6 +16,7 @@ from jaxprm.errors import UserError
 from jaxprm.model.config import TransformerConfig
 from jaxprm.model.transformer import ForwardOptions, RewardModel, reward_model_graph
 from jaxprm.training import trainable
+from jaxprm.training.head import make_centre_head
 from jaxprm.training.optimizer import make_optimizer
 from jaxprm.training.step import hidden_states, loss_and_gradients, trained_readouts
 
@@ -166,6 +167,27 @@ def test_the_head_alone_learns_from_features_what_it_learns_from_tokens():
     with_features |= {"read_features": actions, "state_features": before}
     _, _, head_gradients = loss_and_gradients(GRAPH, trained, None, with_features, chosen)
     np.testing.assert_allclose(head_gradients["head"][...], full_gradients()["head"][...], rtol=1e-5)
+
+
+def test_a_centred_head_does_not_depend_on_what_is_trained_or_on_microbatches():
+    """The two rows differ in tokens, outcomes and weights, so that rows cannot be mixed up."""
+    rows = {name: np.concatenate([x, x]) for name, x in batch().items()}
+    rows["rewards"][1] = [0, 0, 0.25, 1]
+    rows["tokens"][1] = rows["tokens"][1, ::-1]
+    rows["weights"][1] = 3
+    heads = {}
+    for kind, count in (("full", 1), ("full", 2), ("lora", 2), ("last_k", 1)):
+        chosen = settings(kind, microbatches=count, bootstrap="state")
+        centre = jax.jit(make_centre_head(GRAPH, chosen))
+        trained, frozen = split(kind)
+        heads[kind, count] = centre(trained, rows, frozen)["head"][...]
+    model = nnx.merge(GRAPH, parameters())
+    actions, before = jax.jit(lambda batch: hidden_states(model, batch, states=True))(rows)
+    with_features = rows | {"read_features": actions, "state_features": before}
+    heads["head", 1] = make_centre_head(GRAPH, chosen)(split("head")[0], with_features)["head"][...]
+    for name, head in heads.items():
+        np.testing.assert_allclose(head, heads["full", 1], rtol=1e-3, atol=1e-5, err_msg=str(name))
+    assert np.abs(heads["full", 1] - parameters()["head"][...]).max() > 1e-3
 
 
 def test_more_layers_than_there_are_is_refused():
