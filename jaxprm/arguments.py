@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     check = verbs.add_parser("check-scorer", help="check that scores do not depend on batching, packing and caching")
     check.add_argument("--model", type=Path, required=True, help=_MODEL)
     check.add_argument("--input", type=Path, help="trajectories to check with (default: generated ones)")
+    check.add_argument("--count", type=_count, default=16, metavar="N", help="trajectories of --input; default 16")
     _bench_verb(verbs)
     _export_verb(verbs)
     _import_verb(verbs)

@@ -170,10 +170,11 @@ def _serve(options) -> int:
 def _check_scorer(options) -> int:
     from jaxprm.scoring.check import check_scorer
 
-    check = check_scorer(options.model, options.input)
+    check = check_scorer(options.model, options.input, count=options.count)
     for way in (*check.ways, check.bfloat16):
         print(f"{way.name:<28} {way.scores:>7} scores, largest difference {way.largest:.2e}")
     print(f"one wrong token in the prompt moves the last score by up to {check.sensitivity:.2e}")
+    print(f"float32 arithmetic alone moves scores of this model by up to {check.float32_error:.2e}")
     print(f"{'passed' if check.passed else 'FAILED'}: largest difference {check.largest:.2e}, bound {check.bound:.2e}")
     return 0 if check.passed else 1
 
