@@ -118,6 +118,9 @@ def _serve_verb(verbs) -> None:
     serve.add_argument("--dtype", choices=_DTYPES, default="float32", help="dtype of the arithmetic (default: float32)")
     serve.add_argument("--chat-template", default="own", metavar="TEMPLATE", help=_TEMPLATE)
     serve.add_argument("--mesh", metavar="AXIS=N,...", help=_MESH)
+    serve.add_argument(
+        "--add-bos", action="store_true", help="/classify: add the begin-of-text token to texts that lack it (verl)"
+    )
     for name, default, text in (
         ("rows", 8, "conversations per batch"),
         ("max-tokens", 2048, "tokens of a conversation with a candidate"),

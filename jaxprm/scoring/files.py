@@ -14,7 +14,7 @@ import numpy as np
 
 from data_pipeline.chat_template import read_template
 from data_pipeline.encode import Encoded
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, one_line
 from data_pipeline.trajectory import Trajectory, parse_line
 from jaxprm import config as config_lib
 from jaxprm import files
@@ -198,7 +198,7 @@ def score_lines(scorer: Scorer, lines: Sequence[tuple[int, bytes]], source: str)
             indices.append(len(results))
             results.append(ScoredLine(number, trajectory=trajectory, messages=encoded[-1].message_indices))
         except (DataError, UserError) as error:
-            results.append(ScoredLine(number, error=" ".join(str(error).split())))
+            results.append(ScoredLine(number, error=one_line(error)))
     # Names are for errors about the length, which `_encode` has checked.
     for index, promises in zip(indices, scorer.score_encoded(encoded, [""] * len(encoded)), strict=True):
         results[index] = results[index]._replace(promises=promises)

@@ -51,6 +51,7 @@ def serve_verb(options: argparse.Namespace) -> int:
         port=options.port,
         rows=options.rows,
         dtype=options.dtype,
+        add_bos=options.add_bos,
         template=options.chat_template,
         mesh=config_lib.parse_mesh(options.mesh) if options.mesh else loading.all_devices(),
         limits=RequestLimits(
@@ -73,6 +74,7 @@ def serve(
     template: str | None = None,
     mesh: config_lib.MeshConfig | None = None,
     limits: RequestLimits = RequestLimits(),
+    add_bos: bool = False,
 ) -> None:
     """Serves a reward model until SIGTERM or SIGINT, then answers the accepted requests and returns.
 
@@ -82,6 +84,7 @@ def serve(
       model: as for `jaxprm.load`.
       port: 0 for any free port.
       rows, dtype, template: as in scoring.loading.load_scorer.
+      add_bos: put the begin-of-text token before texts of /classify that lack it, instead of refusing them.
       mesh: devices of this process that share the work; None is the first device alone.
 
     Raises UserError for a host that other machines can reach without a token, an address that cannot be bound, and a
@@ -95,7 +98,8 @@ def serve(
         scorer = loading.load_scorer(
             directory, rows=rows, max_tokens=limits.tokens, dtype=dtype, template=template, mesh=mesh, shapes=SHAPES
         )
-        answers, metrics = Answers(scorer, Model(scorer, read_recipe(directory)), limits), ServerMetrics()
+        model_api, metrics = Model(scorer, read_recipe(directory)), ServerMetrics()
+        answers = Answers(scorer, model_api, limits, add_bos=add_bos)
         batcher = Batcher(
             answers,
             lambda check_open: _warm_up(answers, check_open),

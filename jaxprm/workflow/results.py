@@ -269,14 +269,15 @@ class ResultsBuilder:
         return np.array([[line["outcome"] for line in lines] for lines in self._searched(spec, label)])
 
     def _pool_values(self, label: str, seed: int) -> list[list[list[float]]]:
-        """Step values of the pool, [tasks][pool][steps]; [WORST] for a trajectory that ended in an error."""
+        """Step values of the pool, [tasks][pool][steps]; [WORST] for a trajectory without values."""
         lines = files.read_lines(self.folder / f"values-pool-{label}-{seed}.jsonl")
-        values = {line["id"]: line["values"] for line in lines}
+        values = {line["id"]: line["values"] for line in lines if "error" not in line}
         return [[values.get(line["id"], [WORST]) for line in lines] for lines in self.pool.values()]
 
     def _pool_tokens(self, label: str) -> dict[str, float] | None:
         """Mean tokens of best-of-N: read "once" for a task's prompt, read for "each" candidate, and "sampled"."""
-        lines = list(files.read_lines(self.folder / f"values-pool-{label}-{self.seeds[0]}.jsonl"))
+        path = self.folder / f"values-pool-{label}-{self.seeds[0]}.jsonl"
+        lines = [line for line in files.read_lines(path) if "error" not in line]
         if not lines or any("tokens" not in line for line in lines):
             return None
         sampled = [line["meta"]["tokens"] for task_lines in self.pool.values() for line in task_lines]
@@ -289,6 +290,8 @@ class ResultsBuilder:
     def _step_records(self, label: str, seed: int, lines: dict[str, dict]) -> value_metrics.StepRecords:
         columns: dict[str, list] = defaultdict(list)
         for scored in files.read_lines(self.folder / f"values-validation-{label}-{seed}.jsonl"):
+            if "error" in scored:
+                continue
             line, values = lines[scored["id"]], scored["values"]
             columns["values"] += values
             columns["targets"] += _returns(line, len(values))
@@ -355,6 +358,8 @@ class ResultsBuilder:
             cost["reward_encoded_ratio"] = float(mean("reward_encoded") / max(1.0, read))
         if ended := sum("ended" in line for line in lines):
             cost["ended_early"] = ended
+        if unscored := sum(line.get("unscored", 0) for line in lines):
+            cost["unscored"] = int(unscored)
         cost["failed"] = int(sum(line.get("failed", 0) for line in lines))
         cost["errors"] = int(sum(line["errors"] for line in lines))
         return cost

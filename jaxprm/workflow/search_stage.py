@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from data_pipeline.errors import DataError, one_line
 from jaxprm import config as config_lib
 from jaxprm import files
 from jaxprm.errors import UserError
 from jaxprm.evaluation.best_of_n import VOTES
 from jaxprm.policies.rollouts import collect
 from jaxprm.progress import bar
+from jaxprm.scoring.engine import bucket_of
 from jaxprm.scoring.loading import all_devices, load_scorer
 from jaxprm.search.branches import check_can_fork
 from jaxprm.search.methods import RandomScorer, guided_search, search_specs
@@ -174,7 +177,10 @@ def _load_scorer(run: Run, model: config_lib.RewardModelConfig, seed: int):
 
 
 def _score_file(scorer, source: Path, output: Path, label: str) -> None:
-    """Writes {"id", "values", "tokens", "prompt_tokens"} for each trajectory that did not end in an error."""
+    """Writes {"id", "values", "tokens", "prompt_tokens"} for each trajectory that did not end in an error.
+
+    One that cannot be scored has {"id", "error"}, and their number is printed.
+    """
     lines = [line for line in files.read_lines(source) if line.get("ended") != "error"]
     # Equal conversations are scored once. The last of them lends its id, which only appears in error messages.
     keys = [files.line(line["messages"]) for line in lines]
@@ -184,12 +190,19 @@ def _score_file(scorer, source: Path, output: Path, label: str) -> None:
     with bar(label, len(unscored), unit="trajectory") as progress:
         for start in range(0, len(unscored), SCORED_AT_ONCE):
             chunk = unscored[start : start + SCORED_AT_ONCE]
-            ids = [distinct[key]["id"] for key in chunk]
-            encoded = [
-                scorer.encoder.trajectory(distinct[key]["messages"], row=row)
-                for key, row in zip(chunk, ids, strict=True)
-            ]
-            for key, trajectory, values in zip(chunk, encoded, scorer.score_encoded(encoded, ids), strict=True):
+            encoded, names = {}, []
+            for key in chunk:
+                name = distinct[key]["id"]
+                try:
+                    trajectory = scorer.encoder.trajectory(distinct[key]["messages"], row=name)
+                    bucket_of(len(trajectory.tokens), name)
+                except (DataError, UserError) as error:
+                    scores[key] = {"error": one_line(error)}
+                    continue
+                encoded[key] = trajectory
+                names.append(name)
+            promises = scorer.score_encoded([*encoded.values()], names)
+            for (key, trajectory), values in zip(encoded.items(), promises, strict=True):
                 scores[key] = {
                     "values": values.tolist(),
                     "tokens": len(trajectory.tokens),
@@ -198,3 +211,5 @@ def _score_file(scorer, source: Path, output: Path, label: str) -> None:
             progress.update(len(chunk))
     rows = [{"id": line["id"]} | scores[key] for line, key in zip(lines, keys, strict=True)]
     files.write_atomic(output, "".join(map(files.line, rows)))
+    if errors := [row["error"] for row in rows if "error" in row]:
+        print(f"{output}: {len(errors)} of {len(rows)} trajectories cannot be scored: {errors[0]}", file=sys.stderr)

@@ -67,7 +67,7 @@ def test_messages_are_vllms_chat_form():
         ({}, "give one of input, messages, text, input_ids, got none"),
         ({"input": "a", "text": "b"}, "got input and text"),
         ({"input": "a", "truncate_prompt_tokens": 5}, "truncate_prompt_tokens is not supported"),
-        ({"input": "a", "add_special_tokens": True}, "add_special_tokens is not supported"),
+        ({"input": "a", "add_special_tokens": "yes"}, "add_special_tokens: must be true or false"),
         ({"messages": CHAT, "chat_template": "{{ x }}"}, "chat_template is not supported"),
         ({"messages": CHAT, "add_generation_prompt": True}, "add_generation_prompt is not supported"),
         ({"messages": CHAT[:1]}, "the last one must be the assistant's"),

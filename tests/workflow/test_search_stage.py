@@ -41,6 +41,17 @@ def test_equal_conversations_are_scored_once_and_lines_have_token_counts(tmp_pat
         assert line["prompt_tokens"] == len(tiny.encoder().prompt(messages[:1]))
 
 
+def test_a_trajectory_that_cannot_be_scored_has_an_error_and_is_reported(tmp_path, capsys):
+    good, bad = tiny.conversation(1, turns=1), [{"role": "user", "content": "<|end|>"}, *tiny.conversation(1)[1:]]
+    lines = [{"id": "a", "messages": bad}, {"id": "b", "messages": good}]
+    (tmp_path / "in.jsonl").write_text("".join(map(files.line, lines)))
+    search_stage._score_file(CountingScorer(), tmp_path / "in.jsonl", tmp_path / "out.jsonl", "")
+    first, second = files.read_lines(tmp_path / "out.jsonl")
+    assert first.keys() == {"id", "error"} and "a: message 0 (user) has the special token" in first["error"]
+    assert second["values"] == [0]
+    assert "1 of 2 trajectories cannot be scored: a: message 0" in capsys.readouterr().err
+
+
 def test_every_search_of_a_run_writes_its_file(tmp_path):
     search = config.SearchConfig(
         beams=((2, 2),),
