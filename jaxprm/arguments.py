@@ -102,12 +102,19 @@ def _plan_verb(verbs) -> None:
 
 def _score_verb(verbs) -> None:
     score = verbs.add_parser("score", help="score every step of a file of trajectories")
-    score.add_argument("--model", type=Path, required=True, help=_MODEL)
+    score.add_argument("--model", type=Path, help=_MODEL)
+    _add_pair(score)
     score.add_argument("--input", type=Path, required=True, help="trajectories, JSON Lines")
     score.add_argument("--output", type=Path, required=True, help="scores, one line for each line of the input")
     score.add_argument("--dtype", choices=_DTYPES, default="float32", help="dtype of the arithmetic (default: float32)")
     score.add_argument("--chat-template", default="own", metavar="TEMPLATE", help=_TEMPLATE)
     score.add_argument("--mesh", metavar="AXIS=N,...", help=_MESH)
+
+
+def _add_pair(verb) -> None:
+    pair = "score steps by the log-ratio of two language models (Progress Advantage)"
+    verb.add_argument("--policy", metavar="DIR|ID", help=f"{pair}: the policy trained with reinforcement learning")
+    verb.add_argument("--reference", metavar="DIR|ID", help="the model that its training started from")
 
 
 def _serve_verb(verbs) -> None:
@@ -133,9 +140,8 @@ def _serve_verb(verbs) -> None:
 
 def _evaluate_verb(verbs) -> None:
     evaluate = verbs.add_parser("evaluate", help="judge reward models on trajectories with outcomes or step labels")
-    evaluate.add_argument(
-        "--model", type=Path, required=True, action="append", help=f"{_MODEL}; repeat it to compare models"
-    )
+    evaluate.add_argument("--model", type=Path, action="append", help=f"{_MODEL}; repeat it to compare models")
+    _add_pair(evaluate)
     evaluate.add_argument("--input", type=Path, required=True, help="trajectories, JSON Lines")
     evaluate.add_argument("--labels", default="step_labels", metavar="FIELD", help="step_labels, or a path into meta")
     evaluate.add_argument(

@@ -146,11 +146,17 @@ def _plan(options) -> int:
 
 def _score(options) -> int:
     from jaxprm.config import parse_mesh
+    from jaxprm.errors import UserError
     from jaxprm.scoring.files import score_file
     from jaxprm.scoring.loading import all_devices
+    from jaxprm.scoring.sources import progress_advantage, reward_model
 
+    _check_pair(options)
+    if (options.model is None) == (options.policy is None):
+        raise UserError("score: give --model, or --policy and --reference")
+    source = reward_model(options.model) if options.model else progress_advantage(options.policy, options.reference)
     counts = score_file(
-        options.model,
+        source,
         options.input,
         options.output,
         dtype=options.dtype,
@@ -158,7 +164,20 @@ def _score(options) -> int:
         mesh=parse_mesh(options.mesh) if options.mesh else all_devices(),
     )
     print(f"scored {counts.scored} trajectories, {counts.errors} errors: {options.output}")
+    if counts.longer:
+        print(
+            f"{counts.longer} of them are longer than all that the model was trained on ({source.trained_length} "
+            'tokens): their lines have "tokens"'
+        )
     return 1 if counts.errors else 0
+
+
+def _check_pair(options) -> None:
+    from jaxprm.errors import UserError
+
+    if (options.policy is None) != (options.reference is None):
+        missing = "--reference" if options.reference is None else "--policy"
+        raise UserError(f"{options.verb}: {missing} is missing; a log-ratio needs a policy and its reference")
 
 
 def _serve(options) -> int:
@@ -197,7 +216,11 @@ def _evaluate(options) -> int:
     from jaxprm.evaluation.evaluate import Settings, evaluate
     from jaxprm.evaluation.statistics import Resampling
     from jaxprm.evaluation.tables import evaluation_table
+    from jaxprm.scoring.sources import progress_advantage, reward_model
 
+    _check_pair(options)
+    if options.model is None and options.policy is None:
+        raise UserError("evaluate: give --model, or --policy and --reference")
     # Before the evaluation, which may take long.
     if options.json and (options.json.is_dir() or options.json.resolve() == options.input.resolve()):
         raise UserError(f"json {options.json}: is a directory, or the input; name another file")
@@ -209,7 +232,10 @@ def _evaluate(options) -> int:
         group=options.group,
         resampling=Resampling(samples=options.samples, seed=options.seed),
     )
-    report = evaluate(options.model, options.input, settings)
+    sources = [reward_model(model) for model in options.model or ()]
+    if options.policy is not None:
+        sources.append(progress_advantage(options.policy, options.reference))
+    report = evaluate(sources, options.input, settings)
     print(evaluation_table(report))
     if options.json:
         files.write_json(options.json, report)

@@ -48,7 +48,7 @@ def is_directory(settings: PolicyConfig) -> bool:
 
 def policy_directory(settings: PolicyConfig) -> Path:
     """The model directory of a policy for which `is_directory` holds. Raises UserError if no model is there."""
-    return _model_directory("policy", "policy.path", settings.path)
+    return model_directory("policy", "policy.path", settings.path)
 
 
 def base_directory(experiment: Experiment) -> Path:
@@ -57,7 +57,7 @@ def base_directory(experiment: Experiment) -> Path:
     Raises UserError if there is neither, or no model is there.
     """
     if experiment.base_model is not None:
-        return _model_directory("base model", "base_model", experiment.base_model)
+        return model_directory("base model", "base_model", experiment.base_model)
     if not is_directory(experiment.policy):
         raise UserError(
             "base_model is null, and this policy has no directory that reward models could start from; set base_model "
@@ -66,7 +66,11 @@ def base_directory(experiment: Experiment) -> Path:
     return policy_directory(experiment.policy)
 
 
-def _model_directory(kind: str, field: str, path: str) -> Path:
+def model_directory(kind: str, field: str, path: str) -> Path:
+    """The directory of a language model: a directory, a Hub id, or "default". kind, field: for the message.
+
+    Raises UserError if no model is there.
+    """
     if path == "default":
         from jaxprm.policies import language_model
 

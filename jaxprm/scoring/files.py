@@ -18,21 +18,24 @@ from data_pipeline.errors import DataError, one_line
 from data_pipeline.trajectory import Trajectory, parse_line
 from jaxprm import config as config_lib
 from jaxprm import files
-from jaxprm.artifacts.directory import find_model, model_identity, read_recipe
 from jaxprm.errors import UserError
 from jaxprm.progress import bar
-from jaxprm.scoring import loading
 from jaxprm.scoring.engine import bucket_of
 from jaxprm.scoring.scorer import Scorer
+from jaxprm.scoring.sources import Source, reward_model
 
 FORMAT = 1
 
 
 class LineCounts(NamedTuple):
-    """Numbers of lines written: with scores, and with an error in place of them."""
+    """Numbers of lines written: with scores, and with an error in place of them.
+
+    longer: lines with scores that have more tokens than any conversation that the model was trained on.
+    """
 
     scored: int
     errors: int
+    longer: int = 0
 
 
 class ScoredLine(NamedTuple):
@@ -42,6 +45,7 @@ class ScoredLine(NamedTuple):
       number: of the line in its file, from 1.
       messages: index of the message of each step, [S].
       promises: of the steps, float32 [S].
+      tokens: of the conversation.
     """
 
     number: int
@@ -49,6 +53,7 @@ class ScoredLine(NamedTuple):
     messages: Sequence[int] = ()
     promises: np.ndarray | None = None
     error: str | None = None
+    tokens: int = 0
 
 
 class _Written(msgspec.Struct):
@@ -56,10 +61,11 @@ class _Written(msgspec.Struct):
 
     id: str | None
     error: str | None = None
+    tokens: int | None = None
 
 
 def score_file(
-    model: Path,
+    model: Path | Source,
     input: Path,
     output: Path,
     *,
@@ -71,10 +77,12 @@ def score_file(
     """Scores every step of every trajectory of `input`; line k of `output` is about line k of `input`.
 
     A line is {"id", "steps": [{"message", "promise", "progress"}], "score"}, or {"id", "error"} if it cannot be
-    scored. If even the id cannot be read, it is null, and "line" is the number of the line. An interrupted call
-    leaves OUTPUT.partial and resumes from it, with the same model and input. OUTPUT is replaced at the end.
+    scored. If even the id cannot be read, it is null, and "line" is the number of the line. A conversation longer than
+    all in the model's training also has "tokens". An interrupted call leaves OUTPUT.partial and resumes from it, with
+    the same model and input. OUTPUT is replaced at the end.
 
     Args:
+        model: a location of a reward model, as in `find_model`, or another source of scores.
         chunk: trajectories held in memory at a time.
         dtype: of the arithmetic, "float32" or "bfloat16".
         template: a chat template instead of the model's own, as in Encoder.load.
@@ -83,26 +91,27 @@ def score_file(
     Raises UserError for a model or file that cannot be read, for an OUTPUT.partial of another model or input, for an
     output that another process is writing, and for a full disk.
     """
-    model, input, output = find_model(model), Path(input), Path(output)
+    source = model if isinstance(model, Source) else reward_model(model)
+    input, output = Path(input), Path(output)
     _check_paths(input, output)
     digest, total = digest_and_count(input)
-    run_identity = {"format": FORMAT, "chunk": chunk, "dtype": dtype, "input": digest, "model": model_identity(model)}
+    run_identity = {"format": FORMAT, "chunk": chunk, "dtype": dtype, "input": digest, "model": source.identity}
     run_identity["chat_template"] = read_template(template)
-    scorer = loading.load_scorer(model, dtype=dtype, template=template, mesh=mesh)
-    progress = loading.defines_progress(read_recipe(model))
+    scorer = source.load(dtype=dtype, template=template, mesh=mesh)
     target, record = files.ResumableLines(output), output.with_name(output.name + ".partial.json")
-    done = errors = 0
+    done = errors = longer = 0
     try:
         with target, input.open("rb") as lines:
-            done, errors = _resume(target, record, run_identity, chunk)
+            done, errors, longer = _resume(target, record, run_identity, chunk)
             remaining = enumerate(itertools.islice(lines, done, None), start=done + 1)
             with bar("score", total, initial=done, unit="trajectory") as shown:
                 while numbered := list(itertools.islice(remaining, chunk)):
                     scored = score_lines(scorer, numbered, input.name)
-                    results = [_result(item, line, progress) for item, (_, line) in zip(scored, numbered, strict=True)]
+                    results = [_result(item, line, source) for item, (_, line) in zip(scored, numbered, strict=True)]
                     # One write for a chunk, since resuming keeps complete chunks only.
                     target.append_bytes(b"".join(msgspec.json.encode(result) + b"\n" for result in results))
                     done, errors = done + len(results), errors + sum("error" in result for result in results)
+                    longer += sum("tokens" in result for result in results)
                     shown.set_postfix(errors=errors, refresh=False)
                     shown.update(len(results))
             target.finish()
@@ -115,7 +124,7 @@ def score_file(
         ) from None
     # Last: a record without its .partial file does no harm, the next call replaces it.
     record.unlink(missing_ok=True)
-    return LineCounts(done - errors, errors)
+    return LineCounts(done - errors, errors, longer)
 
 
 def _check_paths(input: Path, output: Path) -> None:
@@ -139,8 +148,8 @@ def digest_and_count(path: Path) -> tuple[str, int]:
     return digest.hexdigest(), count + (last != b"\n")
 
 
-def _resume(target: files.ResumableLines, record: Path, identity: dict[str, Any], chunk: int) -> tuple[int, int]:
-    """(lines, errors among them) that an earlier run of the same identity wrote.
+def _resume(target: files.ResumableLines, record: Path, identity: dict[str, Any], chunk: int) -> tuple[int, int, int]:
+    """(lines, errors among them, `LineCounts.longer`) that an earlier run of the same identity wrote.
 
     Complete chunks are kept and the others cut off. So every trajectory is in the same batch as in an uninterrupted
     run, and its score is bit-identical.
@@ -150,9 +159,9 @@ def _resume(target: files.ResumableLines, record: Path, identity: dict[str, Any]
     if target.is_empty():
         # Before the first line: lines without a record could not be resumed.
         files.write_atomic(record, msgspec.json.encode(identity).decode())
-        return 0, 0
+        return 0, 0, 0
     _check_record(target.partial, record, identity)
-    kept = kept_errors = end = lines = errors = size = 0
+    kept, end, lines, errors, longer, size = (0, 0, 0), 0, 0, 0, 0, 0
     for line in target.raw_lines():
         try:
             written = msgspec.json.decode(line, type=_Written)
@@ -162,10 +171,11 @@ def _resume(target: files.ResumableLines, record: Path, identity: dict[str, Any]
         if not line.endswith(b"\n"):
             break
         lines, errors, size = lines + 1, errors + (written.error is not None), size + len(line)
+        longer += written.tokens is not None
         if lines % chunk == 0:
-            kept, kept_errors, end = lines, errors, size
+            kept, end = (lines, errors, longer), size
     target.truncate(end)
-    return kept, kept_errors
+    return kept
 
 
 def _check_record(partial: Path, record: Path, identity: dict[str, Any]) -> None:
@@ -196,7 +206,10 @@ def score_lines(scorer: Scorer, lines: Sequence[tuple[int, bytes]], source: str)
             trajectory = parse_line(line, where=where)
             encoded.append(_encode(scorer, trajectory, where))
             indices.append(len(results))
-            results.append(ScoredLine(number, trajectory=trajectory, messages=encoded[-1].message_indices))
+            last = encoded[-1]
+            results.append(
+                ScoredLine(number, trajectory=trajectory, messages=last.message_indices, tokens=len(last.tokens))
+            )
         except (DataError, UserError) as error:
             results.append(ScoredLine(number, error=one_line(error)))
     # Names are for errors about the length, which `_encode` has checked.
@@ -205,11 +218,13 @@ def score_lines(scorer: Scorer, lines: Sequence[tuple[int, bytes]], source: str)
     return results
 
 
-def _result(scored: ScoredLine, line: bytes, progress: bool) -> dict[str, Any]:
+def _result(scored: ScoredLine, line: bytes, source: Source) -> dict[str, Any]:
     """A line of the output file."""
     if scored.error is not None:
         return _failed(line, scored.number, scored.error)
-    return {"id": scored.trajectory.id} | loading.step_table(scored.messages, scored.promises, progress=progress)
+    result = {"id": scored.trajectory.id} | source.table(scored.messages, scored.promises)
+    is_longer = source.trained_length is not None and scored.tokens > source.trained_length
+    return result | {"tokens": scored.tokens} if is_longer else result
 
 
 def _encode(scorer: Scorer, trajectory: Trajectory, where: str) -> Encoded:

@@ -218,8 +218,8 @@ class Scorer:
 
         Raises DataError if the state cannot be encoded.
         """
-        state_key = _state_hash(state, tools)
-        actions = [_as_message(candidate) for candidate in candidates]
+        state_key = state_hash(state, tools)
+        actions = [as_message(candidate) for candidate in candidates]
         indices = range(len(actions)) if indices is None else indices
         keys = [(state_key, prefix_hash([action])) for action in actions]
         prepared = PreparedCandidates(keys, list(indices), {}, {}, {}, {})
@@ -274,11 +274,13 @@ class Scorer:
         ]
 
 
-def _as_message(candidate: str | dict) -> dict:
+def as_message(candidate: str | dict) -> dict:
+    """A candidate, given as a text or a message, as a message."""
     return {"role": "assistant", "content": candidate} if isinstance(candidate, str) else candidate
 
 
-def _state_hash(messages: Sequence[dict], tools: list[dict] | None) -> str:
+def state_hash(messages: Sequence[dict], tools: list[dict] | None) -> str:
+    """A hash of everything in a state that a chat template can show."""
     # Tools are hashed too: descriptions of tools are long, and many keys are kept.
     of_tools = hashlib.sha256(json.dumps(tools, sort_keys=True).encode()).hexdigest()[:32] if tools else ""
     return prefix_hash(messages) + of_tools

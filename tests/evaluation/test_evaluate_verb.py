@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from jaxprm import cli
 from jaxprm.evaluation import scored
 from jaxprm.scoring import files as score_files
+from jaxprm.scoring import loading
 from jaxprm.scoring.files import score_file
 from tests.model import tiny
 
@@ -248,3 +249,45 @@ def test_a_model_in_several_weight_files_is_named_by_all_of_them(capsys, tmp_pat
         hashes += [entry["sha256"] for entry in report["models"]]
     assert hashes[0] == hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
     assert len(hashes[1]) == 64 and hashes[1] != hashes[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--labels", "meta.labl"], "labels meta.labl: no line has any"),
+        (["--label-kind", "ternary"], "labels step_labels: not ternary"),
+        (["--group", "meta.domian"], "group meta.domian: no line has it"),
+        (["--threshold", "nan"], "threshold nan: must be a finite number"),
+        (["--validation-share", "1"], "validation share 1.0: must be in (0, 1)"),
+    ],
+)
+def test_mistakes_are_found_before_a_model_is_loaded(capsys, tmp_path, model, monkeypatch, arguments, words):
+    monkeypatch.setattr(loading, "load_scorer", lambda *_, **__: pytest.fail("loaded"))
+    rows = rows_of(lambda task, number: {"outcome": 1, "step_labels": [0.5] * (2 + number % 3)})
+    input = write(tmp_path / "in.jsonl", rows)
+    status, _, err = run(capsys, "--model", model, "--input", input, *arguments)
+    assert status == 2 and words in err and err.count("\n") == 1
+
+
+def test_labels_on_one_task_are_found_before_a_model_is_loaded(capsys, tmp_path, model, monkeypatch):
+    monkeypatch.setattr(loading, "load_scorer", lambda *_, **__: pytest.fail("loaded"))
+    rows = [row | {"task": "one"} for row in rows_of(lambda task, number: {"step_labels": [1] * (2 + number % 3)})]
+    status, _, err = run(capsys, "--model", model, "--input", write(tmp_path / "in.jsonl", rows))
+    assert status == 2 and "all on one task" in err
+
+
+def test_rows_longer_than_the_training_are_counted(capsys, tmp_path):
+    lengths = [len(tiny.encoder().trajectory(messages, row="").tokens) for messages in CONVERSATIONS]
+    bound = sorted(lengths)[-3]
+    model = tiny.write_reward_model(tmp_path / "model", max_tokens=bound)
+    rows = rows_of(lambda task, number: {"outcome": number % 2})
+    report, out = report_of(capsys, tmp_path, model, rows)
+    (described,) = report["models"]
+    longer = TASKS * sum(length > bound for length in lengths)
+    assert (described["trained_length"], described["longer"], described["longest"]) == (bound, longer, max(lengths))
+    assert f"{longer} trajectories are longer than all of its training ({bound} tokens)" in out
+    arguments = ["--model", str(model), "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "scores")]
+    assert cli.main(["score", *arguments]) == 0
+    assert f"{longer} of them are longer" in capsys.readouterr().out
+    tokens = [json.loads(line).get("tokens") for line in (tmp_path / "scores").read_text().splitlines()]
+    assert tokens == [length if length > bound else None for length in lengths] * TASKS

@@ -9,7 +9,6 @@ import pytest
 
 from jaxprm import files
 from jaxprm.errors import UserError
-from jaxprm.scoring import files as score_files
 from jaxprm.scoring import loading
 from jaxprm.scoring.files import LineCounts, score_file
 from jaxprm.scoring.scorer import Scorer
@@ -27,7 +26,7 @@ def model(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def one_scorer(monkeypatch, model):
     """One scorer for all tests: sharing its compiled programs keeps them fast."""
-    monkeypatch.setattr(score_files.loading, "load_scorer", lambda directory, **_: shared_scorer())
+    monkeypatch.setattr(loading, "load_scorer", lambda directory, **_: shared_scorer())
 
 
 _SCORERS: list[Scorer] = []
@@ -280,7 +279,7 @@ def test_a_file_of_any_length_costs_the_memory_of_a_chunk(model, tmp_path, monke
         def score_encoded(self, encoded, names):
             return [np.zeros(1, np.float32)] * len(encoded)
 
-    monkeypatch.setattr(score_files.loading, "load_scorer", lambda directory, **_: Stub())
+    monkeypatch.setattr(loading, "load_scorer", lambda directory, **_: Stub())
     lines = 100_000
     message = json.dumps([{"role": "user", "content": "go"}, {"role": "assistant", "content": "get 1 stick " * 8}])
     with (tmp_path / "in.jsonl").open("w") as file:
