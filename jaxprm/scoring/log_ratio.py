@@ -201,7 +201,7 @@ def load_log_ratio(
     if dtype not in DTYPES:
         raise UserError(f"dtype = {dtype!r} is not supported; supported: {', '.join(DTYPES)}")
     encoder = Encoder.load(policy, template)
-    _check_tokenizers(policy, encoder.tokenizer.get_vocab(), reference)
+    check_tokenizers(policy, reference)
     layout = ONE_DEVICE if mesh is None else Layout(sharding.make_mesh(mesh, jax.local_devices()))
     models = []
     for directory in (policy, reference):
@@ -210,9 +210,9 @@ def load_log_ratio(
     return LogRatioScorer(*models, encoder, dtype=dtype, layout=layout)
 
 
-def _check_tokenizers(policy: Path, vocabulary: dict[str, int], reference: Path) -> None:
+def check_tokenizers(policy: Path, reference: Path) -> None:
     """Raises UserError unless both models mean the same tokens by the same ids."""
-    other = load_tokenizer(reference).get_vocab()
+    vocabulary, other = load_tokenizer(policy).get_vocab(), load_tokenizer(reference).get_vocab()
     different = sorted(token for token in vocabulary.keys() | other.keys() if vocabulary.get(token) != other.get(token))
     if different:
         token = different[0]

@@ -19,7 +19,8 @@ from jaxprm.evaluation.best_of_n import AGGREGATIONS, VOTES, Cost, budget_ratio,
 from jaxprm.evaluation.statistics import best_of_n_curve, bootstrap, oracle_curve, paired_difference
 from jaxprm.hf.safetensors import weight_files
 from jaxprm.search.methods import SEARCHES, SearchSpec, search_specs
-from jaxprm.workflow.context import Run, flops_of_tokens
+from jaxprm.workflow.context import Run, flops_of_log_ratio, flops_of_tokens
+from jaxprm.workflow.search_stage import PROGRESS_ADVANTAGE
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "transformers", "textcraft", "numpy")
 
@@ -66,7 +67,8 @@ class ResultsBuilder:
         pool: lines of the pool by task: the trajectories that best-of-N chooses from.
         outcomes: their outcomes in [0, 1], [tasks, pool].
         labels: those of the reward models.
-        guides: `labels` and "random", the control.
+        scored: `labels`, and the progress-advantage baseline if the run has it.
+        guides: `scored` and "random", the control.
     """
 
     def __init__(self, run: Run):
@@ -79,7 +81,10 @@ class ResultsBuilder:
         self.pool = self._by_task(self.folder / "pool.jsonl")
         self.outcomes = np.array([[_outcome(line) for line in lines] for lines in self.pool.values()])
         self.labels = [model.label for model in self.experiment.reward_models]
-        self.guides = [*self.labels, "random"]
+        self.scored = [*self.labels]
+        if self.settings.progress_advantage is not None:
+            self.scored.append(PROGRESS_ADVANTAGE)
+        self.guides = [*self.scored, "random"]
 
     # Success on the held-out tasks.
 
@@ -125,8 +130,8 @@ class ResultsBuilder:
         for at, by_label in outcomes.items():
             # A single row: the plain policy has no reward model, so it is the same for all of their seeds.
             by_label["policy"] = self.outcomes.mean(1)[None]
-            for index, a in enumerate(self.labels):
-                for b in ["policy", "random", *self.labels[index + 1 :]]:
+            for index, a in enumerate(self.scored):
+                for b in ["policy", "random", *self.scored[index + 1 :]]:
                     difference = paired_difference(by_label[a], by_label[b], **self._bootstrap_options)
                     rows.append({"a": a, "b": b, "at": at} | difference)
             # This row uses the default seed, not the experiment's: with another, existing results would change.
@@ -161,13 +166,18 @@ class ResultsBuilder:
         table["methods"]["policy"] = {"1": _cost(tokens, 0, steps, policy_flops, reward_flops)}
         for label in self.guides:
             table["methods"][label] = {
-                spec.cost_key: self._search_cost(spec, label, policy_flops, reward_flops) for spec in self.specs
+                spec.cost_key: self._search_cost(spec, label, policy_flops, self._read_flops(label, reward_flops))
+                for spec in self.specs
             }
         return table
 
+    def _read_flops(self, label: str, reward_flops: float) -> float:
+        """Forward FLOPs of a token that the guide of this label reads."""
+        return flops_of_log_ratio(self.run) if label == PROGRESS_ADVANTAGE else reward_flops
+
     def budget(self) -> dict:
-        """Searches against best-of-N at equal cost ("equal"), and the budget at which best-of-N by one label reaches
-        the score of another ("needed").
+        """Searches of reward models against best-of-N at equal cost ("equal"), and the budget at which best-of-N by one
+        label reaches the score of another ("needed").
 
         Labels whose pool values do not record token counts, as those of old runs, are left out of "equal".
         """
@@ -250,6 +260,10 @@ class ResultsBuilder:
 
     # Files of the search stage as arrays.
 
+    def _seeds(self, label: str) -> Sequence[int]:
+        """Seeds that a guide was searched with: nothing of the progress-advantage baseline depends on one."""
+        return self.seeds[:1] if label == PROGRESS_ADVANTAGE else self.seeds
+
     def _by_task(self, path: Path) -> dict[str, list[dict]]:
         grouped: dict[str, list[dict]] = defaultdict(list)
         for line in files.read_lines(path):
@@ -258,7 +272,7 @@ class ResultsBuilder:
 
     def _searched(self, spec: SearchSpec, label: str) -> list[list[dict]]:
         """Lines of a guided search, [seeds][tasks]."""
-        names = [spec.file_name(label, seed) for seed in self.seeds]
+        names = [spec.file_name(label, seed) for seed in self._seeds(label)]
         return [list(files.read_lines(self.folder / f"{name}.jsonl")) for name in names]
 
     def _all_lines(self, spec: SearchSpec, label: str) -> list[dict]:
@@ -319,7 +333,7 @@ class ResultsBuilder:
         of the first `prefix_steps` steps.
         """
         finals, prefixes = [], []
-        for seed in self.seeds:
+        for seed in self._seeds(label):
             if label == "random":
                 # Equal scores are a uniform choice, computed exactly; drawn scores would add noise.
                 final = prefix = np.zeros(self.outcomes.shape)
@@ -333,7 +347,7 @@ class ResultsBuilder:
 
     def _aggregated(self, label: str, how: str) -> np.ndarray:
         """Expected outcome of best-of-N by a vote or by another score than the final step's, [seeds, tasks, sizes]."""
-        tables = [self._pool_values(label, seed) for seed in self.seeds]
+        tables = [self._pool_values(label, seed) for seed in self._seeds(label)]
         sizes = self.settings.best_of_n
         if how in VOTES:
             answers = [[line["meta"].get("answer") for line in lines] for lines in self.pool.values()]
