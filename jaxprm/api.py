@@ -294,7 +294,7 @@ def _action_scores(question: Question, promises: NDArray[np.float32], before: np
     errors, computed, scores = question.errors | question.candidates.errors, iter(promises), []
     for index in range(len(promises) + len(question.errors)):
         # Candidates that were encoded have a place among the promises, if only for -inf.
-        promise = None if index in question.errors else next(computed)
+        promise = np.float32(-np.inf) if index in question.errors else next(computed)
         if index in errors:
             scores.append(ActionScore.failed(errors[index]))
         else:

@@ -82,7 +82,10 @@ def test_every_printed_number_is_explained(done):
         header = next(line for line in lines if re.match(rf"{corner}  ", line))
         assert set(re.split(r"  +", header.strip())) - {corner, "threshold"} <= explained
     titled = {name.replace("_", " ").replace("f1", "F1") for name in [*METRICS, TERNARY]}
-    assert titled | {"argmin accuracy", "AUROC", "AUROC within task", "correlation", "rank correlation", "mse"} == explained
+    assert (
+        titled | {"argmin accuracy", "AUROC", "AUROC within task", "correlation", "rank correlation", "mse"}
+        == explained
+    )
 
 
 def test_the_kinds_and_the_baselines_are_the_programs(done):
