@@ -104,6 +104,9 @@ class CollectionConfig(Section, frozen=True):
 
     `files`, each FILE or SPLIT=FILE, replace sampling. A row goes to the split given for its file, else to the split it
     names, else by a hash of its task: `validation_share` of the tasks to validation. `skip_bad` leaves out bad rows.
+
+    A run stops before training if all training trajectories have the same outcome, or if the share of those with an
+    outcome above 0 is below `min_success`; 0 trains in any case.
     """
 
     train_tasks: PositiveInt | None = None
@@ -114,6 +117,7 @@ class CollectionConfig(Section, frozen=True):
     files: tuple[str, ...] = ()
     validation_share: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.1
     skip_bad: bool = False
+    min_success: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.01
 
 
 class DataConfig(Section, frozen=True):

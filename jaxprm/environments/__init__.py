@@ -1,5 +1,5 @@
 """Environments in which agents act. No module here imports a model."""
 
-from jaxprm.environments.protocol import Environment, StepResult, create
+from jaxprm.environments.protocol import INSTRUCTED, Environment, StepResult, create
 
-__all__ = ["Environment", "StepResult", "create"]
+__all__ = ["INSTRUCTED", "Environment", "StepResult", "create"]

@@ -21,6 +21,8 @@ Fork = Literal["clone", "replay", "none"]
 # Names that a config may use instead of "module:attribute".
 # Paths and not classes: an environment is imported when it is created.
 REGISTERED = {"textcraft": "jaxprm.environments.textcraft:TextCraft"}
+# Registered environments with an `instructions` argument: runs with a served policy set it.
+INSTRUCTED = frozenset({"textcraft"})
 _METHODS = ("tasks", "reset", "step", "outcome", "close")
 _CLONE_METHODS = ("snapshot", "restore")
 

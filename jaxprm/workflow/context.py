@@ -67,14 +67,25 @@ class Run:
             )
         return loading.policy_directory(self.experiment.policy), reference
 
+    @property
+    def environment_arguments(self) -> dict[str, Any]:
+        """What the environment's constructor gets: the config's arguments, and instructions for a served policy."""
+        return self._default_arguments | self.experiment.environment.arguments
+
+    @property
+    def _default_arguments(self) -> dict[str, Any]:
+        # A served policy was not trained on the environment: only the prompt tells it what an action looks like.
+        served = self.experiment.policy.endpoint is not None
+        return {"instructions": True} if served and self.experiment.environment.name in environments.INSTRUCTED else {}
+
     @functools.cached_property
     def make_environment(self) -> Callable[[], environments.Environment]:
         settings = self.experiment.environment
         if not settings.workers:
-            return functools.partial(environments.create, settings.name, settings.arguments)
+            return functools.partial(environments.create, settings.name, self.environment_arguments)
         memory = None if settings.memory_mb is None else settings.memory_mb << 20
         return Workers(
-            settings.name, settings.arguments, at_once=settings.workers, timeout=settings.timeout, memory=memory
+            settings.name, self.environment_arguments, at_once=settings.workers, timeout=settings.timeout, memory=memory
         )
 
     def close(self) -> None:
@@ -121,8 +132,8 @@ class Run:
         collection = plain["collection"]
         # Only a user's own files are split by share: environments have their own splits.
         share = collection.pop("validation_share")
-        # skip_bad cannot change a finished stage: without it, a bad row would have raised.
-        del collection["files"], collection["skip_bad"]
+        # These cannot change a finished stage: a bad row would have raised, and min_success stops training.
+        del collection["files"], collection["skip_bad"], collection["min_success"]
         if self.experiment.collection.files:
             return {"files": self._files_identity, "validation_share": share, "seed": plain["seed"]}
         return {
@@ -188,7 +199,7 @@ class Run:
     def _environment_inputs(self) -> dict[str, Any]:
         # Left out: in which process environments run, and how many at a time.
         plain = config_lib.to_dict(self.experiment)["environment"]
-        return {name: plain[name] for name in ("name", "arguments")}
+        return {"name": plain["name"], "arguments": self._default_arguments | plain["arguments"]}
 
     @functools.cached_property
     def _files_identity(self) -> list[dict[str, str | None]]:

@@ -18,6 +18,7 @@ from jaxprm.objectives import check_settings
 from jaxprm.progress import absolute
 from jaxprm.workflow import user_files
 from jaxprm.workflow.context import Run
+from jaxprm.workflow.outcomes import check_outcomes
 from jaxprm.workflow.workdir import WorkDirectory
 
 STAGES = ("collect", "build", "train", "search", "report")
@@ -188,6 +189,9 @@ def train(run: Run) -> None:
     for model, seed in run.trained():
         output = run.model_directory(model.label, seed)
         with run.work.stage(f"train-{model.label}-{seed}", run.train_inputs(model, seed), [output]) as needed:
+            if needed:
+                least = run.experiment.collection.min_success
+                check_outcomes(run.work / "trajectories/train.jsonl", min_success=least)
             # All processes must agree: a training run that only some of them enter never ends.
             if distributed.broadcast_from_primary(needed):
                 _train(run, model, seed, output)

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxprm.environments.textcraft import TextCraft, recipes
+from jaxprm.environments.textcraft.actions import parse
 from jaxprm.environments.textcraft.demonstrations import next_message
-from jaxprm.environments.textcraft.environment import parse
 from jaxprm.environments.textcraft.planner import plan
 from jaxprm.environments.textcraft.recipes import Ingredient, Recipe, RecipeBook
 

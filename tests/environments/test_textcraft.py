@@ -328,3 +328,51 @@ def test_steps_are_fast(env):
 def test_nothing_is_printed(env, capfd):
     say(env, "craft 1 stick using 3 bamboo", "get 3 bamboo", "craft 1 stick using 3 bamboo")
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.fixture
+def instructed():
+    env = TextCraft(instructions=True)
+    env.sample_episode("minecraft:stick", random.Random(0), distractors=0)
+    return env
+
+
+def test_instructions_begin_the_prompt_and_change_nothing_else():
+    plain, instructed = TextCraft(), TextCraft(instructions=True)
+    task = plain.tasks("test")[5]
+    prompt = instructed.reset(task)
+    assert prompt == environment.INSTRUCTIONS + plain.reset(task)
+    assert "Action:" in environment.INSTRUCTIONS and "get 1 lapis lazuli" in environment.INSTRUCTIONS
+
+
+@pytest.mark.parametrize(
+    ("message", "why"),
+    [
+        ("I would get bamboo.", "has no line 'Action: ...'"),
+        ("Action: dance", "An action is 'get COUNT ITEM'"),
+        ("Action: get bamboo", "An action is 'get COUNT ITEM'"),
+        ("Action: craft 4 stick using planks", "a count and an item for every ingredient"),
+        ("Action: get 1 stick", "has to be crafted: craft"),
+        ("Action: get 1 oak planks", "has to be crafted"),
+        ("Action: get 1 planks", "a group of items; name one of them, such as acacia planks"),
+        ("Action: get 1 bamboo, 1 stick", "one item in one action"),
+        ("Action: get 1 unobtainium", "no such item"),
+        ("Action: craft 1 stick using 2 bamboo", "You have 0 of 2 bamboo"),
+        ("Action: craft 4 stick using 2 planks", "planks is a group of items"),
+    ],
+)
+def test_with_instructions_the_reply_says_what_was_wrong(instructed, message, why):
+    assert why in instructed.step(message).observation
+    assert instructed.inventory == {}
+
+
+def test_with_instructions_a_wrong_recipe_is_answered_with_those_of_the_prompt(instructed):
+    instructed.step("Action: get 3 bamboo")
+    reply = instructed.step("Action: craft 1 stick using 3 bamboo").observation
+    listed = [recipe.command for recipe in instructed.episode.recipes if recipe.output == "minecraft:stick"]
+    assert reply.startswith("Could not find a valid recipe") and all(command in reply for command in listed)
+
+
+def test_with_instructions_replies_to_good_actions_stay(instructed):
+    replies = [instructed.step(f"Action: {action}").observation for action in ("get 2 bamboo", "inventory")]
+    assert replies == ["Got 2 bamboo", "Inventory: [bamboo] (2) "]

@@ -2,43 +2,44 @@
 
 Prompts, actions and replies are AgentGym's, and so is the clean-up of actions in its client, so that results can be
 compared. The replies differ where AgentGym's engine prints a Python object, replies None, or lets an inventory become
-negative.
+negative. With `instructions`, for policies that were not trained on TextCraft, the prompt begins with AgentGym's
+instructions, and the reply to an action that failed says what was wrong with it.
 """
 
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from jaxprm.environments.protocol import StepResult
 from jaxprm.environments.textcraft import recipes
+from jaxprm.environments.textcraft.actions import Command, parse
 from jaxprm.environments.textcraft.demonstrations import demonstrate
-from jaxprm.environments.textcraft.recipes import Recipe, RecipeBook, identifier, spoken
+from jaxprm.environments.textcraft.explanations import explain
+from jaxprm.environments.textcraft.recipes import Recipe, RecipeBook, spoken
 from jaxprm.errors import UserError
 
 SPLITS = ("train", "validation", "test")
+# AgentGym's wording, so that results can be compared.
+INSTRUCTIONS = (
+    "You are given few useful crafting recipes to craft items in Minecraft. Crafting commands are of the format "
+    '"craft [target object] using [input ingredients]".\n'
+    "Every round I will give you an observation, you have to respond an action based on the state and instruction. "
+    'You can "get" an object (ingredients) from the inventory or the environment, look-up the game inventory by '
+    '"inventory", or "craft" (target) using any of the crafting commands.\n'
+    'Your output must strictly follow this format:"Thought:\nyour thoughts.\n\nAction:\nyour next action"\n\n'
+    "Reminder: \n"
+    '1. Always specify the quantity when using "get" and "craft" commands. - Example of get: get 1 lapis lazuli '
+    "- Example1 of craft: craft 1 blue dye using 1 lapis lazuli "
+    "- Example2 of craft: craft 1 golden carrot using 8 gold nugget, 1 carrot\n"
+    '2. When using "get" command, do not specify whether the item comes from the inventory or the environment.\n'
+    "3. You can use ONLY crafting commands provided, do not use your own crafting commands. However, if the crafting "
+    'command uses a generic ingredient like "planks", you can use special types of the same ingredient e.g. "dark oak '
+    'planks" in the command instead.\n\n'
+)
 MANY_ACTIONS = "Error: Only one 'Action' is allowed per response. Please adjust your response."
-
-_ACTION = re.compile(r"Action:\s*(.*?)(?=\n|$)", re.DOTALL)
-_UNKNOWN_CHARACTERS = re.compile(r"[^A-Za-z0-9, ]+")
-# Nine digits are more than any task needs. Longer numbers are not parsed.
-_GET = re.compile(r"get ([0-9]{1,9}) (.*)")
-_CRAFT = re.compile(r"craft (.*) using (.*)")
-_COUNTED = re.compile(r"([0-9]{1,9}) (.*)")
-
-
-class Command(NamedTuple):
-    """A parsed action. text: the cleaned action, or the part of it that the reply repeats. Items are ids."""
-
-    kind: Literal["get", "craft", "inventory", "unknown", "many", "malformed"]
-    text: str
-    item: str = ""
-    count: int = 0
-    ingredients: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,7 @@ class TextCraft:
         split: shares of the goal items of every depth for train, validation and test.
         split_seed: decides which goals are in which split.
         book: the recipes; None for Minecraft's.
+        instructions: begin the prompt with AgentGym's instructions, and say in the reply why an action failed.
 
     Raises UserError for a value out of bounds.
     """
@@ -85,6 +87,7 @@ class TextCraft:
         split: Sequence[float] = (0.65, 0.10, 0.25),
         split_seed: int = 0,
         book: RecipeBook | None = None,
+        instructions: bool = False,
     ) -> None:
         if max_rounds < 1:
             raise UserError(f"textcraft: max_rounds is {max_rounds}; it must be at least 1")
@@ -93,6 +96,7 @@ class TextCraft:
         self.seed = seed
         self.max_rounds = max_rounds
         self.distractors = _bounds(distractors)
+        self.instructions = instructions
         self.book = recipes.minecraft() if book is None else book
         self._tasks = _split(self.book, tuple(split), split_seed)
         self._episodes: dict[str, CraftingEpisode] = {}
@@ -146,7 +150,11 @@ class TextCraft:
         state = self._running()
         if state.done:
             raise RuntimeError("textcraft: step after the episode is done; call reset")
-        observation, obtained = self._execute(parse(action), state.inventory)
+        command = parse(action)
+        before = dict(state.inventory) if self.instructions else {}
+        observation, obtained = self._execute(command, state.inventory)
+        if self.instructions and obtained is None:
+            observation += explain(command, before, state.episode.book, state.episode.recipes)
         success = obtained == state.episode.goal
         done = success or state.rounds + 1 >= self.max_rounds
         # The inventory was changed in place; snapshots have copies.
@@ -215,9 +223,8 @@ class TextCraft:
         shown = [tree[command] for command in sorted(tree)] + chosen
         rng.shuffle(shown)
         commands = "\n".join(recipe.command for recipe in shown)
-        return CraftingEpisode(
-            book, goal, tuple(shown), f"Crafting commands:\n{commands}\n\nGoal: craft {spoken(goal)}."
-        )
+        prompt = f"Crafting commands:\n{commands}\n\nGoal: craft {spoken(goal)}."
+        return CraftingEpisode(book, goal, tuple(shown), (INSTRUCTIONS if self.instructions else "") + prompt)
 
     def _execute(self, command: Command, inventory: dict[str, int]) -> tuple[str, str | None]:
         """The reply and the item that was obtained, if any. Changes the inventory."""
@@ -261,34 +268,6 @@ class TextCraft:
                 del inventory[item]
         inventory[recipe.output] = inventory.get(recipe.output, 0) + recipe.count
         return f"Crafted {recipe.count} {recipe.output}", recipe.output
-
-
-@lru_cache(maxsize=1 << 16)
-def parse(message: str) -> Command:
-    """Parses an assistant message as AgentGym's client and server do together."""
-    actions = _ACTION.findall(message)
-    if len(actions) > 1:
-        return Command("many", "")
-    text = " ".join(_UNKNOWN_CHARACTERS.sub("", actions[0] if actions else "").split())
-    if text.lower() == "look":
-        text = "inventory"
-    if match := _CRAFT.match(text):
-        return _parse_craft(match[1], match[2])
-    if match := _GET.match(text):
-        return Command("get", match[2], identifier(match[2]), int(match[1]))
-    return Command("inventory" if text.startswith("inventory") else "unknown", text)
-
-
-def _parse_craft(output: str, inputs: str) -> Command:
-    counted = _COUNTED.match(output)
-    ingredients = []
-    for part in inputs.split(","):
-        match = _COUNTED.match(part.strip())
-        if not match:
-            return Command("malformed", part.strip())
-        ingredients.append((identifier(match[2]), int(match[1])))
-    # AgentGym ignores the amount before the output.
-    return Command("craft", "", identifier(counted[2] if counted else output), 0, tuple(ingredients))
 
 
 def _bounds(distractors: int | Sequence[int]) -> tuple[int, int]:
