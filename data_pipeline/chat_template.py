@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -18,6 +19,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from data_pipeline.caching import ByteLRU
+from data_pipeline.conversations.reading import read_conversation
+from data_pipeline.conversations.tool_calls import arguments_object
 from data_pipeline.errors import DataError
 from data_pipeline.trajectory import Message, text_parts
 
@@ -62,34 +65,21 @@ class FrozenMessage(NamedTuple):
     content: str | None
     extras: bytes
 
-    def raw_text(self) -> str:
-        """All text of the message that does not come from the template."""
-        return (self.content or "") + self.extras.decode()
+    def for_template(self, reasoning: str = "reasoning_content") -> dict[str, Any]:
+        """The message as the template takes it, with what the model thought under the name `reasoning`.
 
-    def visible_texts(self) -> list[tuple[str, ...]]:
-        """Texts that a faithful rendering contains: the content and the names of called tools.
-
-        Each is a tuple of accepted forms. Spaces around the content may be missing, and some templates print the result
-        of a tool as a JSON string.
+        Arguments of tool calls, JSON text for OpenAI, become objects. Text that is not the JSON of an object stays.
         """
-        texts: list[tuple[str, ...]] = []
-        if self.content:
-            text = self.content.strip()
-            texts.append((text, msgspec.json.encode(text).decode()[1:-1]) if self.role == "tool" else (text,))
-        if self.extras:
-            calls = msgspec.json.decode(self.extras).get("tool_calls", ())
-            texts.extend((call.get("function", call).get("name", ""),) for call in calls)
-        return texts
-
-    def for_template(self) -> dict[str, Any]:
-        """The message as the template takes it. Arguments of tool calls, JSON text for OpenAI, become objects."""
         plain: dict[str, Any] = {"role": self.role, "content": self.content}
         if self.extras:
             plain.update(msgspec.json.decode(self.extras))
+            if reasoning != "reasoning_content" and "reasoning_content" in plain:
+                plain[reasoning] = plain.pop("reasoning_content")
             for call in plain.get("tool_calls", ()):
                 function = call.get("function", call)
                 if isinstance(function.get("arguments"), str):
-                    function["arguments"] = msgspec.json.decode(function["arguments"])
+                    parsed = arguments_object(function["arguments"])
+                    function["arguments"] = function["arguments"] if parsed is None else parsed
         return plain
 
 
@@ -113,6 +103,9 @@ class ChatTemplate:
         self.text = default_template(template)
         self.source = source
         self._advice = advice
+        # Templates call it differently; one that knows several names would print it twice.
+        names = ("reasoning_content", "reasoning", "thinking")
+        self.reasoning = next((name for name in names if re.search(rf"\b{name}\b", self.text)), names[0])
         # `strftime_now` is how newer templates get the date.
         self._arguments = {**arguments, **_CONSTANTS, "strftime_now": _no_date}
         try:
@@ -136,6 +129,13 @@ class ChatTemplate:
                 f"{one_line(error)}{self._advice}"
             ) from None
 
+    def try_render(self, messages: list[dict[str, Any]], tools: Tools) -> str | None:
+        """The rendering of messages as the template takes them; None if it fails."""
+        try:
+            return self._rendered(messages, tools)
+        except Exception:  # Jinja and the template itself may raise anything.
+            return None
+
     def _where(self, messages: FrozenConversation, tools: bytes, generation: bool) -> str:
         """The place where rendering fails: after the longest beginning of the conversation that can be rendered."""
         for count in range(len(messages) - (not generation), 0, -1):
@@ -146,12 +146,12 @@ class ChatTemplate:
         return f"at message 0 ({messages[0].role})" if messages else "without messages"
 
     def _render(self, messages: FrozenConversation, tools: bytes, generation: bool) -> str:
+        plain = [message.for_template(self.reasoning) for message in messages]
+        return self._rendered(plain, msgspec.json.decode(tools) if tools else None, generation)
+
+    def _rendered(self, messages: list[dict[str, Any]], tools: Tools, generation: bool = False) -> str:
         return self._compiled.render(
-            messages=[message.for_template() for message in messages],
-            tools=msgspec.json.decode(tools) if tools else None,
-            documents=None,
-            add_generation_prompt=generation,
-            **self._arguments,
+            messages=messages, tools=tools or None, documents=None, add_generation_prompt=generation, **self._arguments
         )
 
 
@@ -225,6 +225,19 @@ def read_template(template: str | PathLike[str] | None) -> str | None:
         ) from None
 
 
+def fingerprint_text(template: str) -> str:
+    """The text of a template that its fingerprint is computed from.
+
+    The shipped templates print reasoning and names since, and everything else as before: shards and models of the
+    earlier ones stay valid.
+    """
+    for name in SHIPPED:
+        if template == read_template(name):
+            folder = resources.files("data_pipeline") / "templates" / "fingerprints"
+            return (folder / f"{name}.jinja").read_text(encoding="utf-8")
+    return template
+
+
 def choose_template(tokenizer: PreTrainedTokenizerFast, template: str | PathLike[str] | None, *, source: str) -> None:
     """Sets the template of a tokenizer: None or "own", the name of a shipped one, or a file.
 
@@ -261,25 +274,46 @@ def advice(special: Collection[str]) -> str:
 
 
 def as_messages(messages: Messages, row: str) -> list[Message]:
-    """Messages, parsed where they are dictionaries. Raises DataError that names `row` and the message."""
-    checked = []
-    for index, message in enumerate(messages):
-        if not isinstance(message, Message):
-            try:
-                message = msgspec.convert(message, Message)
-            except msgspec.ValidationError as error:
-                raise DataError(f"{row}: message {index}: {error}") from None
-        checked.append(message)
-    return checked
+    """Messages of a conversation, parsed where they are dictionaries, in any form that `read_conversation` reads.
+
+    Raises DataError that names `row` and the message.
+    """
+    return as_conversation(messages, row)[0]
 
 
-def freeze(message: Message) -> FrozenMessage:
-    """The message in hashable form; parts of its content are joined to a text."""
+def as_conversation(messages: Messages, row: str) -> tuple[list[Message], list[int]]:
+    """As `as_messages`, and for each message the index of the one it comes from."""
+    try:
+        checked = [
+            message if isinstance(message, Message) else msgspec.convert(message, Message) for message in messages
+        ]
+        return checked, list(range(len(checked)))
+    except msgspec.ValidationError:
+        pass
+    try:
+        plain, origins = read_conversation([_plain(message) for message in messages])
+        return msgspec.convert(plain, list[Message]), origins
+    except DataError as error:
+        raise DataError(f"{row}: {error}") from None
+    except msgspec.ValidationError as error:
+        raise DataError(f"{row}: messages: {error}") from None
+
+
+def _plain(message: Message | Mapping[str, Any]) -> Any:
+    if isinstance(message, Message):
+        return msgspec.to_builtins(message)
+    return dict(message) if isinstance(message, Mapping) else message
+
+
+def freeze(message: Message, *, reasoning: bool = True) -> FrozenMessage:
+    """The message in hashable form, with or without its reasoning; parts of its content are joined to a text."""
     content = message.content
     if isinstance(content, list):
         content = "".join(text_parts(content))
-    others = {name: getattr(message, name) for name in ("tool_calls", "name", "tool_call_id")}
+    others = {name: getattr(message, name) for name in ("tool_calls", "name", "tool_call_id", "reasoning_content")}
     others = {name: value for name, value in others.items() if value is not None}
+    if not reasoning and others.pop("reasoning_content", None) is not None and content is None:
+        content = ""
     return FrozenMessage(message.role, content, msgspec.json.encode(others) if others else b"")
 
 

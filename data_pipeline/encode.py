@@ -19,8 +19,9 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+import msgspec
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
@@ -29,20 +30,26 @@ from data_pipeline.chat_template import (
     OWN,
     ChatTemplate,
     FrozenConversation,
+    FrozenMessage,
     Messages,
     Tools,
     advice,
     as_messages,
     choose_template,
+    fingerprint_text,
     freeze,
     load_tokenizer,
     write_tokenizer,
 )
 from data_pipeline.errors import DataError
 from data_pipeline.packing import padding_id
+from data_pipeline.special_text import SpecialText
+from data_pipeline.template_checks import first_loss
 from data_pipeline.trajectory import Message, check_steps, text_parts
 
 _MAX_PIECE_BYTES = 64 << 20
+Reasoning = Literal["keep", "drop"]
+SpecialTokens = Literal["error", "break"]
 
 
 class Encoded(NamedTuple):
@@ -67,13 +74,21 @@ class _Pieces(NamedTuple):
     ids: list[int]
     starts: list[int]
     offsets: list[int]
-    plain: list[str]
+
+
+class Changes(NamedTuple):
+    """Messages of a conversation that are encoded without their reasoning, or with special tokens broken up."""
+
+    reasoning_dropped: int
+    special_tokens_broken: int
 
 
 class Encoder:
     """Encodes conversations with one tokenizer and its chat template.
 
     Args:
+      reasoning: "keep" encodes what the model thought, "drop" leaves it out.
+      special_tokens: "error" refuses text with special tokens, "break" writes a space into each.
       tokenizer: a fast tokenizer with a chat template and an end-of-sequence token. `pad_id` is its pad token or, if
         that is missing or also ends messages, another special token.
       source: name of the tokenizer in error messages.
@@ -82,13 +97,20 @@ class Encoder:
       DataError: the tokenizer lacks one of these, or its template is not valid Jinja.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, *, source: str = "the tokenizer"):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        source: str = "the tokenizer",
+        reasoning: Reasoning = "keep",
+        special_tokens: SpecialTokens = "error",
+    ):
         if not tokenizer.chat_template:
             raise DataError(f"{source} has no chat template; add chat_template.jinja next to tokenizer.json")
         if tokenizer.eos_token_id is None:
             raise DataError(f"{source} needs a pad_token and an eos_token; set both in tokenizer_config.json")
         self.tokenizer = tokenizer
-        self.source = source
+        self.source, self.reasoning, self.special_tokens = source, reasoning, special_tokens
         self.end_id: int = tokenizer.eos_token_id
         self._backend = tokenizer.backend_tokenizer
         # tokenizer.json may switch truncation and padding on.
@@ -103,15 +125,25 @@ class Encoder:
         self.pad_id = self._padding()
         # Sorted keys: saving and loading a tokenizer may reorder its JSON.
         canonical = json.dumps(json.loads(self._backend.to_str()), sort_keys=True)
-        self._fingerprint = hashlib.sha256(f"{canonical}\0{self._template.text}".encode()).hexdigest()
+        dropped = "\0reasoning=drop" if reasoning == "drop" else ""
+        identity = f"{canonical}\0{fingerprint_text(self._template.text)}{dropped}"
+        self._fingerprint = hashlib.sha256(identity.encode()).hexdigest()
 
     @classmethod
-    def load(cls, directory: str | PathLike[str], template: str | PathLike[str] | None = None) -> Encoder:
+    def load(
+        cls,
+        directory: str | PathLike[str],
+        template: str | PathLike[str] | None = None,
+        *,
+        reasoning: Reasoning = "keep",
+        special_tokens: SpecialTokens = "error",
+    ) -> Encoder:
         """Reads tokenizer.json, tokenizer_config.json and chat_template.jinja of a directory, and no other file.
 
         Args:
           template: chat template to use: the name of a shipped one (chat_template.SHIPPED), a file, or None or "own"
             for the directory's own.
+          reasoning, special_tokens: as in Encoder.
 
         Raises:
           DataError: a file is missing or malformed, or the template does not fit the tokenizer.
@@ -119,7 +151,7 @@ class Encoder:
         tokenizer = load_tokenizer(Path(directory))
         choose_template(tokenizer, template, source=str(directory))
         named = "" if template in (None, OWN) else f" (template {template})"
-        return cls(tokenizer, source=f"{directory}{named}")
+        return cls(tokenizer, source=f"{directory}{named}", reasoning=reasoning, special_tokens=special_tokens)
 
     def write_tokenizer(self, base: Path, directory: Path) -> None:
         """Copies the tokenizer's files from `base` to `directory`, with this encoder's template and end token."""
@@ -132,7 +164,7 @@ class Encoder:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of tokenizer.json and the chat template. It survives saving and loading."""
+        """sha256 of tokenizer.json, the chat template and whether reasoning is dropped. It survives saving."""
         return self._fingerprint
 
     @property
@@ -156,7 +188,7 @@ class Encoder:
     def render(self, messages: Messages, *, tools: Tools = None, generation: bool = False) -> str:
         """The conversation as text; with `generation`, including the opening of the next assistant message."""
         conversation = self._conversation(as_messages(messages, "conversation"), "conversation")
-        return self._template.render(conversation, tools, generation, "conversation")
+        return self._template.render(conversation, self._tools(tools, "conversation"), generation, "conversation")
 
     def prompt(self, messages: Messages, *, tools: Tools = None, row: str = "prompt") -> list[int]:
         """Token ids of the state before the next assistant message.
@@ -164,7 +196,7 @@ class Encoder:
         Raises DataError if a message has a special token in its text, or if the template fails.
         """
         conversation = self._conversation(as_messages(messages, row), row)
-        return self._cut(self._template.render(conversation, tools, True, row)).ids
+        return self._cut(self._template.render(conversation, self._tools(tools, row), True, row)).ids
 
     def rendered(self, text: str) -> list[int]:
         """Token ids of a rendered conversation. Special tokens in the text are recognised, and none is added."""
@@ -176,8 +208,16 @@ class Encoder:
 
     def special_in(self, text: str) -> str | None:
         """The first special token that `text` contains, or None. Such a text cannot be the content of a message."""
-        match = self._specials.search(text)
-        return match.group() if match else None
+        return self._special_text.find(text)
+
+    def changes(self, messages: Messages) -> Changes:
+        """How many messages are encoded otherwise than they are, by the choices of this encoder."""
+        checked = as_messages(messages, "conversation")
+        dropped = [message for message in checked if message.reasoning_content] if self.reasoning == "drop" else []
+        frozen = [freeze(message, reasoning=self.reasoning == "keep") for message in checked]
+        return Changes(
+            len(dropped), sum(self._special_text.find(message.for_template()) is not None for message in frozen)
+        )
 
     def trajectory(self, messages: Messages, *, row: str, tools: Tools = None) -> Encoded:
         """Tokens and step table of a conversation, verified.
@@ -188,14 +228,15 @@ class Encoder:
           DataError: names row, template and message, if one of these does not hold:
             - the rendering up to every step is a prefix of the full rendering, in text and in tokens;
             - the ids are those of the tokenizer for the full text, and decode to it;
-            - every message is in the text unchanged, and contains no special token;
+            - every text of a message (content, reasoning, name, calls) is in the rendering unchanged and in its place;
+            - no text contains a special token;
             - every step has a read position different from the others.
         """
         messages = as_messages(messages, row)
         table = check_steps(messages, row)
-        conversation = self._conversation(messages, row)
+        conversation, tools = self._conversation(messages, row), self._tools(tools, row)
         pieces = self._cut(self._template.render(conversation, tools, False, row))
-        self._verify_text(pieces, conversation, row)
+        self._verify_text(pieces, conversation, tools, row)
         self._verify_tools(pieces, conversation, tools, row)
         reads: list[int] = []
         states: list[int] = []
@@ -254,24 +295,26 @@ class Encoder:
             ends.append(position)
         return [*ends, end]
 
-    def _verify_text(self, pieces: _Pieces, conversation: FrozenConversation, row: str) -> None:
+    def _verify_text(self, pieces: _Pieces, conversation: FrozenConversation, tools: Tools, row: str) -> None:
         # Cutting at special tokens is an assumption about the tokenizer, so its ids of the full text must be the same.
         if self._backend.encode_batch_fast([pieces.text], add_special_tokens=False)[0].ids != pieces.ids:
             raise DataError(f"{row}: {self.source} encodes the full conversation differently from its turns")
         decoded = self.decode(pieces.ids)
         if decoded != pieces.text:
             raise DataError(f"{row}: decoding the token ids does not give the text: {_differ(pieces.text, decoded)}")
-        # The messages must occur in their order, so the search never goes back to an earlier piece.
-        current = 0
-        for index, message in enumerate(conversation):
-            for forms in message.visible_texts():
-                while current < len(pieces.plain) and not any(form in pieces.plain[current] for form in forms):
-                    current += 1
-                if current == len(pieces.plain):
-                    raise DataError(
-                        f"{row}: the chat template of {self.source} changes, moves or drops message {index} "
-                        f"({message.role}: {_short(forms[0])}){self._advice}"
-                    )
+        plain = [message.for_template(self._template.reasoning) for message in conversation]
+        special = [match.span() for match in self._specials.finditer(pieces.text)]
+        loss = first_loss(plain, pieces.text, lambda marked: self._template.try_render(marked, tools), special)
+        if loss is not None:
+            field, role = loss.field, conversation[loss.field.message].role
+            what = "changes, moves or drops" if field.what == "content" else f"leaves out, or changes, {field.what} in"
+            shown = f"{role}: {_short(field.forms[0])}"
+            advice = self._advice
+            if field.what == "the reasoning":
+                advice = f"; leave it out with --reasoning drop, or {advice.removeprefix('; ')}"
+            raise DataError(
+                f"{row}: the chat template of {self.source} {what} message {field.message} ({shown}){advice}"
+            )
 
     def _verify_tools(self, pieces: _Pieces, conversation: FrozenConversation, tools: Tools, row: str) -> None:
         if tools and self._template.render(conversation, None, False, row) == pieces.text:
@@ -298,7 +341,7 @@ class Encoder:
         return offset + len(head) - 1 if pieces.ids[offset : offset + len(head)] == list(head) else None
 
     def _cut(self, text: str) -> _Pieces:
-        pieces = _Pieces(text, [], [0], [0], [])
+        pieces = _Pieces(text, [], [0], [0])
         for number, part in enumerate(self._specials.split(text) if self._separable else [text]):
             if not part:
                 continue
@@ -306,7 +349,6 @@ class Encoder:
                 pieces.ids.append(self._special_ids[part])
             else:
                 pieces.ids.extend(self._piece(part, not pieces.ids))
-                pieces.plain.append(part)
             pieces.starts.append(pieces.starts[-1] + len(part))
             pieces.offsets.append(len(pieces.ids))
         return pieces
@@ -333,21 +375,41 @@ class Encoder:
         longest_first = sorted(self._special_ids, key=len, reverse=True)
         self._specials = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
         self._anchor = longest_first[0]
+        self._special_text = SpecialText(self._special_ids)
         # Tokens that absorb the spaces around them, or match in normalized text, are no clean cuts.
         self._separable = not any(
             token.lstrip or token.rstrip or token.single_word or token.normalized for token in tokens.values()
         )
 
     def _conversation(self, messages: Sequence[Message], row: str) -> FrozenConversation:
-        conversation = tuple(map(freeze, messages))
+        conversation = [freeze(message, reasoning=self.reasoning == "keep") for message in messages]
         for index, message in enumerate(conversation):
-            special = self.special_in(message.raw_text())
+            special = self._special_text.find(message.for_template() if message.extras else message.content)
+            if special and self.special_tokens == "break":
+                conversation[index] = message = self._broken(message)
+                special = self._special_text.find(message.for_template())
             if special:
                 raise DataError(
-                    f"{row}: message {index} ({message.role}) has the special token {special} in its text; "
-                    "remove or rewrite it, because text must not encode to special tokens"
+                    f"{row}: message {index} ({message.role}) has the special token {special} in its text; remove or "
+                    "rewrite it, or break it up with --special-tokens break, because text must not encode to special "
+                    "tokens"
                 )
-        return conversation
+        return tuple(conversation)
+
+    def _broken(self, message: FrozenMessage) -> FrozenMessage:
+        extras = message.extras and msgspec.json.encode(self._special_text.broken(msgspec.json.decode(message.extras)))
+        return FrozenMessage(message.role, self._special_text.broken(message.content), extras)
+
+    def _tools(self, tools: Tools, row: str) -> Tools:
+        """The tools, without special tokens in their descriptions."""
+        if not tools or not (special := self._special_text.find(tools)):
+            return tools
+        if self.special_tokens == "break":
+            return self._special_text.broken(tools)
+        raise DataError(
+            f"{row}: a tool has the special token {special} in its description; rewrite it, or break it up with "
+            "--special-tokens break"
+        )
 
 
 def _piece_bytes(arguments: tuple[str, bool], ids: tuple[int, ...]) -> int:

@@ -1,24 +1,34 @@
-"""The trajectory format: an agent episode in OpenAI's chat format, as a line of JSON Lines.
+"""The trajectory format: an agent episode in OpenAI's chat format, as a row of a file.
 
 An assistant message is a step (one decision), unless it has `"step": false`. An assistant message whose content is a
 list of text parts (mathematics) has one step per part. Everything indexed by step (`rewards`, `step_labels`, scores)
 follows the order of `steps(messages)`.
+
+A row in exactly this form is decoded at once. Any other is first brought into it: messages as SDKs write them, an
+outcome that is true or false, an id that is an integer, labels by message.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from os import PathLike
 from typing import Any, Literal, NamedTuple
 
 import msgspec
 
+from data_pipeline import json_values
+from data_pipeline.conversations.reading import labels_by_message, read_conversation
 from data_pipeline.errors import DataError
+from data_pipeline.source import count_texts, read_texts
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A chat message; `content` may be null only if there are `tool_calls`."""
+    """A chat message; `content` may be null only if there are `tool_calls` or `reasoning_content`.
+
+    `reasoning_content` is what the model thought before the content, if its API tells.
+    """
 
     role: Literal["system", "user", "assistant", "tool"]
     content: str | list[dict[str, Any]] | None = None
@@ -26,11 +36,16 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     step: bool = True
     name: str | None = None
     tool_call_id: str | None = None
+    reasoning_content: str | None = None
 
     def __post_init__(self) -> None:
         # msgspec turns a ValueError raised here into a ValidationError with the path of the field.
-        if self.content is None and not self.tool_calls:
+        if self.content is None and not self.tool_calls and not self.reasoning_content:
             raise ValueError(f"a message of role {self.role} has neither content nor tool_calls")
+        for index, call in enumerate(self.tool_calls or ()):
+            function = call.get("function")
+            if not (isinstance(function, dict) and isinstance(function.get("name"), str) and function["name"]):
+                raise ValueError(f"tool call {index} names no function")
         # Called for its checks.
         text_parts(self.content)
 
@@ -129,21 +144,61 @@ _decoder = msgspec.json.Decoder(Trajectory)
 
 
 def parse_line(line: bytes | str, *, where: str) -> Trajectory:
-    """Parses a line of JSON. Raises DataError("<where>: what is wrong - at `$.field`")."""
+    """Parses a row, in the form of a trajectory or as SDKs write it.
+
+    Raises DataError("<where>: what is wrong - at `$.field`").
+    """
     try:
         return _decoder.decode(line)
-    except (msgspec.MsgspecError, UnicodeError) as error:
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        pass
+    try:
+        return from_row(json_values.decode(line))
+    except DataError as error:
         raise DataError(f"{where}: {error}") from None
+
+
+def from_row(row: Any) -> Trajectory:
+    """The trajectory of a decoded row. Raises DataError without a place."""
+    if isinstance(row, dict):
+        row = {key: value for key, value in row.items() if value is not None}
+        if isinstance(row.get("id"), int) and not isinstance(row["id"], bool):
+            row["id"] = str(row["id"])
+        if isinstance(row.get("task"), int) and not isinstance(row["task"], bool):
+            row["task"] = str(row["task"])
+        if isinstance(row.get("outcome"), bool):
+            row["outcome"] = float(row["outcome"])
+        if isinstance(row.get("messages"), list):
+            messages, origins = read_conversation(row["messages"])
+            if isinstance(row.get("step_labels"), dict):
+                row["step_labels"] = labels_by_message(row["step_labels"], messages, origins, "step_labels")
+            row["messages"] = messages
+        _check_finite(row)
+    try:
+        trajectory = msgspec.convert(row, Trajectory)
+        # Numbers that are not finite are null in JSON, and so they are here.
+        return msgspec.structs.replace(trajectory, meta=msgspec.json.decode(msgspec.json.encode(trajectory.meta)))
+    except msgspec.MsgspecError as error:
+        raise DataError(str(error)) from None
     except RecursionError:  # msgspec bounds the depth of nesting by Python's own limit.
-        raise DataError(f"{where}: nested too deeply") from None
+        raise DataError("nested too deeply") from None
+
+
+def _check_finite(row: dict[str, Any]) -> None:
+    for field in ("outcome", "rewards", "step_labels"):
+        value = row.get(field)
+        for index, number in enumerate(value if isinstance(value, list) else [value]):
+            if isinstance(number, float) and not math.isfinite(number):
+                at = f"[{index}]" if isinstance(value, list) else ""
+                raise DataError(f"{field}{at} is {number}; it must be a number - at `$.{field}{at}`")
 
 
 def read(path: str | PathLike[str], *, skip_bad: bool | Callable[[DataError], None] = False) -> Iterator[Trajectory]:
-    """The trajectories of a JSON Lines file; blank lines are ignored.
+    """The trajectories of a file in any form that `source.read_texts` reads.
 
     Args:
-      skip_bad: False to raise the first bad line's DataError("path:line: ..."), True to leave bad lines out, or a
-        function that is called with the error of each bad line, which is then left out.
+      skip_bad: False to raise the first bad row's DataError("path:line: ..."), True to leave bad rows out, or a
+        function that is called with the error of each bad row, which is then left out.
     """
     for _, trajectory in read_numbered(path, skip_bad=skip_bad):
         yield trajectory
@@ -153,9 +208,11 @@ def read_numbered(
     path: str | PathLike[str], *, skip_bad: bool | Callable[[DataError], None] = False
 ) -> Iterator[tuple[str, Trajectory]]:
     """As `read`, as pairs of "path:line" and trajectory."""
-    for where, line in _lines(path):
+    for where, _, text, _ in read_texts(path):
         try:
-            trajectory = parse_line(line, where=where)
+            if isinstance(text, DataError):
+                raise text
+            trajectory = parse_line(text, where=where)
         except DataError as error:
             if not skip_bad:
                 raise
@@ -166,23 +223,13 @@ def read_numbered(
 
 
 def count_rows(path: str | PathLike[str]) -> int:
-    """Number of lines that are not blank. Raises DataError if the file cannot be read."""
-    return sum(1 for _ in _lines(path))
+    """Number of rows. Raises DataError if the file cannot be read or is empty."""
+    return count_texts(path)
 
 
 def to_line(trajectory: Trajectory) -> str:
     """The trajectory as a line of JSON without its newline; fields with default values are left out."""
     return msgspec.json.encode(trajectory).decode()
-
-
-def _lines(path: str | PathLike[str]) -> Iterator[tuple[str, bytes]]:
-    try:
-        # As bytes: text that is not UTF-8 must be the error of its line, and a lone carriage return ends no line.
-        with open(path, "rb") as file:
-            for number, line in numbered(file):
-                yield f"{path}:{number}", line
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def numbered(file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:

@@ -17,7 +17,7 @@ import msgspec
 from data_pipeline import splits
 from data_pipeline.errors import DataError, SplitError
 from data_pipeline.importers import fields, openai, sharegpt, trl
-from data_pipeline.importers.source import SourceRow, read_rows
+from data_pipeline.source import SourceRow, read_rows
 from data_pipeline.output import staged_file, write_errors
 from data_pipeline.trajectory import Trajectory, check_steps, parse_line, to_line
 

@@ -7,7 +7,7 @@ import re
 from typing import Any, NamedTuple
 
 from data_pipeline.errors import DataError
-from data_pipeline.importers.source import kind_of
+from data_pipeline.source import kind_of
 
 _PART = re.compile(r"(?:^|\.)([^.\[\]]+)|\[(-?\d+)\]")
 _MISSING = object()

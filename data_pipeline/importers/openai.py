@@ -14,7 +14,7 @@ import msgspec
 
 from data_pipeline.errors import DataError
 from data_pipeline.importers.fields import Path
-from data_pipeline.importers.source import kind_of
+from data_pipeline.source import kind_of
 
 Notes = Counter  # Changes and omissions, by description.
 # `developer` is what newer APIs call `system`, `function` what older ones called `tool`.

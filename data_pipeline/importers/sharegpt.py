@@ -9,7 +9,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.importers import openai
 from data_pipeline.importers.fields import Path, name
 from data_pipeline.importers.openai import Notes, Parsed
-from data_pipeline.importers.source import kind_of
+from data_pipeline.source import kind_of
 
 _ROLES = {
     "human": "user",

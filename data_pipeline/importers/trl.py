@@ -8,7 +8,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.importers import openai
 from data_pipeline.importers.fields import Path
 from data_pipeline.importers.openai import Notes, Parsed
-from data_pipeline.importers.source import kind_of
+from data_pipeline.source import kind_of
 
 
 def parse(row: dict[str, Any], where: Path, notes: Notes) -> Parsed:

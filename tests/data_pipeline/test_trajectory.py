@@ -46,13 +46,13 @@ def test_soft_outcome_is_kept():
         (changed(step_labels=[None, 0.5]), "step_labels has 2 values"),
         (changed(messages=[]), "messages is empty"),
         (changed(id=""), "id is empty"),
-        (changed(messages=[{"role": "robot", "content": "x"}]), r"\$\.messages\[0\]\.role"),
+        (changed(messages=[{"role": "robot", "content": "x"}]), "message 0: role 'robot' is none of system, "),
         (changed(messages=[{"role": "user"}]), "neither content nor tool_calls"),
         (changed(messages=[{"role": "user", "content": [{"type": "image"}]}]), "content part 0"),
-        (changed(messages=[{"role": "user", "content": []}]), "empty list"),
+        (changed(messages=[{"role": "user", "content": []}]), r"message 0 \(user\) has neither content"),
         (changed(reward=3), "unknown field `reward`"),
         (changed(ended="crashed"), r"\$\.ended"),
-        ('{"id": "a", "messages": [{"role": "user", "content": "x"}], "outcome": NaN}', "malformed"),
+        ('{"id": "a", "messages": [{"role": "user", "content": "x"}], "outcome": NaN}', r"outcome is nan.*\$\.outcome"),
     ],
 )
 def test_the_error_of_a_bad_line_names_location_and_field(line, reason):

@@ -46,7 +46,7 @@ def test_counts_by_hand(check, make_trajectory):
     assert groups.attempts.percentiles["100"] == 3 and groups.attempts.mean == pytest.approx(7 / 4)
     assert (report.equal, report.repeated_ids) == (1, 1)
     assert report.with_step_labels == 1 and report.step_labels.count == 1 and report.step_labels.mean == 0.5
-    assert report.bad[0].endswith("rows.jsonl:9: JSON is malformed: object keys must be strings (byte 1)")
+    assert report.bad[0].endswith("rows.jsonl:9: not JSON: JSON is malformed: object keys must be strings (byte 1)")
     assert report.tokens is None and not report.leaks
 
 

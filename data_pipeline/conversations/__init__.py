@@ -1,0 +1,1 @@
+"""Messages as agents have them, converted to the messages of a trajectory."""
