@@ -19,6 +19,7 @@ STAGE_VERBS = {
 _CONFIG = "a Python file that defines `config`, or the name of a recipe, such as textcraft_tiny"
 _MODEL = "model directory, training output, checkpoint, run with exactly one model, or Hub id"
 _TEMPLATE = "chat template: own (the tokenizer's, default), chatml, llama3, or a file"
+_ROWS = "trajectories: JSON Lines, a JSON array or Parquet, also compressed with gzip or zstd"
 _MESH = "device mesh, e.g. tensor=4 or fsdp=-1 (default: data parallel over all local devices)"
 _DTYPES = ("float32", "bfloat16")
 
@@ -104,8 +105,8 @@ def _score_verb(verbs) -> None:
     score = verbs.add_parser("score", help="score every step of a file of trajectories")
     score.add_argument("--model", type=Path, help=_MODEL)
     _add_pair(score)
-    score.add_argument("--input", type=Path, required=True, help="trajectories, JSON Lines")
-    score.add_argument("--output", type=Path, required=True, help="scores, one line for each line of the input")
+    score.add_argument("--input", type=Path, required=True, help=_ROWS)
+    score.add_argument("--output", type=Path, required=True, help="scores, one line for each row of the input")
     score.add_argument("--dtype", choices=_DTYPES, default="float32", help="dtype of the arithmetic (default: float32)")
     score.add_argument("--chat-template", default="own", metavar="TEMPLATE", help=_TEMPLATE)
     score.add_argument("--mesh", metavar="AXIS=N,...", help=_MESH)
@@ -142,7 +143,7 @@ def _evaluate_verb(verbs) -> None:
     evaluate = verbs.add_parser("evaluate", help="judge reward models on trajectories with outcomes or step labels")
     evaluate.add_argument("--model", type=Path, action="append", help=f"{_MODEL}; repeat it to compare models")
     _add_pair(evaluate)
-    evaluate.add_argument("--input", type=Path, required=True, help="trajectories, JSON Lines")
+    evaluate.add_argument("--input", type=Path, required=True, help=_ROWS)
     evaluate.add_argument("--labels", default="step_labels", metavar="FIELD", help="step_labels, or a path into meta")
     evaluate.add_argument(
         "--label-kind", choices=("binary", "ternary", "first-error", "soft"), help="default: inferred from the labels"
@@ -212,7 +213,7 @@ def _import_verb(verbs) -> None:
 
 def _validate_verb(verbs) -> None:
     validate = verbs.add_parser("validate", help="count what is in files of trajectories, and find every bad row")
-    validate.add_argument("files", nargs="+", metavar="[SPLIT=]FILE", help="trajectories, JSON Lines")
+    validate.add_argument("files", nargs="+", metavar="[SPLIT=]FILE", help=_ROWS)
     validate.add_argument("--tokenizer", type=Path, metavar="DIR", help="also encode every conversation with it")
     validate.add_argument("--chat-template", default="own", metavar="TEMPLATE", help=_TEMPLATE)
     validate.add_argument("--max-length", type=_count, metavar="TOKENS", help="count longer trajectories")

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError, one_line
-from data_pipeline.trajectory import Trajectory, parse_line
+from data_pipeline.trajectory import Trajectory
 from jaxprm.errors import UserError
 from jaxprm.evaluation.labels import Labels, lookup, read_labels
 from jaxprm.evaluation.statistics import Array
@@ -89,7 +89,7 @@ def score_models(
     if not input.is_file():
         raise UserError(f"input {input}: no such file; give trajectories as JSON Lines")
     sources = [model if isinstance(model, Source) else reward_model(model) for model in models]
-    digest, total = score_files.digest_and_count(input)
+    digest, total, _ = score_files.digest_and_count(input)
     rows, errors = _read(input, labels, group)
     if not rows:
         raise _no_line(input, total, errors)
@@ -98,10 +98,10 @@ def score_models(
     for model_index, source in enumerate(sources):
         scorer, longer = source.load(), []
         name = "score" if len(models) == 1 else f"score {model_index + 1} of {len(models)}"
-        with input.open("rb") as lines, bar(name, total, unit="trajectory") as progress:
-            numbered = enumerate(lines, start=1)
-            while batch := list(itertools.islice(numbered, chunk)):
-                for line in score_files.score_lines(scorer, batch, input.name):
+        with bar(name, total, unit="trajectory") as progress:
+            remaining = score_files.read_input(input)
+            while batch := list(itertools.islice(remaining, chunk)):
+                for line in score_files.score_lines(scorer, batch):
                     if line.error is not None:
                         errors.setdefault(line.number, line.error)
                     elif line.number not in errors:
@@ -120,20 +120,18 @@ def score_models(
 
 def _no_line(input: Path, total: int, errors: dict[int, str]) -> UserError:
     why = f"; {min(errors.items())[1]}" if errors else ""
-    return UserError(f"input {input}: none of its {total} lines could be scored{why}")
+    return UserError(f"input {input}: none of its {total} rows could be scored{why}")
 
 
 def _read(input: Path, labels: str, group: str | None) -> tuple[dict[int, ScoredTrajectory], dict[int, str]]:
     """(trajectories without promises, errors) of a file, by line number."""
     rows: dict[int, ScoredTrajectory] = {}
     errors: dict[int, str] = {}
-    with input.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            where = f"{input.name}:{number}"
-            try:
-                rows[number] = _row(parse_line(line, where=where), where, labels, group)
-            except DataError as error:
-                errors[number] = one_line(error)
+    for row in score_files.read_input(input):
+        try:
+            rows[row.number] = _row(row.parse(), row.where, labels, group)
+        except DataError as error:
+            errors[row.number] = one_line(error)
     return rows, errors
 
 

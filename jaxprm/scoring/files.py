@@ -1,11 +1,11 @@
-"""Scores a file of trajectories: one line of output for each line of input, resumable, in bounded memory."""
+"""Scores a file of trajectories: one line of output for each row of input, resumable, in bounded memory."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import numpy as np
 from data_pipeline.chat_template import read_template
 from data_pipeline.encode import Encoded
 from data_pipeline.errors import DataError, one_line
+from data_pipeline.source import count_texts, read_texts
 from data_pipeline.trajectory import Trajectory, parse_line
 from jaxprm import config as config_lib
 from jaxprm import files
@@ -38,11 +39,31 @@ class LineCounts(NamedTuple):
     longer: int = 0
 
 
-class ScoredLine(NamedTuple):
-    """A line of a file of trajectories: scored, or with an error.
+class InputRow(NamedTuple):
+    """A row of a file of trajectories, not parsed.
 
     Args:
-      number: of the line in its file, from 1.
+      number: of the row in its file, from 1; of the line, in a file of lines.
+      where: name of the row in messages.
+      text: its JSON, or why it cannot be read.
+    """
+
+    number: int
+    where: str
+    text: bytes | DataError
+
+    def parse(self) -> Trajectory:
+        """The trajectory. Raises DataError if it is malformed."""
+        if isinstance(self.text, DataError):
+            raise self.text
+        return parse_line(self.text, where=self.where)
+
+
+class ScoredLine(NamedTuple):
+    """A row of a file of trajectories: scored, or with an error.
+
+    Args:
+      number: of the row in its file, see InputRow.
       messages: index of the message of each step, [S].
       promises: of the steps, float32 [S].
       tokens: of the conversation.
@@ -74,12 +95,14 @@ def score_file(
     template: str | None = None,
     mesh: config_lib.MeshConfig | None = None,
 ) -> LineCounts:
-    """Scores every step of every trajectory of `input`; line k of `output` is about line k of `input`.
+    """Scores every step of every trajectory of `input`; line k of `output` is about row k of `input`.
+
+    The input is in any form that `data_pipeline.source.read_texts` reads. Blank lines are no rows.
 
     A line is {"id", "steps": [{"message", "promise", "progress"}], "score"}, or {"id", "error"} if it cannot be
-    scored. If even the id cannot be read, it is null, and "line" is the number of the line. A conversation longer than
-    all in the model's training also has "tokens". An interrupted call leaves OUTPUT.partial and resumes from it, with
-    the same model and input. OUTPUT is replaced at the end.
+    scored. If even the id cannot be read, it is null, and "line" is the number of the line, or row. A conversation
+    longer than all in the model's training also has "tokens". An interrupted call leaves OUTPUT.partial and resumes
+    from it, with the same model and input. OUTPUT is replaced at the end.
 
     Args:
         model: a location of a reward model, as in `find_model`, or another source of scores.
@@ -94,20 +117,29 @@ def score_file(
     source = model if isinstance(model, Source) else reward_model(model)
     input, output = Path(input), Path(output)
     _check_paths(input, output)
-    digest, total = digest_and_count(input)
-    run_identity = {"format": FORMAT, "chunk": chunk, "dtype": dtype, "input": digest, "model": source.identity}
+    digest, total, lines = digest_and_count(input)
+    run_identity: dict[str, Any] = {
+        "format": FORMAT,
+        "chunk": chunk,
+        "dtype": dtype,
+        "input": digest,
+        "model": source.identity,
+    }
     run_identity["chat_template"] = read_template(template)
+    # Earlier versions wrote a line for each line of the input, blank ones too.
+    if total != lines:
+        run_identity["rows"] = total
     scorer = source.load(dtype=dtype, template=template, mesh=mesh)
     target, record = files.ResumableLines(output), output.with_name(output.name + ".partial.json")
     done = errors = longer = 0
     try:
-        with target, input.open("rb") as lines:
+        with target:
             done, errors, longer = _resume(target, record, run_identity, chunk)
-            remaining = enumerate(itertools.islice(lines, done, None), start=done + 1)
+            remaining = itertools.islice(read_input(input), done, None)
             with bar("score", total, initial=done, unit="trajectory") as shown:
-                while numbered := list(itertools.islice(remaining, chunk)):
-                    scored = score_lines(scorer, numbered, input.name)
-                    results = [_result(item, line, source) for item, (_, line) in zip(scored, numbered, strict=True)]
+                while rows := list(itertools.islice(remaining, chunk)):
+                    scored = score_lines(scorer, rows)
+                    results = [_result(item, row, source) for item, row in zip(scored, rows, strict=True)]
                     # One write for a chunk, since resuming keeps complete chunks only.
                     target.append_bytes(b"".join(msgspec.json.encode(result) + b"\n" for result in results))
                     done, errors = done + len(results), errors + sum("error" in result for result in results)
@@ -119,7 +151,7 @@ def score_file(
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(
-            f"{target.partial}: no space left on the device after {done} of {total} lines; free some and run the same "
+            f"{target.partial}: no space left on the device after {done} of {total} rows; free some and run the same "
             "command again: it resumes there"
         ) from None
     # Last: a record without its .partial file does no harm, the next call replaces it.
@@ -137,15 +169,21 @@ def _check_paths(input: Path, output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
 
 
-def digest_and_count(path: Path) -> tuple[str, int]:
-    """(sha256, number of lines) of a file, read once."""
+def read_input(path: Path) -> Iterator[InputRow]:
+    """The rows of a file, in order. Raises DataError if the file cannot be read."""
+    for row in read_texts(path):
+        yield InputRow(row.number, path.name + row.where.removeprefix(str(path)), row.text)
+
+
+def digest_and_count(path: Path) -> tuple[str, int, int]:
+    """(sha256, number of rows, number of lines) of a file. Raises DataError if it cannot be read."""
     digest, count, last = hashlib.sha256(), 0, b"\n"
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
             count += block.count(b"\n")
             last = block[-1:]
-    return digest.hexdigest(), count + (last != b"\n")
+    return digest.hexdigest(), count_texts(path), count + (last != b"\n")
 
 
 def _resume(target: files.ResumableLines, record: Path, identity: dict[str, Any], chunk: int) -> tuple[int, int, int]:
@@ -196,32 +234,31 @@ def _check_record(partial: Path, record: Path, identity: dict[str, Any]) -> None
             )
 
 
-def score_lines(scorer: Scorer, lines: Sequence[tuple[int, bytes]], source: str) -> list[ScoredLine]:
-    """Scores of (number, line) pairs of a file named `source`, in order. A line that cannot be scored has an error."""
+def score_lines(scorer: Scorer, rows: Sequence[InputRow]) -> list[ScoredLine]:
+    """Scores of rows, in order. A row that cannot be scored has an error."""
     results: list[ScoredLine] = []
     encoded, indices = [], []
-    for number, line in lines:
-        where = f"{source}:{number}"
+    for row in rows:
         try:
-            trajectory = parse_line(line, where=where)
-            encoded.append(_encode(scorer, trajectory, where))
+            trajectory = row.parse()
+            encoded.append(_encode(scorer, trajectory, row.where))
             indices.append(len(results))
             last = encoded[-1]
             results.append(
-                ScoredLine(number, trajectory=trajectory, messages=last.message_indices, tokens=len(last.tokens))
+                ScoredLine(row.number, trajectory=trajectory, messages=last.message_indices, tokens=len(last.tokens))
             )
         except (DataError, UserError) as error:
-            results.append(ScoredLine(number, error=one_line(error)))
+            results.append(ScoredLine(row.number, error=one_line(error)))
     # Names are for errors about the length, which `_encode` has checked.
     for index, promises in zip(indices, scorer.score_encoded(encoded, [""] * len(encoded)), strict=True):
         results[index] = results[index]._replace(promises=promises)
     return results
 
 
-def _result(scored: ScoredLine, line: bytes, source: Source) -> dict[str, Any]:
+def _result(scored: ScoredLine, row: InputRow, source: Source) -> dict[str, Any]:
     """A line of the output file."""
     if scored.error is not None:
-        return _failed(line, scored.number, scored.error)
+        return _failed(row, scored.error)
     result = {"id": scored.trajectory.id} | source.table(scored.messages, scored.promises)
     is_longer = source.trained_length is not None and scored.tokens > source.trained_length
     return result | {"tokens": scored.tokens} if is_longer else result
@@ -234,10 +271,12 @@ def _encode(scorer: Scorer, trajectory: Trajectory, where: str) -> Encoded:
     return encoded
 
 
-def _failed(line: bytes, number: int, error: str) -> dict[str, Any]:
+def _failed(row: InputRow, error: str) -> dict[str, Any]:
     try:
-        id = msgspec.json.decode(line, type=dict[str, Any]).get("id")
+        id = None if isinstance(row.text, DataError) else msgspec.json.decode(row.text, type=dict[str, Any]).get("id")
     except (msgspec.MsgspecError, UnicodeDecodeError):
         id = None
-    identity = {"id": id} if isinstance(id, str) else {"id": None, "line": number}
+    # type() and not isinstance(): JSON's true is an int to Python.
+    id = str(id) if type(id) is int else id
+    identity = {"id": id} if isinstance(id, str) else {"id": None, "line": row.number}
     return identity | {"error": error}

@@ -95,7 +95,7 @@ BAD = {
     "no object": ("[1, 2]", None, "object"),
     "no messages": ('{"id": "row-1"}', "row-1", "messages"),
     "unknown field": (line(1, score=1.0), "row-1", "score"),
-    "id is a number": ('{"id": 7, "messages": []}', None, "id"),
+    "no message, and the id is a number": ('{"id": 7, "messages": []}', "7", "messages"),
     "no step": (line(1, messages=tiny.conversation(0)[:1]), "row-1", "no assistant message"),
     "special token": (
         line(1, messages=[*tiny.conversation(0), {"role": "user", "content": "a <|end|>"}]),
@@ -107,7 +107,6 @@ BAD = {
         "row-1",
         "tokens, more than",
     ),
-    "empty": ("", None, ""),
 }
 
 
@@ -131,6 +130,14 @@ def test_bytes_that_are_no_text_and_a_last_line_without_newline(model, paths):
     input.write_bytes(b'{"id": "\xff"}\n' + line(1).encode())
     assert score_file(model, input, output) == LineCounts(scored=1, errors=1)
     assert [result["id"] for result in read(output)] == [None, "row-1"]
+
+
+def test_blank_lines_are_no_rows_and_lines_keep_their_numbers(model, paths):
+    input, output = paths
+    write_lines(input, ["", line(0), "", "not json"])
+    assert score_file(model, input, output) == LineCounts(scored=1, errors=1)
+    first, second = read(output)
+    assert first["id"] == "row-0" and second["line"] == 4 and "in.jsonl:4: " in second["error"]
 
 
 def test_an_empty_input_gives_an_empty_output(model, paths):
@@ -236,7 +243,7 @@ def test_a_full_disk_is_one_line_and_what_was_written_is_kept(model, paths, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(files, "write_all", write_until_full)
-        with pytest.raises(UserError, match=r"out.jsonl.partial: no space left .* after 4 of 10 lines") as caught:
+        with pytest.raises(UserError, match=r"out.jsonl.partial: no space left .* after 4 of 10 rows") as caught:
             score_file(model, input, output, chunk=CHUNK)
     assert "\n" not in str(caught.value)
     assert not output.exists()
