@@ -36,8 +36,8 @@ from jaxprm.policies.protocol import prefix_hash
 from jaxprm.scoring.engine import bucket_of, padded_batches
 from jaxprm.scoring.scorer import MAX_CACHED, Key, as_message, state_hash
 
-# Tokens whose logits are in memory at once.
-LOGITS_AT_ONCE = 256
+# Tokens whose logits are in memory at once: a divisor of every length that a row is padded to.
+LOGITS_AT_ONCE = 128
 
 
 class LanguageModel(NamedTuple):
@@ -64,7 +64,7 @@ def _log_probabilities(graph, parameters, tokens, counts, dtype, layout=ONE_DEVI
         logits = model.logits(states)
         return jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
 
-    # All logits at once would be gigabytes, [B, T, V]. The width of a row is a multiple of the chunk's.
+    # All logits at once would be gigabytes, [B, T, V]. LENGTH_BUCKETS are multiples of the chunk.
     targets = jnp.roll(tokens, -1, axis=1)
     chunks = (hidden.reshape(-1, LOGITS_AT_ONCE, hidden.shape[-1]), targets.reshape(-1, LOGITS_AT_ONCE))
     following = jax.lax.map(of_chunk, chunks).reshape(tokens.shape)

@@ -13,10 +13,12 @@ from jaxprm.evaluation.evaluate import Settings, evaluate
 from jaxprm.evaluation.statistics import Resampling
 from jaxprm.hf import writer
 from jaxprm.scoring import log_ratio, sources
-from jaxprm.scoring.log_ratio import load_log_ratio
+from jaxprm.scoring.engine import LENGTH_BUCKETS
+from jaxprm.scoring.log_ratio import LOGITS_AT_ONCE, load_log_ratio
 from tests.model import tiny
 
-CONVERSATIONS = [tiny.conversation(seed, turns=3) for seed in range(3)]
+# The last one is in a row of 384 tokens, the others in rows of 256.
+CONVERSATIONS = [tiny.conversation(seed, turns=turns) for seed, turns in enumerate((3, 3, 3, 12))]
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +59,12 @@ def torchs(directories, messages) -> list[float]:
 
 def test_log_ratios_are_those_of_torch(scorer, directories):
     encoded = [tiny.encoder().trajectory(messages, row="") for messages in CONVERSATIONS]
-    ours = scorer.log_ratios(encoded, ["a", "b", "c"])
+    ours = scorer.log_ratios(encoded, ["a", "b", "c", "d"])
     for ratios, messages in zip(ours, CONVERSATIONS, strict=True):
         expected = torchs(directories, messages)
         assert np.ptp(expected) > 1
         np.testing.assert_allclose(ratios, expected, rtol=1e-4, atol=1e-3)
-    sums = scorer.score_encoded(encoded, ["a", "b", "c"])
+    sums = scorer.score_encoded(encoded, ["a", "b", "c", "d"])
     np.testing.assert_allclose(sums[0], np.cumsum(ours[0]))
 
 
@@ -81,6 +83,12 @@ def test_a_candidate_scores_as_the_last_step_of_its_conversation(scorer):
     scorer.forget()
     scorer.score_actions(states, actions)
     assert scorer.usage["encoded"] > before
+
+
+def test_every_length_of_a_row_is_cut_into_whole_chunks():
+    lengths = [len(tiny.encoder().trajectory(messages, row="").tokens) for messages in CONVERSATIONS]
+    assert max(lengths[:3]) <= LENGTH_BUCKETS[0] < lengths[3] <= LENGTH_BUCKETS[1]
+    assert not any(width % LOGITS_AT_ONCE for width in LENGTH_BUCKETS)
 
 
 def test_equal_models_give_zero(directories):
@@ -106,7 +114,7 @@ def input(tmp_path):
     rows = [
         {"id": f"{task}/{n}", "task": task, "outcome": n % 2, "step_labels": [1, 0, 1], "messages": messages}
         for task in ("a", "b", "c")
-        for n, messages in enumerate(CONVERSATIONS)
+        for n, messages in enumerate(CONVERSATIONS[:3])
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -135,7 +143,7 @@ def test_evaluate_ranks_with_log_ratios_and_calls_nothing_calibrated(directories
     criteria = report["step_labels"]["models"][source.name]
     assert criteria.keys() == {"promise", "progress"}
     # The progress of a step is its log-ratio; that of the first step too, unlike that of a reward model.
-    encoded = [tiny.encoder().trajectory(messages, row="") for messages in CONVERSATIONS]
+    encoded = [tiny.encoder().trajectory(messages, row="") for messages in CONVERSATIONS[:3]]
     lowest = [int(np.argmin(ratios)) for ratios in scorer.log_ratios(encoded, ["", "", ""])]
     expected = np.mean([index == 1 for index in lowest])
     assert criteria["progress"]["metrics"]["argmin_accuracy"]["mean"] == pytest.approx(expected)
