@@ -153,7 +153,7 @@ def _run(
     except ValueError as error:  # such as an unknown runner
         raise DataError(f"--beam {' '.join(options)}: {' '.join(str(error).split())}") from None
     # Workers get the tokenizer and make an Encoder of it: an Encoder has locks, which cannot be pickled.
-    prepare = _Prepare(encoder.tokenizer, encoder.source, settings)
+    prepare = _Prepare(encoder.tokenizer, encoder.source, settings, encoder.choices)
     with pipeline:
         prepared = (
             pipeline
@@ -184,11 +184,11 @@ def _rows(numbered_file: tuple[int, tuple[str | None, str]]) -> Iterator[tuple[i
 class _Prepare(beam.DoFn):
     """Rows to ((split, identity), (rank, record)), with tagged outputs for their tasks, counts and errors."""
 
-    def __init__(self, tokenizer: Any, source: str, settings: _Settings):
-        self._tokenizer, self._source, self._settings = tokenizer, source, settings
+    def __init__(self, tokenizer: Any, source: str, settings: _Settings, choices: dict[str, Any]):
+        self._tokenizer, self._source, self._settings, self._choices = tokenizer, source, settings, choices
 
     def setup(self) -> None:
-        self._encoder = Encoder(self._tokenizer, source=self._source)
+        self._encoder = Encoder(self._tokenizer, source=self._source, **self._choices)
 
     def start_bundle(self) -> None:
         # It caches conversations without a bound, so it lives as long as a bundle, not as a worker.

@@ -127,6 +127,15 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--chat-template", default="own", metavar="TEMPLATE", help="own (default), chatml, llama3, or a file"
     )
+    parser.add_argument(
+        "--reasoning", choices=("keep", "drop"), default="keep", help="whether to encode what the model thought"
+    )
+    parser.add_argument(
+        "--special-tokens",
+        choices=("error", "break"),
+        default="error",
+        help="special tokens in the text of messages: an error, or broken up so that they are text",
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="dataset directory to write")
     parser.add_argument(
         "--max-length", type=int, metavar="TOKENS", help="most tokens of a trajectory (default: no bound)"
@@ -154,7 +163,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "skip_bad": bad.append if options.skip_bad else None,
     }
     try:
-        inputs, encoder = parse_inputs(options.input), Encoder.load(options.tokenizer, options.chat_template)
+        inputs = parse_inputs(options.input)
+        choices = {"reasoning": options.reasoning, "special_tokens": options.special_tokens}
+        encoder = Encoder.load(options.tokenizer, options.chat_template, **choices)
         if options.beam is None:
             metadata = _with_bar(inputs, encoder, options.output, settings)
         else:

@@ -19,7 +19,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -41,6 +41,7 @@ from data_pipeline.chat_template import (
     load_tokenizer,
     write_tokenizer,
 )
+from data_pipeline.conversations.tools import read_tool
 from data_pipeline.errors import DataError
 from data_pipeline.packing import padding_id
 from data_pipeline.special_text import SpecialText
@@ -156,6 +157,17 @@ class Encoder:
     def write_tokenizer(self, base: Path, directory: Path) -> None:
         """Copies the tokenizer's files from `base` to `directory`, with this encoder's template and end token."""
         write_tokenizer(self.template, self.tokenizer.eos_token, base, directory)
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """What this encoder does to messages, beyond the defaults: recorded with what is made of them."""
+        choices = {"reasoning": self.reasoning, "special_tokens": self.special_tokens}
+        return {name: value for name, value in choices.items() if value not in ("keep", "error")}
+
+    def template_messages(self, messages: Messages, *, row: str) -> list[dict[str, Any]]:
+        """The messages as the chat template takes them, after the choices of this encoder."""
+        conversation = self._conversation(as_messages(messages, row), row)
+        return [message.for_template(self._template.reasoning) for message in conversation]
 
     @property
     def special_ids(self) -> frozenset[int]:
@@ -401,7 +413,10 @@ class Encoder:
         return FrozenMessage(message.role, self._special_text.broken(message.content), extras)
 
     def _tools(self, tools: Tools, row: str) -> Tools:
-        """The tools, without special tokens in their descriptions."""
+        """The tools as the template takes them, without special tokens in their descriptions."""
+        # Anthropic's form; others are passed on as they are, as in training.
+        if tools and any("input_schema" in tool for tool in tools):
+            tools = [read_tool(tool, f"{row}: tools[{index}]") for index, tool in enumerate(tools)]
         if not tools or not (special := self._special_text.find(tools)):
             return tools
         if self.special_tokens == "break":

@@ -13,15 +13,17 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
 
 import msgspec
 
 from data_pipeline import json_values
 from data_pipeline.compression import Stream, open_stream
+from data_pipeline.conversations.kinds import kind_of
 from data_pipeline.errors import DataError
 
 MAX_ROW_BYTES = 64 << 20
@@ -58,14 +60,16 @@ class RowText(NamedTuple):
 class SourceRow(NamedTuple):
     """A row of a file as an object (a list, if lists are allowed), or its error.
 
-    `repairs` counts what was not quite JSON, by description. The other fields are those of RowText.
+    `repairs` counts what was not quite JSON, by description; `size` is that of the text in bytes. The other fields are
+    those of RowText.
     """
 
     where: str
     number: int
     value: Any
     bytes_read: int
-    repairs: Counter[str] = Counter()
+    repairs: Mapping[str, int] = MappingProxyType({})
+    size: int = 0
 
 
 def read_texts(path: str | PathLike[str]) -> Iterator[RowText]:
@@ -111,18 +115,13 @@ def read_rows(path: str | PathLike[str], *, lists: bool = False) -> Iterator[Sou
             else:
                 if not isinstance(value, (dict, list) if lists else dict):
                     value = DataError(f"{where}: a row must be an object, this one is {kind_of(value)}")
-        yield SourceRow(where, number, value, bytes_read, repairs)
+        size = 0 if isinstance(text, DataError) else len(text)
+        yield SourceRow(where, number, value, bytes_read, repairs, size)
 
 
 def count_texts(path: str | PathLike[str]) -> int:
     """Number of rows of a file, without decoding them. Raises DataError as `read_texts`."""
     return sum(1 for _ in read_texts(path))
-
-
-def kind_of(value: Any) -> str:
-    """The type of a JSON value in words, for error messages."""
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number" if isinstance(value, (int, float)) else f"of type {type(value).__name__}")
 
 
 def _kind(path: Path) -> str:

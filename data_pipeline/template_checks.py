@@ -148,7 +148,7 @@ def _unmarked(fields: list[Field], rendered: str) -> Field | None:
 
 
 def _places(fields: list[Field], rendered: str, text: str) -> list[tuple[Field, Span]] | None:
-    """Where the fields are in `text`, if it is the rendering of the markers with forms of the fields in their places."""
+    """Where the fields are in `text`, if it is the rendering of the markers with the fields in their places."""
     if not fields:
         return [] if rendered == text else None
     by_marker = {field.marker: field for field in fields}

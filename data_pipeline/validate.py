@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 import numpy as np
 
-from data_pipeline.errors import DataError, listed
+from data_pipeline.errors import DataError, listed, printable
 from data_pipeline.metadata import length_histogram, length_range
 from data_pipeline.splits import Inputs, named_split
 from data_pipeline.trajectory import Trajectory, check_steps, count_rows, read_numbered
@@ -64,6 +64,8 @@ class ValidationReport(msgspec.Struct, frozen=True, kw_only=True):
 
     `tokens`, `lengths` (metadata.length_histogram) and `too_long` need a tokenizer. `equal` counts trajectories with
     the task, conversation and return of an earlier one, `repeated_ids` those with the id of an earlier one.
+    `with_reasoning` messages have some; `reasoning_dropped` of them are encoded without it, and special tokens are
+    broken up in `special_tokens_broken` messages.
     """
 
     files: list[str]
@@ -83,6 +85,9 @@ class ValidationReport(msgspec.Struct, frozen=True, kw_only=True):
     step_labels: Spread | None
     leaks: list[str]
     bad: list[str]
+    with_reasoning: int = 0
+    reasoning_dropped: int = 0
+    special_tokens_broken: int = 0
 
 
 class _Task(NamedTuple):
@@ -155,7 +160,8 @@ class _Counts:
         self._steps, self._tokens, self._labels = array("q"), array("q"), array("d")
         self._ids: set[bytes] = set()
         self._contents: set[bytes] = set()
-        self._repeated_ids = self._equal = self._with_labels = 0
+        self._repeated_ids = self._equal = self._with_labels = self._with_reasoning = 0
+        self._dropped = self._broken = 0
 
     def add(self, trajectory: Trajectory, split: str | None, where: str) -> None:
         """Counts a row. Raises DataError for a bad one, which is then in none of the counts."""
@@ -166,6 +172,9 @@ class _Counts:
         if self._encoder is not None:
             encoded = self._encoder.trajectory(trajectory.messages, row=row, tools=trajectory.tools)
             self._tokens.append(len(encoded.tokens))
+            if self._encoder.choices:
+                dropped, broken = self._encoder.changes(trajectory.messages)
+                self._dropped, self._broken = self._dropped + dropped, self._broken + broken
         self._steps.append(len(table))
         self._count(trajectory, name, where)
 
@@ -185,6 +194,7 @@ class _Counts:
         if trajectory.step_labels is not None:
             self._with_labels += 1
             self._labels.extend(label for label in trajectory.step_labels if label is not None)
+        self._with_reasoning += sum(bool(message.reasoning_content) for message in trajectory.messages)
         task = trajectory.task_id
         self._group(task, name, returned, split, where)
         self._repeated_ids += not _is_new(self._ids, trajectory.id.encode())
@@ -237,6 +247,9 @@ class _Counts:
             step_labels=_spread(self._labels) if self._labels else None,
             leaks=list(self._leaks.values()),
             bad=self.bad,
+            with_reasoning=self._with_reasoning,
+            reasoning_dropped=self._dropped,
+            special_tokens_broken=self._broken,
         )
 
 
@@ -262,7 +275,7 @@ def _is_new(digests: set[bytes], text: bytes) -> bool:
 
 def to_text(report: ValidationReport) -> str:
     """The report as lines for a terminal, with the bad rows at the end."""
-    return "\n".join(_lines(report))
+    return "\n".join(map(printable, _lines(report)))
 
 
 def _lines(report: ValidationReport) -> Iterator[str]:
@@ -304,6 +317,11 @@ def _about_trajectories(report: ValidationReport) -> Iterator[str]:
     yield f"ended: {ended}"
     if report.equal or report.repeated_ids:
         yield f"repeated: {report.equal} equal trajectories, {report.repeated_ids} ids of earlier rows"
+    if report.with_reasoning:
+        dropped = f", {report.reasoning_dropped} of them encoded without it" if report.reasoning_dropped else ""
+        yield f"reasoning: in {report.with_reasoning} messages{dropped}"
+    if report.special_tokens_broken:
+        yield f"special tokens: broken up in {report.special_tokens_broken} messages"
     if report.step_labels is not None:
         yield (
             f"step labels: {report.step_labels.count} in {report.with_step_labels} trajectories, "

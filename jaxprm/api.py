@@ -14,13 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NotRequired, TypeAlias, TypedDict
+from typing import Any, Literal, NamedTuple, NotRequired, TypeAlias, TypedDict
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.chat_template import as_messages
+from data_pipeline.chat_template import as_conversation, as_messages
 from data_pipeline.errors import DataError, one_line
 from data_pipeline.trajectory import Message, Trajectory
 from jaxprm import config as config_lib
@@ -156,13 +156,15 @@ class Model:
             name = f"trajectory {index}"
             try:
                 messages, tools, name = _parts(trajectory, name)
-                conversation = self._scorer.encoder.trajectory(messages, row=name, tools=tools)
+                # A message of the caller may become several, and a step is named by the caller's.
+                checked, origins = as_conversation(messages, name)
+                conversation = self._scorer.encoder.trajectory(checked, row=name, tools=tools)
                 bucket_of(len(conversation.tokens), name)
             except (UserError, DataError) as error:
                 scores[-1]["error"] = one_line(error)
                 continue
             names.append(name)
-            encoded.append(conversation)
+            encoded.append(conversation._replace(message_indices=np.asarray(origins)[conversation.message_indices]))
             indices.append(index)
         promises = self._scorer.score_encoded(encoded, names)
         for index, conversation, of_steps in zip(indices, encoded, promises, strict=True):
@@ -241,6 +243,8 @@ def load(
     max_tokens: int = 2048,
     dtype: str = "float32",
     chat_template: str | None = None,
+    reasoning: Literal["keep", "drop"] | None = None,
+    special_tokens: Literal["error", "break"] | None = None,
     mesh: Mapping[str, int] | None = None,
 ) -> Model:
     """Loads a reward model.
@@ -254,6 +258,8 @@ def load(
       dtype: of the arithmetic and of the cache, "float32" or "bfloat16".
       chat_template: used in place of the model's own: "chatml", "llama3", or a file. For models trained elsewhere whose
         template rewrites earlier turns.
+      reasoning: what to do with what the agent thought, for models from elsewhere. Others do as in training.
+      special_tokens: "break" writes a space into special tokens in the text of messages, which are an error otherwise.
       mesh: devices of this process that share the work, as in a config: {"tensor": 4} splits parameters and cache four
         ways. None is the first device alone.
 
@@ -271,6 +277,8 @@ def load(
         max_tokens=max_tokens,
         dtype=dtype,
         template=chat_template,
+        reasoning=reasoning,
+        special_tokens=special_tokens,
         mesh=None if mesh is None else config_lib.mesh_of_sizes(mesh, where="mesh"),
     )
     return Model(scorer, read_recipe(model))
@@ -285,6 +293,8 @@ def _parts(
     if isinstance(trajectory, Mapping):
         if "messages" not in trajectory:
             raise UserError(f'{name}: has no "messages", only {sorted(trajectory)}')
+        if trajectory.get("system"):
+            raise UserError(f"{name}: `system` is next to the messages; make it the first of them")
         return trajectory["messages"], trajectory.get("tools"), str(trajectory.get("id") or name)
     return trajectory, None, name
 
@@ -318,7 +328,9 @@ def _plain(messages: Conversation, name: str) -> list[dict[str, Any]]:
 def _action(candidate: str | Mapping[str, Any], name: str) -> str | dict[str, Any]:
     if isinstance(candidate, str):
         return candidate
-    (action,) = _plain([candidate], name)
+    action, *more = _plain([candidate], name)
+    if more:
+        raise UserError(f"{name}: is {1 + len(more)} messages; give one assistant message")
     if action["role"] != "assistant" or not action.get("step", True):
         raise UserError(f"{name}: must be an assistant message that is a step, got role {action['role']}")
     return action

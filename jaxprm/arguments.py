@@ -22,6 +22,14 @@ _TEMPLATE = "chat template: own (the tokenizer's, default), chatml, llama3, or a
 _ROWS = "trajectories: JSON Lines, a JSON array or Parquet, also compressed with gzip or zstd"
 _MESH = "device mesh, e.g. tensor=4 or fsdp=-1 (default: data parallel over all local devices)"
 _DTYPES = ("float32", "bfloat16")
+_REASONING = "whether to encode what the model thought: keep (default) or drop"
+_SPECIAL_TOKENS = "special tokens in the text of messages: error (default), or break, which makes them text"
+# The readers of data_pipeline/importers/registry.py, which is not imported here.
+IMPORT_FORMATS = (
+    "atif", "inspect", "mini-swe-agent", "claude-code", "openhands", "swe-agent", "verifiers", "processbench",
+    "prm800k", "math-shepherd", "trl-prm", "preference", "who-when", "agentgym", "sharegpt", "responses", "langchain",
+    "anthropic", "prompt-completion", "openai", "auto",
+)  # fmt: skip
 
 
 def parser() -> argparse.ArgumentParser:
@@ -83,6 +91,7 @@ def _stage_verb(verbs, name: str, text: str) -> None:
     )
     verb.add_argument("--model", metavar="DIR", help="model that reward models start from (base_model)")
     verb.add_argument("--chat-template", metavar="TEMPLATE", help=f"{_TEMPLATE} (policy.chat_template)")
+    _encoding(verb, " (policy.reasoning)", " (policy.special_tokens)")
     verb.add_argument("--skip-bad", action="store_true", help="leave out bad rows of --data (collection.skip_bad)")
 
 
@@ -109,6 +118,7 @@ def _score_verb(verbs) -> None:
     score.add_argument("--output", type=Path, required=True, help="scores, one line for each row of the input")
     score.add_argument("--dtype", choices=_DTYPES, default="float32", help="dtype of the arithmetic (default: float32)")
     score.add_argument("--chat-template", default="own", metavar="TEMPLATE", help=_TEMPLATE)
+    _encoding(score)
     score.add_argument("--mesh", metavar="AXIS=N,...", help=_MESH)
 
 
@@ -125,6 +135,7 @@ def _serve_verb(verbs) -> None:
     serve.add_argument("--port", type=int, default=8000, help="default 8000; 0 picks a free port")
     serve.add_argument("--dtype", choices=_DTYPES, default="float32", help="dtype of the arithmetic (default: float32)")
     serve.add_argument("--chat-template", default="own", metavar="TEMPLATE", help=_TEMPLATE)
+    _encoding(serve)
     serve.add_argument("--mesh", metavar="AXIS=N,...", help=_MESH)
     serve.add_argument(
         "--add-bos", action="store_true", help="/classify: add the begin-of-text token to texts that lack it (verl)"
@@ -189,20 +200,39 @@ def _export_verb(verbs) -> None:
 
 def _import_verb(verbs) -> None:
     imports = verbs.add_parser("import-trajectories", help="convert chat logs of other tools into trajectories")
-    formats = ("openai", "sharegpt", "agentgym", "trl-prm")
-    imports.add_argument("--format", choices=formats, required=True, help="the format of a row")
     imports.add_argument(
-        "--input", type=Path, nargs="+", required=True, metavar="FILE", help="JSON Lines, a JSON array, or Parquet"
+        "--format",
+        choices=IMPORT_FORMATS,
+        default="auto",
+        metavar="NAME",
+        help=f"{', '.join(IMPORT_FORMATS)} (default)",
+    )
+    imports.add_argument(
+        "--input",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="files or folders: JSON Lines, JSON, Parquet, .eval, also with gzip or zstd",
     )
     imports.add_argument("--output", type=Path, required=True, metavar="FILE", help="trajectories to write, JSON Lines")
     for name, text in (
         ("messages", "the conversation"),
+        ("tools", "the definitions of tools"),
+        ("step-labels", "a label for each step, labels by message, or the first wrong step"),
         ("outcome", "the outcome: true, false or a number in [0, 1]"),
         ("success", "whether it succeeded"),
         ("id", "the trajectory's name"),
         ("task", "the name of the task"),
     ):
         imports.add_argument(f"--{name}-field", metavar="PATH", help=f"{text}, e.g. info.reward or metrics[0].score")
+    imports.add_argument(
+        "--roles",
+        nargs="+",
+        default=(),
+        metavar="ROLE=NAME,...",
+        help="roles of your own: assistant=Planner,Coder; context=NAME is an assistant whose messages are no steps",
+    )
     imports.add_argument("--outcome-scale", metavar="LOW,HIGH", help="outcomes run from LOW to HIGH instead of 0 to 1")
     imports.add_argument("--split-by", metavar="FIELD", help="put whole groups of this field (e.g. task) in validation")
     imports.add_argument("--validation-share", type=float, metavar="SHARE", help="share of the groups (default: 0.1)")
@@ -216,9 +246,17 @@ def _validate_verb(verbs) -> None:
     validate.add_argument("files", nargs="+", metavar="[SPLIT=]FILE", help=_ROWS)
     validate.add_argument("--tokenizer", type=Path, metavar="DIR", help="also encode every conversation with it")
     validate.add_argument("--chat-template", default="own", metavar="TEMPLATE", help=_TEMPLATE)
+    _encoding(validate)
     validate.add_argument("--max-length", type=_count, metavar="TOKENS", help="count longer trajectories")
     validate.add_argument("--json", type=Path, metavar="FILE", help="write everything there, with all bad rows")
     validate.add_argument("--skip-bad", action="store_true", help="count bad rows, but do not fail because of them")
+
+
+def _encoding(verb, *fields: str) -> None:
+    """Options that change how messages are encoded; without them, models do as they were trained."""
+    reasoning, special = fields or ("", "")
+    verb.add_argument("--reasoning", choices=("keep", "drop"), help=_REASONING + reasoning)
+    verb.add_argument("--special-tokens", choices=("error", "break"), help=_SPECIAL_TOKENS + special)
 
 
 def _count(text: str) -> int:

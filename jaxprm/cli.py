@@ -121,6 +121,8 @@ def _overrides(options) -> list[str]:
         "collection.files": options.data,
         "base_model": options.model,
         "policy.chat_template": options.chat_template,
+        "policy.reasoning": options.reasoning,
+        "policy.special_tokens": options.special_tokens,
         # An absent option must not override the config.
         "collection.skip_bad": options.skip_bad or None,
     }
@@ -161,6 +163,8 @@ def _score(options) -> int:
         options.output,
         dtype=options.dtype,
         template=options.chat_template,
+        reasoning=options.reasoning,
+        special_tokens=options.special_tokens,
         mesh=parse_mesh(options.mesh) if options.mesh else all_devices(),
     )
     print(f"scored {counts.scored} trajectories, {counts.errors} errors: {options.output}")
@@ -278,6 +282,9 @@ def _import_trajectories(options) -> int:
     settings = convert.Options(
         format=options.format,
         messages=options.messages_field,
+        tools=options.tools_field,
+        step_labels=options.step_labels_field,
+        roles=convert.parse_roles(options.roles),
         outcome=options.outcome_field,
         success=options.success_field,
         id=options.id_field,
@@ -303,13 +310,21 @@ def _validate(options) -> int:
     from jaxprm import progress
     from jaxprm.errors import UserError
 
-    if options.tokenizer is None and (options.max_length is not None or options.chat_template != "own"):
-        raise UserError("--max-length and --chat-template are about tokens: give a --tokenizer too")
+    of_tokens = (options.max_length, options.reasoning, options.special_tokens)
+    if options.tokenizer is None and (options.chat_template != "own" or any(value is not None for value in of_tokens)):
+        raise UserError(
+            "--max-length, --chat-template, --reasoning and --special-tokens are about tokens: give a --tokenizer too"
+        )
     encoder = None
     if options.tokenizer is not None:
         from data_pipeline.encode import Encoder
 
-        encoder = Encoder.load(options.tokenizer, options.chat_template)
+        encoder = Encoder.load(
+            options.tokenizer,
+            options.chat_template,
+            reasoning=options.reasoning or "keep",
+            special_tokens=options.special_tokens or "error",
+        )
     with progress.absolute("validate", unit="row") as show:
         report = validate(parse_inputs(options.files), encoder=encoder, max_length=options.max_length, progress=show)
     _write_report(options.json, report)

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from data_pipeline.errors import printable
+
 # Exit status of interrupted work that the same command resumes (EX_TEMPFAIL of sysexits.h).
 RESUMABLE = 75
 
@@ -15,6 +17,9 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with status 2.
     """
+
+    def __init__(self, message: object = ""):
+        super().__init__(printable(str(message)))
 
 
 def shown(value: object) -> str:

@@ -42,7 +42,8 @@ def read_message(
     """The messages of a trajectory that chat message `index` of a conversation is.
 
     Args:
-      roles: our role by the message's. A role that is in `roles` and not in ROLES is kept as the message's name.
+      roles: our role by the message's. A role that is in `roles` and not in ROLES is kept as the name of an
+        assistant message.
       join: texts in several parts become one, so that a message is one step.
 
     Raises DataError that names the message.
@@ -77,7 +78,7 @@ def read_message(
         message["step"] = False
     message |= {key: raw[key] for key in ("name", "tool_call_id") if raw.get(key) is not None}
     # One of several agents: which of them spoke must not be lost.
-    if raw["role"] not in ROLES and "name" not in message:
+    if raw["role"] not in ROLES and message["role"] == "assistant" and "name" not in message:
         message["name"] = raw["role"]
     _check_fields(raw, index, where, leftovers)
     if not parts.results:
@@ -96,7 +97,9 @@ def role_of(raw: dict[str, Any], key: str, roles: Mapping[str, str], where: str)
         role = roles.get(value.partition(" (")[0]) if value.partition(" (")[0] not in ROLES else None
     if role is None:
         what = "is missing" if value is None else f"{value!r:.40} is none of {', '.join(roles)}"
-        option = f"; map it with --roles assistant={value}" if isinstance(value, str) and value.isidentifier() else ""
+        # Only where the roles of a row are its own: an unknown key is no role.
+        name = value.partition(" (")[0] if isinstance(value, str) else ""
+        option = f"; map it with --roles assistant={name:.40}" if name else ""
         raise DataError(f"{where}: {key} {what}{option}")
     return role
 

@@ -6,78 +6,66 @@ Only a few bytes per row stay in memory: digests of ids, and the split of every 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import msgspec
 
 from data_pipeline import splits
+from data_pipeline.conversations import chat
 from data_pipeline.errors import DataError, SplitError
-from data_pipeline.importers import fields, openai, sharegpt, trl
-from data_pipeline.source import SourceRow, read_rows
+from data_pipeline.importers import fields, labels, registry
+from data_pipeline.importers.inputs import InputFile, find_files, read_file
+from data_pipeline.importers.reader import Context, Notes, Parsed, Reader, note, refuse_media
+from data_pipeline.importers.report import ImportReport, check_counts, to_text
 from data_pipeline.output import staged_file, write_errors
+from data_pipeline.source import SourceRow
 from data_pipeline.trajectory import Trajectory, check_steps, parse_line, to_line
 
-FormatName = Literal["openai", "sharegpt", "agentgym", "trl-prm"]
+__all__ = ["ImportReport", "Options", "import_trajectories", "to_text"]
+
 # Trajectory fields that are copied from a row. Its unused fields go into `meta`.
 _COPIED = ("environment", "split", "ended", "rewards", "step_labels", "policy")
-
-
-class Format(NamedTuple):
-    """Parser of a format's rows, and the usual paths of their messages and outcome."""
-
-    parse: Callable[[dict[str, Any], fields.Path, openai.Notes], openai.Parsed]
-    messages: str
-    outcome: tuple[str, ...] = ("outcome",)
-
-
-FORMATS: dict[FormatName, Format] = {
-    "openai": Format(openai.parse, "messages"),
-    "sharegpt": Format(sharegpt.parse, "conversations"),
-    "agentgym": Format(sharegpt.parse_agentgym, "conversations", ("outcome", "reward", "score")),
-    "trl-prm": Format(trl.parse, "prompt"),
-}
+# What a row may call its outcome: named in the report if no outcome was read.
+_OUTCOMES = ("reward", "score", "resolved", "success", "correct", "final_answer_correct", "is_correct")
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
     """Options of an import. Fields are dotted paths; None is the format's usual path, if a row has it.
 
     `split_by` is the field by whose values rows are split: None for no split, "" for the task. `skip_bad` leaves bad
-    rows out.
+    rows out. `roles` are our roles by those of the rows, in addition to the usual ones.
     """
 
-    format: FormatName
+    format: str = registry.AUTO
     messages: str | None = None
+    tools: str | None = None
+    step_labels: str | None = None
     outcome: str | None = None
     success: str | None = None
     id: str | None = None
     task: str | None = None
     scale: fields.Scale = fields.Scale()
+    roles: dict[str, str] = {}
     split_by: str | None = None
     validation_share: float = splits.VALIDATION_SHARE
     seed: int = 0
     skip_bad: bool = False
 
 
-class ImportReport(msgspec.Struct, kw_only=True):
-    """Counts of an import. rows = written + skipped; `bad` holds the error of each skipped row.
-
-    `without_outcome` rows have neither outcome nor rewards. `notes` counts changes and omissions in written rows, and
-    `splits` trajectories by split, "" without one.
-    """
-
-    rows: int = 0
-    written: int = 0
-    skipped: int = 0
-    without_outcome: int = 0
-    repeated_ids: int = 0
-    resplit: int = 0
-    splits: Counter[str] = msgspec.field(default_factory=Counter)
-    notes: Counter[str] = msgspec.field(default_factory=Counter)
-    bad: list[str] = msgspec.field(default_factory=list)
+def parse_roles(arguments: Sequence[str]) -> dict[str, str]:
+    """Our role by a row's, from arguments ROLE=NAME,NAME. `context` is an assistant whose messages are no steps."""
+    ours = (*dict.fromkeys(chat.ROLES.values()), chat.CONTEXT)
+    roles: dict[str, str] = {}
+    for argument in arguments:
+        role, equals, names = argument.partition("=")
+        if role not in ours or not equals or not all(names.split(",")):
+            raise DataError(f"--roles {argument!r}: write it as ROLE=NAME,NAME with a ROLE of {', '.join(ours)}")
+        roles |= dict.fromkeys(names.split(","), role)
+    return roles
 
 
 def import_trajectories(
@@ -97,48 +85,59 @@ def import_trajectories(
         skipped, no row is left, or a field named in `options` is in no row. Then there is no output.
     """
     converter = _Converter(options)
-    # A missing file is an error of `read_rows`, which names it.
-    sizes = [Path(path).stat().st_size if Path(path).is_file() else 0 for path in inputs]
+    files, others = find_files(inputs)
+    # A missing file is an error of `read_file`, which names it.
+    sizes = [file.path.stat().st_size if file.path.is_file() else 0 for file in files]
     report, before = converter.report, 0
-    # `read_rows` raises DataError, so an OSError in this block is one of writing.
-    with write_errors(output), staged_file(output) as file:
-        for path, size in zip(inputs, sizes, strict=True):
-            for row in read_rows(path):
+    report.files, report.other_files = len(files), others
+    # `read_file` raises DataError, so an OSError in this block is one of writing.
+    with write_errors(output), staged_file(output) as target:
+        for file, size in zip(files, sizes, strict=True):
+            for row, is_only in _with_only(read_file(file)):
                 report.rows += 1
                 try:
-                    trajectory = converter.convert(row, Path(path).stem)
+                    lines = converter.convert(row, file, is_only)
                 # No bad row: leaving it out would hide that the other rows are split wrongly.
                 except SplitError:
                     raise
+                except _UnknownShape as error:
+                    # In a folder there are files that are no trajectories, such as results and configs.
+                    report.unknown.append(str(error))
                 except DataError as error:
                     if not options.skip_bad:
                         raise DataError(f"{error}; fix the row, or leave bad rows out with --skip-bad") from None
                     report.skipped += 1
                     report.bad.append(" ".join(str(error).split()))
                 else:
-                    file.write(to_line(trajectory).encode() + b"\n")
-                    report.written += 1
+                    for line in lines:
+                        target.write(line + b"\n")
                 if progress:
                     progress(before + row.bytes_read, sum(sizes))
             before += size
         if not report.written:
             first = f", all bad, the first: {report.bad[0]}" if report.bad else ""
+            first = first or (f", the first: {report.unknown[0]}" if report.unknown else "")
             raise DataError(f"no trajectory in {', '.join(map(str, inputs))}: {report.rows} rows{first}")
         converter.check_fields()
+        check_counts(report)
     return report
 
 
-def to_text(report: ImportReport, output: str | PathLike[str]) -> list[str]:
-    """The report as lines for a terminal, without the bad rows."""
-    lines = [f"{report.written} trajectories of {report.rows} rows written, {report.skipped} left out: {output}"]
-    lines += [f"  {count} in {split or 'no split'}" for split, count in sorted(report.splits.items())]
-    for count, description in (
-        (report.without_outcome, "without an outcome: to be scored, but not trained on"),
-        (report.repeated_ids, "had the id of an earlier row, and got a number appended to it"),
-        (report.resplit, "named another split before"),
-    ):
-        lines += [f"  {count} {description}"] if count else []
-    return lines + [f"  {count} {description}" for description, count in sorted(report.notes.items())]
+class _UnknownShape(DataError):
+    """A row of a folder's file whose shape no reader knows."""
+
+
+def _with_only(rows: Iterator[SourceRow]) -> Iterator[tuple[SourceRow, bool]]:
+    """Each row, and whether it is the only one."""
+    first = next(rows, None)
+    if first is None:
+        return
+    second = next(rows, None)
+    yield first, second is None
+    if second is not None:
+        yield second, False
+        for row in rows:
+            yield row, False
 
 
 class _Converter:
@@ -146,83 +145,193 @@ class _Converter:
 
     def __init__(self, options: Options):
         self.report = ImportReport()
-        self._options, self._format = options, FORMATS[options.format]
-        self._messages = fields.Path.parse(options.messages or self._format.messages)
-        self._paths = {
-            name: [fields.Path.parse(path) for path in ([option] if option is not None else usual)]
-            for name, option, usual in (
-                ("outcome", options.outcome, self._format.outcome),
-                ("success", options.success, ("success",)),
-                ("id", options.id, ("id",)),
-                ("task", options.task, ("task",)),
-            )
-        }
-        self._group = fields.Path.parse(options.split_by) if options.split_by else None
+        self._options = options
+        self._named = {name: _path(getattr(options, name)) for name in ("messages", "tools", "step_labels")}
+        self._roles = {**chat.ROLES, **options.roles} if options.roles else chat.ROLES
+        self._paths: dict[str, dict[str, list[fields.Path]]] = {}  # by reader and field
+        self._group = _path(options.split_by or None)
         self._rows_with: Counter[str] = Counter()
         self._ids: set[bytes] = set()
         # The next number to try for a repeated id, or every repetition would try all earlier ones.
         self._next: dict[bytes, int] = {}
         self._splits = splits.Splits()
+        self._groups: set[bytes] = set()  # at most two: to see whether all rows are in one
         if options.split_by is not None:
             splits.check_share(options.validation_share)
+        if options.format not in registry.FORMATS:
+            raise DataError(f"--format {options.format}: must be one of {', '.join(registry.FORMATS)}")
 
-    def convert(self, row: SourceRow, source: str) -> Trajectory:
-        """The trajectory of a row. Raises DataError that names a bad row, which is then in none of the counts."""
+    def convert(self, row: SourceRow, file: InputFile, is_only: bool = False) -> list[bytes]:
+        """The lines of a row's trajectories.
+
+        Raises DataError that names a bad row, which is then in none of the counts.
+
+        is_only: the row is a file of its own, and is called after it.
+        """
         if isinstance(row.value, DataError):
             raise row.value
-        notes: openai.Notes = Counter()
+        notes: Notes = Counter(row.repairs)
+        default = file.name if is_only and _is_one_file(file) else f"{file.name}:{row.number}"
         try:
-            converted, present = self._parse(row.value, f"{source}:{row.number}", notes)
-            line = msgspec.json.encode(converted)
+            reader, reason = self._reader(row, file)
+            context = self._context(reader, notes, file)
+            refuse_media(row.value)
+            parsed = reader.parse(row.value, context)
+            if not parsed:
+                raise DataError("there is no conversation in it")
+            converted = [self._convert(one, reader, row.value, context, default) for one in parsed]
+        except _UnknownShape:
+            raise
         except RecursionError:
             raise DataError(f"{row.where}: nested too deeply") from None
         # msgspec encodes no integer beyond 64 bits and no lone surrogate.
         except (DataError, TypeError, OverflowError, UnicodeError) as error:
+            raise DataError(f"{row.where}: {error}") from None
+        finished = []
+        for plain, present in converted:
+            finished.append((*self._checked(plain, row), present))
+        # All that can raise comes before the first count.
+        lines = []
+        for trajectory, pair, resplit, present in finished:
+            self._rows_with.update(present)
+            self.report.without_outcome += trajectory.outcome is None and trajectory.rewards is None and pair is None
+            self.report.resplit += resplit
+            self.report.pairs += pair is not None
+            unique = self._with_unique_id(trajectory)
+            lines.append(to_line(unique).encode() if pair is None else _pair_line(unique, pair))
+        if all(trajectory.outcome is None and trajectory.rewards is None for trajectory, *_ in finished):
+            self.report.unused.update(key for key in _OUTCOMES if _is_outcome(row.value.get(key)))
+        for description, count in notes.items():
+            note(self.report.notes, description, count)
+        self.report.formats[reader.name] += 1
+        self.report.reasons.setdefault(reader.name, reason)
+        self.report.written += len(lines)
+        self.report.additional += len(lines) - 1
+        return lines
+
+    def _reader(self, row: SourceRow, file: InputFile) -> tuple[Reader, str]:
+        if self._options.format != registry.AUTO:
+            return registry.BY_NAME[self._options.format], "as requested"
+        try:
+            return registry.detect(row.value, self._named["messages"])
+        except DataError as error:
+            if file.is_listed:
+                raise
+            raise _UnknownShape(f"{row.where}: {error}") from None
+
+    def _context(self, reader: Reader, notes: Notes, file: InputFile) -> Context:
+        messages = self._named["messages"] or _path(reader.messages)
+        return Context(messages, notes, self._named["tools"], self._roles, file.path)
+
+    def _checked(self, plain: dict[str, Any], row: SourceRow) -> tuple[Trajectory, list[dict[str, Any]] | None, bool]:
+        """(trajectory, rejected actions of a pair, whether its split is another than before) of a converted row."""
+        pair = plain.pop("rejected", None)
+        try:
+            line = msgspec.json.encode(plain)
+        except (TypeError, OverflowError, UnicodeError, RecursionError) as error:
             raise DataError(f"{row.where}: {error}") from None
         # Parsed from its JSON, so that an imported row passes the same checks as a line of a trajectory file.
         trajectory = parse_line(line, where=row.where)
         check_steps(trajectory.messages, row.where)
         splits.named_split(trajectory.split, None, row.where)
         trajectory, resplit = self._split(trajectory, row)
-        # All that can raise comes before the first count.
-        self._count(trajectory, present, notes, resplit)
-        return self._with_unique_id(trajectory)
+        return trajectory, pair, resplit
 
     def check_fields(self) -> None:
-        """Raises DataError if a field named in the options is in no row, which is most likely a typing mistake."""
-        for name in ("outcome", "success"):
+        """Raises DataError if a field named in the options is in no row, or if all rows are in one group of a split."""
+        for name in ("outcome", "success", "step_labels", "tools"):
             path = getattr(self._options, name)
             if path is not None and not self._rows_with[name]:
-                raise DataError(f"--{name}-field {path}: no row has it, of {self.report.written} that could be read")
+                option = name.replace("_", "-")
+                raise DataError(f"--{option}-field {path}: no row has it, of {self.report.written} that could be read")
+        if len(self._groups) == 1 and self.report.written > 1:
+            by = self._options.split_by or "task"
+            raise DataError(
+                f"--split-by {by}: all {self.report.written} trajectories have the same {by}, so one split would be "
+                "empty; name another field, such as --split-by id, or the tasks with --task-field"
+            )
 
-    def _parse(self, row: dict[str, Any], id: str, notes: openai.Notes) -> tuple[dict[str, Any], set[str]]:
-        parsed = self._format.parse(row, self._messages, notes)
+    def _convert(
+        self, parsed: Parsed, reader: Reader, row: dict[str, Any], context: Context, id: str
+    ) -> tuple[dict[str, Any], set[str]]:
         used = {*parsed.used, *_COPIED}
         converted = {name: row[name] for name in _COPIED if row.get(name) is not None and name not in parsed.used}
-        # A policy that is no object goes into `meta` like an unknown field.
-        if not isinstance(converted.get("policy", {}), dict):
-            used.discard("policy")
-            del converted["policy"]
+        # A policy that is no object goes into `meta` like an unknown field, and so do rewards by name.
+        for name, kind in (("policy", dict), ("rewards", list)):
+            if not isinstance(converted.get(name, kind()), kind):
+                used.discard(name)
+                del converted[name]
         for name in converted.keys() & parsed.fields.keys():
             if converted[name] != parsed.fields[name]:
-                raise DataError(f"`{name}` is given twice, in the row and by its {self._options.format} form; keep one")
+                raise DataError(f"`{name}` is given twice, in the row and by its {reader.name} form; keep one")
         converted |= parsed.fields
-        present = set()
-        for name, paths in self._paths.items():
+        present = {"tools"} if parsed.fields.get("tools") else set()
+        for name, paths in self._paths_of(reader).items():
             path, value = next(((path, value) for path in paths if (value := path.find(row)) is not None), (None, None))
-            if path is not None:
+            option = getattr(self._options, name)
+            if path is not None and (option is not None or name not in parsed.fields):
                 converted[name] = self._value(name, path.text, value)
                 # Counted only if the row is written, so that `check_fields` finds fields that no row has.
                 present.add(name)
                 used.add(path.key)
-            elif name in ("id", "task") and getattr(self._options, name) is not None:
-                raise DataError(f"field {getattr(self._options, name)}, which names its {name}, is missing")
+            elif name in parsed.fields:
+                converted[name] = self._value(name, name, parsed.fields[name])
+            elif name in ("id", "task") and option is not None:
+                raise DataError(f"field {option}, which names its {name}, is missing")
+        self._add_labels(converted, parsed, row, used, present)
+        _check_finite(converted)
         converted.setdefault("id", id)
-        converted["messages"] = parsed.messages
-        others = self._messages.without(row)
-        if meta := _meta({key: value for key, value in others.items() if key not in used and value is not None}):
+        converted["messages"] = [*parsed.messages, *([parsed.chosen] if parsed.chosen else [])]
+        if parsed.chosen is not None:
+            converted["rejected"] = list(parsed.rejected)
+        if meta := self._meta(parsed, row, context, used):
             converted["meta"] = meta
         return converted, present
+
+    def _paths_of(self, reader: Reader) -> dict[str, list[fields.Path]]:
+        if reader.name not in self._paths:
+            self._paths[reader.name] = {
+                name: [fields.Path.parse(path) for path in ([option] if option is not None else usual)]
+                for name, option, usual in (
+                    ("outcome", self._options.outcome, reader.outcome),
+                    ("success", self._options.success, ("success",)),
+                    ("id", self._options.id, reader.id),
+                    ("task", self._options.task, reader.task),
+                )
+            }
+        return self._paths[reader.name]
+
+    def _add_labels(
+        self, converted: dict[str, Any], parsed: Parsed, row: dict[str, Any], used: set[str], present: set[str]
+    ) -> None:
+        path = self._named["step_labels"]
+        value = path.find(row) if path is not None else converted.get("step_labels")
+        if value is None:
+            return
+        name = path.text if path is not None else "step_labels"
+        # Labels of a reader are one for each step already.
+        if path is not None or "step_labels" not in parsed.fields:
+            converted["step_labels"] = labels.step_labels(value, parsed, name)
+        if path is not None:
+            present.add("step_labels")
+            # A first error says more than its labels, and `evaluate` reads it from meta.
+            if path.key is not None and not labels.is_first_error(value):
+                used.add(path.key)
+
+    def _meta(self, parsed: Parsed, row: dict[str, Any], context: Context, used: set[str]) -> dict[str, Any]:
+        others = context.messages.without(row) if context.messages is not None else row
+        for path in [field for field in used if field and field not in row and "." in field]:
+            others = fields.Path.parse(path).without(others)
+        meta = {}
+        for key, value in others.items():
+            # An object that held nothing but the conversation is empty now.
+            if key in used or value is None or (value == {} and row[key] != {}):
+                continue
+            if parsed.origins and (by_message := labels.moved(value, parsed.origins)) is not None:
+                note(context.notes, f"labels by message in `{key:.40}`, moved with their messages")
+                value = by_message
+            meta[key] = value
+        return {**_meta(meta), **parsed.meta}
 
     def _value(self, name: str, path: str, value: Any) -> Any:
         if name == "outcome":
@@ -240,19 +349,14 @@ class _Converter:
                 raise DataError(f"{row.where}: field {self._group.text}, to split by, is missing")
             # As JSON, or the number 1 and the text "1" would be one group.
             group = msgspec.json.encode(value).decode()
+        if len(self._groups) < 2:
+            self._groups.add(_digest(group))
         split = splits.split_of(group, validation_share=self._options.validation_share, seed=self._options.seed)
         try:
             self._splits.add(trajectory.task_id, split)
         except SplitError as error:
             raise SplitError(f"{row.where}: {error}, or by a field whose values share no task") from None
         return msgspec.structs.replace(trajectory, split=split), trajectory.split not in (None, split)
-
-    def _count(self, trajectory: Trajectory, present: set[str], notes: openai.Notes, resplit: bool) -> None:
-        self._rows_with.update(present)
-        for description, count in notes.items():
-            openai.note(self.report.notes, description, count)
-        self.report.without_outcome += trajectory.outcome is None and trajectory.rewards is None
-        self.report.resplit += resplit
 
     def _with_unique_id(self, trajectory: Trajectory) -> Trajectory:
         """The trajectory with an id of its own: the second one with the same id gets id#2, and so on."""
@@ -269,6 +373,35 @@ class _Converter:
         self._next[key] = number + 1
         self._ids.add(other)
         return msgspec.structs.replace(trajectory, id=f"{trajectory.id}#{number}")
+
+
+def _path(text: str | None) -> fields.Path | None:
+    return None if text is None else fields.Path.parse(text)
+
+
+def _is_one_file(file: InputFile) -> bool:
+    """Whether files of this kind hold one trajectory each."""
+    return any(suffix in (".json", ".traj", ".eval") for suffix in file.path.suffixes) or not file.is_listed
+
+
+def _is_outcome(value: Any) -> bool:
+    return isinstance(value, (bool, int, float))
+
+
+def _check_finite(converted: Mapping[str, Any]) -> None:
+    rewards = converted.get("rewards")
+    for index, reward in enumerate(rewards if isinstance(rewards, list) else ()):
+        if isinstance(reward, float) and not math.isfinite(reward):
+            raise DataError(f"rewards[{index}] is {reward}; it must be a number")
+
+
+def _pair_line(trajectory: Trajectory, rejected: list[dict[str, Any]]) -> bytes:
+    """The line of a preference pair, whose chosen action is the last message."""
+    plain = msgspec.to_builtins(trajectory)
+    *state, chosen = plain.pop("messages")
+    plain.pop("outcome", None)
+    plain.pop("ended", None)
+    return msgspec.json.encode(plain | {"messages": state, "chosen": chosen, "rejected": rejected})
 
 
 def _meta(unused: dict[str, Any]) -> dict[str, Any]:

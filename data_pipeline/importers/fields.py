@@ -6,8 +6,8 @@ import math
 import re
 from typing import Any, NamedTuple
 
+from data_pipeline.conversations.kinds import kind_of
 from data_pipeline.errors import DataError
-from data_pipeline.source import kind_of
 
 _PART = re.compile(r"(?:^|\.)([^.\[\]]+)|\[(-?\d+)\]")
 _MISSING = object()
@@ -59,6 +59,12 @@ class Path(NamedTuple):
         if not others or not isinstance(inner, dict):
             return row
         return row | {first: Path(".".join(map(str, others)), tuple(others)).without(inner)}
+
+    @property
+    def parent(self) -> Path | None:
+        """The path of the object that holds the value; None if that is the row itself."""
+        head, dot, _ = self.text.rpartition(".")
+        return Path.parse(head) if dot else None
 
     @property
     def key(self) -> str | None:

@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from data_pipeline.conversations.kinds import kind_of
 from data_pipeline.errors import DataError
-from data_pipeline.importers import openai
-from data_pipeline.importers.fields import Path
-from data_pipeline.importers.openai import Notes, Parsed
-from data_pipeline.source import kind_of
+from data_pipeline.importers.reader import Context, Parsed, Reader, conversation, step_parts, tools_near
 
 
-def parse(row: dict[str, Any], where: Path, notes: Notes) -> Parsed:
-    """Parses a row with its prompt, a text or messages, at `where`. Every completion is a text part, and so a step.
+def matches(row: Mapping[str, Any]) -> str | None:
+    """Whether the row has completions with labels."""
+    if isinstance(row.get("completions"), list) and isinstance(row.get("labels"), list):
+        return "`prompt`, `completions` and `labels`"
+    return None
 
-    Every part ends with a newline, where a tokenizer ends a token. Line breaks at the beginning of a completion move to
-    the end of the one before, so that the text stays the same.
-    """
-    prompt = where.find(row)
-    if isinstance(prompt, str):
-        messages = [{"role": "user", "content": prompt}]
-    else:
-        messages = [openai.message(raw, index, notes) for index, raw in enumerate(openai.full_list(prompt, where.text))]
+
+def parse(row: dict[str, Any], context: Context) -> list[Parsed]:
+    """Parses a row with its prompt, a text or messages. Every completion is a text part, and so a step."""
+    where = context.messages
+    prompt = where.find(row) if where is not None else None
+    text = "prompt" if where is None else where.text
+    parsed = conversation([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, context, text)
     texts = _completions(row.get("completions"))
     labels = _labels(row.get("labels"), len(texts))
-    messages.append({"role": "assistant", "content": _parts(texts, notes)})
-    tools = openai.tools(row)
+    reply = {"role": "assistant", "content": step_parts(texts, context.notes, "completions")}
+    tools, used = tools_near(row, context)
     fields = {"step_labels": labels} | ({"tools": tools} if tools else {})
-    return Parsed(messages, fields, {where.key, "completions", "labels", "tools", "functions"} - {None})
+    used = {where.key if where is not None else None, "completions", "labels", *used} - {None}
+    return [parsed._replace(messages=[*parsed.messages, reply], fields=fields, used=used)]
 
 
 def _completions(value: Any) -> list[str]:
@@ -64,15 +66,4 @@ def _labels(value: Any, count: int) -> list[float | None]:
     return labels
 
 
-def _parts(texts: list[str], notes: Notes) -> list[dict[str, str]]:
-    parts = [texts[0]]
-    for text in texts[1:]:
-        body = text.lstrip("\r\n")
-        parts[-1] += text[: len(text) - len(body)]
-        parts.append(body)
-    for index, part in enumerate(parts):
-        if not part.strip():
-            raise DataError(f"completions[{index}] has no text; every step needs some")
-    if any(not part.endswith("\n") for part in parts):
-        openai.note(notes, "trajectories in which steps were ended with a newline")
-    return [{"type": "text", "text": part if part.endswith("\n") else part + "\n"} for part in parts]
+READER = Reader("trl-prm", "TRL's stepwise supervision", matches, parse, "prompt")

@@ -87,16 +87,24 @@ class PolicyConfig(Section, frozen=True):
     ships, or a user's `module:attribute`, called with `arguments` and the seed. An `endpoint` replaces all of these.
 
     `chat_template` is used by the policy and by the reward models trained on its trajectories: `own` (the
-    tokenizer's), `chatml` or `llama3` (shipped), or a file.
+    tokenizer's), `chatml` or `llama3` (shipped), or a file. `reasoning` keeps or drops what the agent thought, and
+    `special_tokens` refuses or breaks special tokens in the text of messages; both are recorded in reward models.
     """
 
     path: str = "default"
     chat_template: str = "own"
+    reasoning: Literal["keep", "drop"] = "keep"
+    special_tokens: Literal["error", "break"] = "error"
     endpoint: EndpointConfig | None = None
     arguments: dict[str, Any] = {}
     max_action_tokens: PositiveInt = 96
     max_tokens: PositiveInt = 1024
     in_flight: PositiveInt = 128
+
+    @property
+    def encoding(self) -> dict[str, Any]:
+        """The arguments of Encoder.load beside the directory."""
+        return {"template": self.chat_template, "reasoning": self.reasoning, "special_tokens": self.special_tokens}
 
 
 class CollectionConfig(Section, frozen=True):

@@ -174,7 +174,8 @@ def _exported_recipe(recipe: dict[str, Any], model: Path, staging: Path) -> dict
     exported = recipe | {"base": base_name(recipe)}
     if "fingerprints" in recipe:
         # The template may be another one than in training, or have got its date: both change the fingerprint.
-        exported["fingerprints"] = recipe["fingerprints"] | {"tokenizer": Encoder.load(staging).fingerprint}
+        encoder = Encoder.load(staging, reasoning=recipe.get("reasoning", "keep"))
+        exported["fingerprints"] = recipe["fingerprints"] | {"tokenizer": encoder.fingerprint}
     results = run_results(model, recipe.get("label"))
     return exported if results is None else exported | {"results": results}
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from data_pipeline.chat_template import as_messages, freeze
+from data_pipeline.chat_template import as_messages
 from data_pipeline.encode import Encoded
 from data_pipeline.trajectory import read_numbered, steps
 from jaxprm.errors import UserError
@@ -85,7 +85,7 @@ def _cases(encoder, path: Path | None) -> Cases:
     questions = [
         {
             "name": name,
-            "messages": [freeze(message).for_template() for message in messages],
+            "messages": encoder.template_messages(messages, row=name),
             "tools": tools,
             "tokens": tokens.tokens.tolist(),
             "read_positions": tokens.read_positions.tolist(),

@@ -297,6 +297,6 @@ def load(path: str, *, seed: int, settings: PolicyConfig) -> LanguageModelPolicy
     """
     directory = default_directory() if path == "default" else hub.resolve(path)
     config, parameters = reader.load_transformer(directory)
-    encoder = Encoder.load(directory, settings.chat_template)
+    encoder = Encoder.load(directory, **settings.encoding)
     reader.check_vocabulary(directory, config, encoder.vocabulary_size)
     return LanguageModelPolicy(config, parameters, encoder, seed=seed, settings=settings)

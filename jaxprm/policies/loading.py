@@ -32,7 +32,7 @@ def load(experiment: Experiment) -> protocol.Policy:
         # Without a base model nothing knows the server's tokenizer, and token counts are estimates.
         encoder = None
         if experiment.base_model is not None:
-            encoder = Encoder.load(base_directory(experiment), settings.chat_template)
+            encoder = Encoder.load(base_directory(experiment), **settings.encoding)
         return endpoint.load(settings, seed=experiment.seed, encoder=encoder)
     arguments = {"seed": experiment.seed} | settings.arguments
     policy = plugins.make("policy", settings.path, settings.path, arguments, choices="a model directory, default")

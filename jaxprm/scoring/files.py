@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from data_pipeline.chat_template import read_template
-from data_pipeline.encode import Encoded
+from data_pipeline.encode import Encoded, Reasoning, SpecialTokens
 from data_pipeline.errors import DataError, one_line
 from data_pipeline.source import count_texts, read_texts
 from data_pipeline.trajectory import Trajectory, parse_line
@@ -93,6 +93,8 @@ def score_file(
     chunk: int = 256,
     dtype: str = "float32",
     template: str | None = None,
+    reasoning: Reasoning | None = None,
+    special_tokens: SpecialTokens | None = None,
     mesh: config_lib.MeshConfig | None = None,
 ) -> LineCounts:
     """Scores every step of every trajectory of `input`; line k of `output` is about row k of `input`.
@@ -109,6 +111,7 @@ def score_file(
         chunk: trajectories held in memory at a time.
         dtype: of the arithmetic, "float32" or "bfloat16".
         template: a chat template instead of the model's own, as in Encoder.load.
+        reasoning, special_tokens: as in loading.load_encoder.
         mesh: over this process's devices; None uses one device.
 
     Raises UserError for a model or file that cannot be read, for an OUTPUT.partial of another model or input, for an
@@ -126,10 +129,13 @@ def score_file(
         "model": source.identity,
     }
     run_identity["chat_template"] = read_template(template)
+    # Only where it changes a score: reasoning is the model's own choice.
+    if special_tokens is not None:
+        run_identity["special_tokens"] = special_tokens
     # Earlier versions wrote a line for each line of the input, blank ones too.
     if total != lines:
         run_identity["rows"] = total
-    scorer = source.load(dtype=dtype, template=template, mesh=mesh)
+    scorer = source.load(dtype=dtype, template=template, reasoning=reasoning, special_tokens=special_tokens, mesh=mesh)
     target, record = files.ResumableLines(output), output.with_name(output.name + ".partial.json")
     done = errors = longer = 0
     try:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import msgspec
 import numpy as np
 
-from data_pipeline.encode import Encoder
+from data_pipeline.encode import Encoder, Reasoning, SpecialTokens
 from jaxprm import config as config_lib
 from jaxprm.artifacts.directory import RECIPE, files_of, is_checkpoint, read_recipe
 from jaxprm.errors import UserError
@@ -60,14 +60,36 @@ def load_reward_model(
     return config, read_parameters(model, reader.abstract(config, reward=True), parameter_shardings)
 
 
-def load_encoder(model: Path, template: str | None = None) -> Encoder:
-    """The encoder of a model. template: a chat template in place of the model's own, as in Encoder.load.
+def load_encoder(
+    model: Path,
+    template: str | None = None,
+    *,
+    reasoning: Reasoning | None = None,
+    special_tokens: SpecialTokens | None = None,
+) -> Encoder:
+    """The encoder of a model.
+
+    Args:
+      template: a chat template in place of the model's own, as in Encoder.load.
+      reasoning, special_tokens: as in Encoder.load; by default as the model was trained.
 
     Raises UserError if it differs from the encoder that the model was trained with.
     """
-    encoder = Encoder.load(files_of(model), template)
-    # Models from elsewhere have no recipe, and nothing to compare with.
-    trained_with = read_recipe(model).get("fingerprints", {}).get("tokenizer", encoder.fingerprint)
+    recipe = read_recipe(model)
+    trained_reasoning = recipe.get("reasoning", "keep")
+    # A model from elsewhere has no recipe, and nothing to compare with.
+    if recipe and reasoning not in (None, trained_reasoning):
+        raise UserError(
+            f"model {model}: trained with --reasoning {trained_reasoning}, so its promises are about conversations "
+            f"like these; leave --reasoning {reasoning} out"
+        )
+    encoder = Encoder.load(
+        files_of(model),
+        template,
+        reasoning=reasoning or trained_reasoning,
+        special_tokens=special_tokens or recipe.get("special_tokens", "error"),
+    )
+    trained_with = recipe.get("fingerprints", {}).get("tokenizer", encoder.fingerprint)
     if trained_with != encoder.fingerprint:
         raise UserError(
             f"model {model}: trained with tokenizer {trained_with[:12]}, but its directory has "
@@ -83,6 +105,8 @@ def load_scorer(
     max_tokens: int = 2048,
     dtype: str = "float32",
     template: str | None = None,
+    reasoning: Reasoning | None = None,
+    special_tokens: SpecialTokens | None = None,
     mesh: config_lib.MeshConfig | None = None,
     shapes: Shapes = Shapes(),
 ) -> Scorer:
@@ -90,7 +114,7 @@ def load_scorer(
 
     Args:
       rows, max_tokens, dtype: as in Scorer.
-      template: as in `load_encoder`.
+      template, reasoning, special_tokens: as in `load_encoder`.
       mesh: devices of this process that share the work; None is the first device alone.
       shapes: lengths to compile for, widened if the model was trained on longer turns.
 
@@ -98,7 +122,7 @@ def load_scorer(
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype = {dtype!r} is not supported; supported: {', '.join(DTYPES)}")
-    encoder = load_encoder(model, template)
+    encoder = load_encoder(model, template, reasoning=reasoning, special_tokens=special_tokens)
     layout = ONE_DEVICE
     if mesh is not None:
         # This process's devices: in a run of several processes, process 0 scores alone.

@@ -20,7 +20,7 @@ from cachetools import LRUCache
 from flax import nnx
 
 from data_pipeline.chat_template import load_tokenizer
-from data_pipeline.encode import Encoded, Encoder
+from data_pipeline.encode import Encoded, Encoder, Reasoning, SpecialTokens
 from data_pipeline.errors import DataError, one_line
 from jaxprm import config as config_lib
 from jaxprm.errors import UserError
@@ -192,15 +192,18 @@ def load_log_ratio(
     *,
     dtype: str = "float32",
     template: str | None = None,
+    reasoning: Reasoning | None = None,
+    special_tokens: SpecialTokens | None = None,
     mesh: config_lib.MeshConfig | None = None,
 ) -> LogRatioScorer:
     """The scorer of two directories of language models. template: in place of the policy's; the reference needs none.
+    reasoning, special_tokens: as in Encoder.load.
 
     Raises UserError or DataError if a model cannot be read, or their tokenizers differ.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype = {dtype!r} is not supported; supported: {', '.join(DTYPES)}")
-    encoder = Encoder.load(policy, template)
+    encoder = Encoder.load(policy, template, reasoning=reasoning or "keep", special_tokens=special_tokens or "error")
     check_tokenizers(policy, reference)
     layout = ONE_DEVICE if mesh is None else Layout(sharding.make_mesh(mesh, jax.local_devices()))
     models = []

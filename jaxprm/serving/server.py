@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Literal
 
 from jaxprm import config as config_lib
 from jaxprm import progress
@@ -53,6 +54,8 @@ def serve_verb(options: argparse.Namespace) -> int:
         dtype=options.dtype,
         add_bos=options.add_bos,
         template=options.chat_template,
+        reasoning=options.reasoning,
+        special_tokens=options.special_tokens,
         mesh=config_lib.parse_mesh(options.mesh) if options.mesh else loading.all_devices(),
         limits=RequestLimits(
             tokens=options.max_tokens,
@@ -72,6 +75,8 @@ def serve(
     rows: int = 8,
     dtype: str = "float32",
     template: str | None = None,
+    reasoning: Literal["keep", "drop"] | None = None,
+    special_tokens: Literal["error", "break"] | None = None,
     mesh: config_lib.MeshConfig | None = None,
     limits: RequestLimits = RequestLimits(),
     add_bos: bool = False,
@@ -83,7 +88,7 @@ def serve(
     Args:
       model: as for `jaxprm.load`.
       port: 0 for any free port.
-      rows, dtype, template: as in scoring.loading.load_scorer.
+      rows, dtype, template, reasoning, special_tokens: as in scoring.loading.load_scorer.
       add_bos: put the begin-of-text token before texts of /classify that lack it, instead of refusing them.
       mesh: devices of this process that share the work; None is the first device alone.
 
@@ -96,7 +101,15 @@ def serve(
     try:
         directory = find_model(model)
         scorer = loading.load_scorer(
-            directory, rows=rows, max_tokens=limits.tokens, dtype=dtype, template=template, mesh=mesh, shapes=SHAPES
+            directory,
+            rows=rows,
+            max_tokens=limits.tokens,
+            dtype=dtype,
+            template=template,
+            reasoning=reasoning,
+            special_tokens=special_tokens,
+            mesh=mesh,
+            shapes=SHAPES,
         )
         model_api, metrics = Model(scorer, read_recipe(directory)), ServerMetrics()
         answers = Answers(scorer, model_api, limits, add_bos=add_bos)

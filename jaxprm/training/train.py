@@ -76,7 +76,7 @@ def train_reward_model(
     check_settings(settings)
 
     # Inputs, and the identity that a finished model or a checkpoint must have
-    encoder = Encoder.load(base, experiment.policy.chat_template)
+    encoder = Encoder.load(base, **experiment.policy.encoding)
     dataset = open_dataset(shards, encoder_fingerprint=encoder.fingerprint, skip_bad=data.skip_bad)
     _print_once(f"left out: {error}" for error in dataset.broken.values())
     # Every process plans the batches by itself: with other shards, or others left out, the plans would differ.
@@ -144,6 +144,7 @@ def train_reward_model(
         max_tokens=data.length,
         value_range=_value_range(batches.split),
         **facts,
+        **encoder.choices,
         fingerprints=identity,
     )
     if settings.trainable == "full" and distributed.is_primary():

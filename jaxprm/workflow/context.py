@@ -208,11 +208,17 @@ class Run:
     @functools.cached_property
     def _base_inputs(self) -> dict[str, Any]:
         # Looked up in any case, so that a missing base model is reported before any work is spent.
-        directory, template = self.base_directory, self.experiment.policy.chat_template
+        directory, settings = self.base_directory, self.experiment.policy
+        # Recorded only where they are not the defaults: earlier work directories stay valid.
+        defaults = config_lib.PolicyConfig()
+        names = ("reasoning", "special_tokens")
+        choices = {
+            name: getattr(settings, name) for name in names if getattr(settings, name) != getattr(defaults, name)
+        }
         # Sampled trajectories already depend on the policy, and without a base_model its tokenizer encodes them.
         if self.experiment.base_model is None and not self.experiment.collection.files:
-            return {}
-        return {"base_model": _model_identity(directory, template)}
+            return choices
+        return {"base_model": _model_identity(directory, settings.chat_template)} | choices
 
 
 def flops_of_log_ratio(run: Run) -> float:

@@ -171,7 +171,7 @@ def build(run: Run) -> None:
         with absolute("build shards", unit="trajectory") as show:
             builder.build(
                 inputs,
-                Encoder.load(run.base_directory, run.experiment.policy.chat_template),
+                Encoder.load(run.base_directory, **run.experiment.policy.encoding),
                 output,
                 max_length=settings.length,
                 too_long=settings.too_long,

@@ -191,7 +191,7 @@ def _load_scorer(run: Run, model: config_lib.RewardModelConfig, seed: int):
 
 
 def _load_log_ratio(run: Run):
-    return load_log_ratio(*run.progress_advantage, template=run.experiment.policy.chat_template, mesh=_mesh(run))
+    return load_log_ratio(*run.progress_advantage, **run.experiment.policy.encoding, mesh=_mesh(run))
 
 
 def _mesh(run: Run) -> config_lib.MeshConfig | None:

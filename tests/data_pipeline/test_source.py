@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from data_pipeline.errors import DataError
 from data_pipeline import source
+from data_pipeline.errors import DataError
 from data_pipeline.source import read_rows
 
 ROWS = [{"id": "a", "text": 'quote " and \\ and [{,'}, {"id": "ü", "n": 1, "list": [1, {"x": []}]}, {"id": "c"}]

@@ -21,7 +21,8 @@ def template(body: str) -> str:
 CONTENT = "{{ m.content or '' }}"
 CALLS = "{% for c in m.tool_calls or [] %}{{ c.function.name + (c.function.arguments | tojson) }}{% endfor %}"
 PARAMETERS = (
-    "{% for c in m.tool_calls or [] %}<function={{ c.function.name }}>{% for key, value in c.function.arguments.items() %}"
+    "{% for c in m.tool_calls or [] %}<function={{ c.function.name }}>"
+    "{% for key, value in c.function.arguments.items() %}"
     "<parameter={{ key }}>\n{{ value if value is string else value | tojson }}\n</parameter>{% endfor %}{% endfor %}"
 )
 REASONING = "{{ m.reasoning_content or '' }}"

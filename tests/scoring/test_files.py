@@ -96,6 +96,7 @@ BAD = {
     "no messages": ('{"id": "row-1"}', "row-1", "messages"),
     "unknown field": (line(1, score=1.0), "row-1", "score"),
     "no message, and the id is a number": ('{"id": 7, "messages": []}', "7", "messages"),
+    "id is a list": ('{"id": [1], "messages": []}', None, "id"),
     "no step": (line(1, messages=tiny.conversation(0)[:1]), "row-1", "no assistant message"),
     "special token": (
         line(1, messages=[*tiny.conversation(0), {"role": "user", "content": "a <|end|>"}]),

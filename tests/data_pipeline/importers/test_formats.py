@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from data_pipeline.errors import DataError
 from data_pipeline.importers import openai, sharegpt, trl
 from data_pipeline.importers.fields import Path
+from data_pipeline.importers.reader import Context
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"at": "door"}'}}
 GO = {"role": "user", "content": "go"}
@@ -18,7 +19,7 @@ GO = {"role": "user", "content": "go"}
 
 def chat(*messages, notes=None, **fields):
     notes = Counter() if notes is None else notes
-    return openai.parse({"messages": list(messages), **fields}, Path.parse("messages"), notes)
+    return openai.parse({"messages": list(messages), **fields}, Context(Path.parse("messages"), notes))[0]
 
 
 def turns(*conversation, parse=sharegpt.parse, notes=None, **fields):
@@ -29,12 +30,12 @@ def turns(*conversation, parse=sharegpt.parse, notes=None, **fields):
         ],
         **fields,
     }
-    return parse(row, Path.parse("conversations"), Counter() if notes is None else notes)
+    return parse(row, Context(Path.parse("conversations"), Counter() if notes is None else notes))[0]
 
 
 def steps(prompt="What is 1 + 2?", notes=None, **fields):
     row = {"prompt": prompt, "completions": ["one", "two"], "labels": [True, False], **fields}
-    return trl.parse(row, Path.parse("prompt"), Counter() if notes is None else notes)
+    return trl.parse(row, Context(Path.parse("prompt"), Counter() if notes is None else notes))[0]
 
 
 def refused(parse, *arguments, **fields):
@@ -51,7 +52,7 @@ def test_tool_calls_and_their_results_are_kept_unchanged():
     last = {"role": "assistant", "content": "", "tool_calls": [CALL]}
     parsed = chat(GO, called, result, last, tools=tools)
     assert parsed.messages == [GO, called, result, last]
-    assert parsed.fields == {"tools": tools} and parsed.used == {"messages", "tools", "functions"}
+    assert parsed.fields == {"tools": tools} and parsed.used == {"messages", "tools"}
     assert (
         chat(GO, tools=json.dumps(tools)).fields
         == chat(GO, functions=[tools[0]["function"]]).fields
@@ -66,7 +67,7 @@ def test_older_names_and_other_roles_are_translated():
         {"role": "developer", "content": "rules"}, GO, old, {"role": "function", "name": "look", "content": "x"}
     )
     assert [message["role"] for message in parsed.messages] == ["system", "user", "assistant", "tool"]
-    assert parsed.messages[2]["tool_calls"] == [{"type": "function", "function": {"name": "look", "arguments": "{}"}}]
+    assert parsed.messages[2]["tool_calls"] == [{"type": "function", "function": {"name": "look", "arguments": ""}}]
 
 
 def test_an_assistant_message_in_parts_is_one_step():
@@ -82,14 +83,16 @@ def test_messages_that_are_not_trained_on_are_no_steps():
     assert [message.get("step", True) for message in parsed.messages[1:]] == [False, True, False, True, True]
 
 
-def test_fields_that_are_left_out_are_counted_unless_empty():
+def test_other_fields_are_kept_in_meta_and_counted_unless_empty():
     notes = Counter()
     extra = {"refusal": None, "audio": None, "annotations": [], "reasoning_content": "hm", "logprobs": {"a": 1}}
     parsed = chat(GO, {"role": "assistant", "content": "x", **extra}, {"role": "tool", "content": None}, notes=notes)
-    assert parsed.messages[1:] == [{"role": "assistant", "content": "x"}, {"role": "tool", "content": ""}]
+    reply = {"role": "assistant", "content": "x", "reasoning_content": "hm"}
+    assert parsed.messages[1:] == [reply, {"role": "tool", "content": ""}]
+    assert parsed.meta == {"message_fields": {"1": {"logprobs": {"a": 1}}}}
     assert notes == {
-        "message field `reasoning_content`, left out": 1,
-        "message field `logprobs`, left out": 1,
+        "messages with reasoning, kept": 1,
+        "message field `logprobs`, kept in meta": 1,
         "tool results without content, taken as empty": 1,
     }
 
@@ -111,7 +114,7 @@ def with_call(**function):
         ("text", "message 1 is a text, not an object"),
         ({"role": "robot", "content": "x"}, "message 1: role 'robot' is none of"),
         ({"role": ["user"], "content": "x"}, "message 1: role ['user'] is none of"),
-        ({"from": "human", "value": "x"}, "use --format sharegpt"),
+        ({"from": "human", "value": "x"}, "message 1: role is missing"),
         ({"role": "user", "content": None}, "message 1 (user) has neither content nor tool_calls"),
         ({"role": "assistant", "content": None, "refusal": "no"}, "it has a refusal"),
         ({"role": "user", "content": 3}, "content is a number"),
@@ -120,7 +123,7 @@ def with_call(**function):
             {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "input_audio"}]},
             "part 1 is 'input_audio'",
         ),
-        ({"role": "user", "content": ["bare"]}, "content part 0 is 'a text'"),
+        ({"role": "user", "content": [3]}, "content part 0 is 'a number'"),
         ({"role": "user", "content": [{"type": "text"}]}, "content part 0 has no text"),
         ({"role": "assistant", "content": "x", "audio": {"id": "a"}}, "message 1 (assistant) has `audio`"),
         ({"role": "user", "content": "x", "tool_calls": [CALL]}, "only an assistant calls tools"),
@@ -129,18 +132,43 @@ def with_call(**function):
             "both tool_calls and function_call",
         ),
         ({"role": "assistant", "tool_calls": {"a": 1}}, "tool_calls is an object, not a list"),
-        ({"role": "assistant", "tool_calls": [{"type": "custom", "custom": {}}]}, "tool call 0 is not"),
-        ({"role": "assistant", "tool_calls": [CALL, 7]}, "tool call 1 is not"),
+        (
+            {"role": "assistant", "tool_calls": [{"type": "custom", "custom": {}}]},
+            "tool call 0: the function's name is null",
+        ),
+        ({"role": "assistant", "tool_calls": [CALL, 7]}, "tool call 1 is a number, not an object"),
         (with_call(name=""), "the function's name is empty"),
-        (with_call(arguments='{"a": '), "the arguments of f are not JSON"),
-        (with_call(arguments="[1]"), "the arguments of f are a list, not an object"),
-        (with_call(arguments=3), "the arguments of f are a number"),
         ({"role": "assistant", "content": "x", "weight": 0.5}, "weight is 0.5"),
         ({"role": "assistant", "content": "x", "step": "no"}, "step is 'no'"),
     ],
 )
 def test_a_message_that_cannot_be_kept_is_refused_by_name(message, reason):
     assert reason in refused(chat, GO, message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [('{"a": ', '{"a": '), ("[1]", "[1]"), (3, "3"), ("", ""), ({"a": 1}, '{"a":1}'), (None, "{}")],
+)
+def test_arguments_are_kept_as_the_text_they_are(arguments, text):
+    (_, reply) = chat(GO, with_call(arguments=arguments)).messages
+    assert reply["tool_calls"][0]["function"] == {"name": "f", "arguments": text}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}},
+        {"id": "1", "type": "custom", "custom": {"name": "f", "input": '{"a":1}'}},
+        {"id": "1", "name": "f", "args": {"a": 1}, "type": "tool_call"},
+        {"id": "1", "function": "f", "arguments": {"a": 1}, "type": "function"},
+        {"id": "1", "name": "f", "arguments": '{"a":1}'},
+        {"tool_call_id": "1", "function_name": "f", "arguments": {"a": 1}},
+    ],
+)
+def test_calls_of_every_api_are_one_form(call):
+    (_, reply) = chat(GO, {"role": "assistant", "content": None, "tool_calls": [call]}).messages
+    assert reply["tool_calls"] == [{"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}]
 
 
 @pytest.mark.parametrize(
@@ -156,7 +184,7 @@ def test_a_message_that_cannot_be_kept_is_refused_by_name(message, reason):
     ],
 )
 def test_a_row_without_a_conversation_is_refused(fields, reason):
-    assert reason in refused(openai.parse, fields, Path.parse("messages"), Counter())
+    assert reason in refused(openai.parse, fields, Context(Path.parse("messages"), Counter()))
 
 
 def test_sharegpt_turns_become_messages():
@@ -178,7 +206,7 @@ def test_sharegpt_turns_become_messages():
     ]
     function = parsed.messages[2]["tool_calls"][0]["function"]
     assert function["name"] == "look" and json.loads(function["arguments"]) == {"at": "door"}
-    assert parsed.fields == {"tools": [{"name": "look"}]} and "system" in parsed.used
+    assert parsed.fields == {"tools": [{"type": "function", "function": {"name": "look"}}]} and "system" in parsed.used
     two = turns(("human", "go"), ("function_call", json.dumps([json.loads(call)] * 2))).messages[1]
     assert len(two["tool_calls"]) == 2
 
@@ -205,12 +233,11 @@ def test_agentgym_turns_without_loss_are_no_steps_and_the_item_names_the_task():
         ({"from": "gpt", "value": "x", "loss": "yes"}, "loss is 'yes'"),
         ({"from": "function_call", "value": "look()"}, "turn 1 (function_call): the calls are not JSON"),
         ({"from": "function_call", "value": "[3]"}, "call 0 is a number"),
-        ({"from": "function_call", "value": '{"name": "f", "arguments": "x"}'}, "the arguments of f are not JSON"),
     ],
 )
 def test_a_turn_that_cannot_be_read_is_refused_by_name(turn, reason):
     row = {"conversations": [{"from": "human", "value": "go"}, turn]}
-    assert reason in refused(sharegpt.parse, row, Path.parse("conversations"), Counter())
+    assert reason in refused(sharegpt.parse, row, Context(Path.parse("conversations"), Counter()))
 
 
 def test_two_system_messages_are_refused():
