@@ -6,11 +6,14 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from transformers import PreTrainedTokenizerFast
 
+from data_pipeline.encode import Encoder
 from jaxprm.api import ActionScore
 from jaxprm.errors import UserError
 from jaxprm.serving.batcher import Answers
 from jaxprm.serving.requests import Classify, RequestLimits, ScoreActions, Values
+from tests.model import tiny
 
 
 class Question(NamedTuple):
@@ -126,3 +129,14 @@ def test_one_that_breaks_the_batch_fails_alone():
 def test_a_score_that_is_no_number_is_an_error():
     answers, _ = answered(ids(14), ids(2))
     assert answers[0].status == 500 and "not finite" in answers[0].message and answers[1] == Values([2.0], [1])
+
+
+def test_the_token_that_the_template_writes_first_is_found_in_its_rendering():
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny.tokenizer_directory())
+    assert Encoder(tokenizer).bos_id is None
+    tokenizer.bos_token = tokenizer.pad_token
+    assert Encoder(tokenizer).bos_id is None
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    encoder = Encoder(tokenizer)
+    assert encoder.bos_id == tokenizer.pad_token_id
+    assert encoder.rendered(encoder.render([{"role": "user", "content": "x"}]))[0] == encoder.bos_id
