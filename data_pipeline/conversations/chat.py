@@ -33,7 +33,18 @@ _REASONING_BLOCKS = ("thinking_blocks", "reasoning_details")
 TEXT_TYPES = {"text", "input_text", "output_text"}
 _MEDIA = {"audio", "image", "images", "image_url", "video", "videos", "file", "files", "attachments"}
 # What Anthropic's API says about a message and not in it.
-_RESPONSE = {"id", "type", "model", "stop_reason", "stop_sequence", "usage", "container", "stop_details"}
+_RESPONSE = {
+    "id",
+    "type",
+    "model",
+    "stop_reason",
+    "stop_sequence",
+    "usage",
+    "container",
+    "stop_details",
+    "status",
+    "phase",
+}
 
 
 def read_message(

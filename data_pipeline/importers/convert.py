@@ -345,6 +345,9 @@ class _Converter:
         group = trajectory.task_id
         if self._group is not None:
             value = self._group.find(row.value)
+            # A reader may have found it elsewhere: the name of a trial is in another file.
+            if value is None and self._group.text in ("id", "environment"):
+                value = getattr(trajectory, self._group.text)
             if value is None:
                 raise DataError(f"{row.where}: field {self._group.text}, to split by, is missing")
             # As JSON, or the number 1 and the text "1" would be one group.

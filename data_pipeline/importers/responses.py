@@ -14,10 +14,17 @@ _LISTS = ("input", "new_items", "output", "items")
 
 def matches(row: Mapping[str, Any]) -> str | None:
     """Whether the row has items of this API."""
-    for key in (*_LISTS, "messages"):
-        if isinstance(row.get(key), list) and responses.is_items(row[key]):
+    if isinstance(row.get("messages"), list):
+        return "`messages` with items of the Responses API" if responses.is_items(row["messages"]) else None
+    for key in _LISTS:
+        entries = row.get(key)
+        if isinstance(entries, list) and any(_raw(entry).get("type") in responses.TYPES for entry in _objects(entries)):
             return f"`{key}` with items of the Responses API"
     return None
+
+
+def _objects(entries: list[Any]) -> list[dict[str, Any]]:
+    return [entry for entry in entries if isinstance(entry, dict)]
 
 
 def parse(row: dict[str, Any], context: Context) -> list[Parsed]:

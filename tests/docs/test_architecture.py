@@ -15,6 +15,9 @@ import msgspec
 import numpy as np
 import pytest
 
+from data_pipeline.importers import registry
+from data_pipeline.importers.convert import Options, import_trajectories
+from data_pipeline.trajectory import read
 from jaxprm import cli, config
 from jaxprm.objectives import find_objective
 from jaxprm.search.methods import guided_search, search_specs
@@ -97,6 +100,16 @@ def test_the_defaults_of_a_search_are_those_of_the_page():
         names = {"width": spec.width, "ahead": spec.ahead}
         assert spec.size == size and spec.cached_paths == eval(defaults["cached_paths"].strip("`"), names)
         assert spec.forks == eval(defaults["forks"].strip("`"), names)
+
+
+def test_the_reader_of_the_page_imports_a_row(folder, tmp_path, monkeypatch):
+    reader = importlib.import_module("own_reader").READER
+    monkeypatch.setattr(registry, "READERS", (reader, *registry.READERS))
+    (tmp_path / "log.jsonl").write_text('{"dialog": ["go", "left"], "x": 1}\n')
+    report = import_trajectories([tmp_path / "log.jsonl"], tmp_path / "out.jsonl", Options())
+    assert report.reasons == {"dialog": "`dialog` of texts"}
+    (trajectory,) = read(tmp_path / "out.jsonl")
+    assert [message.content for message in trajectory.messages] == ["go", "left"] and trajectory.meta == {"x": 1}
 
 
 @pytest.mark.slow

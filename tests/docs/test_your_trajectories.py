@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
 import shlex
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 
 from data_pipeline import build
 from data_pipeline.encode import Encoder
+from data_pipeline.importers import registry
 from data_pipeline.metadata import Metadata
 from data_pipeline.trajectory import read
 from jaxprm import cli
@@ -72,7 +74,7 @@ def test_the_quick_commands_run(folder, capsys):
     lines = imported.out.splitlines() + [
         line for line in imported.err.splitlines() if "bad row" in line or "log.jsonl" in line
     ]
-    assert lines == [line for line in shown() if line in lines] and len(lines) == 5
+    assert lines == [line for line in shown() if line in lines] and len(lines) == 6
     assert "36 rows, 36 trajectories, 0 bad" in counted.out
     assert "tasks: 12, 12 with several attempts" in counted.out and "in 8 (66.7%) their outcomes differ" in counted.out
     assert "longer than 1024 tokens: 0" in encoded.out
@@ -89,6 +91,65 @@ def test_the_log_of_the_page_is_imported_unchanged(folder):
     assert (trajectory.id, trajectory.task, trajectory.outcome) == ("0-0", "find-0", 1.0)
     assert [message.role for message in trajectory.messages] == [message["role"] for message in first["messages"]]
     assert trajectory.tools == first["tools"] and trajectory.meta == {"metrics": {"reward": 100}}
+
+
+def samples(folder: Path) -> None:
+    """The logs that the table of formats names, from the cases of the importers."""
+    cases = pages.ROOT / "tests/data_pipeline/importers/cases"
+    names = {
+        "sdk.jsonl": "sdk_dump.jsonl",
+        "anthropic.jsonl": "anthropic_blocks.jsonl",
+        "responses.jsonl": "responses_items.jsonl",
+        "trace.jsonl": "verifiers_trace.jsonl",
+        "rollouts.jsonl": "prompt_completion.jsonl",
+        "log.json": "inspect.json",
+        "session.jsonl": "claude_code.jsonl",
+        "django-1.traj": "swe_agent.traj",
+        "django-1.traj.json": "mini_swe_agent.traj.json",
+        "sharegpt.jsonl": "sharegpt_system_labels.jsonl",
+        "stepwise.jsonl": "trl_prm.jsonl",
+        "shepherd.jsonl": "math_shepherd.jsonl",
+        "who_when.jsonl": "several_agents.jsonl",
+        "pairs.jsonl": "preference_pair.jsonl",
+    }
+    same = ("langchain.jsonl", "openhands.json", "agentgym.jsonl", "processbench.jsonl", "prm800k.jsonl")
+    for name in same:
+        names[name] = name
+    for name, case in names.items():
+        (folder / name).write_bytes((cases / case).read_bytes())
+    for trial in range(2):
+        agent = folder / "jobs" / f"trial-{trial}" / "agent"
+        agent.mkdir(parents=True)
+        (agent / "trajectory.json").write_bytes((cases / "atif_trajectory.json").read_bytes())
+        result = {
+            "trial_name": f"find__{trial}",
+            "task_name": f"find-{trial}",
+            "verifier_result": {"rewards": {"r": 1}},
+        }
+        (agent.parent / "result.json").write_text(json.dumps(result))
+
+
+def formats() -> list[tuple[str, str]]:
+    """Format and options of every row of the table."""
+    text = (pages.ROOT / "docs" / PAGE).read_text(encoding="utf-8")
+    return re.findall(r"^\| `([\w-]+)` \| .* \| `(--input .*)` \|$", text, re.MULTILINE)
+
+
+def test_every_format_has_a_command_that_imports_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    samples(tmp_path)
+    table = formats()
+    assert [name for name, _ in table] and {name for name, _ in table} == set(registry.BY_NAME)
+    for name, options in table:
+        output = f"{name}.out"
+        assert cli.main(["import-trajectories", *shlex.split(options), "--output", output]) == 0, (
+            capsys.readouterr().err
+        )
+        assert f"rows in format {name}: " in capsys.readouterr().out
+        rows = [json.loads(line) for line in Path(output).read_text().splitlines()]
+        assert rows and all(row["messages"] for row in rows)
+        if name in ("atif", "openhands", "agentgym", "verifiers", "inspect", "trl-prm", "processbench", "who-when"):
+            assert any("outcome" in row or "step_labels" in row for row in rows) or name == "openhands"
 
 
 @pytest.mark.slow

@@ -1,0 +1,92 @@
+"""Messages as agents have them, in `score` and `score_actions`; reasoning as the model was trained."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import jaxprm
+from data_pipeline.encode import Encoder
+from data_pipeline.errors import DataError
+from jaxprm.errors import UserError
+from jaxprm.scoring.files import score_file
+from tests.model import tiny
+
+UNUSED = {"refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": None}
+PLAIN = tiny.conversation(3, turns=3)
+DUMPED = [message | (UNUSED if message["role"] == "assistant" else {}) for message in PLAIN]
+BLOCKS = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in PLAIN]
+# What a user says and the result of a tool are two messages for us: indices are those of the caller.
+RESULT = {"type": "tool_result", "tool_use_id": "t", "content": "Got 1 coal"}
+TWO = [{"role": "user", "content": [RESULT, {"type": "text", "text": "on"}]}, {"role": "assistant", "content": "x"}]
+
+
+def thinking(messages):
+    """The messages with reasoning in every reply."""
+    return [m | ({"reasoning_content": "hm"} if m["role"] == "assistant" else {}) for m in messages]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return jaxprm.load(tiny.write_reward_model(tmp_path_factory.mktemp("model")), rows=2, max_tokens=256)
+
+
+def test_dumps_and_blocks_score_as_plain_messages(model):
+    plain, dumped, blocks = model.score([PLAIN, DUMPED, BLOCKS])
+    assert [s["message"] for s in plain["steps"]] == [s["message"] for s in dumped["steps"]] == [1, 3, 5]
+    for other in (dumped, blocks):
+        tiny.assert_close([s["promise"] for s in other["steps"]], [s["promise"] for s in plain["steps"]])
+    candidates = ["Action: x", {"role": "assistant", "content": "Action: x", **UNUSED}]
+    candidates.append({"role": "assistant", "content": [{"type": "text", "text": "Action: x"}]})
+    scores = model.score_actions(DUMPED[:1], candidates)
+    tiny.assert_close([score.promise for score in scores], [scores[0].promise] * 3)
+
+
+def test_a_step_is_named_by_the_index_of_the_callers_message(model):
+    (result,) = model.score([[*PLAIN[:2], *TWO]])
+    assert [step["message"] for step in result["steps"]] == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("field", "reason"),
+    [
+        ({"refusal": "no"}, r"message 1 \(assistant\): unknown field `refusal`"),
+        ({"audio": {"id": "a"}}, r"message 1 \(assistant\) has `audio`"),
+        ({"reasoning": "a", "reasoning_content": "b"}, "has different reasoning_content and reasoning"),
+        ({"reasoning_content": "a"}, r"the reasoning in message 1 .* leave it out with --reasoning drop"),
+    ],
+)
+def test_what_would_be_lost_is_an_error_that_names_it(model, field, reason):
+    with pytest.raises(DataError, match=reason):
+        model.score([[PLAIN[0], PLAIN[1] | field]])
+    with pytest.raises(DataError, match="candidate"):
+        model.score_actions(PLAIN[:1], [PLAIN[1] | field])
+    with pytest.raises(UserError, match="`system` is next to the messages"):
+        model.score([{"system": "x", "messages": PLAIN}])
+
+
+def test_a_model_that_was_trained_without_reasoning_scores_without_it(tmp_path):
+    encoder = Encoder(tiny.encoder().tokenizer, reasoning="drop")
+    recipe = {"fingerprints": {"tokenizer": encoder.fingerprint}, "reasoning": "drop"}
+    directory = tiny.write_reward_model(tmp_path / "model", **recipe)
+    model = jaxprm.load(directory)
+    with_thoughts, without = model.score([thinking(PLAIN), PLAIN])
+    tiny.assert_close([s["promise"] for s in with_thoughts["steps"]], [s["promise"] for s in without["steps"]])
+    with pytest.raises(UserError, match="trained with --reasoning drop.*leave --reasoning keep out"):
+        jaxprm.load(directory, reasoning="keep")
+    kept = tiny.write_reward_model(tmp_path / "kept", fingerprints={"tokenizer": tiny.encoder().fingerprint})
+    with pytest.raises(UserError, match="trained with --reasoning keep.*leave --reasoning drop out"):
+        jaxprm.load(kept, reasoning="drop")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"id": "a", "messages": thinking(PLAIN)}) + "\n")
+    assert score_file(directory, rows, tmp_path / "out.jsonl").errors == 0
+    assert score_file(kept, rows, tmp_path / "kept.jsonl").errors == 1
+
+
+def test_special_tokens_are_an_error_or_broken_up(tmp_path):
+    directory = tiny.write_reward_model(tmp_path)
+    messages = [PLAIN[0], {"role": "assistant", "content": "x <|end|> y"}]
+    with pytest.raises(DataError, match="--special-tokens break"):
+        jaxprm.load(directory).score([messages])
+    assert len(jaxprm.load(directory, special_tokens="break").score([messages])[0]["steps"]) == 1
