@@ -1,5 +1,4 @@
 # shellcheck shell=bash
-# shellcheck disable=SC2034 # launch_tpu.sh uses the variables that are set here
 # The options of launch_tpu.sh, which sources this file: the help text, the parser, and all checks that need no cloud.
 
 SECRET_FILES=(':(glob)**/*.env' ':(glob)**/.env*') # never sent to the bucket
@@ -19,10 +18,11 @@ verbs
   setup     install the code, Python 3.11 and the packages on all workers (TPU images have Python 3.10, which is too
             old; uv installs 3.11). Fails unless every worker sees its chips
   run       start COMMAND on all workers of an existing machine; replaces a running command
-  status    print the state of the machine, of every worker and of the run
+  status    print the state of the machine in all zones, of every worker and of the run
   logs      print the output of a worker: [--worker N] [--follow], or copy all logs: [--output DIR]
   ssh       open a shell on a worker: [--worker N]
-  delete    delete the machine, its queued resource and its secret, after a question. The bucket is kept
+  delete    delete the machine in that zone and its queued resource, after a question, and then its secret, unless a
+            machine of that name is left in another zone. The bucket is kept
 
 options
   --name NAME            name of the machine, and of the run's folder in the bucket. A run that has ended may be
@@ -42,9 +42,11 @@ options
   --dry-run              print every command, run none
   --help                 print this text
 
-exit codes: 0 success; 1 the run or the machine failed; 2 wrong usage; 130 interrupted by Ctrl-C
+exit codes: 0 success; 1 the run or the machine failed; 2 wrong usage; 130 interrupted by Ctrl-C, 129 by the end of the
+terminal, 143 by `kill`
 
-A TPU costs money from create to delete, even if it is idle. `status` prints what exists.
+A TPU costs money from create to delete, even if it is idle. The last lines of every call, "cost: ...", say what exists
+of that name in all zones. `status` prints them at any time.
 HELP
 }
 
@@ -105,6 +107,9 @@ validate() {
   [[ -z $SUBNETWORK ]] || valid --subnetwork "$SUBNETWORK" '[a-z]([-a-z0-9]{0,61}[a-z0-9])?' default
   [[ -z $SERVICE_ACCOUNT ]] ||
     valid --service-account "$SERVICE_ACCOUNT" '[a-z0-9][-a-z0-9]*@[-a-z0-9.]+' me@my-project.iam.gserviceaccount.com
+  # A path that begins with - would be read as an option, and "-" as the standard input.
+  [[ -z $ENV_FILE || $ENV_FILE == /* ]] || ENV_FILE=./$ENV_FILE
+  [[ -z $OUTPUT || $OUTPUT == /* ]] || OUTPUT=./$OUTPUT
   RUN=gs://$BUCKET/$NAME SECRET=jaxprm-$NAME WHERE=("--zone=$ZONE" "--project=$PROJECT")
   case $VERB in create | setup | run | up) read_accelerator ;; esac
   [[ $VERB == run || $VERB == up || ${#COMMAND[@]} == 0 ]] || die "a command after --: only for run and up"
