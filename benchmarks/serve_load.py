@@ -277,7 +277,7 @@ def nuisances(port: int) -> Iterator[None]:
     """Runs clients that send headers and no body, disconnect before their answer, or do not speak HTTP."""
     stop = threading.Event()
     kind = "Content-Type: application/json\r\nContent-Length: 1000"
-    head = f"POST {ACTIONS} HTTP/1.1\r\nHost: x\r\n{kind}\r\n\r\n".encode()
+    head = f"POST {ACTIONS} HTTP/1.1\r\nHost: localhost\r\n{kind}\r\n\r\n".encode()
     body = json.dumps({"messages": conversation(random.Random(0), "gone", 3), "candidates": ["a", "b"]}).encode()
     complete = head.replace(b"1000", str(len(body)).encode()) + body
 
@@ -334,6 +334,14 @@ def slope(samples: Sequence[tuple[int, float]], blocks: int = 8) -> float:
     return float(np.median(slopes) * 1000)
 
 
+def growth(samples: Sequence[tuple[int, float]]) -> float:
+    """Growth of memory over the second half of the requests, as a share of the memory at its beginning."""
+    second_half = [memory for done, memory in samples if done >= samples[-1][0] / 2]
+    # Medians of a twentieth: single samples may be in the middle of a batch.
+    end = max(1, len(second_half) // 20)
+    return float(np.median(second_half[-end:]) / np.median(second_half[:end]) - 1)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True)
@@ -370,6 +378,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "latency_seconds": dict(zip(("p50", "p99"), np.percentile(outcome.seconds, (50, 99)).tolist(), strict=True)),
         "rss_mb": {"ready": before, "half": samples[len(samples) // 2][1], "end": after},
         "rss_slope_mb_per_1000": slope(samples),
+        "rss_growth_in_second_half": growth(samples),
         "exit_status": ended,
     }
     print(json.dumps(report, indent=2))

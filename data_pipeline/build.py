@@ -22,6 +22,7 @@ from data_pipeline.metadata import Metadata, check_output, shard_of, verify
 from data_pipeline.output import staged_directory, write_errors
 from data_pipeline.records import Rows, SplitRecords, TooLong, check_not_empty, sizes_of, split_metadata
 from data_pipeline.splits import Inputs, parse_inputs
+from data_pipeline.terminal import safe_output
 from data_pipeline.trajectory import count_rows, read_numbered
 
 __all__ = ["Metadata", "build", "verify"]
@@ -154,6 +155,11 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; prints the counts of every split. Returns 0, 2 for bad input, or 130 for Ctrl-C."""
+    with safe_output():
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     options = _arguments(arguments)
     bad: list[DataError] = []
     settings = {

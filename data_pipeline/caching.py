@@ -32,10 +32,16 @@ class ByteLRU:
         # Sizes are stored with the results: getsizeof gets only the value, and the size depends on the arguments too.
         self._cache = LRUCache(max_bytes, getsizeof=itemgetter(1))
         # The lock is held for look-ups, not while the function runs: two threads may compute the same result.
-        self._compute = cached(self._cache, key=lambda *arguments: arguments, lock=Lock())(with_size)
+        self._lock = Lock()
+        self._compute = cached(self._cache, key=lambda *arguments: arguments, lock=self._lock)(with_size)
 
     def __call__(self, *arguments: Any) -> Any:
         return self._compute(*arguments)[0]
+
+    def clear(self) -> None:
+        """Drops all results."""
+        with self._lock:
+            self._cache.clear()
 
     @property
     def bytes(self) -> int:

@@ -13,21 +13,23 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 import msgspec
 from transformers import PreTrainedTokenizerFast
-from transformers.utils.chat_template_utils import _compile_jinja_template
 
+from data_pipeline import template_sandbox
 from data_pipeline.caching import ByteLRU
 from data_pipeline.conversations.reading import read_conversation
 from data_pipeline.conversations.tool_calls import arguments_object
 from data_pipeline.errors import DataError
+from data_pipeline.template_sandbox import TemplateLimitError
 from data_pipeline.trajectory import Message, text_parts
 
 Messages = Sequence[Message | Mapping[str, Any]]
 Tools = list[dict[str, Any]] | None
 
 _MAX_RENDERING_BYTES = 64 << 20
+# Conversations on which a template may exceed its bounds, before it is used for no more.
+_MAX_EXCEEDED = 3
 _TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Llama's templates print today's date unless one is passed. A rendering must not depend on the day.
 DATE = "26 Jul 2024"
@@ -110,10 +112,11 @@ class ChatTemplate:
         self._arguments = {**arguments, **_CONSTANTS, "strftime_now": _no_date}
         try:
             # `apply_chat_template` copies the conversation on every call: the same text at eight times the cost.
-            self._compiled = _compile_jinja_template(self.text)
-        except jinja2.TemplateError as error:
+            self._compiled = template_sandbox.compile_template(self.text)
+        except Exception as error:  # Also RecursionError, SyntaxError and others: the text may be anything.
             raise DataError(f"the chat template of {source} is not valid Jinja: {one_line(error)}") from None
-        self._cached = ByteLRU(self._render, size=_rendering_bytes, max_bytes=_MAX_RENDERING_BYTES)
+        self._exceeded = 0
+        self.bound_cache(_MAX_RENDERING_BYTES)
 
     def render(self, messages: FrozenConversation, tools: Tools, generation: bool, row: str) -> str:
         """The conversation as text; with `generation`, including the opening of the next assistant message.
@@ -122,7 +125,15 @@ class ChatTemplate:
         """
         encoded = msgspec.json.encode(tools) if tools else b""
         try:
+            # Each costs seconds.
+            if self._exceeded >= _MAX_EXCEEDED:
+                raise TemplateLimitError(f"it exceeded its bounds on {self._exceeded} conversations already")
             return self._cached(messages, encoded, generation)
+        except TemplateLimitError as error:
+            self._exceeded = min(self._exceeded + 1, _MAX_EXCEEDED)
+            raise DataError(
+                f"{row}: the chat template of {self.source} exceeds a bound: {one_line(error)}{self._advice}"
+            ) from None
         except Exception as error:  # Jinja and the template itself may raise anything.
             raise DataError(
                 f"{row}: the chat template of {self.source} fails {self._where(messages, encoded, generation)}: "
@@ -135,6 +146,14 @@ class ChatTemplate:
             return self._rendered(messages, tools)
         except Exception:  # Jinja and the template itself may raise anything.
             return None
+
+    def forget(self) -> None:
+        """Drops the renderings that are kept in memory."""
+        self._cached.clear()
+
+    def bound_cache(self, max_bytes: int) -> None:
+        """Drops the renderings, and keeps fewer or more of them from now on."""
+        self._cached = ByteLRU(self._render, size=_rendering_bytes, max_bytes=max_bytes)
 
     def _where(self, messages: FrozenConversation, tools: bytes, generation: bool) -> str:
         """The place where rendering fails: after the longest beginning of the conversation that can be rendered."""
@@ -150,8 +169,15 @@ class ChatTemplate:
         return self._rendered(plain, msgspec.json.decode(tools) if tools else None, generation)
 
     def _rendered(self, messages: list[dict[str, Any]], tools: Tools, generation: bool = False) -> str:
-        return self._compiled.render(
-            messages=messages, tools=tools or None, documents=None, add_generation_prompt=generation, **self._arguments
+        return template_sandbox.render(
+            self._compiled,
+            {
+                "messages": messages,
+                "tools": tools or None,
+                "documents": None,
+                "add_generation_prompt": generation,
+                **self._arguments,
+            },
         )
 
 
@@ -168,10 +194,8 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     except Exception as error:  # The tokenizers library raises no narrower class.
         raise DataError(f"{file}: cannot be read: {one_line(error)}") from None
     # The separate file has priority, as in transformers.
-    template = directory / "chat_template.jinja"
-    tokenizer.chat_template = (
-        template.read_text(encoding="utf-8") if template.is_file() else config.get("chat_template")
-    )
+    own = _own_template(directory)
+    tokenizer.chat_template = config.get("chat_template") if own is None else own
     return tokenizer
 
 
@@ -186,6 +210,17 @@ def read_tokenizer_config(directory: Path) -> dict[str, Any]:
         raise DataError(f"{file}: {error}") from None
 
 
+def _own_template(directory: Path) -> str | None:
+    """chat_template.jinja of a directory, None if it is missing. Raises DataError if it is not UTF-8."""
+    file = directory / "chat_template.jinja"
+    if not file.is_file():
+        return None
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: byte {error.start} is not UTF-8; convert the file") from None
+
+
 def write_tokenizer(template: str, end: str, base: Path, directory: Path) -> None:
     """Copies a tokenizer's files from `base` to `directory`, with the template and the end token it is used with.
 
@@ -195,8 +230,7 @@ def write_tokenizer(template: str, end: str, base: Path, directory: Path) -> Non
         if (base / name).is_file():
             shutil.copyfile(base / name, directory / name)
     config = read_tokenizer_config(base)
-    own = base / "chat_template.jinja"
-    own_text = own.read_text(encoding="utf-8") if own.is_file() else config.get("chat_template")
+    own_text = _own_template(base) or config.get("chat_template")
     token = config.get("eos_token")
     is_own = own_text is not None and default_template(own_text) == template
     if not is_own or (token and _token_text(token)) != end:

@@ -117,7 +117,7 @@ class Encoder:
         # tokenizer.json may switch truncation and padding on.
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._piece = ByteLRU(self._encode_piece, size=_piece_bytes, max_bytes=_MAX_PIECE_BYTES)
+        self._bound_pieces(_MAX_PIECE_BYTES)
         self._prepare_specials()
         self._advice = advice(self._special_ids)
         self._template = ChatTemplate(
@@ -213,6 +213,16 @@ class Encoder:
     def rendered(self, text: str) -> list[int]:
         """Token ids of a rendered conversation. Special tokens in the text are recognised, and none is added."""
         return self._backend.encode(text, add_special_tokens=False).ids
+
+    def forget(self) -> None:
+        """Drops the renderings and encoded texts that are kept in memory."""
+        self._piece.clear()
+        self._template.forget()
+
+    def bound_caches(self, *, renderings: int, texts: int) -> None:
+        """Empties both caches, and bounds them to so many bytes."""
+        self._template.bound_cache(renderings)
+        self._bound_pieces(texts)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The exact text of token ids, with special tokens."""
@@ -371,6 +381,9 @@ class Encoder:
         if first:
             return tuple(self._backend.encode(text, add_special_tokens=False).ids)
         return tuple(self._backend.encode(self._anchor + text, add_special_tokens=False).ids[1:])
+
+    def _bound_pieces(self, max_bytes: int) -> None:
+        self._piece = ByteLRU(self._encode_piece, size=_piece_bytes, max_bytes=max_bytes)
 
     def _padding(self) -> int:
         tokenizer, declared = self.tokenizer, self.tokenizer.pad_token_id

@@ -140,6 +140,11 @@ def _serve_verb(verbs) -> None:
     serve.add_argument(
         "--add-bos", action="store_true", help="/classify: add the begin-of-text token to texts that lack it (verl)"
     )
+    serve.add_argument(
+        "--allow-host", action="append", metavar="NAME", help="a name that clients use for this server; may be repeated"
+    )
+    serve.add_argument("--private", action="store_true", help="connections share no caches")
+    serve.add_argument("--served-model-name", metavar="NAME", help="the model's name for clients (default: its label)")
     for name, default, text in (
         ("rows", 8, "conversations per batch"),
         ("max-tokens", 2048, "tokens of a conversation with a candidate"),

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from data_pipeline.terminal import safe_output
 from jaxprm.arguments import STAGE_VERBS, parse
 from jaxprm.errors import RESUMABLE, Interrupted
 from jaxprm.host_memory import keep_freed
@@ -24,7 +25,11 @@ COMPUTING = {*STAGE_VERBS, "imitate", "score", "evaluate", "serve", "check-score
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a verb; returns the exit status."""
-    options = parse(arguments)
+    with safe_output():
+        return _run(parse(arguments))
+
+
+def _run(options: argparse.Namespace) -> int:
     # The start-up messages of TensorFlow and XLA would hide the one line that matters.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
@@ -42,6 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Interrupted as stopped:
         print(f"jaxprm: {stopped}", file=sys.stderr)
         return RESUMABLE
+    except SystemExit as ended:
+        # Otherwise a script would take unfinished work for done.
+        print(
+            f"jaxprm: a config, or code that it names, called sys.exit({ended.code!r}); remove that call",
+            file=sys.stderr,
+        )
+        return 2
     except Exception as error:
         if (line := _one_line(error)) is None:
             raise

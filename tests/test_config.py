@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxprm import config
+from jaxprm import cli, config
 from jaxprm.config import Experiment, RewardModelConfig, SearchConfig
 from jaxprm.errors import UserError
 from jaxprm.objectives import OBJECTIVES
@@ -365,6 +365,24 @@ def test_a_secret_is_refused_and_not_repeated(served, override, field):
     error = message(config.load, served, [override])
     assert field in error
     assert SECRET not in error
+
+
+@pytest.mark.parametrize(
+    "call", ["import sys; sys.exit(0)", "raise SystemExit", "exit()", "import sys\nsys.exit('bye')"]
+)
+def test_a_config_that_ends_the_program_is_a_mistake(tmp_path, call, capsys):
+    path = tmp_path / "ends.py"
+    path.write_text(f"# A comment\n{call}\n")
+    assert "calls sys.exit; a config only defines `config`, remove that call" in message(config.load, path)
+    assert cli.main(["run", str(path), "--workdir", str(tmp_path / "run")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"jaxprm: config {path}:") and "sys.exit" in line and not (tmp_path / "run").exists()
+
+
+def test_code_that_a_config_names_does_not_end_the_program_in_silence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(cli.VERBS, "inspect", lambda options: sys.exit(0))
+    assert cli.main(["inspect", str(tmp_path)]) == 2
+    assert "called sys.exit(0); remove that call" in capsys.readouterr().err
 
 
 def test_arguments_without_a_class_of_the_users_are_refused(recipe):

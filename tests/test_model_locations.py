@@ -17,6 +17,7 @@ from jaxprm.errors import UserError
 from jaxprm.hf import writer
 from jaxprm.policies import loading
 from jaxprm.serving import server
+from jaxprm.serving.batcher import Asked
 from jaxprm.serving.requests import Classify
 from jaxprm.training import reward_model
 from tests.model import tiny
@@ -110,7 +111,8 @@ def serve(path, input, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(server, "run", lambda service, listening: services.append(service))
     assert cli.main(["serve", "--model", str(path), "--port", "0"]) == 0
     # The answers of the model's thread, without the thread and its warm-up.
-    answers = services[0].batcher._answer([Classify("vllm", [], messages, None, True) for messages in CONVERSATIONS])
+    asked = [Asked(Classify("vllm", [], messages, None, True)) for messages in CONVERSATIONS]
+    answers = services[0].batcher._answer(asked)
     tiny.assert_close([answer.values[0] for answer in answers], [promises[-1] for promises in expected()])
 
 

@@ -18,8 +18,9 @@ import msgspec
 
 from jaxprm import plugins
 from jaxprm.config.schema import EndpointConfig, Experiment, MeshConfig, PolicyConfig, Section
-from jaxprm.errors import UserError, secret_field
+from jaxprm.errors import UserError
 from jaxprm.objectives import check_settings
+from jaxprm.redaction import secret_field
 
 # A wheel contains configs/ as jaxprm/recipes; a clone has it next to the package. Never look next to an installed
 # package: site-packages/configs would be another project's.
@@ -45,9 +46,13 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, quick: bool = False
         namespace = runpy.run_path(str(path))
     except UserError:
         raise
-    except Exception as error:
+    # SystemExit is no Exception: a config that calls sys.exit(0) would end the command as if all were done.
+    except (Exception, SystemExit) as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         where = f"{path}:{lines[-1]}" if lines else str(path)
+        if isinstance(error, SystemExit):
+            fault = f"calls sys.exit; a config only defines `{name}`, remove that call"
+            raise UserError(f"config {where}: {fault}") from error
         raise UserError(f"config {where}: {type(error).__name__}: {error}") from error
     if not isinstance(namespace.get(name), Experiment):
         raise UserError(f"config {path}: must define `{name}`, a jaxprm.config.Experiment")

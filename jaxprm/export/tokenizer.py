@@ -83,8 +83,9 @@ def _same_tokens(directory: Path, encoder: Encoder, conversations: Sequence[Mess
     if len(theirs) != encoder.vocabulary_size or theirs.pad_token_id != encoder.pad_id:
         return False
     for messages in conversations:
-        text = theirs.apply_chat_template(messages, tokenize=False)
+        # First, because our rendering has bounds on its time and memory.
         ours = encoder.trajectory(messages, row="example").tokens.tolist()
+        text = theirs.apply_chat_template(messages, tokenize=False)
         if theirs(text, add_special_tokens=False)["input_ids"] != ours:
             return False
     return True

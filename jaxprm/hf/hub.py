@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxprm.errors import UserError
+from jaxprm.redaction import redact
 
 _NAME = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w./-]*))?", re.ASCII)
 # The only files that are downloaded: no code, no pickles, no weights in other formats.
@@ -58,7 +59,7 @@ def name_of(directory: str | Path) -> str:
 
 def _download(name: str, revision: str | None, what: str, files: Sequence[str]) -> Path:
     import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub import errors, get_token
 
     shown = name if revision is None else f"{name}@{revision}"
     try:
@@ -81,6 +82,7 @@ def _download(name: str, revision: str | None, what: str, files: Sequence[str]) 
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        message = redact(message, get_token())
         reason = f"the hub cannot be reached ({message[:200]})"
     else:
         return Path(snapshot)

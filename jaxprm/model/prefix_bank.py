@@ -168,6 +168,8 @@ class PrefixBank:
         self._ring_owner = np.full(ring, -1)  # slot of the entries of each ring row, -1 for none
         self._tokens = np.full((slots, capacity), -1, np.int32)
         self._lengths = np.zeros(slots, np.int64)
+        # Who may read a slot: `owner` of the call that filled it.
+        self._owners = np.zeros(slots, object)
         self._entries: dict[int, list[RingEntry]] = {}  # by slot
         self._recency: OrderedDict[int, None] = OrderedDict.fromkeys(range(slots))  # slots, least recently used first
         self._dropped: dict[int, set[int]] = {}  # hashes of evicted prefixes, by length
@@ -200,10 +202,11 @@ class PrefixBank:
                     ring_reads, tokens = np.zeros((3, rows), np.int32), np.zeros((rows, width), np.int32)
                     self._extend(zeros, out_of_range, zeros, ring_reads, tokens, zeros, capacity)
 
-    def allocate(self, prefixes: Sequence[np.ndarray]) -> np.ndarray:
+    def allocate(self, prefixes: Sequence[np.ndarray], owner: int = 0) -> np.ndarray:
         """Slots, int32 [len(prefixes)], that begin with the prefixes, int32 [T] each; valid until the next call.
 
-        A bank needs at most twice as many slots as prefixes: one to fork from and one to write to.
+        A bank needs at most twice as many slots as prefixes: one to fork from and one to write to. Only slots that
+        were filled for the same `owner` are read, so that the time of a call reveals nothing of another owner's texts.
 
         Raises:
             UserError: a prefix is longer than the capacity, or there are too few slots.
@@ -215,7 +218,7 @@ class PrefixBank:
                     "raise policy.max_tokens or shorten the episode"
                 )
         distinct = {prefix.tobytes(): prefix for prefix in prefixes}
-        matches = {key: self._longest_match(prefix) for key, prefix in distinct.items()}
+        matches = {key: self._longest_match(prefix, owner) for key, prefix in distinct.items()}
         # All sources are pinned before anything is evicted: the source of one prefix must not make room for another.
         pinned = {source for source, start, _ in matches.values() if start}
         for source in pinned:
@@ -232,9 +235,10 @@ class PrefixBank:
             slots[key] = target
             jobs.append(job := _Job(source, target, start, entry, prefix))
             self.tokens_reused += job.cached_length
-            self.tokens_recomputed += self._count_recomputed(prefix, job.cached_length)
+            self.tokens_recomputed += self._count_recomputed(prefix, job.cached_length, owner)
         self._encode(jobs)
         for job in jobs:
+            self._owners[job.target] = owner
             self._lengths[job.target] = len(job.prefix)
             self._tokens[job.target, : len(job.prefix)] = job.prefix
         return np.asarray([slots[prefix.tobytes()] for prefix in prefixes], np.int32)
@@ -261,22 +265,23 @@ class PrefixBank:
             self._entries.setdefault(slot, []).append(entry)
             self._ring_owner[entry.row] = slot
 
-    def _longest_match(self, prefix: np.ndarray) -> tuple[int, int, RingEntry | None]:
+    def _longest_match(self, prefix: np.ndarray, owner: int) -> tuple[int, int, RingEntry | None]:
         """(slot, length, entry): tokens of a slot that `prefix` begins with, and a continuation of them if one fits."""
+        own = (self._owners == owner).astype(bool)
         same = self._tokens[:, : len(prefix)] == prefix
         common = np.where(same.all(axis=1), len(prefix), np.argmin(same, axis=1)) if len(prefix) else self._lengths * 0
         # Conversations that differ before the middle chunk's length share too little: a fork saves less than another
         # shape of a call costs.
         forks_early = (common < np.minimum(self._lengths, len(prefix))) & (common < middle(self.shapes.growth))
-        common = np.where(forks_early, 0, common)
+        common = np.where(forks_early | ~own, 0, common)
         slot = int(common.argmax())
         longest, match = int(common[slot]), (slot, int(common[slot]), None)
-        for owner, entries in self._entries.items():
-            for entry in entries:
+        for holder, entries in self._entries.items():
+            for entry in entries if own[holder] else ():
                 end = entry.base + len(entry.tokens)
-                fits = longest < end <= len(prefix) and entry.base <= common[owner]
+                fits = longest < end <= len(prefix) and entry.base <= common[holder]
                 if fits and np.array_equal(prefix[entry.base : end], entry.tokens):
-                    longest, match = end, (owner, entry.base, entry)
+                    longest, match = end, (holder, entry.base, entry)
         return match
 
     def _evict(self, pinned: set[int], count: int) -> int:
@@ -288,7 +293,8 @@ class PrefixBank:
             raise UserError(f"the cache has {self.slots} slots, too few for {count} prefixes at once")
         if length := int(self._lengths[slot]):
             self.evictions += 1
-            self._record_dropped(length, int(_prefix_hashes(self._tokens[slot, :length])[-1]))
+            dropped = int(_prefix_hashes(self._tokens[slot, :length])[-1])
+            self._record_dropped(length, dropped ^ self._owners[slot])
         self._tokens[slot], self._lengths[slot] = -1, 0
         self._entries.pop(slot, None)
         self._recency.move_to_end(slot)
@@ -306,11 +312,13 @@ class PrefixBank:
             if not self._dropped[length]:
                 del self._dropped[length]
 
-    def _count_recomputed(self, prefix: np.ndarray, cached_length: int) -> int:
-        """Tokens of `prefix` after the first `cached_length` that an evicted slot held."""
+    def _count_recomputed(self, prefix: np.ndarray, cached_length: int, owner: int) -> int:
+        """Tokens of `prefix` after the first `cached_length` that an evicted slot of this owner held."""
         hashes = _prefix_hashes(prefix)
         lengths = (length for length in self._dropped if cached_length < length <= len(prefix))
-        recomputed = (length - cached_length for length in lengths if int(hashes[length - 1]) in self._dropped[length])
+        recomputed = (
+            length - cached_length for length in lengths if int(hashes[length - 1]) ^ owner in self._dropped[length]
+        )
         return max(recomputed, default=0)
 
     def _fullest_shape(self, lengths: np.ndarray) -> tuple[int, int]:

@@ -8,14 +8,14 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
-from jaxprm.errors import redact
+from jaxprm.redaction import redact
 
 _Count = Annotated[int, msgspec.Meta(ge=0)]
 # finish_reason of a usable response -> Action.stop.
 _STOPS: dict[str | None, Literal["end", "length"]] = {"stop": "end", "length": "length"}
 # Characters of a server's error text in our one-line messages.
 _MAX_SHOWN = 300
-# Bytes of a body that is not JSON which are decoded for a message: the body may be megabytes.
+# Characters of a body that are considered for a message: the body may be megabytes.
 _MAX_DECODED = 1 << 16
 
 
@@ -161,7 +161,7 @@ def _is_named(answered: str, name: str) -> bool:
 
 
 def _one_line(text: str, secret: str | None) -> str:
-    # Redact before cutting: a cut could leave half of the secret, which no longer matches.
-    text = redact(text, secret)
+    # Cut, because a body may be megabytes. Redacting finds half of a secret too.
+    text = redact(text[:_MAX_DECODED], secret)
     line = " ".join("".join(character if character.isprintable() else " " for character in text).split())
     return line[:_MAX_SHOWN] + ("..." if len(line) > _MAX_SHOWN else "") or "nothing"

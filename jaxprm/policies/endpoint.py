@@ -26,9 +26,10 @@ from cachetools import LRUCache
 
 from data_pipeline.encode import Encoder
 from jaxprm.config import EndpointConfig, PolicyConfig
-from jaxprm.errors import UserError, redact
+from jaxprm.errors import UserError
 from jaxprm.policies.completion import Completion, InvalidResponse, Usage, error_text, parse_completion
 from jaxprm.policies.protocol import Action, DrawKey, State, candidate_seed, draw_keys
+from jaxprm.redaction import MIN_SECRET, redact
 
 Result = TypeVar("Result")
 
@@ -389,7 +390,9 @@ class ChatClient:
             reason = f"{error}: {error_text(content, self._key)}"
             raise TransientError(redact(reason, self._key)) from None
         self.counts.add(completion.usage)
-        return completion
+        # The text is stored, and shown to every later reader of the trajectories.
+        text = redact(completion.text, self._key) if len(self._key or "") >= MIN_SECRET else completion.text
+        return completion._replace(text=text)
 
     def _status_error(self, response: httpx2.Response, content: bytes) -> Exception:
         """The exception for a status other than 200: by whether a retry, another request or another config can help."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import resources
@@ -24,6 +25,8 @@ from jaxprm.report.svg import light_colour, standalone_svg, themed_colour
 
 # Bytes of search trees in the page, as JSON. All trees of a run could make it too large to load.
 MAX_TREE_BYTES = 8_000_000
+# Trees that are named where they are left out.
+_MAX_NAMED = 5
 # The figure shows beam search and the first of these that was measured.
 FIGURE_ORDER = ("Best of N prefixes", "Best of N whole trajectories", "Best of K at every step")
 # Below the headline's evidence, in this order: the name of the template, the title in the page's bar, the data.
@@ -51,6 +54,8 @@ def build_report(workdir: Path) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     page = directory / "index.html"
     _write(page, render(results, trees).encode())
+    if note := _fitting(trees)[1]:
+        print(f"report: {note}", file=sys.stderr)
     _write_figure(results, directory)
     return page
 
@@ -59,9 +64,9 @@ def render(results: RunResults, trees: Sequence[SearchTree]) -> str:
     """The page as one string of HTML that loads nothing."""
     style = _theme() + _asset("style.css")
     script = _asset("theme.js") + _asset("viewer.js")
-    shown_trees = _fitting(trees)
+    shown_trees, note = _fitting(trees)
     # In the order of the page: (id, title in the bar, HTML).
-    parts = [("viewer", "Watch it choose", _viewer(len(shown_trees), len(trees)))]
+    parts = [("viewer", "Watch it choose", _viewer(shown_trees, note))]
     parts += [(name, title, _section(name, get_data(results))) for name, title, get_data in SECTIONS]
     return _template("page").render(
         policy=_content_security_policy(style, script),
@@ -81,9 +86,8 @@ def _section(name: str, data: sections.Context | None) -> str:
     return "" if data is None else _template(name).render(data)
 
 
-def _viewer(shown: int, total: int) -> str:
-    note = f"This page holds {shown} of {total} searches; all are in search/trees.json." if shown < total else ""
-    return _template("viewer").render(note=note) if shown else ""
+def _viewer(trees: Sequence[SearchTree], note: str) -> str:
+    return _template("viewer").render(shown=len(trees), note=note) if trees or note else ""
 
 
 def _template(name: str) -> jinja2.Template:
@@ -122,10 +126,11 @@ def axis_position(value: float, low: float, high: float) -> str:
     return f"{(min(max(value, low), high) - low) / (high - low) * 100:.2f}%"
 
 
-def _fitting(trees: Sequence[SearchTree]) -> list[SearchTree]:
-    """As many trees as keep the page loadable: MAX_TREE_BYTES of JSON, in the order given.
+def _fitting(trees: Sequence[SearchTree]) -> tuple[list[SearchTree], str]:
+    """As many trees as keep the page loadable, in the order given, and a note on those that are left out.
 
-    The first seed comes before the others and the headline's beam before other sizes, regardless of the outcomes.
+    MAX_TREE_BYTES of JSON. The first seed comes before the others and the headline's beam before other sizes,
+    regardless of the outcomes. A tree that does not fit leaves its place to those after it.
     """
     seeds = list(dict.fromkeys(tree.seed for tree in trees))
     by_preference = sorted(
@@ -136,13 +141,27 @@ def _fitting(trees: Sequence[SearchTree]) -> list[SearchTree]:
             size_key(trees[index].beam),
         ),
     )
-    chosen, total = set(), 0
+    chosen, large, total = set(), [], 0
     for index in by_preference:
-        total += len(msgspec.json.encode(trees[index]))
-        if total > MAX_TREE_BYTES:
-            break
-        chosen.add(index)
-    return [tree for index, tree in enumerate(trees) if index in chosen]
+        size = len(msgspec.json.encode(trees[index]))
+        if size > MAX_TREE_BYTES:
+            large.append(trees[index])
+        elif total + size <= MAX_TREE_BYTES:
+            total += size
+            chosen.add(index)
+    return [tree for index, tree in enumerate(trees) if index in chosen], _note(len(chosen), len(trees), large)
+
+
+def _note(shown: int, total: int, large: Sequence[SearchTree]) -> str:
+    """What the page leaves out: empty if it is nothing."""
+    if shown == total:
+        return ""
+    note = f"This page holds {shown} of {total} searches; all are in search/trees.json."
+    if large:
+        names = ", ".join(f"{tree.task} ({tree.method}, {tree.beam})" for tree in large[:_MAX_NAMED])
+        more = f" and {len(large) - _MAX_NAMED} more" if len(large) > _MAX_NAMED else ""
+        note += f" Too large for a page, with more than {MAX_TREE_BYTES / 1e6:g} MB each: {names}{more}."
+    return note
 
 
 def _styles_by_label(results: RunResults, trees: Sequence[SearchTree]) -> dict[str, dict[str, str]]:

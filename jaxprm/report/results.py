@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from data_pipeline.terminal import escape
 from jaxprm.errors import UserError
 from jaxprm.search.methods import SEARCHES
 
@@ -229,11 +230,27 @@ def load_trees(path: Path) -> list[SearchTree]:
 
 def _decode(path: Path, form: type[T]) -> T:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=form)
+        content = path.read_bytes()
+        # An escape of JSON may be such a character.
+        if b"\\u" in content or escape(content.decode()) != content.decode():
+            return msgspec.convert(_visible(msgspec.json.decode(content)), form, str_keys=True)
+        return msgspec.json.decode(content, type=form)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run the evaluation and search stages of this work directory") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {error}; write it again with the evaluation and search stages") from None
+
+
+def _visible(value: Any) -> Any:
+    """A JSON value in whose texts characters that hide or reorder text are written out.
+
+    The texts come from models and files. In figures some of the characters are not even allowed.
+    """
+    if isinstance(value, str):
+        return escape(value)
+    if isinstance(value, dict):
+        return {escape(key): _visible(item) for key, item in value.items()}
+    return [_visible(item) for item in value] if isinstance(value, list) else value
 
 
 def _convert(path: Path, label: str, search: str, curve: Any) -> Curve:

@@ -125,6 +125,8 @@ class Engine:
         self.config, self.max_tokens, self.shapes, self._dtype = config, max_tokens, shapes, jnp.dtype(dtype)
         self._graph, self._parameters = reward_model_graph(config), parameters
         self._cache_bytes, self._max_rows = cache_bytes, rows
+        # Whose cached prefixes are read and written, see PrefixBank.allocate.
+        self.owner = 0
         # Counts outside the bank, and those of banks that were dropped by `forget`.
         self._encoded = self._padded = 0
         self._earlier = TokenCounts()
@@ -197,7 +199,8 @@ class Engine:
         rows, rows_at_once = _packed(jobs, widths[-1]), self._bank.slots // 2
         for start in range(0, len(rows), rows_at_once):
             chunk = rows[start : start + rows_at_once]
-            with_slots = list(zip(chunk, self._bank.allocate([row.prefix for row in chunk]), strict=True))
+            slots = self._bank.allocate([row.prefix for row in chunk], self.owner)
+            with_slots = list(zip(chunk, slots, strict=True))
             for row_width in widths:
                 if width is None:
                     max_rows = equal_work_rows(row_width, widths, self._rows)

@@ -123,6 +123,18 @@ class Scorer:
             "slots": counts.padded_tokens,
         }
 
+    def bound_caches(self, *, scores: int, renderings: int, texts: int) -> None:
+        """Empties the caches of the host, and bounds them: a number of scores, bytes of renderings and of texts."""
+        self._cache = LRUCache(scores)
+        self.encoder.bound_caches(renderings=renderings, texts=texts)
+
+    def isolate(self, owner: int) -> None:
+        """Separates the caches: what follows reads and fills only those of this owner, an integer; 0 at first."""
+        if owner != self.engine.owner:
+            self.engine.owner = owner
+            # These are not kept apart by owner: they save little next to the model.
+            self.encoder.forget()
+
     def forget(self) -> None:
         """Empties all caches: the next call costs and rounds as the first one did."""
         self._cache.clear()
@@ -218,7 +230,7 @@ class Scorer:
 
         Raises DataError if the state cannot be encoded.
         """
-        state_key = state_hash(state, tools)
+        state_key = state_hash(state, tools) + (f"/{self.engine.owner:x}" if self.engine.owner else "")
         actions = [as_message(candidate) for candidate in candidates]
         indices = range(len(actions)) if indices is None else indices
         keys = [(state_key, prefix_hash([action])) for action in actions]

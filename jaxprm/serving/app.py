@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import hmac
 import logging
+import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
@@ -21,9 +22,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from jaxprm.serving import requests
-from jaxprm.serving.batcher import Batcher
+from jaxprm.serving import hosts, requests
+from jaxprm.serving.batcher import Asked, Batcher
 from jaxprm.serving.requests import INTERNAL_ERROR, Intake, RequestLimits, RequestRefused
 
 # Buckets of the histograms.
@@ -87,13 +89,22 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 @dataclasses.dataclass(frozen=True)
 class Service:
-    """What the endpoints need. name: of the model, for clients; token: required of clients, None if it is not."""
+    """What the endpoints need.
+
+    Args:
+      name: of the model, for clients.
+      token: required of clients, None if it is not.
+      hosts: names of the server that clients may use, besides those of the loopback interface. None: any name.
+      private: connections share no caches.
+    """
 
     batcher: Batcher
     metrics: ServerMetrics
     limits: RequestLimits
     name: str
     token: str | None = dataclasses.field(default=None, repr=False)
+    hosts: frozenset[str] | None = None
+    private: bool = False
 
 
 def make_app(
@@ -114,9 +125,35 @@ def make_app(
         ),
     ]
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _no_such_endpoint})
+    # Around all routes: a page of another name must not even learn that this server exists.
+    app.add_middleware(_OwnNames, service=service)
     # A wrong path gets the JSON of every refusal, not a redirect.
     app.router.redirect_slashes = False
     return app
+
+
+class _OwnNames:
+    """Refuses requests for names that are not the server's, and requests of web pages from elsewhere."""
+
+    def __init__(self, app: ASGIApp, service: Service):
+        self._app, self._allowed, self._metrics = app, service.hosts, service.metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer = self._refusal(Request(scope)) if scope["type"] == "http" else None
+        if answer is not None:
+            self._metrics.count_answer("other", answer.status_code, 0.0)
+        await (answer or self._app)(scope, receive, send)
+
+    def _refusal(self, request: Request) -> Response | None:
+        if self._allowed is None:
+            return None
+        host, origin = request.headers.get("host", ""), request.headers.get("origin")
+        if not hosts.is_accepted(hosts.host_of(host), self._allowed):
+            message = f"Host {host!r} is not a name of this server; start it with --allow-host NAME"
+            return error_response(RequestRefused(421, message))
+        if origin is not None and not hosts.is_accepted(hosts.origin_host(origin), self._allowed):
+            return error_response(RequestRefused(403, f"requests of web pages from {origin!r} are not accepted"))
+        return None
 
 
 class _Endpoints:
@@ -157,7 +194,17 @@ class _Endpoints:
         with self._intake.holding() as body:
             await self._intake.read(request, body)
             parsed = parse(requests.parse_json(body, self._service.limits.depth))
-            return parsed, await self._while_connected(request, self._service.batcher(parsed))
+            asked = Asked(parsed, self._owner(request, parsed.cache_salt))
+            return parsed, await self._while_connected(request, self._service.batcher(asked))
+
+    def _owner(self, request: Request, salt: str | None) -> int:
+        """Whose caches a request uses: 0 for those that all clients share."""
+        if salt is not None:
+            return int.from_bytes(_digest(salt)[:16])
+        if not self._service.private:
+            return 0
+        # Without a connection (in tests) the caches of a request are its own.
+        return getattr(request.state, "connection", None) or secrets.randbits(128)
 
     async def _while_connected(self, request: Request, answer: Awaitable[Any]) -> Any:
         """The answer, cancelled if the client disconnects first."""

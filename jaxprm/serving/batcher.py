@@ -28,6 +28,15 @@ SHAPES = Shapes(growth=(256,), packed=(256, 1024), ring_width=256, lengths=(0, 5
 _AVERAGE_WEIGHT = 0.2
 
 ScoringRequest = ScoreActions | Classify
+
+
+class Asked(NamedTuple):
+    """A request, and whose caches it uses: 0 for those that all clients share."""
+
+    request: ScoringRequest
+    owner: int = 0
+
+
 Answer = list[ActionScore] | Values | RequestRefused
 
 
@@ -184,8 +193,17 @@ class Answers:
         self._scorer.engine.warm_up(self._limits.tokens, on_program)
         self._scorer.engine.warm_up_full(self._limits.tokens, on_program)
 
-    def __call__(self, requests: Sequence[ScoringRequest]) -> list[Answer]:
+    def __call__(self, requests: Sequence[Asked]) -> list[Answer]:
         """The answer to each request, in order: scores, values, or a refusal."""
+        answers: dict[int, Answer] = {}
+        for owner in dict.fromkeys(asked.owner for asked in requests):
+            # Requests of different owners are not computed together: a batch reads the caches of one owner.
+            self._scorer.isolate(owner)
+            indices = [index for index, asked in enumerate(requests) if asked.owner == owner]
+            answers |= zip(indices, self._of_owner([requests[index].request for index in indices]), strict=True)
+        return [answers[index] for index in range(len(requests))]
+
+    def _of_owner(self, requests: Sequence[ScoringRequest]) -> list[Answer]:
         encoded = [self._encode_checked(request) for request in requests]
         ready = [request for request in encoded if isinstance(request, _Encoded)]
         try:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http import HTTPStatus
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
@@ -148,13 +148,20 @@ def _containers_in(value: Any) -> list:
     return [item for item in items if isinstance(item, (dict, list))]
 
 
+Salt = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
+
+
 class ScoreActions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`POST /v1/score_actions`: the arguments of jaxprm.Model.score_actions. `model` is ignored: a server has one."""
+    """`POST /v1/score_actions`: the arguments of jaxprm.Model.score_actions. `model` is ignored: a server has one.
+
+    cache_salt: requests share caches only with those of the same salt, as in vLLM.
+    """
 
     messages: list[dict[str, Any]]
     candidates: list[str | dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
     model: str | None = None
+    cache_salt: Salt | None = None
 
 
 class Classify(NamedTuple):
@@ -169,6 +176,7 @@ class Classify(NamedTuple):
     messages: list[dict[str, Any]] | None
     tools: list[dict[str, Any]] | None
     is_single: bool
+    cache_salt: str | None = None
     add_bos: bool = False
 
 
@@ -205,17 +213,18 @@ def parse_classify(value: Any, limits: RequestLimits) -> Classify:
     if add_bos not in (None, True, False):
         raise RequestRefused(400, "add_special_tokens: must be true or false")
     (name,) = present
+    salt = _convert(fields.get("cache_salt"), Salt | None, "cache_salt")
     if name == "messages":
         messages = _convert(fields[name], list[dict[str, Any]], name)
         tools = _convert(fields.get("tools"), list[dict[str, Any]] | None, "tools")
         last = messages[-1] if messages else {}
         if last.get("role") != "assistant" or last.get("step") is False:
             raise RequestRefused(400, "messages: the last one must be the assistant's, whose promise is the answer")
-        return Classify("vllm", [], messages, tools, True)
+        return Classify("vllm", [], messages, tools, True, salt)
     is_single = isinstance(fields[name], str) or (isinstance(fields[name], list) and not _holds_inputs(fields[name]))
     inputs = [fields[name]] if is_single else fields[name]
     _check_inputs(name, inputs, limits)
-    return Classify("vllm" if name == "input" else "sglang", inputs, None, None, is_single, bool(add_bos))
+    return Classify("vllm" if name == "input" else "sglang", inputs, None, None, is_single, salt, bool(add_bos))
 
 
 def score_actions_response(scores: Sequence[ActionScore], model: str) -> dict[str, Any]:

@@ -12,11 +12,11 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Literal
+from typing import Any, Literal
 
 from jaxprm import config as config_lib
 from jaxprm import progress
@@ -27,21 +27,26 @@ from jaxprm.scoring import loading
 
 # Checked here, because classes below derive from uvicorn's.
 try:
-    import h11
     import uvicorn
     from starlette.applications import Starlette
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
-    from jaxprm.serving.app import ServerMetrics, Service, error_response, make_app
+    from jaxprm.serving import hosts
+    from jaxprm.serving.app import ServerMetrics, Service, make_app
     from jaxprm.serving.batcher import SHAPES, Answers, Batcher
-    from jaxprm.serving.requests import RequestLimits, RequestRefused
+    from jaxprm.serving.http1 import Protocol
+    from jaxprm.serving.requests import RequestLimits
 except ModuleNotFoundError as error:
     packages = "pip install uvicorn starlette prometheus-client"
     raise UserError(f"serve needs {error.name}, which is not installed: {packages}") from None
 
+# Smaller than a search has them: the memory of a server stops growing after some thousand requests.
+HOST_CACHES = {"scores": 1 << 14, "renderings": 8 << 20, "texts": 8 << 20}
 TOKEN_VARIABLE = "JAXPRM_TOKEN"
 # Seconds between checks of the connections, and for which an idle client may delay the shutdown.
 _CHECK_SECONDS, _SHUTDOWN_SECONDS = 0.5, 5.0
+# Connections that wait to be accepted; uvicorn's number.
+_BACKLOG = 2048
 
 
 def serve_verb(options: argparse.Namespace) -> int:
@@ -63,6 +68,9 @@ def serve_verb(options: argparse.Namespace) -> int:
             body_bytes=options.max_body,
             waiting=options.max_waiting,
         ),
+        name=options.served_model_name,
+        allowed_hosts=options.allow_host or (),
+        private=options.private,
     )
     return 0
 
@@ -80,10 +88,14 @@ def serve(
     mesh: config_lib.MeshConfig | None = None,
     limits: RequestLimits = RequestLimits(),
     add_bos: bool = False,
+    name: str | None = None,
+    allowed_hosts: Sequence[str] = (),
+    private: bool = False,
 ) -> None:
     """Serves a reward model until SIGTERM or SIGINT, then answers the accepted requests and returns.
 
-    Clients must send the token in the environment's JAXPRM_TOKEN, if it is set.
+    Clients must send the token in the environment's JAXPRM_TOKEN, if it is set. Without a token, they must use a name
+    of the loopback interface, `host`, or one of `allowed_hosts`; with a token, any name unless `allowed_hosts` is set.
 
     Args:
       model: as for `jaxprm.load`.
@@ -91,11 +103,14 @@ def serve(
       rows, dtype, template, reasoning, special_tokens: as in scoring.loading.load_scorer.
       add_bos: put the begin-of-text token before texts of /classify that lack it, instead of refusing them.
       mesh: devices of this process that share the work; None is the first device alone.
+      name: of the model, for clients; None: its name on the hub, its label, or the name of its directory.
+      private: connections share no caches, see docs/serve.md.
 
     Raises UserError for a host that other machines can reach without a token, an address that cannot be bound, and a
     model that `jaxprm.load` refuses.
     """
     token = read_token(os.environ)
+    names = frozenset(map(hosts.parse_host, allowed_hosts))
     # Before the model is loaded, which may take minutes: a taken port is reported at once.
     listening = bind(host, port, token)
     try:
@@ -111,8 +126,9 @@ def serve(
             mesh=mesh,
             shapes=SHAPES,
         )
-        model_api, metrics = Model(scorer, read_recipe(directory)), ServerMetrics()
-        answers = Answers(scorer, model_api, limits, add_bos=add_bos)
+        scorer.bound_caches(**HOST_CACHES)
+        recipe, metrics = read_recipe(directory), ServerMetrics()
+        answers = Answers(scorer, Model(scorer, recipe), limits, add_bos=add_bos)
         batcher = Batcher(
             answers,
             lambda check_open: _warm_up(answers, check_open),
@@ -120,7 +136,17 @@ def serve(
             on_batch=lambda count, seconds: metrics.count_batch(count, seconds, answers.usage),
         )
         metrics.watch(unanswered=lambda: batcher.unanswered, ready=lambda: batcher.state == "ready")
-        service = Service(batcher, metrics, limits, str(model), token)
+        if token is None and (own_name := hosts.host_of(host)):
+            names |= {own_name}
+        service = Service(
+            batcher,
+            metrics,
+            limits,
+            name or public_name(str(model), recipe, directory),
+            token,
+            hosts=names if names or token is None else None,
+            private=private,
+        )
         address, bound_port, *_ = listening.getsockname()
         url = f"http://{f'[{address}]' if ':' in address else address}:{bound_port}"
         _print(f"serving {model} on {url}; warming up")
@@ -143,8 +169,17 @@ def read_token(environment: Mapping[str, str]) -> str | None:
     return token
 
 
+def public_name(model: str, recipe: Mapping[str, Any], directory: Path) -> str:
+    """The name of a model for clients, which shows no path of this machine."""
+    label = recipe.get("label")
+    if not Path(model).exists():
+        # A name on the hub.
+        return model
+    return label if isinstance(label, str) and label else directory.resolve().name
+
+
 def bind(host: str, port: int, token: str | None) -> socket.socket:
-    """A socket bound to the host's first address. It does not listen yet.
+    """A socket that listens on the host's first address. Connections wait until the server accepts them.
 
     Raises UserError if other machines could reach it without a token, or the address cannot be bound.
     """
@@ -165,6 +200,8 @@ def bind(host: str, port: int, token: str | None) -> socket.socket:
         # Otherwise a restart fails as long as closed connections of the server before are in TIME_WAIT.
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
+        # At once: two sockets may be bound to one port as long as neither listens.
+        listening.listen(_BACKLOG)
     except (OSError, OverflowError) as error:
         listening.close()
         reason = getattr(error, "strerror", None) or error
@@ -173,7 +210,15 @@ def bind(host: str, port: int, token: str | None) -> socket.socket:
 
 
 def run(service: Service, listening: socket.socket) -> None:
-    """Serves on a bound socket until a signal. Starts and closes the service's batcher."""
+    """Serves on a socket until a signal. Starts and closes the service's batcher."""
+    try:
+        make_server(service).run(sockets=[listening])
+    finally:
+        service.batcher.close()
+
+
+def make_server(service: Service) -> uvicorn.Server:
+    """The server of `run`, which starts the service's batcher."""
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -187,7 +232,7 @@ def run(service: Service, listening: socket.socket) -> None:
     server = _Server(
         uvicorn.Config(
             make_app(service, lifespan),
-            http=_Protocol,
+            http=Protocol,
             ws="none",
             loop="asyncio",
             lifespan="on",
@@ -198,10 +243,7 @@ def run(service: Service, listening: socket.socket) -> None:
             timeout_keep_alive=max(1, round(service.limits.idle_seconds)),
         )
     )
-    try:
-        server.run(sockets=[listening])
-    finally:
-        service.batcher.close()
+    return server
 
 
 class _Server(uvicorn.Server):
@@ -211,18 +253,6 @@ class _Server(uvicorn.Server):
         # A second Ctrl-C does not wait for the answers.
         self.force_exit = self.should_exit and sig == signal.SIGINT
         self.should_exit = True
-
-
-class _Protocol(H11Protocol):
-    """Rejects what is not HTTP with the same JSON as other refusals, where uvicorn sends plain text."""
-
-    def send_400_response(self, msg: str) -> None:
-        # In other states a response has begun already, and h11 would raise.
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            refusal = error_response(RequestRefused(400, msg, Connection="close"))
-            head = h11.Response(status_code=400, headers=refusal.raw_headers, reason=b"Bad Request")
-            self.transport.write(self.conn.send(head) + self.conn.send(h11.Data(data=refusal.body)))
-        self.transport.close()
 
 
 async def _watch(server: uvicorn.Server, service: Service) -> None:

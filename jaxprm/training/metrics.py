@@ -17,8 +17,9 @@ import numpy as np
 
 from jaxprm import config as config_lib
 from jaxprm import files
-from jaxprm.errors import UserError, redact
+from jaxprm.errors import UserError
 from jaxprm.evaluation.value_metrics import StepRecords
+from jaxprm.redaction import redact
 from jaxprm.training.flops import chip_of_device
 
 TIMING_EVERY = 10  # steps

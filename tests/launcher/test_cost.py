@@ -189,14 +189,14 @@ def test_an_unreachable_cloud_is_not_an_empty_one(launch):
 
 @pytest.mark.parametrize("answer", [FORBIDDEN, NONE], ids=["403", "silent"])
 def test_a_machine_that_has_reported_is_not_deleted_because_the_bucket_is_silent(launch, answer):
-    launch.cloud.scenario([[MARKS, [NONE, UNFINISHED, *[answer] * 5, DONE]]])
+    launch.cloud.scenario([[MARKS, [NONE, UNFINISHED, *[answer] * 3, DONE]]])
     stderr = launch("up", *UP, *TRAIN, START_POLLS="2").stderr
     assert "done; results in" in stderr and creations(launch) == 1
     assert ("cannot read" if answer is FORBIDDEN else "no worker has reported for a long time") in stderr
 
 
 def test_a_bucket_that_cannot_be_read_says_nothing_about_the_machine(launch):
-    launch.cloud.scenario([[MARKS, [NONE, *[FORBIDDEN] * 5, DONE]]])
+    launch.cloud.scenario([[MARKS, [NONE, *[FORBIDDEN] * 3, DONE]]])
     stderr = launch("up", *UP, *TRAIN, START_POLLS="2").stderr
     assert "cannot read gs://my-bucket/prm/state, so it is unknown how the run is" in stderr
     assert "done; results in" in stderr and creations(launch) == 1
@@ -206,7 +206,7 @@ def test_a_machine_that_reported_in_an_earlier_run_is_not_deleted_either(launch)
     launch.cloud.node("READY")
     ended = [0, "gs://my-bucket/prm/state/worker-0\n", ""]
     launch.cloud.put("my-bucket/prm/state/worker-0", "done\n")
-    launch.cloud.scenario([[MARKS, [ended, *[NONE] * 5, DONE]]])
+    launch.cloud.scenario([[MARKS, [ended, *[NONE] * 3, DONE]]])
     launch("up", *UP, *TRAIN, START_POLLS="2")
 
 

@@ -14,44 +14,19 @@ from types import SimpleNamespace
 import pytest
 from openai.types.chat import ChatCompletion
 
-from jaxprm.config import EndpointConfig, PolicyConfig
+from jaxprm.config import EndpointConfig
 from jaxprm.errors import UserError
 from jaxprm.policies import endpoint as endpoint_module
-from jaxprm.policies.endpoint import ChatClient, EndpointPolicy, Pauses
+from jaxprm.policies.endpoint import Pauses
 from jaxprm.policies.protocol import Action, State, candidate_seed, prefix_hash
 from tests.model import tiny
 from tests.policies import fake_server
-from tests.policies.fake_server import MODEL, FakeServer, Reply, completion, hang, raw, reset
+from tests.policies.fake_server import MODEL, Reply, completion, hang, raw, reset
 
 KEY = "wEird+key/0123456789"
 STATES = [State(f"task/{number}", [{"role": "user", "content": f"prompt {number}"}]) for number in range(5)]
 BAD = State("task/bad", [{"role": "user", "content": "bad"}])
 GOOD = completion("Got 3 planks", tokens=7)
-
-
-@pytest.fixture
-def server():
-    server = FakeServer()
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def make(server):
-    """A function that makes policies of the server. They are closed after the test."""
-    policies = []
-
-    def make(*, seed=0, key=None, encoder=None, max_tokens=1024, pauses=Pauses(0.004, 0.01, 0.05), **endpoint):
-        options = {"base_url": server.base_url, "model": MODEL, "timeout_seconds": 5.0, "retries": 2} | endpoint
-        settings = PolicyConfig(endpoint=EndpointConfig(**options), max_action_tokens=50, max_tokens=max_tokens)
-        finder = endpoint_module.special_token_finder(encoder)
-        client = ChatClient(settings.endpoint, key, find_special=finder, pauses=pauses)
-        policies.append(EndpointPolicy(settings, seed=seed, encoder=encoder, client=client))
-        return policies[-1]
-
-    yield make
-    for policy in policies:
-        policy.close()
 
 
 def message(policy, states, n=1):

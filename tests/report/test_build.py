@@ -230,8 +230,9 @@ def test_untrusted_text_stays_text(
     assert "img" not in {tag for tag, _ in page.elements}
     assert "{{ 7 * 7 }}" in page.words["pairs"] and "49" not in page.words["pairs"]
     embedded = json.loads(page.raw["script"][0])
-    assert embedded[0]["nodes"][0]["action"] == HOSTILE
-    assert embedded[0]["task"] == HOSTILE
+    # A separator of lines is written out, as are marks of direction.
+    assert embedded[0]["nodes"][0]["action"] == HOSTILE.replace("\u2028", "\\u2028")
+    assert embedded[0]["task"] == HOSTILE.replace("\u2028", "\\u2028")
     assert len(page.raw["script"]) == 3
     assert page.sections >= {"viewer", "beam", "pairs", "judgement", "training", "cost", "provenance"}
 
@@ -327,6 +328,37 @@ def test_trees_beyond_the_budget_are_left_out_and_counted(
     assert len([tree for tree in shown if tree["beam"] == "4x4"]) == len(trees) / 2
     assert len(trees) / 2 <= len(shown) < len(trees)
     assert f"holds {len(shown)} of {len(trees)} searches" in page.words["viewer"]
+
+
+def test_a_tree_that_is_too_large_leaves_the_others_and_is_named(
+    leave: Callable[..., Path], trees: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    large = trees[0] | {"task": "textcraft/large", "prompt": "x" * 200_000}
+    monkeypatch.setattr(build, "MAX_TREE_BYTES", 150_000)
+    page = Page(build_report(leave({}, [large, *trees[1:4]])).read_text())
+    assert [tree["task"] for tree in json.loads(page.raw["script"][0])] == [tree["task"] for tree in trees[1:4]]
+    note = "This page holds 3 of 4 searches; all are in search/trees.json. Too large for a page, with more than 0.15 MB"
+    for text in (page.words["viewer"], capsys.readouterr().err):
+        assert note in text and f"textcraft/large ({large['method']}, {large['beam']})" in text
+    page = Page(build_report(leave({}, [large])).read_text())
+    assert "This page holds 0 of 1 searches" in page.words["viewer"] and "textcraft/large" in page.words["viewer"]
+    capsys.readouterr()
+    page = Page(build_report(leave({}, trees[1:3])).read_text())
+    assert capsys.readouterr().err == ""
+
+
+def test_characters_that_hide_or_reorder_text_are_written_out(
+    leave: Callable[..., Path], trees: list[dict[str, Any]]
+) -> None:
+    hostile = "a\u202eb\x1b[2J\u2066\x9b \\u202e"
+    trees[0]["prompt"] = trees[0]["task"] = trees[0]["nodes"][0]["action"] = hostile
+    estimate = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 60}
+    results = {"name": hostile, "methods": {hostile: {"beam": {"4x4": estimate}}}}
+    text = build_report(leave(results, trees[:1])).read_text()
+    assert not any(character in text for character in "\u202e\u2066\x1b\x9b")
+    shown = "a\\u202eb\\x1b[2J\\u2066\\x9b \\u202e"
+    tree = json.loads(Page(text).raw["script"][0])[0]
+    assert tree["prompt"] == tree["task"] == tree["nodes"][0]["action"] == shown
 
 
 def test_the_same_results_give_the_same_page(leave: Callable[..., Path], results: dict[str, Any]) -> None:

@@ -233,3 +233,26 @@ def test_parameters_in_bfloat16_are_computed_with_in_either_precision():
     for text in CANDIDATES[:2]:
         uncached.append(exact.score([with_action(conversations[1], text)])[0][-1])
     assert 1e-5 < np.abs(cached - np.array(uncached)).max() < 0.1
+
+
+def test_owners_of_caches_find_nothing_of_each_other_and_get_the_same_scores():
+    scorer, (messages, *_) = new_scorer(), CONVERSATIONS
+    prompt, action = [messages[0]], "Action: get 1 oak log"
+    longer = [*with_action(prompt, action), {"role": "user", "content": "Got 1 oak log"}]
+
+    def computed(owner: int, state) -> tuple[int, float]:
+        before = scorer.usage["encoded"]
+        scorer.isolate(owner)
+        (scores,) = scorer.score_actions([state], [[action]])
+        return scorer.usage["encoded"] - before, float(scores[0])
+
+    cost, score = computed(0, prompt)
+    for owner in (1 << 120, 7):
+        # As if nobody had asked before: not from the scores in memory, nor from keys and values.
+        other_cost, other = computed(owner, prompt)
+        assert other_cost == cost > 0 and other == pytest.approx(score, abs=1e-5)
+    for owner in (0, 7, 1 << 120):
+        assert computed(owner, prompt)[0] == 0
+    grown = computed(7, longer)[0]
+    assert 0 < grown == computed(0, longer)[0] < computed(5, longer)[0]
+    assert scorer.usage["again"] == 0

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 
 import httpx2
 
 from jaxprm.api import ActionScore
 from jaxprm.serving.app import ServerMetrics, Service, make_app
-from jaxprm.serving.batcher import Batcher
-from jaxprm.serving.requests import Classify, RequestLimits, ScoreActions, Values
+from jaxprm.serving.batcher import Asked, Batcher
+from jaxprm.serving.requests import RequestLimits, ScoreActions, Values
+from jaxprm.serving.server import bind, make_server
 
 JSON = {"Content-Type": "application/json"}
 MESSAGES = [{"role": "user", "content": "Goal: torch"}]
@@ -25,14 +28,18 @@ class Model:
         self.going.set()
         self.batches: list[int] = []
         self.fail: Exception | None = None
+        self.owners: list[int] = []
 
-    def __call__(self, requests: Sequence[ScoreActions | Classify]) -> list:
+    def __call__(self, requests: Sequence[Asked]) -> list:
         self.batches.append(len(requests))
+        # Tests of the batcher alone ask with anything.
+        asked = [request if isinstance(request, Asked) else Asked(request) for request in requests]
+        self.owners += [owner for _, owner in asked]
         self.begun.set()
         assert self.going.wait(30)
         if self.fail:
             raise self.fail
-        return [self._answer(request) for request in requests]
+        return [self._answer(request) for request, _ in asked]
 
     def _answer(self, request):
         if isinstance(request, ScoreActions):
@@ -58,9 +65,10 @@ def client(
     limits: RequestLimits = RequestLimits(),
     token: str | None = None,
     metrics: ServerMetrics | None = None,
+    **settings,
 ):
     """An HTTP client of the application itself, without a socket."""
-    service = Service(batcher, metrics or ServerMetrics(), limits, "some-model", token)
+    service = Service(batcher, metrics or ServerMetrics(), limits, "some-model", token, **settings)
     return httpx2.AsyncClient(transport=httpx2.ASGITransport(make_app(service)), base_url="http://test")
 
 
@@ -71,3 +79,22 @@ def error(response) -> dict:
     details = response.json()["error"]
     assert details["code"] == response.status_code
     return details
+
+
+@contextlib.contextmanager
+def listening(**settings) -> Iterator[tuple[int, Model]]:
+    """(port, model) of a server with real sockets on the loopback interface."""
+    model = Model()
+    service = Service(batcher(model), ServerMetrics(), RequestLimits(), "some-model", **settings)
+    server, sock = make_server(service), bind("127.0.0.1", 0, None)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
+    thread.start()
+    try:
+        while service.batcher.state != "ready":
+            time.sleep(0.01)
+        yield sock.getsockname()[1], model
+    finally:
+        server.should_exit = True
+        thread.join()
+        service.batcher.close()
+        sock.close()

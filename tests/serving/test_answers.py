@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from data_pipeline.encode import Encoder
 from jaxprm.api import ActionScore
 from jaxprm.errors import UserError
-from jaxprm.serving.batcher import Answers
+from jaxprm.serving.batcher import Answers, Asked
 from jaxprm.serving.requests import Classify, RequestLimits, ScoreActions, Values
 from tests.model import tiny
 
@@ -36,7 +36,7 @@ class Stub:
     config, encoder, usage = SimpleNamespace(vocab_size=100), SimpleNamespace(bos_id=None), {}
 
     def __init__(self):
-        self.engine, self.calls, self.forgotten = self, [], 0
+        self.engine, self.calls, self.forgotten, self.owners = self, [], 0, []
 
     def score_full(self, sequences, names, small_batches):
         self.calls.append(len(sequences))
@@ -61,6 +61,9 @@ class Stub:
     def forget(self):
         self.forgotten += 1
 
+    def isolate(self, owner):
+        self.owners.append(owner)
+
 
 def ids(*tokens: int) -> Classify:
     return Classify("vllm", [list(tokens)], None, None, True)
@@ -72,7 +75,8 @@ def actions(*candidates: str, messages=({"role": "user", "content": "x"},)) -> S
 
 def answered(*asked):
     stub = Stub()
-    return Answers(stub, stub, RequestLimits(tokens=3))(asked), stub
+    requests = [request if isinstance(request, Asked) else Asked(request) for request in asked]
+    return Answers(stub, stub, RequestLimits(tokens=3))(requests), stub
 
 
 def test_all_is_computed_at_once_and_in_order():
@@ -115,7 +119,7 @@ def test_inputs_begin_with_the_token_that_the_template_writes_first(monkeypatch,
 def test_a_missing_first_token_is_added_on_request(monkeypatch, by_server):
     monkeypatch.setattr(Stub, "encoder", BOS)
     stub, request = Stub(), Classify("vllm", ["5", "7"], None, None, False, add_bos=not by_server)
-    (answer,) = Answers(stub, stub, RequestLimits(tokens=3), add_bos=by_server)([request])
+    (answer,) = Answers(stub, stub, RequestLimits(tokens=3), add_bos=by_server)([Asked(request)])
     assert answer == Values([5.0, 7.0], [2, 1])
 
 
@@ -140,3 +144,10 @@ def test_the_token_that_the_template_writes_first_is_found_in_its_rendering():
     encoder = Encoder(tokenizer)
     assert encoder.bos_id == tokenizer.pad_token_id
     assert encoder.rendered(encoder.render([{"role": "user", "content": "x"}]))[0] == encoder.bos_id
+
+
+def test_owners_are_computed_apart_and_answered_in_order():
+    asked = [Asked(ids(1), 5), Asked(ids(2), 9), Asked(ids(3), 5), Asked(ids(13), 9)]
+    answers, stub = answered(*asked)
+    assert answers[:3] == [Values([1.0], [1]), Values([2.0], [1]), Values([3.0], [1])] and answers[3].status == 500
+    assert stub.owners == [5, 9] and stub.calls[:2] == [2, 2]

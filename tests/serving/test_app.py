@@ -15,7 +15,12 @@ SECRET = "a-long-secret"
 
 
 def served(
-    test, *, limits: RequestLimits = RequestLimits(), token: str | None = None, metrics: ServerMetrics | None = None
+    test,
+    *,
+    limits: RequestLimits = RequestLimits(),
+    token: str | None = None,
+    metrics: ServerMetrics | None = None,
+    **settings,
 ):
     """Runs `test(client, model)` against the application."""
 
@@ -24,7 +29,7 @@ def served(
         batcher = fakes.batcher(model, limits)
         await fakes.ready(batcher)
         try:
-            async with fakes.client(batcher, limits, token, metrics) as client:
+            async with fakes.client(batcher, limits, token, metrics, **settings) as client:
                 await test(client, model)
         finally:
             model.going.set()

@@ -27,12 +27,10 @@ REQUESTS = 3000
 SMALL_CACHES = """
 from jaxprm.host_memory import keep_freed
 keep_freed()
-import data_pipeline.chat_template, data_pipeline.encode, jaxprm.model.prefix_bank, jaxprm.scoring.scorer
+import jaxprm.model.prefix_bank, jaxprm.serving.server
 for module, name, size in (
-    (data_pipeline.chat_template, "_MAX_RENDERING_BYTES", 1 << 20),
-    (data_pipeline.encode, "_MAX_PIECE_BYTES", 1 << 20),
     (jaxprm.model.prefix_bank, "MAX_DROPPED_PREFIXES", 200),
-    (jaxprm.scoring.scorer, "MAX_CACHED", 200),
+    (jaxprm.serving.server, "HOST_CACHES", {"scores": 200, "renderings": 1 << 20, "texts": 1 << 20}),
 ):
     assert hasattr(module, name), name  # a renamed bound would be set in vain
     setattr(module, name, size)

@@ -38,6 +38,21 @@ def test_a_port_in_use_is_one_line():
             server.bind("127.0.0.1", port, None)
 
 
+def test_a_port_of_a_server_that_is_still_starting_is_in_use():
+    with server.bind("127.0.0.1", 0, None) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port}: Address already in use"):
+            server.bind("127.0.0.1", port, None)
+
+
+def test_the_name_of_a_model_is_no_path(tmp_path):
+    assert server.public_name(str(tmp_path), {"label": "agentprm"}, tmp_path) == "agentprm"
+    for recipe in ({}, {"label": 5}, {"label": ""}):
+        assert server.public_name(str(tmp_path), recipe, tmp_path / "my-prm") == "my-prm"
+    (tmp_path / "org").mkdir()
+    assert server.public_name("org/name@main", {}, tmp_path / "snapshots/0123") == "org/name@main"
+
+
 @pytest.mark.parametrize(("host", "port"), [("no such host", 0), ("127.0.0.1", 65536), ("127.0.0.1", -1)])
 def test_an_address_that_cannot_be_bound_is_one_line(host, port):
     with pytest.raises(UserError, match=host):
