@@ -10,6 +10,7 @@ turns, cost only their new pieces.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -194,6 +195,14 @@ class Encoder:
     def vocabulary_size(self) -> int:
         """Number of tokens, special ones included."""
         return len(self.tokenizer)
+
+    @functools.cached_property
+    def bos_id(self) -> int | None:
+        """Id of the begin-of-text token if the template begins every conversation with it, else None."""
+        bos = self.tokenizer.bos_token
+        if bos is None or not self.render([{"role": "user", "content": "x"}]).startswith(bos):
+            return None
+        return self.tokenizer.bos_token_id
 
     def render(self, messages: Messages, *, tools: Tools = None, generation: bool = False) -> str:
         """The conversation as text; with `generation`, including the opening of the next assistant message."""

@@ -26,6 +26,11 @@ class SplitError(DataError):
     """A task in two splits. The fault is in the split of the files, so leaving bad rows out does not fix it."""
 
 
+def one_line(error: Exception) -> str:
+    """The message of an error without line ends, which the messages of other libraries may have."""
+    return " ".join(str(error).split())
+
+
 MOST_LISTED = 20
 
 
@@ -39,6 +44,5 @@ def listed(errors: Sequence[object], *, total: int | None = None) -> list[str]:
     if not total:
         return []
     lines = [f"{total} bad rows:" if total > 1 else "1 bad row:"]
-    # One line for each error: the messages of other libraries may have line ends.
     lines += [f"  {' '.join(str(error).split())}" for error in errors[:MOST_LISTED]]
     return lines + ([f"  ... and {total - MOST_LISTED} more"] if total > MOST_LISTED else [])

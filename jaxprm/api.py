@@ -11,20 +11,23 @@ Shapes: S steps of a conversation, N candidates of a state.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict
+from typing import Any, Literal, NamedTuple, NotRequired, TypeAlias, TypedDict
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.chat_template import as_conversation, as_messages
+from data_pipeline.errors import DataError, one_line
 from data_pipeline.trajectory import Message, Trajectory
 from jaxprm import config as config_lib
 from jaxprm.artifacts.directory import find_model, read_recipe
 from jaxprm.errors import UserError
 from jaxprm.scoring import loading
+from jaxprm.scoring.engine import bucket_of
 from jaxprm.scoring.scorer import PreparedCandidates, Scorer
 
 Conversation: TypeAlias = Sequence[Message | Mapping[str, Any]]
@@ -40,35 +43,68 @@ class StepScore(TypedDict):
 
 
 class ConversationScore(TypedDict):
-    """Scores of a conversation: its steps [S], and the promise of the last one."""
+    """Scores of a conversation: its steps [S], and the promise of the last one.
+
+    A conversation that cannot be scored has an error, no steps, and the score -inf.
+    """
 
     steps: list[StepScore]
     score: float
+    error: NotRequired[str]
 
 
-class ActionScore(NamedTuple):
-    """Score of an action.
-
-    Args:
-      promise: expected outcome of the episode after the action, in the units of the training outcomes.
-      progress: promise after the action minus promise before it. None for the first step of a conversation, and for a
-        model with a discount, whose promises do not define it.
-    """
-
+class _Score(NamedTuple):
     promise: float
     progress: float | None
 
 
+class ActionScore(_Score):
+    """Score of an action: a pair of promise and progress.
+
+    Args:
+      promise: expected outcome of the episode after the action, in the units of the training outcomes. -inf if the
+        action cannot be scored, so that it is never the best one.
+      progress: promise after the action minus promise before it. None for the first step of a conversation, and for a
+        model with a discount, whose promises do not define it.
+
+    Attributes:
+      error: why the action cannot be scored; None if it was.
+    """
+
+    # Not a third field: programs unpack the pair.
+    error: str | None = None
+
+    @classmethod
+    def failed(cls, error: str) -> ActionScore:
+        """The score of an action that cannot be scored."""
+        score = cls(-math.inf, None)
+        score.error = error
+        return score
+
+
 class Question(NamedTuple):
-    """Encoded candidates of one state, for `Model.answer`. last: the step before them, if progress is defined."""
+    """Candidates of one state, for `Model.answer`.
+
+    Args:
+      candidates: the valid ones, encoded.
+      last: the step before them, if progress is defined.
+      errors: of the others, by their index among all candidates.
+    """
 
     candidates: PreparedCandidates
     last: PreparedCandidates | None
+    errors: dict[int, str]
 
     @property
     def longest(self) -> int:
         """Tokens of the longest conversation that has to be computed; 0 if all scores are in memory."""
         return max(self.candidates.longest, self.last.longest if self.last else 0)
+
+    def within(self, limit: int, why: str) -> Question:
+        """The same, with the error `why` for candidates whose conversations have more than `limit` tokens."""
+        # With the candidates of a conversation that is itself too long, its last step goes too.
+        last = self.last and self.last.within(limit, why)
+        return self._replace(candidates=self.candidates.within(limit, why), last=last)
 
 
 class Model:
@@ -99,9 +135,10 @@ class Model:
           trajectories: each is a Trajectory, a dictionary with "messages" (and perhaps "tools"), or a list of messages.
 
         Returns {"steps": [{"message", "promise", "progress"}], "score"} for each, in order. "message" is the index of
-        the step's message; "score" is the promise of the last step.
+        the step's message; "score" is the promise of the last step. A trajectory that has no step, cannot be encoded or
+        is too long costs no other: it has "error", no steps, and the score -inf.
 
-        Raises UserError or DataError, naming the trajectory, if it has no step, cannot be encoded or is too long.
+        Raises UserError if `trajectories` is not a list of trajectories.
 
         Example:
 
@@ -112,19 +149,28 @@ class Model:
         if isinstance(trajectories, (Trajectory, Mapping)) or any(_is_message(item) for item in trajectories):
             raise UserError("score takes a list of trajectories; put a single one into a list: score([messages])")
         # Encoded first, because all are scored in common batches.
-        names, encoded = [], []
+        scores: list[ConversationScore] = []
+        names, encoded, indices = [], [], []
         for index, trajectory in enumerate(trajectories):
-            messages, tools, name = _parts(trajectory, f"trajectory {index}")
+            scores.append(ConversationScore(steps=[], score=-math.inf))
+            name = f"trajectory {index}"
+            try:
+                messages, tools, name = _parts(trajectory, name)
+                # A message of the caller may become several, and a step is named by the caller's.
+                checked, origins = as_conversation(messages, name)
+                conversation = self._scorer.encoder.trajectory(checked, row=name, tools=tools)
+                bucket_of(len(conversation.tokens), name)
+            except (UserError, DataError) as error:
+                scores[-1]["error"] = one_line(error)
+                continue
             names.append(name)
-            # A message of the caller may become several, and a step is named by the caller's.
-            checked, indices = as_conversation(messages, name)
-            conversation = self._scorer.encoder.trajectory(checked, row=name, tools=tools)
-            encoded.append(conversation._replace(message_indices=np.asarray(indices)[conversation.message_indices]))
-        tables = [
-            loading.step_table(conversation.message_indices, promises, progress=self._has_progress)
-            for conversation, promises in zip(encoded, self._scorer.score_encoded(encoded, names), strict=True)
-        ]
-        return [ConversationScore(steps=table["steps"], score=table["score"]) for table in tables]
+            encoded.append(conversation._replace(message_indices=np.asarray(origins)[conversation.message_indices]))
+            indices.append(index)
+        promises = self._scorer.score_encoded(encoded, names)
+        for index, conversation, of_steps in zip(indices, encoded, promises, strict=True):
+            table = loading.step_table(conversation.message_indices, of_steps, progress=self._has_progress)
+            scores[index] = ConversationScore(steps=table["steps"], score=table["score"])
+        return scores
 
     def score_actions(
         self, messages: Conversation, candidates: Sequence[str | Mapping[str, Any]], tools: Tools | None = None
@@ -139,7 +185,10 @@ class Model:
           candidates: texts, or assistant messages with "content" or "tool_calls".
           tools: definitions for the chat template, as the model was trained with.
 
-        Raises UserError or DataError for a conversation or a candidate that cannot be encoded, or is too long.
+        A candidate that is no assistant message, cannot be encoded or is too long costs no other: its score has
+        `error`, and the promise -inf.
+
+        Raises UserError or DataError for a conversation that cannot be encoded.
 
         Example:
 
@@ -153,25 +202,29 @@ class Model:
     ) -> Question:
         """Encodes the arguments of `score_actions`, to be computed with others in one call of `answer`.
 
-        Raises as `score_actions`, except for what is too long: see `Question.longest`.
+        Raises as `score_actions`.
         """
         if isinstance(candidates, (str, Mapping)):
             raise UserError("score_actions takes a list of candidates; put a single one into a list")
         history = _plain(messages, "messages")
-        actions = [_action(candidate, f"candidate {index}") for index, candidate in enumerate(candidates)]
+        actions: dict[int, str | dict[str, Any]] = {}
+        errors: dict[int, str] = {}
+        for index, candidate in enumerate(candidates):
+            try:
+                actions[index] = _action(candidate, f"candidate {index}")
+            except (UserError, DataError) as error:
+                errors[index] = one_line(error)
         last = self._last_step(history, tools) if self._has_progress and actions else None
-        return Question(self._scorer.prepare(history, actions, tools), last)
+        return Question(self._scorer.prepare(history, list(actions.values()), tools, list(actions)), last, errors)
 
     def answer(self, questions: Sequence[Question]) -> list[list[ActionScore]]:
-        """Scores of the candidates of several states, computed together: N scores for each question.
-
-        Raises UserError for a conversation that is too long.
-        """
+        """Scores of the candidates of several states, computed together: N scores for each question."""
         # Last steps first: the candidates then find their conversations in the cache.
         before = iter(self._scorer.score_prepared([question.last for question in questions if question.last]))
         promises = self._scorer.score_prepared([question.candidates for question in questions])
         last = [next(before)[0] if question.last else None for question in questions]
-        return [_action_scores(of_state, baseline) for of_state, baseline in zip(promises, last, strict=True)]
+        last = [None if value is None or value == -math.inf else value for value in last]
+        return [_action_scores(*each) for each in zip(questions, promises, last, strict=True)]
 
     def _last_step(self, history: list[dict[str, Any]], tools: Tools | None) -> PreparedCandidates | None:
         """The last step as a candidate: in an agent's loop it was one, so its score is in memory."""
@@ -246,13 +299,18 @@ def _parts(
     return trajectory, None, name
 
 
-def _action_scores(promises: NDArray[np.float32], before: np.float32 | None) -> list[ActionScore]:
-    return [
-        ActionScore(
-            loading.shortest_float(promise), None if before is None else loading.shortest_float(promise - before)
-        )
-        for promise in promises
-    ]
+def _action_scores(question: Question, promises: NDArray[np.float32], before: np.float32 | None) -> list[ActionScore]:
+    """The scores of all candidates: those with a promise, and those with an error."""
+    errors, computed, scores = question.errors | question.candidates.errors, iter(promises), []
+    for index in range(len(promises) + len(question.errors)):
+        # Candidates that were encoded have a place among the promises, if only for -inf.
+        promise = np.float32(-np.inf) if index in question.errors else next(computed)
+        if index in errors:
+            scores.append(ActionScore.failed(errors[index]))
+        else:
+            gain = None if before is None else loading.shortest_float(promise - before)
+            scores.append(ActionScore(loading.shortest_float(promise), gain))
+    return scores
 
 
 def _is_message(value: object) -> bool:
@@ -270,7 +328,9 @@ def _plain(messages: Conversation, name: str) -> list[dict[str, Any]]:
 def _action(candidate: str | Mapping[str, Any], name: str) -> str | dict[str, Any]:
     if isinstance(candidate, str):
         return candidate
-    (action,) = _plain([candidate], name)
+    action, *more = _plain([candidate], name)
+    if more:
+        raise UserError(f"{name}: is {1 + len(more)} messages; give one assistant message")
     if action["role"] != "assistant" or not action.get("step", True):
         raise UserError(f"{name}: must be an assistant message that is a step, got role {action['role']}")
     return action

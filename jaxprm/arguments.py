@@ -19,6 +19,7 @@ STAGE_VERBS = {
 _CONFIG = "a Python file that defines `config`, or the name of a recipe, such as textcraft_tiny"
 _MODEL = "model directory, training output, checkpoint, run with exactly one model, or Hub id"
 _TEMPLATE = "chat template: own (the tokenizer's, default), chatml, llama3, or a file"
+_ROWS = "trajectories: JSON Lines, a JSON array or Parquet, also compressed with gzip or zstd"
 _MESH = "device mesh, e.g. tensor=4 or fsdp=-1 (default: data parallel over all local devices)"
 _DTYPES = ("float32", "bfloat16")
 _REASONING = "whether to encode what the model thought: keep (default) or drop"
@@ -48,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     check = verbs.add_parser("check-scorer", help="check that scores do not depend on batching, packing and caching")
     check.add_argument("--model", type=Path, required=True, help=_MODEL)
     check.add_argument("--input", type=Path, help="trajectories to check with (default: generated ones)")
+    check.add_argument("--count", type=_count, default=16, metavar="N", help="trajectories of --input; default 16")
     _bench_verb(verbs)
     _export_verb(verbs)
     _import_verb(verbs)
@@ -110,13 +112,20 @@ def _plan_verb(verbs) -> None:
 
 def _score_verb(verbs) -> None:
     score = verbs.add_parser("score", help="score every step of a file of trajectories")
-    score.add_argument("--model", type=Path, required=True, help=_MODEL)
-    score.add_argument("--input", type=Path, required=True, help="trajectories, JSON Lines")
-    score.add_argument("--output", type=Path, required=True, help="scores, one line for each line of the input")
+    score.add_argument("--model", type=Path, help=_MODEL)
+    _add_pair(score)
+    score.add_argument("--input", type=Path, required=True, help=_ROWS)
+    score.add_argument("--output", type=Path, required=True, help="scores, one line for each row of the input")
     score.add_argument("--dtype", choices=_DTYPES, default="float32", help="dtype of the arithmetic (default: float32)")
     score.add_argument("--chat-template", default="own", metavar="TEMPLATE", help=_TEMPLATE)
     _encoding(score)
     score.add_argument("--mesh", metavar="AXIS=N,...", help=_MESH)
+
+
+def _add_pair(verb) -> None:
+    pair = "score steps by the log-ratio of two language models (Progress Advantage)"
+    verb.add_argument("--policy", metavar="DIR|ID", help=f"{pair}: the policy trained with reinforcement learning")
+    verb.add_argument("--reference", metavar="DIR|ID", help="the model that its training started from")
 
 
 def _serve_verb(verbs) -> None:
@@ -128,6 +137,9 @@ def _serve_verb(verbs) -> None:
     serve.add_argument("--chat-template", default="own", metavar="TEMPLATE", help=_TEMPLATE)
     _encoding(serve)
     serve.add_argument("--mesh", metavar="AXIS=N,...", help=_MESH)
+    serve.add_argument(
+        "--add-bos", action="store_true", help="/classify: add the begin-of-text token to texts that lack it (verl)"
+    )
     serve.add_argument(
         "--allow-host", action="append", metavar="NAME", help="a name that clients use for this server; may be repeated"
     )
@@ -145,10 +157,9 @@ def _serve_verb(verbs) -> None:
 
 def _evaluate_verb(verbs) -> None:
     evaluate = verbs.add_parser("evaluate", help="judge reward models on trajectories with outcomes or step labels")
-    evaluate.add_argument(
-        "--model", type=Path, required=True, action="append", help=f"{_MODEL}; repeat it to compare models"
-    )
-    evaluate.add_argument("--input", type=Path, required=True, help="trajectories, JSON Lines")
+    evaluate.add_argument("--model", type=Path, action="append", help=f"{_MODEL}; repeat it to compare models")
+    _add_pair(evaluate)
+    evaluate.add_argument("--input", type=Path, required=True, help=_ROWS)
     evaluate.add_argument("--labels", default="step_labels", metavar="FIELD", help="step_labels, or a path into meta")
     evaluate.add_argument(
         "--label-kind", choices=("binary", "ternary", "first-error", "soft"), help="default: inferred from the labels"
@@ -236,7 +247,7 @@ def _import_verb(verbs) -> None:
 
 def _validate_verb(verbs) -> None:
     validate = verbs.add_parser("validate", help="count what is in files of trajectories, and find every bad row")
-    validate.add_argument("files", nargs="+", metavar="[SPLIT=]FILE", help="trajectories, JSON Lines")
+    validate.add_argument("files", nargs="+", metavar="[SPLIT=]FILE", help=_ROWS)
     validate.add_argument("--tokenizer", type=Path, metavar="DIR", help="also encode every conversation with it")
     validate.add_argument("--chat-template", default="own", metavar="TEMPLATE", help=_TEMPLATE)
     _encoding(validate)

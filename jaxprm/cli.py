@@ -142,7 +142,7 @@ def named_paths(options: argparse.Namespace, report: Path | None) -> tuple[list[
     from data_pipeline.splits import parse_inputs
 
     reads = []
-    for name in ("config", "input", "model", "tokenizer", "chat_template"):
+    for name in ("config", "input", "model", "policy", "reference", "tokenizer", "chat_template"):
         value = getattr(options, name, None)
         values = value if isinstance(value, list) else [value]
         reads += [Named(name.replace("_", " "), Path(path)) for path in values if path is not None]
@@ -232,11 +232,17 @@ def _plan(options) -> int:
 
 def _score(options) -> int:
     from jaxprm.config import parse_mesh
+    from jaxprm.errors import UserError
     from jaxprm.scoring.files import score_file
     from jaxprm.scoring.loading import all_devices
+    from jaxprm.scoring.sources import progress_advantage, reward_model
 
+    _check_pair(options)
+    if (options.model is None) == (options.policy is None):
+        raise UserError("score: give --model, or --policy and --reference")
+    source = reward_model(options.model) if options.model else progress_advantage(options.policy, options.reference)
     counts = score_file(
-        options.model,
+        source,
         options.input,
         options.output,
         dtype=options.dtype,
@@ -246,7 +252,20 @@ def _score(options) -> int:
         mesh=parse_mesh(options.mesh) if options.mesh else all_devices(),
     )
     print(f"scored {counts.scored} trajectories, {counts.errors} errors: {options.output}")
+    if counts.longer:
+        print(
+            f"{counts.longer} of them are longer than all that the model was trained on ({source.trained_length} "
+            'tokens): their lines have "tokens"'
+        )
     return 1 if counts.errors else 0
+
+
+def _check_pair(options) -> None:
+    from jaxprm.errors import UserError
+
+    if (options.policy is None) != (options.reference is None):
+        missing = "--reference" if options.reference is None else "--policy"
+        raise UserError(f"{options.verb}: {missing} is missing; a log-ratio needs a policy and its reference")
 
 
 def _serve(options) -> int:
@@ -258,10 +277,11 @@ def _serve(options) -> int:
 def _check_scorer(options) -> int:
     from jaxprm.scoring.check import check_scorer
 
-    check = check_scorer(options.model, options.input)
+    check = check_scorer(options.model, options.input, count=options.count)
     for way in (*check.ways, check.bfloat16):
         print(f"{way.name:<28} {way.scores:>7} scores, largest difference {way.largest:.2e}")
     print(f"one wrong token in the prompt moves the last score by up to {check.sensitivity:.2e}")
+    print(f"float32 arithmetic alone moves scores of this model by up to {check.float32_error:.2e}")
     print(f"{'passed' if check.passed else 'FAILED'}: largest difference {check.largest:.2e}, bound {check.bound:.2e}")
     return 0 if check.passed else 1
 
@@ -280,10 +300,15 @@ def _bench(options) -> int:
 
 def _evaluate(options) -> int:
     from jaxprm import files
+    from jaxprm.errors import UserError
     from jaxprm.evaluation.evaluate import Settings, evaluate
     from jaxprm.evaluation.statistics import Resampling
     from jaxprm.evaluation.tables import evaluation_table
+    from jaxprm.scoring.sources import progress_advantage, reward_model
 
+    _check_pair(options)
+    if options.model is None and options.policy is None:
+        raise UserError("evaluate: give --model, or --policy and --reference")
     if (exit_status := _evaluate_pairs(options)) is not None:
         return exit_status
     settings = Settings(
@@ -294,7 +319,10 @@ def _evaluate(options) -> int:
         group=options.group,
         resampling=Resampling(samples=options.samples, seed=options.seed),
     )
-    report = evaluate(options.model, options.input, settings)
+    sources = [reward_model(model) for model in options.model or ()]
+    if options.policy is not None:
+        sources.append(progress_advantage(options.policy, options.reference))
+    report = evaluate(sources, options.input, settings)
     print(evaluation_table(report))
     if options.json:
         files.write_json(options.json, report)

@@ -1,5 +1,7 @@
 """The Python interface, as an agent's loop uses it."""
 
+import json
+import shutil
 import subprocess
 import sys
 
@@ -99,19 +101,52 @@ def test_a_discounted_model_gives_no_progress(tmp_path):
     [
         (lambda model: model.score(MESSAGES), "list of trajectories"),
         (lambda model: model.score({"messages": MESSAGES}), "list of trajectories"),
-        (lambda model: model.score([{"id": "row"}]), 'has no "messages"'),
-        (lambda model: model.score([MESSAGES, [{"role": "user", "content": "x"}]]), "trajectory 1"),
-        (lambda model: model.score([[{"role": "robot", "content": "x"}]]), "trajectory 0: message 0"),
         (lambda model: model.score_actions(MESSAGES[:1], "get 1 stick"), "list of candidates"),
         (lambda model: model.score_actions([], TEXTS), "messages: is empty"),
-        (lambda model: model.score_actions(MESSAGES[:1], [{"role": "user", "content": "x"}]), "candidate 0"),
-        (lambda model: model.score_actions(MESSAGES[:1], ["a <|end|> b"]), "special token"),
+        (lambda model: model.score_actions([{"role": "user", "content": "a <|end|> b"}], TEXTS), "special token"),
     ],
 )
 def test_mistakes_are_named(model, call, words):
     with pytest.raises((UserError, DataError), match=words) as caught:
         call(model)
     assert "\n" not in str(caught.value)
+
+
+def test_one_bad_row_costs_no_other(model):
+    rows = [MESSAGES, [{"role": "user", "content": "x"}], {"id": "row"}, [{"role": "robot", "content": "x"}], MESSAGES]
+    scores = model.score(rows)
+    for score in (scores[0], scores[4]):
+        tiny.assert_close([step["promise"] for step in score["steps"]], promises(MESSAGES))
+        assert "error" not in score
+    beginnings = ["trajectory 1: no assistant", "trajectory 2: has no", "trajectory 3: mess"]
+    for score, words in zip(scores[1:4], beginnings, strict=True):
+        assert (score["steps"], score["score"]) == ([], -np.inf) and score["error"].startswith(words)
+
+
+def test_one_bad_candidate_costs_no_other(model):
+    """Its error has its index, also if it is there twice; the best promise is never that of a candidate without one."""
+    bad, user = "a <|end|> b", {"role": "user", "content": "x"}
+    scores = model.score_actions(MESSAGES[:3], [TEXTS[0], bad, user, TEXTS[1], bad])
+    assert [scores[0], scores[3]] == model.score_actions(MESSAGES[:3], TEXTS) and scores[0].error is None
+    for index, words in ((1, "special token"), (2, "assistant message"), (4, "special token")):
+        assert scores[index] == (-np.inf, None)
+        assert scores[index].error.startswith(f"candidate {index}: ") and words in scores[index].error
+    assert [score.error is None for score in model.score_actions(MESSAGES[:3], [bad, user])] == [False, False]
+
+
+def test_a_character_missing_from_the_vocabulary_is_such_an_error(directory, tmp_path):
+    """As in a byte-level vocabulary without all bytes, where the text cannot be decoded again."""
+    lacking = shutil.copytree(directory, tmp_path / "model")
+    tokenizer = json.loads((lacking / "tokenizer.json").read_text())
+    letter = tokenizer["model"]["vocab"].pop("z")
+    tokenizer["model"]["vocab"]["unused"] = letter
+    tokenizer["model"]["merges"] = [pair for pair in tokenizer["model"]["merges"] if "z" not in "".join(pair)]
+    (lacking / "tokenizer.json").write_text(json.dumps(tokenizer))
+    model = jaxprm.load(lacking, rows=2, max_tokens=480)
+    good, bad = model.score_actions(MESSAGES[:1], ["get 1 stick", "get 1 lapiz"])
+    assert good.error is None and "candidate 1: decoding the token ids does not give the text" in bad.error
+    rows = model.score([MESSAGES, [*MESSAGES[:1], {"role": "assistant", "content": "zz"}]])
+    assert "error" not in rows[0] and rows[1]["error"].startswith("trajectory 1: decoding")
 
 
 def test_importing_the_package_loads_nothing_heavy():

@@ -152,7 +152,7 @@ def from_dict(plain: dict[str, Any], *, where: str) -> Experiment:
     labels = [model.label for model in experiment.reward_models]
     if len(set(labels)) != len(labels):
         raise UserError(f"config {where}: reward_models: labels must differ, got {labels}")
-    if reserved := {"random", "policy", "oracle"} & set(labels):
+    if reserved := {"random", "policy", "oracle", "progress_advantage"} & set(labels):
         raise UserError(f"config {where}: reward_models: label {min(reserved)!r} is a control's; choose another")
     for index, model in enumerate(experiment.reward_models):
         if len(set(model.lora.targets)) != len(model.lora.targets):

@@ -254,6 +254,16 @@ class LoggingConfig(Section, frozen=True):
     entity: str | None = None
 
 
+class ProgressAdvantageConfig(Section, frozen=True):
+    """A baseline without a reward model: actions ranked by the log-ratio of two language models (docs/method.md).
+
+    reference: the model that the policy's training started from, a directory or a Hub id. policy: null means the run's.
+    """
+
+    reference: Annotated[str, msgspec.Meta(min_length=1)]
+    policy: str | None = None
+
+
 class SearchConfig(Section, frozen=True):
     """What is searched on the held-out tasks. `tasks` null means all of the split.
 
@@ -261,7 +271,8 @@ class SearchConfig(Section, frozen=True):
     step, actions), with `exploration`; stepwise: actions; custom: sizes of other searches, by their registered kind or
     as "module:attribute" of a jaxprm.search.methods.SearchMethod; aggregations: scores and votes for best-of-N beside
     the final step's. stop_at: a finished path of at least this score ends the search of its task; budget: the search of
-    a task also ends after so many tokens or FLOPs. docs/search.md says more.
+    a task also ends after so many tokens or FLOPs. progress_advantage: also search and choose with this baseline.
+    docs/search.md says more.
     """
 
     split: Literal["validation", "test"] = "test"
@@ -284,6 +295,7 @@ class SearchConfig(Section, frozen=True):
     stop_at: float | None = None
     budget: PositiveFloat | None = None
     budget_unit: Literal["tokens", "flops"] = "tokens"
+    progress_advantage: ProgressAdvantageConfig | None = None
     trees: NonNegativeInt = 6
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,15 +12,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxprm import files
-from jaxprm.artifacts.directory import find_model, model_identity, read_recipe
 from jaxprm.config import fingerprint
 from jaxprm.errors import UserError
 from jaxprm.evaluation import outcome_metrics, step_metrics
 from jaxprm.evaluation.labels import OWN_FIELD, kind_of, validation_tasks
-from jaxprm.evaluation.scored import ScoredFile, ScoredTrajectory, score_models, steps_of
+from jaxprm.evaluation.scored import NO_GROUP, ScoredFile, ScoredTrajectory, score_models, steps_of
 from jaxprm.evaluation.statistics import Measure, Resampling, paired_difference
-from jaxprm.evaluation.value_metrics import calibration
+from jaxprm.evaluation.value_metrics import StepRecords, calibration
 from jaxprm.hf.safetensors import WEIGHTS
+from jaxprm.scoring.sources import Source, reward_model
 
 FORMAT = 1
 
@@ -50,22 +51,33 @@ class Settings:
 
 
 class EvaluatedModel(NamedTuple):
-    """Name and training settings of a reward model that the metrics depend on."""
+    """Name and training settings of a reward model that the metrics depend on.
+
+    Args:
+        is_expectation: whether its values are expected outcomes. Those of a log-ratio are not: only their order has a
+            meaning, and before the first step they are 0.
+    """
 
     name: str
     discount: float
+    is_expectation: bool = True
 
     @property
     def has_progress(self) -> bool:
         """Progress is the difference of neighbouring promises only without a discount between them."""
         return self.discount == 1.0
 
+    @property
+    def start(self) -> float:
+        """The value before the first step, from which its progress is counted; -inf if a first step has none."""
+        return -math.inf if self.is_expectation else 0.0
 
-def evaluate(models: Sequence[Path], input: Path, settings: Settings, *, chunk: int = 256) -> dict[str, Any]:
+
+def evaluate(models: Sequence[Path | Source], input: Path, settings: Settings, *, chunk: int = 256) -> dict[str, Any]:
     """Scores every step of a file and compares the values with outcomes and step labels.
 
     Args:
-        models: model directories, training outputs, checkpoints or Hub ids.
+        models: model directories, training outputs, checkpoints or Hub ids, or other sources of scores.
         input: trajectories as JSON Lines.
         chunk: trajectories in memory at a time.
 
@@ -73,30 +85,62 @@ def evaluate(models: Sequence[Path], input: Path, settings: Settings, *, chunk: 
         The report of docs/formats.md, "Evaluations": plain JSON without NaN.
 
     Raises:
-        UserError: a model or the file cannot be read, or there is nothing to compare the values with.
+        UserError: a model or the file cannot be read, there is nothing to compare the values with, or labels, groups
+            or thresholds do not fit the file. What does not depend on scores is checked before a model is loaded.
     """
-    names = [str(model) for model in models]
+    sources = [model if isinstance(model, Source) else reward_model(model) for model in models]
+    names = [source.name for source in sources]
     if len(set(names)) < len(names):
         raise UserError(f"models {', '.join(names)}: one is named twice")
-    directories = [find_model(model) for model in models]
-    recipes = [read_recipe(directory) for directory in directories]
-    evaluated = [
-        EvaluatedModel(name, recipe.get("targets", {}).get("discount", 1.0))
-        for name, recipe in zip(names, recipes, strict=True)
-    ]
-    scored = score_models(directories, Path(input), labels=settings.labels, group=settings.group, chunk=chunk)
+    evaluated = [EvaluatedModel(source.name, source.discount, source.is_expectation) for source in sources]
+    scored = score_models(
+        sources,
+        Path(input),
+        labels=settings.labels,
+        group=settings.group,
+        chunk=chunk,
+        check=lambda rows: check_settings(rows, settings),
+    )
     report = evaluate_scores(scored, evaluated, settings)
     report["input"]["file"] = str(input)
     report["models"] = [
-        {"name": name, "sha256": _weights_sha256(directory)} for name, directory in zip(names, directories, strict=True)
+        {"name": source.name, "sha256": _weights_sha256(source)}
+        | {"trained_length": of_file.trained, "longer": of_file.longer, "longest": of_file.longest}
+        for source, of_file in zip(sources, scored.lengths, strict=True)
     ]
     return files.without_nan(report)
 
 
-def _weights_sha256(directory: Path) -> str:
-    """sha256 of a model's only file of weights; of all its files' digests if it is sharded or a checkpoint."""
-    weights = directory / WEIGHTS
-    return files.sha256(weights) if weights.is_file() else fingerprint(model_identity(directory))
+def _weights_sha256(source: Source) -> str:
+    """sha256 of a model's only file of weights; of all its files' digests if there are more."""
+    weights = source.directory and source.directory / WEIGHTS
+    return files.sha256(weights) if weights and weights.is_file() else fingerprint(source.identity)
+
+
+def check_settings(rows: Sequence[ScoredTrajectory], settings: Settings) -> None:
+    """Raises UserError if there is nothing to compare values with, or labels, group or thresholds do not fit the rows.
+
+    It needs no promises.
+    """
+    labelled = [row for row in rows if row.labels is not None]
+    if not labelled and all(row.outcome is None for row in rows):
+        raise UserError(f"no line has an outcome, or labels in {settings.labels}; nothing to compare the values with")
+    if not labelled and settings.labels != OWN_FIELD:
+        raise UserError(f"labels {settings.labels}: no line has any; name the field that holds them, as in meta.label")
+    if settings.group is not None and all(row.group == NO_GROUP for row in rows):
+        raise UserError(f"group {settings.group}: no line has it; name another field, as in environment or meta.domain")
+    if labelled:
+        kind = kind_of([row.labels for row in labelled], settings.labels, settings.label_kind)
+        _check_tasks({row.task for row in labelled}, kind, settings)
+
+
+def _check_tasks(tasks: Collection[str], kind: str, settings: Settings) -> None:
+    """Raises UserError if thresholds have to be chosen, and all labels are on one task."""
+    if kind != "soft" and settings.threshold is None and len(tasks) < 2:
+        raise UserError(
+            f"labels {settings.labels}: all on one task, but thresholds are chosen and tested on different tasks; "
+            "label trajectories of several tasks, or give --threshold"
+        )
 
 
 def evaluate_scores(scored: ScoredFile, models: Sequence[EvaluatedModel], settings: Settings) -> dict[str, Any]:
@@ -106,12 +150,10 @@ def evaluate_scores(scored: ScoredFile, models: Sequence[EvaluatedModel], settin
 
     Raises UserError if there is nothing to compare the values with, or if thresholds cannot be chosen.
     """
+    # Again: lines that could not be scored may have been the only ones with labels.
+    check_settings(scored.rows, settings)
     with_outcome = [row for row in scored.rows if row.outcome is not None]
     labelled = [row for row in scored.rows if row.labels is not None]
-    if not with_outcome and not labelled:
-        raise UserError(f"no line has an outcome, or labels in {settings.labels}; nothing to compare the values with")
-    if not labelled and settings.labels != OWN_FIELD:
-        raise UserError(f"labels {settings.labels}: no line has any; name the field that holds them, as in meta.label")
     labels = _StepLabels(labelled, models, settings) if labelled else None
     test = labels.test if labels else []
     report: dict[str, Any] = {
@@ -172,15 +214,26 @@ def _outcomes(
     }
     for index, (model, own) in enumerate(zip(models, records, strict=True)):
         numbers: dict[str, Any] = {
-            "summary": resampling.estimates(outcome_metrics.summary(own, steps.count), steps.count),
+            "summary": resampling.estimates(_summary(model, own, steps.count), steps.count),
             "best_of_n": outcome_metrics.best_of_n(outcome_metrics.choices(rows, index), resampling),
         }
         if by_depth:
-            numbers["calibration"] = calibration([own], bins=outcome_metrics.BINS, **resampling.options)
+            bins = outcome_metrics.BINS
+            numbers["calibration"] = calibration([own], bins=bins, **resampling.options) if model.is_expectation else []
             numbers["by_depth"] = outcome_metrics.by_depth(own, resampling)
+            if not model.is_expectation:
+                for row in numbers["by_depth"]:
+                    del row["calibration"], row["calibration_error"]
             numbers["by_relative_depth"] = outcome_metrics.by_relative_depth(own, steps.length, resampling)
         part["models"][model.name] = numbers
     return part
+
+
+def _summary(model: EvaluatedModel, records: StepRecords, tasks: int) -> dict[str, Measure]:
+    """`outcome_metrics.summary`; of values that are no expected outcomes, only what depends on their order."""
+    measures = outcome_metrics.summary(records, tasks)
+    ranked = ("auroc", "auroc_within_task")
+    return {name: measure for name, measure in measures.items() if model.is_expectation or name in ranked}
 
 
 def _outcome_differences(
@@ -189,8 +242,12 @@ def _outcome_differences(
     """Model a - model b, by task, in every measure of the summary and in best of n by the final promise."""
     steps = steps_of(rows)
     records = [outcome_metrics.records_of(rows, steps, index, models[index].discount) for index in (a, b)]
-    first, second = (outcome_metrics.summary(own, steps.count) for own in records)
-    differences = [{"metric": name} | resampling.difference(first[name], second[name], steps.count) for name in first]
+    first, second = (_summary(models[index], own, steps.count) for index, own in zip((a, b), records, strict=True))
+    differences = [
+        {"metric": name} | resampling.difference(first[name], second[name], steps.count)
+        for name in first
+        if name in second
+    ]
     first_table, second_table = (outcome_metrics.choices(rows, index) for index in (a, b))
     for n in first_table:
         difference = paired_difference(first_table[n]["final"], second_table[n]["final"], **resampling.options)
@@ -217,9 +274,12 @@ class _StepLabels:
             # The constant baseline has the value 0, so a threshold of 0 makes it accept every step.
             self.thresholds[0, "constant"] = step_metrics.fixed_thresholds(0.0)
             return
-        steps = step_metrics.labelled_steps(self.validation, self.kind)
+        steps = self._labelled_steps(self.validation)
         for index, criterion in self._criteria():
             self.thresholds[index, criterion] = step_metrics.choose_thresholds(steps, self.kind, criterion, index)
+
+    def _labelled_steps(self, rows: Sequence[ScoredTrajectory]) -> step_metrics.LabelledSteps:
+        return step_metrics.labelled_steps(rows, self.kind, [model.start for model in self.models])
 
     def _criteria(self) -> list[tuple[int, str]]:
         criteria = [(0, name) for name in step_metrics.BASELINES]
@@ -235,11 +295,6 @@ class _StepLabels:
         if self.kind == "soft" or settings.threshold is not None:
             return [], list(rows)
         names = {row.task for row in rows}
-        if len(names) < 2:
-            raise UserError(
-                f"labels {settings.labels}: all on one task, but thresholds are chosen and tested on different tasks; "
-                "label trajectories of several tasks, or give --threshold"
-            )
         chosen = validation_tasks(names, settings.validation_share, settings.resampling.seed)
         return [row for row in rows if row.task in chosen], [row for row in rows if row.task not in chosen]
 
@@ -284,7 +339,7 @@ class _StepLabels:
 
     def _measures(self, rows: Sequence[ScoredTrajectory]) -> tuple[dict[tuple[int, str], dict[str, Measure]], int]:
         """The measures of each criterion, and the number of tasks."""
-        steps = step_metrics.labelled_steps(rows, self.kind)
+        steps = self._labelled_steps(rows)
         if self.kind != "soft":
             measures = {
                 (index, name): step_metrics.threshold_measures(steps, self.kind, name, thresholds, index)
@@ -302,4 +357,7 @@ class _StepLabels:
         for (_, name), by_metric in measures.items():
             if name in ("progress", "depth"):
                 by_metric.pop("mse", None)
+        for index, model in enumerate(self.models):
+            if not model.is_expectation:
+                measures[index, "promise"].pop("mse", None)
         return measures, steps.tasks

@@ -104,7 +104,7 @@ def kind_of(labels: Sequence[Labels], field: str, requested: str | None = None) 
     values = values[~np.isnan(values)]
     # By preference: a first error fits "binary" too, and binary labels fit "ternary".
     fits = {
-        "first-error": forms == {True},
+        "first-error": forms == {True} or _end_at_first_errors(labels),
         "binary": bool(np.isin(values, (0, 1)).all()),
         "ternary": bool(np.isin(values, (-1, 0, 1)).all()),
         "soft": forms == {False},
@@ -116,6 +116,18 @@ def kind_of(labels: Sequence[Labels], field: str, requested: str | None = None) 
             f"labels {field}: not {requested} ({KINDS[requested]}); leave --label-kind out to have the kind detected"
         )
     return requested
+
+
+def _end_at_first_errors(labels: Sequence[Labels]) -> bool:
+    """Whether lists of labels say what a first error says: 1 before it, 0 at it, none after it, and some have none."""
+    are_cut = False
+    for row in labels:
+        wrong = np.flatnonzero(row.values == 0)
+        end = wrong[0] if len(wrong) else len(row.values)
+        if not (row.values[:end] == 1).all() or not np.isnan(row.values[end + 1 :]).all():
+            return False
+        are_cut |= end + 1 < len(row.values)
+    return are_cut
 
 
 def wrong_steps(values: Array, kind: str) -> np.ndarray:

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, one_line
 from data_pipeline.trajectory import Trajectory
-from jaxprm.artifacts.directory import find_model
 from jaxprm.errors import UserError
 from jaxprm.evaluation.labels import Labels, lookup, read_labels
 from jaxprm.evaluation.statistics import Array
 from jaxprm.progress import bar
 from jaxprm.scoring import files as score_files
 from jaxprm.scoring import loading
+from jaxprm.scoring.sources import Source, reward_model
 
 SHOWN_ERRORS = 20
+# The group of trajectories that lack the field.
+NO_GROUP = "(none)"
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,20 @@ class ScoredTrajectory:
     promises: tuple[Array, ...]  # [S] for each model
 
 
+class Lengths(NamedTuple):
+    """Lengths in tokens: the longest conversation that a model was trained on, and those of a file that are longer.
+
+    Args:
+        trained: None if unknown.
+        longer: number of conversations.
+        longest: of those, or None.
+    """
+
+    trained: int | None
+    longer: int
+    longest: int | None
+
+
 @dataclass(frozen=True)
 class ScoredFile:
     """The trajectories of a file that every model could score, and the number of lines that some model could not."""
@@ -45,65 +62,88 @@ class ScoredFile:
     sha256: str
     errors: int
     examples: list[str] = field(default_factory=list)  # the first errors
+    lengths: list[Lengths] = field(default_factory=list)  # of each model
 
 
 def score_models(
-    models: Sequence[Path], input: Path, *, labels: str, group: str | None = None, chunk: int = 256
+    models: Sequence[Path | Source],
+    input: Path,
+    *,
+    labels: str,
+    group: str | None = None,
+    chunk: int = 256,
+    check: Callable[[list[ScoredTrajectory]], None] = lambda rows: None,
 ) -> ScoredFile:
     """Scores a file with every model, one model and `chunk` trajectories in memory at a time.
 
     A line that one model cannot score is left out for all, so that every number is on the same trajectories.
 
     Args:
+        models: locations of reward models, or other sources of scores.
         labels: the field of the step labels, as in `read_labels`.
         group: a field of the trajectory, or a dotted path into its meta.
+        check: called before a model is loaded, with all trajectories, which have no promises yet.
 
     Raises UserError for a model or a file that cannot be read, and if no line could be scored.
     """
     if not input.is_file():
         raise UserError(f"input {input}: no such file; give trajectories as JSON Lines")
-    digest, total = score_files.digest_and_count(input)
-    rows: dict[int, ScoredTrajectory] = {}  # by line number
-    errors: dict[int, str] = {}
-    for model_index, model in enumerate(models):
-        scorer = loading.load_scorer(find_model(model))
+    sources = [model if isinstance(model, Source) else reward_model(model) for model in models]
+    digest, total, _ = score_files.digest_and_count(input)
+    rows, errors = _read(input, labels, group)
+    if not rows:
+        raise _no_line(input, total, errors)
+    check([*rows.values()])
+    lengths = []
+    for model_index, source in enumerate(sources):
+        scorer, longer = source.load(), []
         name = "score" if len(models) == 1 else f"score {model_index + 1} of {len(models)}"
-        with input.open("rb") as file, bar(name, total, unit="trajectory") as progress:
-            lines = score_files.HashedLines(itertools.islice(file, total))
-            numbered = enumerate(lines, start=1)
-            while batch := list(itertools.islice(numbered, chunk)):
-                for line in score_files.score_lines(scorer, batch, input.name):
-                    error = line.error
-                    if error is None and line.number not in errors:
-                        try:
-                            # Labels and outcome are read with the first model's scores, promises are added by each.
-                            row = rows[line.number] if model_index else _row(line, input.name, labels, group)
-                            rows[line.number] = _with_promises(row, line.promises)
-                        except DataError as wrong:
-                            error = str(wrong)
-                    if error is not None:
-                        errors.setdefault(line.number, error)
+        with bar(name, total, unit="trajectory") as progress:
+            remaining = itertools.islice(score_files.read_input(input), total)
+            while batch := list(itertools.islice(remaining, chunk)):
+                for line in score_files.score_lines(scorer, batch):
+                    if line.error is not None:
+                        errors.setdefault(line.number, line.error)
+                    elif line.number in rows and line.number not in errors:
+                        rows[line.number] = _with_promises(rows[line.number], line.promises)
+                        if source.trained_length is not None and line.tokens > source.trained_length:
+                            longer.append(line.tokens)
                 progress.set_postfix(errors=len(errors), refresh=False)
                 progress.update(len(batch))
-        if lines.hexdigest() != digest:
+        if score_files.digest_and_count(input)[0] != digest:
             raise UserError(f"input {input}: changed while it was scored; run the same command again")
+        lengths.append(Lengths(source.trained_length, len(longer), max(longer, default=None)))
     complete = [row for number, row in sorted(rows.items()) if number not in errors]
-    examples = [error for _, error in sorted(errors.items())[:SHOWN_ERRORS]]
     if not complete:
-        why = f"; {examples[0]}" if examples else ""
-        raise UserError(f"input {input}: none of its {total} lines could be scored{why}")
-    return ScoredFile(complete, total, digest, len(errors), examples)
+        raise _no_line(input, total, errors)
+    examples = [error for _, error in sorted(errors.items())[:SHOWN_ERRORS]]
+    return ScoredFile(complete, total, digest, len(errors), examples, lengths)
+
+
+def _no_line(input: Path, total: int, errors: dict[int, str]) -> UserError:
+    why = f"; {min(errors.items())[1]}" if errors else ""
+    return UserError(f"input {input}: none of its {total} rows could be scored{why}")
+
+
+def _read(input: Path, labels: str, group: str | None) -> tuple[dict[int, ScoredTrajectory], dict[int, str]]:
+    """(trajectories without promises, errors) of a file, by line number."""
+    rows: dict[int, ScoredTrajectory] = {}
+    errors: dict[int, str] = {}
+    for row in score_files.read_input(input):
+        try:
+            rows[row.number] = _row(row.parse(), row.where, labels, group)
+        except DataError as error:
+            errors[row.number] = one_line(error)
+    return rows, errors
 
 
 def _with_promises(row: ScoredTrajectory, promises: np.ndarray) -> ScoredTrajectory:
-    if not np.isfinite(promises).all():
-        raise UserError("the model's scores are not finite; its weights are broken")
+    loading.check_finite(promises)
     return replace(row, promises=(*row.promises, promises.astype(float)))
 
 
-def _row(line: score_files.ScoredLine, source: str, labels: str, group: str | None) -> ScoredTrajectory:
-    """A line without its promises. Raises DataError for invalid labels, or a group with several values."""
-    trajectory, where = line.trajectory, f"{source}:{line.number}"
+def _row(trajectory: Trajectory, where: str, labels: str, group: str | None) -> ScoredTrajectory:
+    """A trajectory without promises. Raises DataError for invalid labels, or a group with several values."""
     step_labels = read_labels(trajectory, labels, where)
     if step_labels is not None and np.isnan(step_labels.values).all():
         step_labels = None
@@ -133,7 +173,7 @@ def _group(trajectory: Trajectory, name: str, where: str) -> str:
     value = getattr(trajectory, name) if own else lookup(trajectory.meta, name)
     if isinstance(value, (dict, list)):
         raise DataError(f"{where}: group {name} is {type(value).__name__}; name a field that holds a single value")
-    return "(none)" if value is None else str(value)
+    return NO_GROUP if value is None else str(value)
 
 
 @dataclass(frozen=True)

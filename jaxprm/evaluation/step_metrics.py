@@ -8,7 +8,7 @@ trajectories), T thresholds.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -52,6 +52,7 @@ class LabelledSteps:
     task: NDArray[np.int64]
     tasks: int
     model_values: tuple[dict[str, Array], ...]  # MODEL_CRITERIA of each model; the progress of a first step is infinite
+    complete: LabelledSteps | None = None  # the same trajectories with their unlabelled steps, which are not wrong
 
     def values(self, criterion: str, model: int = 0) -> Array:
         """The values that a threshold is set on, [K]. model: index of the model; baselines ignore it."""
@@ -65,25 +66,40 @@ class LabelledSteps:
         return first_error_verdicts(values, self.wrong, self.task, self.row)
 
 
-def labelled_steps(rows: Sequence[ScoredTrajectory], kind: str) -> LabelledSteps:
-    """The steps with a label, of trajectories that have at least one."""
+def labelled_steps(rows: Sequence[ScoredTrajectory], kind: str, starts: Sequence[float] | None = None) -> LabelledSteps:
+    """The steps with a label, of trajectories that have at least one.
+
+    starts: value of each model before the first step; by default -inf, so that first steps are always accepted.
+    """
     steps = steps_of(rows)
     labels = np.concatenate([row.labels.values for row in rows])
     labelled = ~np.isnan(labels)
     model_values = []
-    for model in range(len(rows[0].promises)):
+    for model, start in enumerate(starts or [-np.inf] * len(rows[0].promises)):
         promise = np.concatenate([row.promises[model] for row in rows])
         # Before unlabelled steps are dropped: progress is the difference to the step before, labelled or not.
-        progress = np.concatenate([np.diff(row.promises[model], prepend=-np.inf) for row in rows])
-        model_values.append({"promise": promise[labelled], "progress": progress[labelled]})
-    return LabelledSteps(
+        progress = np.concatenate([np.diff(row.promises[model], prepend=start) for row in rows])
+        model_values.append({"promise": promise, "progress": progress})
+    complete = LabelledSteps(
+        labels=labels,
+        wrong=wrong_steps(labels, kind),
+        depth=steps.depth,
+        row=steps.row,
+        task=steps.task,
+        tasks=steps.count,
+        model_values=tuple(model_values),
+    )
+    return replace(
+        complete,
         labels=labels[labelled],
-        wrong=wrong_steps(labels, kind)[labelled],
+        wrong=complete.wrong[labelled],
         depth=steps.depth[labelled],
         row=steps.row[labelled],
         task=steps.task[labelled],
-        tasks=steps.count,
-        model_values=tuple(model_values),
+        model_values=tuple(
+            {name: values[labelled] for name, values in of_model.items()} for of_model in complete.model_values
+        ),
+        complete=complete,
     )
 
 
@@ -182,6 +198,10 @@ TERNARY = "ternary_accuracy"
 NOT_DEFINED = Measure(lambda counts: np.full(len(counts), np.nan), 0)
 
 
+# The share of trajectories with a wrong step in which the step with the lowest value is wrong; needs no threshold.
+ARGMIN = "argmin_accuracy"
+
+
 def choose_thresholds(steps: LabelledSteps, kind: str, criterion: str, model: int = 0) -> Thresholds:
     """The best threshold of each metric on the steps of the validation tasks."""
     values = steps.values(criterion, model)
@@ -193,6 +213,16 @@ def choose_thresholds(steps: LabelledSteps, kind: str, criterion: str, model: in
     if kind == "ternary":
         chosen[TERNARY] = best_ternary_thresholds(values, steps.labels, thresholds)
     return chosen
+
+
+def threshold_of(metric: str, thresholds: Thresholds) -> Threshold | None:
+    """The threshold of a metric, or None."""
+    threshold = thresholds.get(METRICS[metric].chosen_by)
+    if threshold is None and metric == "accuracy_on_erroneous":
+        # Without correct trajectories F1 is not defined, but this is. Its other part would be best at any threshold
+        # that accepts everything.
+        return thresholds.get("first_error_accuracy")
+    return threshold
 
 
 def fixed_thresholds(threshold: float) -> Thresholds:
@@ -237,6 +267,24 @@ def ternary_hits(values: Array, labels: Array, low: float, high: float) -> NDArr
     return np.where(values < low, -1, np.where(values < high, 0, 1)) == labels
 
 
+def lowest_step_hits(steps: LabelledSteps, values: Array) -> tuple[Array, NDArray[np.int64]]:
+    """(hits, tasks) [U] of the trajectories with a wrong step: whether the step with the lowest value is wrong.
+
+    Steps of equal value share the choice. Steps without a label can be the lowest too: their choice is a miss.
+
+    steps: with the unlabelled ones; values: of them, [K].
+    """
+    starts = np.flatnonzero(np.diff(steps.row, prepend=-1))
+    hits, tasks = [], []
+    for start, stop in zip(starts, [*starts[1:], len(values)], strict=True):
+        wrong = steps.wrong[start:stop]
+        if wrong.any():
+            lowest = values[start:stop] == values[start:stop].min()
+            hits.append(np.count_nonzero(lowest & wrong) / np.count_nonzero(lowest))
+            tasks.append(steps.task[start])
+    return np.array(hits, float), np.array(tasks, int)
+
+
 def rate_by_task(verdicts: Verdicts, threshold: float, rate: Rate, count: int) -> TaskStatistic:
     """A rate at a threshold as a function of how often each of `count` tasks is drawn."""
     hits = verdicts.hits(threshold)
@@ -253,7 +301,7 @@ def threshold_measures(
     present = len(np.unique(steps.task))
     measures = {}
     for name, metric in METRICS.items():
-        threshold, verdicts = thresholds.get(metric.chosen_by), steps.verdicts(metric.unit, values)
+        threshold, verdicts = threshold_of(name, thresholds), steps.verdicts(metric.unit, values)
         measures[name] = NOT_DEFINED
         if threshold is not None:
             measures[name] = Measure(rate_by_task(verdicts, threshold, metric.rate, steps.tasks), present)
@@ -262,6 +310,10 @@ def threshold_measures(
         if thresholds.get(TERNARY) is not None:
             hits = ternary_hits(values, steps.labels, *thresholds[TERNARY])
             measures[TERNARY] = Measure(mean_by_task(hits, steps.task, steps.tasks), present)
+    hits, tasks = lowest_step_hits(steps.complete, steps.complete.values(criterion, model))
+    measures[ARGMIN] = NOT_DEFINED
+    if len(hits):
+        measures[ARGMIN] = Measure(mean_by_task(hits, tasks, steps.tasks), len(np.unique(tasks)))
     ranked = np.isfinite(values)
     pairs = task_pairs(values[ranked], ~steps.wrong[ranked], steps.task[ranked], steps.tasks)
     measures["auroc"] = Measure(pairs.auroc, len(np.unique(steps.task[ranked])))

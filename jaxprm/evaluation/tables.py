@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxprm import files
 from jaxprm.evaluation.labels import KINDS
+from jaxprm.evaluation.step_metrics import threshold_of
 
 SHOWN_DEPTHS, SHOWN_ERRORS = 12, 5
 
@@ -32,7 +33,7 @@ _STEPS = (
     "rank_correlation",
     "mse",
 )
-_FIRST_ERRORS = ("first_error_accuracy", "f1", "accuracy_on_erroneous", "accuracy_on_correct")
+_FIRST_ERRORS = ("first_error_accuracy", "f1", "accuracy_on_erroneous", "accuracy_on_correct", "argmin_accuracy")
 _BY_DEPTH = ("success", "failure", "auroc", "auroc_within_task", "calibration_error")
 _CHOICES = ("random", "final", "mean", "min", "oracle", "gain")
 # Shares and AUROCs are shown in per cent, these as they are.
@@ -68,7 +69,11 @@ def results_table(path: Path) -> str:
 
 def evaluation_table(report: Mapping[str, Any]) -> str:
     """The part of a report of `evaluate` that fits a terminal; --json has all of it."""
-    lines = [*_head(report), *_sections(report, report, by_depth=True)]
+    # After a first error the steps are right or wrong, and nobody says which.
+    by_depth = report["labels"] is None or report["labels"]["kind"] != "first-error"
+    lines = [*_head(report), *_sections(report, report, by_depth=by_depth)]
+    if not by_depth and report["outcomes"] is not None:
+        lines += ["", "No tables by step: steps after the first error have no label"]
     for name, group in report["groups"].items():
         counts = group["counts"]
         lines += ["", f"== {name}: {counts['trajectories']} trajectories of {counts['tasks']} tasks"]
@@ -93,6 +98,12 @@ def _head(report: Mapping[str, Any]) -> Iterator[str]:
         yield f"{counts['ended_in_error']} ended in an error: not compared with their outcome"
     if counts["null_labels"]:
         yield f"{counts['null_labels']} steps of labelled trajectories have no label: ignored"
+    for model in report.get("models", ()):
+        if model["longer"]:
+            yield (
+                f"{model['name']}: {model['longer']} trajectories are longer than all of its training "
+                f"({model['trained_length']} tokens), the longest has {model['longest']}"
+            )
     if source["errors"]:
         yield f"{source['errors']} of {source['lines']} lines could not be used:"
         yield from (f"  {error}" for error in source["examples"][:SHOWN_ERRORS])
@@ -118,14 +129,16 @@ def _outcomes(part: Mapping[str, Any], *, by_depth: bool) -> Iterator[str]:
             yield from ["", f"Best of n attempts at a task, outcome in %: {name}"]
             rows = {f"{row['n']} ({row['random']['n']} tasks)": row for row in numbers["best_of_n"]}
             yield from _estimates("n", rows, _CHOICES)
-        if not by_depth:
-            continue
-        for title, key in (("step", "by_depth"), ("quarter", "by_relative_depth")):
+        tables = (("step", "by_depth"), ("quarter", "by_relative_depth")) if by_depth else ()
+        for title, key in tables:
             rows = {str(row.get("depth", row.get("quarter"))): row for row in numbers[key][:SHOWN_DEPTHS]}
             yield from ["", f"By {title} of the trajectory: {name}"]
             yield from _estimates(title, rows, [column for column in _BY_DEPTH if column in numbers[key][0]])
             if len(numbers[key]) > SHOWN_DEPTHS:
                 yield f"... and {len(numbers[key]) - SHOWN_DEPTHS} more, see --json"
+        # Groups have none, nor do values that are no expected outcomes.
+        if not numbers.get("calibration"):
+            continue
         yield from ["", f"Calibration: {name}"]
         bins = [["mean promise", "mean outcome"]]
         bins += [
@@ -152,7 +165,7 @@ def _step_labels(part: Mapping[str, Any], labels: Mapping[str, Any]) -> Iterator
     present = lambda columns: [column for column in columns if any(column in row for row in metrics.values())]
     yield from _estimates("steps", metrics, present(_STEPS))
     if labels["kind"] != "soft":
-        thresholds = [numbers["thresholds"].get("f1") for numbers in rows.values()]
+        thresholds = [threshold_of("accuracy_on_erroneous", numbers["thresholds"]) for numbers in rows.values()]
         # Two more lines for the header and the line under it.
         column = ["threshold", "", *("-" if value is None else f"{value:.4g}" for value in thresholds)]
         lines = _estimates("first errors", metrics, present(_FIRST_ERRORS))

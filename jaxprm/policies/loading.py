@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from jaxprm import plugins
+from jaxprm.artifacts.directory import find_model, is_checkpoint
 from jaxprm.config import Experiment, PolicyConfig, is_plugin
 from jaxprm.errors import UserError
 from jaxprm.hf import hub
@@ -49,7 +50,7 @@ def is_directory(settings: PolicyConfig) -> bool:
 
 def policy_directory(settings: PolicyConfig) -> Path:
     """The model directory of a policy for which `is_directory` holds. Raises UserError if no model is there."""
-    return _model_directory("policy", "policy.path", settings.path)
+    return model_directory("policy", "policy.path", settings.path)
 
 
 def base_directory(experiment: Experiment) -> Path:
@@ -58,7 +59,7 @@ def base_directory(experiment: Experiment) -> Path:
     Raises UserError if there is neither, or no model is there.
     """
     if experiment.base_model is not None:
-        return _model_directory("base model", "base_model", experiment.base_model)
+        return model_directory("base model", "base_model", experiment.base_model)
     if not is_directory(experiment.policy):
         raise UserError(
             "base_model is null, and this policy has no directory that reward models could start from; set base_model "
@@ -67,12 +68,29 @@ def base_directory(experiment: Experiment) -> Path:
     return policy_directory(experiment.policy)
 
 
-def _model_directory(kind: str, field: str, path: str) -> Path:
+def model_directory(kind: str, field: str, path: str) -> Path:
+    """The directory of a model: a directory, a Hub id, "default", or where `find_model` finds a finished one.
+
+    kind, field: for the message.
+
+    Raises UserError if no model is there, and for a checkpoint of a training run, whose arrays are in another format.
+    """
     if path == "default":
         from jaxprm.policies import language_model
 
         return language_model.default_directory()
     directory = hub.resolve(path, what=kind)
-    if not (directory / "config.json").is_file():
-        raise UserError(f"{kind} {directory}: no config.json; set {field} to a model directory, or to default")
-    return directory
+    if (directory / "config.json").is_file():
+        return directory
+    try:
+        model = find_model(directory)
+    except UserError:
+        raise UserError(
+            f"{kind} {directory}: no config.json; set {field} to a model directory, or to default"
+        ) from None
+    if is_checkpoint(model):
+        raise UserError(
+            f"{kind} {directory}: is a checkpoint of a training run; write it as a model directory with python "
+            f"-m jaxprm export --model {directory} --output DIR, and set {field} to that"
+        )
+    return model

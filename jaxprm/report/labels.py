@@ -61,6 +61,7 @@ METHOD_STYLES = {
     "pvm": MethodStyle("PVM", "pvm", "s", (7, 2, 1.5, 2)),
     "orm": MethodStyle("ORM", "orm", "^", (3, 1.5)),
     "mc": MethodStyle("Monte Carlo", "extra1", "P", (4, 1.5, 1, 1.5)),
+    "progress_advantage": MethodStyle("Progress Advantage", "extra2", "h", (6, 1.5, 1, 1.5)),
     "random": MethodStyle("Random scores", "random", "X", (1.5, 2)),
     "oracle": MethodStyle("Oracle", "oracle", "v", (9, 3)),
     "policy": MethodStyle("Plain policy", "ink"),

@@ -1,4 +1,8 @@
-"""Checks on a user's own model that its scores do not depend on how they are computed."""
+"""Checks on a user's own model that its scores do not depend on how they are computed.
+
+The reference is a forward pass in float64. The bound is a multiple of what float32 arithmetic does to this model: the
+largest error of the same plain forward pass in float32.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +21,17 @@ from data_pipeline.trajectory import read_numbered, steps
 from jaxprm.artifacts.directory import find_model
 from jaxprm.errors import UserError
 from jaxprm.model.prefix_bank import bucket
-from jaxprm.scoring import loading
+from jaxprm.progress import bar
+from jaxprm.scoring import loading, reference
 from jaxprm.scoring.engine import Engine
 from jaxprm.scoring.scorer import FINISHED_WIDTHS, Scorer
 
-# Largest difference allowed, in units of the root mean square of the scores if that is above 1.
-BOUND = 1e-5
+# Largest difference allowed, in units of the model's float32 error. Sound ways have one to two of them, an
+# accelerator's own arithmetic a few more, and one wrong token in the prompt thousands.
+FACTOR = 8
+# The least float32 error of a model, in units of the root mean square of its values: short conversations of a small
+# model may have less by luck.
+LEAST_ERROR = float(np.finfo(np.float32).eps)
 # States scored in one call, and candidates of other conversations that are scored with each.
 STATES_A_CALL, DISTRACTORS = 4, 3
 # Enough for several states in one call of the widest shape.
@@ -44,12 +53,14 @@ class Check(NamedTuple):
       ways: those that must agree within `bound`.
       bfloat16: differs by rounding, and has no bound.
       sensitivity: how far one wrong token in the prompt moves a score, for scale.
+      float32_error: largest difference of the plain forward pass in float32 from the one in float64.
     """
 
     ways: list[Comparison]
     bound: float
     bfloat16: Comparison
     sensitivity: float
+    float32_error: float = 0.0
 
     @property
     def largest(self) -> float:
@@ -70,10 +81,10 @@ class _Case(NamedTuple):
 def check_scorer(model: Path, trajectories: Path | None = None, *, count: int = 16) -> Check:
     """Computes the scores of the first `count` trajectories in every way, or those of sample conversations.
 
-    The reference is a forward pass over each conversation alone, without padding, packing or cache. Compared with it
-    are padded batches of conversations; conversations packed after prompts that are encoded once; every step as one of
-    several candidates after the cache, states in random order; and the same with a cache of two conversations, which
-    keeps dropping and encoding again.
+    The reference is a forward pass in float64 over each conversation, see `reference.py`. Compared with it are each
+    conversation alone, without padding, packing or cache; padded batches of conversations; conversations packed after
+    prompts that are encoded once; every step as one of several candidates after the cache, states in random order; and
+    the same with a cache of two conversations, which keeps dropping and encoding again.
 
     Raises UserError if no trajectory has a step, or one is longer than can be scored.
     """
@@ -91,18 +102,31 @@ def check_scorer(model: Path, trajectories: Path | None = None, *, count: int = 
         evicting = Scorer(*same, **sizes, cache_bytes=2 * engine.bytes_of_a_slot)
         rounded = Scorer(*same, **sizes, dtype="bfloat16")
         tokens, names = [case.encoded.tokens for case in cases], [case.name for case in cases]
-        values = [engine.score_unbatched(sequence) for sequence in tokens]
-        reference = [of_tokens[case.encoded.read_positions] for case, of_tokens in zip(cases, values, strict=True)]
+        values, float32_error = _reference(loaded, tokens)
+        promises = [of_tokens[case.encoded.read_positions] for case, of_tokens in zip(cases, values, strict=True)]
+        alone = [engine.score_unbatched(sequence) for sequence in tokens]
         ways = [
+            _compare("each alone", alone, values),
             # In reverse order, so that a row that is mixed up with another is seen.
             _compare("in padded batches", engine.score_full(tokens[::-1], names[::-1])[::-1], values),
             _compare_packed(engine, cases, values),
-            _compare_candidates("candidates after the cache", scorer, cases, reference),
-            _compare_candidates("the same, with evictions", evicting, cases, reference),
+            _compare_candidates("candidates after the cache", scorer, cases, promises),
+            _compare_candidates("the same, with evictions", evicting, cases, promises),
         ]
         bfloat16 = _compare("in bfloat16", rounded.engine.score_full(tokens, names), values)
-    rms = float(np.sqrt(np.mean(np.concatenate(reference) ** 2)))
-    return Check(ways, BOUND * max(1.0, rms), bfloat16, _sensitivity(engine, cases, values))
+    return Check(ways, FACTOR * float32_error, bfloat16, _sensitivity(engine, cases, alone), float32_error)
+
+
+def _reference(scorer: Scorer, tokens: Sequence[np.ndarray]) -> tuple[list[np.ndarray], float]:
+    """(values of every token in float64, largest error of the same forward pass in float32)."""
+    config, parameters = scorer.config, scorer.parameters
+    with bar("reference in float64", 2 * config.layers, unit="layer") as progress:
+        values = reference.values(config, parameters, tokens, np.float64, progress.update)
+        rounded = reference.values(config, parameters, tokens, np.float32, progress.update)
+    differences = [np.abs(a - b).max() for a, b in zip(rounded, values, strict=True)]
+    rms = float(np.sqrt(np.mean(np.concatenate(values) ** 2)))
+    # np.max and not max, which may lose a NaN.
+    return values, float(np.max([*differences, LEAST_ERROR * rms]))
 
 
 def sample_conversations() -> list[list[dict[str, str]]]:
@@ -138,13 +162,13 @@ def _compare_packed(engine: Engine, cases: Sequence[_Case], values: Sequence[np.
 
 
 def _compare_candidates(
-    name: str, scorer: Scorer, cases: Sequence[_Case], reference: Sequence[np.ndarray]
+    name: str, scorer: Scorer, cases: Sequence[_Case], expected: Sequence[np.ndarray]
 ) -> Comparison:
     """Every action of every conversation, scored among actions of others, some states at a time."""
     # (case, message, promise): a message of several parts is a step a part, and has the promise of the last.
     actions = [
         (case, index, float(promises[case.encoded.message_indices == index][-1]))
-        for case, promises in zip(cases, reference, strict=True)
+        for case, promises in zip(cases, expected, strict=True)
         for index in dict.fromkeys(case.encoded.message_indices.tolist())
     ]
     rng = random.Random(0)
@@ -156,7 +180,7 @@ def _compare_candidates(
         candidates = [[*rng.choices(messages, k=DISTRACTORS), case.messages[index]] for case, index, _ in chunk]
         states, tools = [case.messages[:index] for case, index, _ in chunk], [case.tools for case, _, _ in chunk]
         ours += [promises[-1] for promises in scorer.score_actions(states, candidates, tools=tools)]
-    return _compare(name, [np.asarray(ours)], [np.asarray([promise for _, _, promise in actions], np.float32)])
+    return _compare(name, [np.asarray(ours)], [np.asarray([promise for _, _, promise in actions])])
 
 
 def _sensitivity(engine: Engine, cases: Sequence[_Case], values: Sequence[np.ndarray]) -> float:

@@ -159,29 +159,16 @@ class Engine:
 
         Raises UserError for a sequence longer than the largest bucket, with its name.
         """
-        buckets: dict[int, list[int]] = {}
-        for index, (tokens, name) in enumerate(zip(sequences, names, strict=True)):
-            buckets.setdefault(bucket_of(len(tokens), name), []).append(index)
         values: list[np.ndarray] = [np.empty(0, np.float32)] * len(sequences)
-        for width, indices in sorted(buckets.items()):
-            max_rows, parts = max(1, TOKENS_A_CALL // width), self._layout.parts
-            # Rows are split over the mesh, so their number is a multiple of its parts.
-            max_rows -= max_rows % parts if max_rows > parts else 0
-            while indices:
-                rows = call_rows(len(indices), max_rows, width) if small_batches else max_rows
-                # All calls have `rows` rows, full or not: another number would be another program.
-                chunk, indices = indices[:rows], indices[rows:]
-                tokens, counts = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
-                for row, index in enumerate(chunk):
-                    counts[row] = len(sequences[index])
-                    tokens[row, : counts[row]] = sequences[index]
-                result = np.asarray(
-                    values_of_rows(self._graph, self._parameters, tokens, counts, self._dtype, self._layout)
-                )
-                self._encoded += int(counts.sum())
-                self._padded += tokens.size
-                for row, index in enumerate(chunk):
-                    values[index] = result[row, : counts[row]]
+        batches = padded_batches(sequences, names, parts=self._layout.parts, small_batches=small_batches)
+        for indices, tokens, counts in batches:
+            result = np.asarray(
+                values_of_rows(self._graph, self._parameters, tokens, counts, self._dtype, self._layout)
+            )
+            self._encoded += int(counts.sum())
+            self._padded += tokens.size
+            for row, index in enumerate(indices):
+                values[index] = result[row, : counts[row]]
         return values
 
     def score_unbatched(self, tokens: np.ndarray) -> np.ndarray:
@@ -376,6 +363,33 @@ def _packed(jobs: Sequence[tuple[np.ndarray, np.ndarray]], width: int) -> list[_
         rows[-1].indices.append(index)
         rows[-1].continuations.append(continuation)
     return rows
+
+
+def padded_batches(
+    sequences: Sequence[np.ndarray], names: Sequence[str], *, parts: int = 1, small_batches: bool = False
+) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
+    """Sequences as rows of few shapes: (indices of the sequences, tokens int32 [B, T], lengths of the rows int32 [B]).
+
+    parts: of the mesh that rows are split over. small_batches: as in `Engine.score_full`.
+
+    Raises UserError for a sequence longer than the largest bucket, with its name.
+    """
+    buckets: dict[int, list[int]] = {}
+    for index, (sequence, name) in enumerate(zip(sequences, names, strict=True)):
+        buckets.setdefault(bucket_of(len(sequence), name), []).append(index)
+    for width, indices in sorted(buckets.items()):
+        max_rows = max(1, TOKENS_A_CALL // width)
+        # Rows are split over the mesh, so their number is a multiple of its parts.
+        max_rows -= max_rows % parts if max_rows > parts else 0
+        while indices:
+            rows = call_rows(len(indices), max_rows, width) if small_batches else max_rows
+            # All calls have `rows` rows, full or not: another number would be another program.
+            chunk, indices = indices[:rows], indices[rows:]
+            tokens, counts = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
+            for row, index in enumerate(chunk):
+                counts[row] = len(sequences[index])
+                tokens[row, : counts[row]] = sequences[index]
+            yield chunk, tokens, counts
 
 
 def bucket_of(length: int, name: str) -> int:

@@ -161,14 +161,19 @@ def step_table(messages: Sequence[int] | np.ndarray, promises: np.ndarray, *, pr
 
     Raises UserError for promises that are not finite.
     """
-    if not np.isfinite(promises).all():
-        raise UserError("the model's scores are not finite; its weights are broken")
+    check_finite(promises)
     gains = [None, *(shortest_float(gain) for gain in np.diff(promises))] if progress else [None] * len(promises)
     steps = [
         {"message": int(message), "promise": shortest_float(promise), "progress": gain}
         for message, promise, gain in zip(messages, promises, gains, strict=True)
     ]
     return {"steps": steps, "score": steps[-1]["promise"]}
+
+
+def check_finite(values: np.ndarray) -> None:
+    """Raises UserError for scores that are not finite."""
+    if not np.isfinite(values).all():
+        raise UserError("the model's scores are not finite; its weights are broken")
 
 
 def shortest_float(value: np.floating) -> float:

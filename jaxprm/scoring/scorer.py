@@ -16,11 +16,13 @@ import numpy as np
 from cachetools import LRUCache
 
 from data_pipeline.encode import Encoded, Encoder
+from data_pipeline.errors import DataError, one_line
+from jaxprm.errors import UserError
 from jaxprm.model.config import TransformerConfig
 from jaxprm.model.prefix_bank import Shapes, bucket
 from jaxprm.model.sharding import ONE_DEVICE, Layout
 from jaxprm.policies.protocol import prefix_hash
-from jaxprm.scoring.engine import CACHE_BYTES, LENGTH_BUCKETS, Engine
+from jaxprm.scoring.engine import CACHE_BYTES, LENGTH_BUCKETS, Engine, bucket_of
 
 # Row widths for what follows a shared prompt; a conversation goes into the narrowest that holds it.
 FINISHED_WIDTHS = (128, 256, 512, 1024)
@@ -32,18 +34,34 @@ Key = tuple[str, str]
 
 
 class PreparedCandidates(NamedTuple):
-    """Encoded candidates of one state. `keys` has one entry a candidate, in order; the others have distinct keys.
+    """Encoded candidates of one state: `keys` and `indices` have one entry a candidate, the others distinct keys.
 
     Args:
+      indices: number of each candidate in `errors` and in messages.
       scores: of candidates whose score was in memory.
       continuations: (prefix [P], continuation [N]) of candidates to score after the cached prefix.
       conversations: those that have to be encoded in full, since they do not continue their prompt token by token.
+      errors: of candidates that cannot be scored, by number. Their keys are in no other field.
     """
 
     keys: list[Key]
+    indices: list[int]
     scores: dict[Key, float]
     continuations: dict[Key, tuple[np.ndarray, np.ndarray]]
     conversations: dict[Key, Encoded]
+    errors: dict[int, str]
+
+    def within(self, limit: int, why: str) -> PreparedCandidates:
+        """The same without candidates whose conversations have more than `limit` tokens: these have the error `why`."""
+        short = {key: job for key, job in self.continuations.items() if len(job[0]) + len(job[1]) <= limit}
+        conversations = {key: item for key, item in self.conversations.items() if len(item.tokens) <= limit}
+        dropped = {*self.continuations, *self.conversations} - {*short, *conversations}
+        errors = {
+            index: f"candidate {index}: {why}"
+            for index, key in zip(self.indices, self.keys, strict=True)
+            if key in dropped
+        }
+        return self._replace(continuations=short, conversations=conversations, errors=self.errors | errors)
 
     @property
     def longest(self) -> int:
@@ -177,31 +195,60 @@ class Scorer:
     ) -> list[np.ndarray]:
         """Promise of candidate actions: float32 [N] for each state, the value after that action.
 
-        A candidate is the text of an assistant message, or the message itself. tools: of each state.
-
-        Raises DataError for a conversation that cannot be encoded, UserError for one longer than the largest bucket.
+        A candidate is the text of an assistant message, or the message itself. tools: of each state. A candidate that
+        cannot be encoded, or whose conversation is longer than the largest bucket, has -inf; `refusal` says why.
         """
         tools = tools or [None] * len(states)
-        return self.score_prepared([self.prepare(*job) for job in zip(states, candidates, tools, strict=True)])
+        return self.score_prepared([self._prepare(*job) for job in zip(states, candidates, tools, strict=True)])
+
+    def refusal(self, state: Sequence[dict], candidate: str | dict, tools: list[dict] | None = None) -> str | None:
+        """Why `score_actions` gives a candidate -inf, in one line; None if it can be scored."""
+        return self._prepare(state, [candidate], tools).errors.get(0)
+
+    def _prepare(
+        self, state: Sequence[dict], candidates: Sequence[str | dict], tools: list[dict] | None
+    ) -> PreparedCandidates:
+        """As `prepare`; for a state that cannot be encoded, all candidates have its error."""
+        try:
+            return self.prepare(state, candidates, tools)
+        except DataError as error:
+            keys = [("", str(index)) for index in range(len(candidates))]
+            indices = list(range(len(candidates)))
+            return PreparedCandidates(keys, indices, {}, {}, {}, dict.fromkeys(indices, one_line(error)))
 
     def prepare(
-        self, state: Sequence[dict], candidates: Sequence[str | dict], tools: list[dict] | None = None
+        self,
+        state: Sequence[dict],
+        candidates: Sequence[str | dict],
+        tools: list[dict] | None = None,
+        indices: Sequence[int] | None = None,
     ) -> PreparedCandidates:
         """Encodes candidates of a state, except those whose scores are in memory. Computes nothing on the device.
 
-        Raises DataError for a conversation that cannot be encoded.
+        A candidate that cannot be scored costs no other: it is in `errors`. indices: numbers of the candidates there
+        and in messages; by default from 0.
+
+        Raises DataError if the state cannot be encoded.
         """
-        state_key = _state_hash(state, tools) + (f"/{self.engine.owner:x}" if self.engine.owner else "")
-        actions = [_as_message(candidate) for candidate in candidates]
-        prepared = PreparedCandidates([(state_key, prefix_hash([action])) for action in actions], {}, {}, {})
+        state_key = state_hash(state, tools) + (f"/{self.engine.owner:x}" if self.engine.owner else "")
+        actions = [as_message(candidate) for candidate in candidates]
+        indices = range(len(actions)) if indices is None else indices
+        keys = [(state_key, prefix_hash([action])) for action in actions]
+        prepared = PreparedCandidates(keys, list(indices), {}, {}, {}, {})
         prefix = None
-        for key, action in zip(prepared.keys, actions, strict=True):
+        for index, key, action in zip(indices, keys, actions, strict=True):
             if key in self._cache:
                 prepared.scores[key] = self._cache[key]
             elif key not in prepared.continuations and key not in prepared.conversations:
                 if prefix is None:
                     prefix = np.asarray(self.encoder.prompt(state, tools=tools), np.int32)
-                encoded = self.encoder.trajectory([*state, action], row="candidate", tools=tools)
+                name = f"candidate {index}"
+                try:
+                    encoded = self.encoder.trajectory([*state, action], row=name, tools=tools)
+                    bucket_of(len(encoded.tokens), name)
+                except (DataError, UserError) as error:
+                    prepared.errors[index] = one_line(error)
+                    continue
                 continuation = encoded.tokens[len(prefix) :]
                 # A template may write the prompt of a turn otherwise than the start of the finished turn.
                 continues = np.array_equal(encoded.tokens[: len(prefix)], prefix)
@@ -214,7 +261,7 @@ class Scorer:
     def score_prepared(self, prepared: Sequence[PreparedCandidates]) -> list[np.ndarray]:
         """Promise of the candidates of each state, float32 [N]: all computed at once, equal ones once.
 
-        Raises UserError for a conversation longer than the largest bucket.
+        A candidate with an error has -inf.
         """
         cached = {key: value for state in prepared for key, value in state.scores.items()}
         conversations = {key: encoded for state in prepared for key, encoded in state.conversations.items()}
@@ -227,14 +274,25 @@ class Scorer:
         self._cache.update(computed)
         # Not from memory, which may have dropped some of these keys already.
         scores = cached | computed
-        return [np.asarray([scores[key] for key in state.keys], np.float32) for state in prepared]
+        return [
+            np.asarray(
+                [
+                    -np.inf if index in state.errors else scores[key]
+                    for index, key in zip(state.indices, state.keys, strict=True)
+                ],
+                np.float32,
+            )
+            for state in prepared
+        ]
 
 
-def _as_message(candidate: str | dict) -> dict:
+def as_message(candidate: str | dict) -> dict:
+    """A candidate, given as a text or a message, as a message."""
     return {"role": "assistant", "content": candidate} if isinstance(candidate, str) else candidate
 
 
-def _state_hash(messages: Sequence[dict], tools: list[dict] | None) -> str:
+def state_hash(messages: Sequence[dict], tools: list[dict] | None) -> str:
+    """A hash of everything in a state that a chat template can show."""
     # Tools are hashed too: descriptions of tools are long, and many keys are kept.
     of_tools = hashlib.sha256(json.dumps(tools, sort_keys=True).encode()).hexdigest()[:32] if tools else ""
     return prefix_hash(messages) + of_tools

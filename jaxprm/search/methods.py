@@ -124,7 +124,8 @@ def guided_search(
     """Searches every task and writes one line for each to `output`, in the order of `tasks`; returns `output`.
 
     A line: {"task", "outcome", "score", "rounds", "ended"?, "proposed", "merged", "cut", "failed", "errors",
-    "policy_tokens", "reward_tokens", "reward_encoded", "environment_steps", "tree"?}.
+    "unscored"?, "policy_tokens", "reward_tokens", "reward_encoded", "environment_steps", "tree"?}. "unscored" counts
+    candidates that the scorer could not score.
 
     "reward_tokens" are the tokens of the task's tree, the least that a scorer has to read. Tasks are scored together,
     so "reward_encoded", the tokens that the scorer read, is divided among the tasks of a call in proportion to them.
@@ -213,6 +214,8 @@ def _line(tree: Tree, policy: Policy, runner: BranchRunner, about: dict | None) 
         "reward_tokens": tokens_read(tree, policy.count_tokens),
         "environment_steps": sum(runner.cost(node.branch) for node in tree.nodes if node.executed),
     }
+    if tree.unscored:
+        line["unscored"] = tree.unscored
     if tree.ended is not None:
         line["ended"] = tree.ended
     if about is not None:

@@ -19,12 +19,15 @@ Ended = Literal["score", "budget"]
 
 
 class ActionScorer(Protocol):
-    """Scores candidate actions. `usage["encoded"]` counts the tokens that it has read since it was made."""
+    """Scores candidate actions. `usage["encoded"]` counts the tokens that it has read since it was made.
+
+    A scorer may have a method `refusal(state, candidate)`: why a candidate has no score, or None.
+    """
 
     usage: dict[str, int]
 
     def score_actions(self, states: Sequence[list[dict]], candidates: Sequence[Sequence[str]]) -> list[np.ndarray]:
-        """Promises of each state's candidate actions, one array [N] for each state."""
+        """Promises of each state's candidate actions, one array [N] for each state. -inf: it cannot be scored."""
 
 
 @dataclass
@@ -45,6 +48,7 @@ class Node:
         lookahead_value: promise of the last action reached by looking ahead of this node, or None.
         is_lookahead: whether the node was drawn only to look ahead of another one.
         counted: (number of messages, tokens) of the last token count, or None.
+        error: why the scorer gave the action no score, or None. Such a node is neither executed nor continued.
     """
 
     id: int
@@ -61,6 +65,7 @@ class Node:
     lookahead_value: float | None = None
     is_lookahead: bool = False
     counted: tuple[int, int] | None = None
+    error: str | None = None
 
     @property
     def action(self) -> str:
@@ -84,6 +89,7 @@ class Tree:
         nodes: every candidate in the order of drawing, without the root.
         proposed, merged, cut, failed: draws in all, repeated texts among those of one state, draws cut at the token
             limit, and draws that the policy could not make.
+        unscored: distinct candidates that the scorer could not score.
         generated: tokens that the policy generated.
         rounds: rounds of a beam, or steps that a tree search has taken.
         ended: why the search was stopped early, or None.
@@ -97,6 +103,7 @@ class Tree:
     merged: int = 0
     cut: int = 0
     failed: int = 0
+    unscored: int = 0
     generated: int = 0
     rounds: int = 0
     ended: Ended | None = None
@@ -163,9 +170,10 @@ def expand(
     """Draws actions after every parent and scores the distinct ones, in one call to the policy and one to the scorer.
 
     Returns, for each parent, its `draws` actions, and its distinct candidates, which are scored and not yet executed.
-    A parent for which the policy proposed no action is ended, with the policy's error as the reason.
+    A candidate that cannot be scored is left out; its node stays in the tree, with the error. A parent for which the
+    policy proposed no action, or the scorer scored none, is ended, with the first error as the reason.
 
-    Raises UserError for a score that is not a finite number.
+    Raises UserError for a score that is NaN or infinite.
     """
     proposals = policy.propose([State(node.branch.task, node.messages) for _, node in parents], draws, temperature)
     candidates = [
@@ -177,7 +185,12 @@ def expand(
             parent.branch = runner.abandon(parent.branch, f"policy: {drawn[0].error}")
             parent.score = -np.inf
     _score(parents, candidates, scorer, progress_weight)
-    return proposals, candidates
+    scored = [[node for node in nodes if node.error is None] for nodes in candidates]
+    for (_, parent), nodes, remaining in zip(parents, candidates, scored, strict=True):
+        if nodes and not remaining:
+            parent.branch = runner.abandon(parent.branch, f"scorer: {nodes[0].error}")
+            parent.score = -np.inf
+    return proposals, scored
 
 
 def execute(nodes: Sequence[Node], runner: BranchRunner) -> None:
@@ -204,10 +217,11 @@ def merge_duplicates(actions: Sequence[Action]) -> list[tuple[Action, int]]:
 def tokens_read(tree: Tree, count_tokens: Callable[[Sequence[dict]], int]) -> int:
     """Tokens of a search tree with shared prefixes counted once: the least that a scorer has to read."""
     lengths = {0: _length(tree.root, count_tokens)}
-    for node in tree.nodes:
+    read = [node for node in tree.nodes if node.error is None]
+    for node in read:
         lengths[node.id] = _length(node, count_tokens)
     # A node adds what it is longer than its parent: its action, and the observation after it.
-    return lengths[0] + sum(lengths[node.id] - lengths[node.parent.id] for node in tree.nodes)
+    return lengths[0] + sum(lengths[node.id] - lengths[node.parent.id] for node in read)
 
 
 def tree_to_dict(tree: Tree, **about) -> dict:
@@ -247,7 +261,15 @@ def _add_candidates(tree: Tree, parent: Node, drawn: Sequence[Action]) -> list[N
 def _score(parents, candidates: Sequence[list[Node]], scorer: ActionScorer, progress_weight: float) -> None:
     texts = [[node.action for node in nodes] for nodes in candidates]
     scores = scorer.score_actions([node.messages for _, node in parents], texts)
-    for (tree, _), nodes, values in zip(parents, candidates, scores, strict=True):
+    refusal = getattr(scorer, "refusal", lambda state, candidate: None)
+    for (tree, parent), nodes, values in zip(parents, candidates, scores, strict=True):
+        values = np.asarray(values)
+        for node in (node for node, value in zip(nodes, values, strict=True) if value == -np.inf):
+            node.error = refusal(parent.messages, node.action)
+            tree.unscored += node.error is not None
+        # Without a reason, -inf is no score either, and an error below.
+        has_score = [node.error is None for node in nodes]
+        nodes, values = [node for node in nodes if node.error is None], values[has_score]
         # A NaN is neither larger nor smaller than anything, so ranking with one would silently give any order.
         if not np.isfinite(values).all():
             raise UserError(
@@ -283,6 +305,8 @@ def _node_to_dict(node: Node) -> dict:
     # A candidate that was not executed has its parent's branch, which is open and one observation shorter.
     observations = node.branch.observations
     looked = {} if node.lookahead_value is None else {"looked": node.lookahead_value}
+    if node.error is not None:
+        looked["error"] = node.error
     return looked | {
         "id": node.id,
         "parent": node.parent.id if node.parent else 0,

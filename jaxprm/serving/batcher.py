@@ -175,10 +175,13 @@ class _Closed(Exception):
 
 
 class Answers:
-    """Answers batches of requests with a model. For use by one thread."""
+    """Answers batches of requests with a model. For use by one thread.
 
-    def __init__(self, scorer: Scorer, model: Model, limits: RequestLimits):
-        self._scorer, self._model, self._limits = scorer, model, limits
+    add_bos: put the begin-of-text token before inputs that lack it, whatever the request says.
+    """
+
+    def __init__(self, scorer: Scorer, model: Model, limits: RequestLimits, *, add_bos: bool = False):
+        self._scorer, self._model, self._limits, self._add_bos = scorer, model, limits, add_bos
 
     @property
     def usage(self) -> dict[str, int]:
@@ -221,31 +224,57 @@ class Answers:
         except Exception:
             logging.getLogger(__name__).exception("a request could not be encoded")
             return RequestRefused(500, INTERNAL_ERROR)
-        # Checked before the batch is computed: there it would fail all requests of the batch.
-        lengths = [len(tokens) for tokens in encoded.sequences]
-        lengths += [encoded.question.longest] if encoded.question else []
-        if max(lengths) > self._limits.tokens:
-            return RequestRefused(
-                400, f"a conversation of {max(lengths)} tokens, more than {self._limits.tokens} (--max-tokens)"
-            )
         return encoded
 
     def _encode(self, request: ScoringRequest) -> _Encoded:
         if isinstance(request, ScoreActions):
-            return _Encoded(self._model.question(request.messages, request.candidates, request.tools), [])
-        encoder = self._scorer.encoder
+            question = self._model.question(request.messages, request.candidates, request.tools)
+            # Checked before the batch is computed: there it would fail all requests of the batch.
+            if question.longest > self._limits.tokens:
+                why = f"its conversation has more than {self._limits.tokens} tokens (--max-tokens)"
+                question = question.within(self._limits.tokens, why)
+            return _Encoded(question, [], {})
         if request.messages is not None:
-            encoded = encoder.trajectory(request.messages, row="messages", tools=request.tools)
-            return _Encoded(None, [encoded.tokens[: encoded.read_positions[-1] + 1]])
-        vocabulary = self._scorer.config.vocab_size
-        sequences = [encoder.rendered(item) if isinstance(item, str) else item for item in request.inputs]
-        for index, ids in enumerate(sequences):
-            if not ids or min(ids) < 0 or max(ids) >= vocabulary:
-                raise UserError(f"number {index}: must be token ids from 0 to {vocabulary - 1}, at least one")
-        return _Encoded(None, [np.asarray(ids, np.int32) for ids in sequences])
+            encoded = self._scorer.encoder.trajectory(request.messages, row="messages", tools=request.tools)
+            tokens = encoded.tokens[: encoded.read_positions[-1] + 1]
+            if len(tokens) > self._limits.tokens:
+                raise UserError(self._too_long(len(tokens)))
+            return _Encoded(None, [tokens], {})
+        sequences: list[np.ndarray | None] = []
+        errors: dict[int, str] = {}
+        for index, item in enumerate(request.inputs):
+            try:
+                sequences.append(self._input_tokens(item, request.add_bos or self._add_bos))
+            except UserError as error:
+                sequences.append(None)
+                errors[index] = f"number {index}: {error}"
+        return _Encoded(None, sequences, errors)
+
+    def _input_tokens(self, item: str | list[int], add_bos: bool) -> np.ndarray:
+        """Token ids of an input of /classify, int32 [T]. Raises UserError for one that cannot be scored."""
+        encoder, vocabulary = self._scorer.encoder, self._scorer.config.vocab_size
+        ids = encoder.rendered(item) if isinstance(item, str) else item
+        if not ids or min(ids) < 0 or max(ids) >= vocabulary:
+            raise UserError(f"must be token ids from 0 to {vocabulary - 1}, at least one")
+        if (bos := encoder.bos_id) is not None:
+            if ids[0] != bos and not add_bos:
+                raise UserError(
+                    f"lacks {encoder.tokenizer.bos_token}, with which the model's chat template begins every "
+                    "conversation; send the template's output unchanged, or have it added: add_special_tokens true in "
+                    "the request, or serve --add-bos"
+                )
+            if ids[:2] == [bos, bos]:
+                raise UserError(f"begins with {encoder.tokenizer.bos_token} twice; the template writes it once")
+            ids = ids if ids[0] == bos else [bos, *ids]
+        if len(ids) > self._limits.tokens:
+            raise UserError(self._too_long(len(ids)))
+        return np.asarray(ids, np.int32)
+
+    def _too_long(self, tokens: int) -> str:
+        return f"a conversation of {tokens} tokens, more than {self._limits.tokens} (--max-tokens)"
 
     def _compute(self, requests: Sequence[_Encoded]) -> list[Answer]:
-        sequences = [tokens for request in requests for tokens in request.sequences]
+        sequences = [tokens for request in requests for tokens in request.sequences if tokens is not None]
         values = iter(self._scorer.engine.score_full(sequences, ["input"] * len(sequences), small_batches=True))
         scores = iter(self._model.answer([request.question for request in requests if request.question]))
         answers: list[Answer] = []
@@ -253,8 +282,9 @@ class Answers:
             if request.question:
                 answers.append(next(scores))
             else:
-                last = [loading.shortest_float(next(values)[-1]) for _ in request.sequences]
-                answers.append(Values(last, [len(tokens) for tokens in request.sequences]))
+                lengths = [0 if tokens is None else len(tokens) for tokens in request.sequences]
+                last = [loading.shortest_float(next(values)[-1]) if length else math.nan for length in lengths]
+                answers.append(Values(last, lengths, request.errors))
         return answers
 
     def _compute_alone(self, request: _Encoded) -> Answer:
@@ -268,16 +298,23 @@ class Answers:
 
 
 class _Encoded(NamedTuple):
-    """A request ready to compute: candidates of a conversation, or whole conversations as tokens, int32 [T] each."""
+    """A request ready to compute: candidates of a conversation, or whole conversations as tokens, int32 [T] each.
+
+    A conversation that cannot be scored is None, and its error is in `errors` by its index.
+    """
 
     question: Question | None
-    sequences: list[np.ndarray]
+    sequences: Sequence[np.ndarray | None]
+    errors: dict[int, str]
 
 
 def _checked_finite(answer: Answer) -> Answer:
     if isinstance(answer, RequestRefused):
         return answer
-    numbers = answer.values if isinstance(answer, Values) else [score.promise for score in answer]
+    if isinstance(answer, Values):
+        numbers = [value for index, value in enumerate(answer.values) if index not in answer.errors]
+    else:
+        numbers = [score.promise for score in answer if score.error is None]
     # JSON has no NaN and no infinity.
     if np.isfinite(numbers).all():
         return answer

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http import HTTPStatus
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
@@ -23,7 +25,6 @@ INTERNAL_ERROR = "internal error; the server's log has more"
 # Fields of vLLM's and SGLang's requests that would change the answer, with the only value that does not.
 _UNSUPPORTED = {
     "truncate_prompt_tokens": None,
-    "add_special_tokens": False,
     "add_generation_prompt": False,
     "continue_final_message": False,
     "chat_template": None,
@@ -167,6 +168,7 @@ class Classify(NamedTuple):
     """`POST /classify`: conversations as texts or token ids, or one as messages.
 
     is_single: the input was not in a list, so SGLang's response is not one either.
+    add_bos: put the begin-of-text token before inputs that lack it.
     """
 
     form: Literal["vllm", "sglang"]
@@ -175,13 +177,15 @@ class Classify(NamedTuple):
     tools: list[dict[str, Any]] | None
     is_single: bool
     cache_salt: str | None = None
+    add_bos: bool = False
 
 
 class Values(NamedTuple):
-    """Values of classified conversations, and their lengths in tokens."""
+    """Values of classified conversations, their lengths in tokens, and errors by index: these have the value NaN."""
 
     values: list[float]
     tokens: list[int]
+    errors: Mapping[int, str] = MappingProxyType({})
 
 
 def parse_score_actions(value: Any, limits: RequestLimits) -> ScoreActions:
@@ -205,6 +209,9 @@ def parse_classify(value: Any, limits: RequestLimits) -> Classify:
     for name, harmless in _UNSUPPORTED.items():
         if fields.get(name) not in (None, harmless):
             raise RequestRefused(400, f"{name} is not supported; leave it out")
+    add_bos = fields.get("add_special_tokens")
+    if add_bos not in (None, True, False):
+        raise RequestRefused(400, "add_special_tokens: must be true or false")
     (name,) = present
     salt = _convert(fields.get("cache_salt"), Salt | None, "cache_salt")
     if name == "messages":
@@ -217,21 +224,34 @@ def parse_classify(value: Any, limits: RequestLimits) -> Classify:
     is_single = isinstance(fields[name], str) or (isinstance(fields[name], list) and not _holds_inputs(fields[name]))
     inputs = [fields[name]] if is_single else fields[name]
     _check_inputs(name, inputs, limits)
-    return Classify("vllm" if name == "input" else "sglang", inputs, None, None, is_single, salt)
+    return Classify("vllm" if name == "input" else "sglang", inputs, None, None, is_single, salt, bool(add_bos))
 
 
 def score_actions_response(scores: Sequence[ActionScore], model: str) -> dict[str, Any]:
-    """{"model", "scores": [{"promise", "progress"}]}, in the order of the candidates."""
-    return {"model": model, "scores": [score._asdict() for score in scores]}
+    """{"model", "scores": [{"promise", "progress"}]}, in the order of the candidates.
+
+    A candidate that cannot be scored has two nulls and an "error". Raises RequestRefused if none can be scored.
+    """
+    _check_any([score.error for score in scores])
+    failed = {"promise": None, "progress": None}
+    items = [score._asdict() if score.error is None else failed | {"error": score.error} for score in scores]
+    return {"model": model, "scores": items}
 
 
 def classify_response(request: Classify, answer: Values, model: str, seconds: float) -> Any:
-    """vLLM's ClassificationResponse, or SGLang's object with `embedding`, in a list if the inputs were."""
+    """vLLM's ClassificationResponse, or SGLang's object with `embedding`, in a list if the inputs were.
+
+    An input that cannot be scored has an empty list in place of its value, and an "error". Raises RequestRefused if
+    none can be scored.
+    """
+    _check_any([answer.errors.get(index) for index in range(len(answer.values))])
+    values = [[] if math.isnan(value) else [value] for value in answer.values]
+    errors = [{"error": answer.errors[index]} if index in answer.errors else {} for index in range(len(values))]
     name = f"classify-{uuid.uuid4().hex}"
     if request.form == "sglang":
         items = [
             {
-                "embedding": [value],
+                "embedding": value,
                 "meta_info": {
                     "id": f"{name}-{index}",
                     # Nothing is generated; clients of SGLang expect the fields all the same.
@@ -241,16 +261,23 @@ def classify_response(request: Classify, answer: Values, model: str, seconds: fl
                     "e2e_latency": seconds,
                 },
             }
-            for index, (value, tokens) in enumerate(zip(*answer, strict=True))
+            | error
+            for index, (value, tokens, error) in enumerate(zip(values, answer.tokens, errors, strict=True))
         ]
         return items[0] if request.is_single else items
     data = [
-        {"index": index, "label": "LABEL_0", "probs": [value], "num_classes": 1}
-        for index, value in enumerate(answer.values)
+        {"index": index, "label": "LABEL_0", "probs": value, "num_classes": 1} | error
+        for index, (value, error) in enumerate(zip(values, errors, strict=True))
     ]
     total = sum(answer.tokens)
     usage = {"prompt_tokens": total, "total_tokens": total, "completion_tokens": 0, "prompt_tokens_details": None}
     return {"id": name, "object": "list", "created": int(time.time()), "model": model, "data": data, "usage": usage}
+
+
+def _check_any(errors: Sequence[str | None]) -> None:
+    """Raises RequestRefused, with the first error, if there is an error for every item."""
+    if errors and all(error is not None for error in errors):
+        raise RequestRefused(400, str(errors[0]))
 
 
 def _convert(value: Any, kind: Any, name: str = "") -> Any:

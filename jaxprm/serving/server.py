@@ -57,6 +57,7 @@ def serve_verb(options: argparse.Namespace) -> int:
         port=options.port,
         rows=options.rows,
         dtype=options.dtype,
+        add_bos=options.add_bos,
         template=options.chat_template,
         reasoning=options.reasoning,
         special_tokens=options.special_tokens,
@@ -86,6 +87,7 @@ def serve(
     special_tokens: Literal["error", "break"] | None = None,
     mesh: config_lib.MeshConfig | None = None,
     limits: RequestLimits = RequestLimits(),
+    add_bos: bool = False,
     name: str | None = None,
     allowed_hosts: Sequence[str] = (),
     private: bool = False,
@@ -99,6 +101,7 @@ def serve(
       model: as for `jaxprm.load`.
       port: 0 for any free port.
       rows, dtype, template, reasoning, special_tokens: as in scoring.loading.load_scorer.
+      add_bos: put the begin-of-text token before texts of /classify that lack it, instead of refusing them.
       mesh: devices of this process that share the work; None is the first device alone.
       name: of the model, for clients; None: its name on the hub, its label, or the name of its directory.
       private: connections share no caches, see docs/serve.md.
@@ -124,8 +127,8 @@ def serve(
             shapes=SHAPES,
         )
         scorer.bound_caches(**HOST_CACHES)
-        recipe = read_recipe(directory)
-        answers, metrics = Answers(scorer, Model(scorer, recipe), limits), ServerMetrics()
+        recipe, metrics = read_recipe(directory), ServerMetrics()
+        answers = Answers(scorer, Model(scorer, recipe), limits, add_bos=add_bos)
         batcher = Batcher(
             answers,
             lambda check_open: _warm_up(answers, check_open),

@@ -48,6 +48,26 @@ class Run:
         return loading.base_directory(self.experiment)
 
     @property
+    def progress_advantage(self) -> tuple[Path, Path] | None:
+        """Directories of the policy and the reference of the baseline, or None if the config has none.
+
+        Raises UserError if one is missing.
+        """
+        settings = self.experiment.search.progress_advantage
+        if settings is None:
+            return None
+        reference = loading.model_directory("reference", "search.progress_advantage.reference", settings.reference)
+        if settings.policy is not None:
+            field = "search.progress_advantage.policy"
+            return loading.model_directory("policy", field, settings.policy), reference
+        if not loading.is_directory(self.experiment.policy):
+            raise UserError(
+                "search.progress_advantage: the run's policy has no directory with weights; set "
+                "search.progress_advantage.policy to one"
+            )
+        return loading.policy_directory(self.experiment.policy), reference
+
+    @property
     def environment_arguments(self) -> dict[str, Any]:
         """What the environment's constructor gets: the config's arguments, and instructions for a served policy."""
         return self._default_arguments | self.experiment.environment.arguments
@@ -201,6 +221,11 @@ class Run:
         return {"base_model": _model_identity(directory, settings.chat_template)} | choices
 
 
+def flops_of_log_ratio(run: Run) -> float:
+    """Forward FLOPs of one token of the two models of the progress-advantage baseline."""
+    return sum(flops_per_token(reader.read_config(directory)[0]) for directory in run.progress_advantage or ())
+
+
 def flops_of_tokens(run: Run) -> tuple[float, float]:
     """Forward FLOPs of one token of the policy (nan if its size is unknown) and of the reward models."""
     settings = run.experiment.policy
@@ -208,6 +233,12 @@ def flops_of_tokens(run: Run) -> tuple[float, float]:
     if not loading.is_directory(settings):
         return math.nan, reward
     return flops_per_token(reader.read_config(loading.policy_directory(settings))[0]), reward
+
+
+def log_ratio_inputs(run: Run) -> dict[str, Any]:
+    """What the scores of the progress-advantage baseline depend on."""
+    template = run.experiment.policy.chat_template
+    return {"progress_advantage": [_model_identity(directory, template) for directory in run.progress_advantage or ()]}
 
 
 def _model_identity(directory: Path, template: str) -> str:

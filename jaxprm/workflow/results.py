@@ -21,7 +21,8 @@ from jaxprm.evaluation.best_of_n import AGGREGATIONS, VOTES, Cost, budget_ratio,
 from jaxprm.evaluation.statistics import best_of_n_curve, bootstrap, oracle_curve, paired_difference
 from jaxprm.hf.safetensors import weight_files
 from jaxprm.search.methods import SEARCHES, SearchSpec, search_specs
-from jaxprm.workflow.context import Run, flops_of_tokens
+from jaxprm.workflow.context import Run, flops_of_log_ratio, flops_of_tokens
+from jaxprm.workflow.search_stage import PROGRESS_ADVANTAGE
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "transformers", "textcraft", "numpy")
 
@@ -70,7 +71,8 @@ class ResultsBuilder:
         pool: lines of the pool by task: the trajectories that best-of-N chooses from.
         outcomes: their outcomes in [0, 1], [tasks, pool].
         labels: those of the reward models.
-        guides: `labels` and "random", the control.
+        scored: `labels`, and the progress-advantage baseline if the run has it.
+        guides: `scored` and "random", the control.
     """
 
     def __init__(self, run: Run):
@@ -83,7 +85,10 @@ class ResultsBuilder:
         self.pool = self._by_task(self.folder / "pool.jsonl", self.settings.pool)
         self.outcomes = np.array([[_outcome(line) for line in lines] for lines in self.pool.values()])
         self.labels = [model.label for model in self.experiment.reward_models]
-        self.guides = [*self.labels, "random"]
+        self.scored = [*self.labels]
+        if self.settings.progress_advantage is not None:
+            self.scored.append(PROGRESS_ADVANTAGE)
+        self.guides = [*self.scored, "random"]
 
     # Success on the held-out tasks.
 
@@ -129,8 +134,8 @@ class ResultsBuilder:
         for at, by_label in outcomes.items():
             # A single row: the plain policy has no reward model, so it is the same for all of their seeds.
             by_label["policy"] = self.outcomes.mean(1)[None]
-            for index, a in enumerate(self.labels):
-                for b in ["policy", "random", *self.labels[index + 1 :]]:
+            for index, a in enumerate(self.scored):
+                for b in ["policy", "random", *self.scored[index + 1 :]]:
                     difference = paired_difference(by_label[a], by_label[b], **self._bootstrap_options)
                     rows.append({"a": a, "b": b, "at": at} | difference)
             # This row uses the default seed, not the experiment's: with another, existing results would change.
@@ -165,13 +170,18 @@ class ResultsBuilder:
         table["methods"]["policy"] = {"1": _cost(tokens, 0, steps, policy_flops, reward_flops)}
         for label in self.guides:
             table["methods"][label] = {
-                spec.cost_key: self._search_cost(spec, label, policy_flops, reward_flops) for spec in self.specs
+                spec.cost_key: self._search_cost(spec, label, policy_flops, self._read_flops(label, reward_flops))
+                for spec in self.specs
             }
         return table
 
+    def _read_flops(self, label: str, reward_flops: float) -> float:
+        """Forward FLOPs of a token that the guide of this label reads."""
+        return flops_of_log_ratio(self.run) if label == PROGRESS_ADVANTAGE else reward_flops
+
     def budget(self) -> dict:
-        """Searches against best-of-N at equal cost ("equal"), and the budget at which best-of-N by one label reaches
-        the score of another ("needed").
+        """Searches of reward models against best-of-N at equal cost ("equal"), and the budget at which best-of-N by one
+        label reaches the score of another ("needed").
 
         Labels whose pool values do not record token counts, as those of old runs, are left out of "equal".
         """
@@ -256,6 +266,10 @@ class ResultsBuilder:
 
     # Files of the search stage as arrays.
 
+    def _seeds(self, label: str) -> Sequence[int]:
+        """Seeds that a guide was searched with: nothing of the progress-advantage baseline depends on one."""
+        return self.seeds[:1] if label == PROGRESS_ADVANTAGE else self.seeds
+
     # Records of earlier versions have no digests of these files, so what is counted on is checked here.
 
     def _by_task(self, path: Path, count: int) -> dict[str, list[dict]]:
@@ -281,7 +295,7 @@ class ResultsBuilder:
 
     def _searched(self, spec: SearchSpec, label: str) -> list[list[dict]]:
         """Lines of a guided search, [seeds][tasks]."""
-        paths = [self.folder / f"{spec.file_name(label, seed)}.jsonl" for seed in self.seeds]
+        paths = [self.folder / f"{spec.file_name(label, seed)}.jsonl" for seed in self._seeds(label)]
         searched = [list(files.read_lines(path)) for path in paths]
         for path, lines in zip(paths, searched, strict=True):
             if [line["task"] for line in lines] != list(self.pool):
@@ -296,22 +310,23 @@ class ResultsBuilder:
         return np.array([[line["outcome"] for line in lines] for lines in self._searched(spec, label)])
 
     def _pool_values(self, label: str, seed: int) -> list[list[list[float]]]:
-        """Step values of the pool, [tasks][pool][steps]; [WORST] for a trajectory that ended in an error."""
+        """Step values of the pool, [tasks][pool][steps]; [WORST] for a trajectory that failed or cannot be scored."""
         path = self.folder / f"values-pool-{label}-{seed}.jsonl"
-        values = {line["id"]: line["values"] for line in files.read_lines(path)}
+        scored = {line["id"]: [WORST] if "error" in line else line["values"] for line in files.read_lines(path)}
 
         def of(line: dict) -> list[float]:
             if line.get("ended") == "error":
                 return [WORST]
-            if not values.get(line["id"]):
+            if not scored.get(line["id"]):
                 raise UserError(f"{path}: has no values of {line['id']}; {_REPAIR}")
-            return values[line["id"]]
+            return scored[line["id"]]
 
         return [[of(line) for line in lines] for lines in self.pool.values()]
 
     def _pool_tokens(self, label: str) -> dict[str, float] | None:
         """Mean tokens of best-of-N: read "once" for a task's prompt, read for "each" candidate, and "sampled"."""
-        lines = list(files.read_lines(self.folder / f"values-pool-{label}-{self.seeds[0]}.jsonl"))
+        path = self.folder / f"values-pool-{label}-{self.seeds[0]}.jsonl"
+        lines = [line for line in files.read_lines(path) if "error" not in line]
         if not lines or any("tokens" not in line for line in lines):
             return None
         sampled = [line["meta"]["tokens"] for task_lines in self.pool.values() for line in task_lines]
@@ -324,6 +339,8 @@ class ResultsBuilder:
     def _step_records(self, label: str, seed: int, lines: dict[str, dict]) -> value_metrics.StepRecords:
         columns: dict[str, list] = defaultdict(list)
         for scored in files.read_lines(self.folder / f"values-validation-{label}-{seed}.jsonl"):
+            if "error" in scored:
+                continue
             line, values = lines[scored["id"]], scored["values"]
             columns["values"] += values
             columns["targets"] += _returns(line, len(values))
@@ -351,7 +368,7 @@ class ResultsBuilder:
         of the first `prefix_steps` steps.
         """
         finals, prefixes = [], []
-        for seed in self.seeds:
+        for seed in self._seeds(label):
             if label == "random":
                 # Equal scores are a uniform choice, computed exactly; drawn scores would add noise.
                 final = prefix = np.zeros(self.outcomes.shape)
@@ -365,7 +382,7 @@ class ResultsBuilder:
 
     def _aggregated(self, label: str, how: str) -> np.ndarray:
         """Expected outcome of best-of-N by a vote or by another score than the final step's, [seeds, tasks, sizes]."""
-        tables = [self._pool_values(label, seed) for seed in self.seeds]
+        tables = [self._pool_values(label, seed) for seed in self._seeds(label)]
         sizes = self.settings.best_of_n
         if how in VOTES:
             answers = [[line["meta"].get("answer") for line in lines] for lines in self.pool.values()]
@@ -390,6 +407,8 @@ class ResultsBuilder:
             cost["reward_encoded_ratio"] = float(mean("reward_encoded") / max(1.0, read))
         if ended := sum("ended" in line for line in lines):
             cost["ended_early"] = ended
+        if unscored := sum(line.get("unscored", 0) for line in lines):
+            cost["unscored"] = int(unscored)
         cost["failed"] = int(sum(line.get("failed", 0) for line in lines))
         cost["errors"] = int(sum(line["errors"] for line in lines))
         return cost

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from data_pipeline.errors import DataError, one_line
 from jaxprm import config as config_lib
 from jaxprm import files
 from jaxprm.errors import UserError
 from jaxprm.evaluation.best_of_n import VOTES
 from jaxprm.policies.rollouts import collect
 from jaxprm.progress import bar
+from jaxprm.scoring.engine import bucket_of
 from jaxprm.scoring.loading import all_devices, load_scorer
+from jaxprm.scoring.log_ratio import check_tokenizers, load_log_ratio
 from jaxprm.search.branches import check_can_fork
 from jaxprm.search.methods import RandomScorer, guided_search, search_specs
 from jaxprm.search.tree import Prices
-from jaxprm.workflow.context import Run, flops_of_tokens
+from jaxprm.workflow.context import Run, flops_of_log_ratio, flops_of_tokens, log_ratio_inputs
 from jaxprm.workflow.workdir import identity
 
+# Label of the baseline in file names and in results.json.
+PROGRESS_ADVANTAGE = "progress_advantage"
 # Conversations in one call to the scorer: the progress bar moves after each call.
 SCORED_AT_ONCE = 256
 
@@ -39,6 +45,11 @@ def stage_inputs(run: Run) -> dict[str, dict[str, Any]]:
 
     for seed in run.experiment.reward_seeds:
         add_searches("random", seed, {"random_seed": seed})
+    if settings.progress_advantage is not None:
+        # Nothing is trained or drawn, so there is one seed.
+        scorer, seed = log_ratio_inputs(run), run.experiment.reward_seeds[0]
+        add_searches(PROGRESS_ADVANTAGE, seed, scorer)
+        inputs[f"values-pool-{PROGRESS_ADVANTAGE}-{seed}"] = scorer | {"trajectories": identity(pool)}
     for model, seed in run.trained():
         trained = {"reward_model": identity(run.train_inputs(model, seed))}
         add_searches(model.label, seed, trained)
@@ -62,8 +73,10 @@ def check(run: Run) -> None:
             )
     finally:
         environment.close()
-    # Called for its error: a budget in FLOPs needs a policy of known size.
+    # Called for their errors: a budget in FLOPs needs a policy of known size, and a log-ratio two models.
     token_prices(run, "")
+    if (directories := run.progress_advantage) is not None:
+        check_tokenizers(*directories)
 
 
 def token_prices(run: Run, label: str) -> Prices:
@@ -80,6 +93,8 @@ def token_prices(run: Run, label: str) -> Prices:
             'search.budget_unit = "flops": the size of the policy is not known; set it to "tokens" and give the budget '
             "in tokens"
         )
+    if label == PROGRESS_ADVANTAGE:
+        reward = flops_of_log_ratio(run)
     return Prices(policy, 0.0 if free else reward)
 
 
@@ -92,6 +107,10 @@ def search(run: Run) -> None:
     stages.sample(tasks, "greedy", count=1, temperature=0.0)
     for seed in run.experiment.reward_seeds:
         stages.searches(tasks, "random", seed, functools.partial(RandomScorer, seed))
+    if settings.progress_advantage is not None:
+        seed, scorer = run.experiment.reward_seeds[0], functools.cache(functools.partial(_load_log_ratio, run))
+        stages.values(f"values-pool-{PROGRESS_ADVANTAGE}-{seed}", run.work / "search/pool.jsonl", scorer)
+        stages.searches(tasks, PROGRESS_ADVANTAGE, seed, scorer)
     for model, seed in run.trained():
         # Loaded when the first file needs it and dropped with this iteration: one reward model is in memory at a time.
         scorer = functools.cache(functools.partial(_load_scorer, run, model, seed))
@@ -166,15 +185,25 @@ class _Stages:
 
 def _load_scorer(run: Run, model: config_lib.RewardModelConfig, seed: int):
     settings = run.experiment.policy
-    # Process 0 searches alone, so in a run of several processes it can use only its own devices.
-    mesh = all_devices() if jax.process_count() > 1 else run.experiment.mesh if jax.device_count() > 1 else None
     directory = run.model_directory(model.label, seed) / "model"
     longest = settings.max_tokens + settings.max_action_tokens
-    return load_scorer(directory, rows=max(1, settings.in_flight // 2), max_tokens=longest, mesh=mesh)
+    return load_scorer(directory, rows=max(1, settings.in_flight // 2), max_tokens=longest, mesh=_mesh(run))
+
+
+def _load_log_ratio(run: Run):
+    return load_log_ratio(*run.progress_advantage, **run.experiment.policy.encoding, mesh=_mesh(run))
+
+
+def _mesh(run: Run) -> config_lib.MeshConfig | None:
+    # Process 0 searches alone, so in a run of several processes it can use only its own devices.
+    return all_devices() if jax.process_count() > 1 else run.experiment.mesh if jax.device_count() > 1 else None
 
 
 def _score_file(scorer, source: Path, output: Path, label: str) -> None:
-    """Writes {"id", "values", "tokens", "prompt_tokens"} for each trajectory that did not end in an error."""
+    """Writes {"id", "values", "tokens", "prompt_tokens"} for each trajectory that did not end in an error.
+
+    One that cannot be scored has {"id", "error"}, and their number is printed.
+    """
     lines = [line for line in files.read_lines(source) if line.get("ended") != "error"]
     # Equal conversations are scored once. The last of them lends its id, which only appears in error messages.
     keys = [files.line(line["messages"]) for line in lines]
@@ -184,12 +213,19 @@ def _score_file(scorer, source: Path, output: Path, label: str) -> None:
     with bar(label, len(unscored), unit="trajectory") as progress:
         for start in range(0, len(unscored), SCORED_AT_ONCE):
             chunk = unscored[start : start + SCORED_AT_ONCE]
-            ids = [distinct[key]["id"] for key in chunk]
-            encoded = [
-                scorer.encoder.trajectory(distinct[key]["messages"], row=row)
-                for key, row in zip(chunk, ids, strict=True)
-            ]
-            for key, trajectory, values in zip(chunk, encoded, scorer.score_encoded(encoded, ids), strict=True):
+            encoded, names = {}, []
+            for key in chunk:
+                name = distinct[key]["id"]
+                try:
+                    trajectory = scorer.encoder.trajectory(distinct[key]["messages"], row=name)
+                    bucket_of(len(trajectory.tokens), name)
+                except (DataError, UserError) as error:
+                    scores[key] = {"error": one_line(error)}
+                    continue
+                encoded[key] = trajectory
+                names.append(name)
+            promises = scorer.score_encoded([*encoded.values()], names)
+            for (key, trajectory), values in zip(encoded.items(), promises, strict=True):
                 scores[key] = {
                     "values": values.tolist(),
                     "tokens": len(trajectory.tokens),
@@ -198,3 +234,5 @@ def _score_file(scorer, source: Path, output: Path, label: str) -> None:
             progress.update(len(chunk))
     rows = [{"id": line["id"]} | scores[key] for line, key in zip(lines, keys, strict=True)]
     files.write_atomic(output, "".join(map(files.line, rows)))
+    if errors := [row["error"] for row in rows if "error" in row]:
+        print(f"{output}: {len(errors)} of {len(rows)} trajectories cannot be scored: {errors[0]}", file=sys.stderr)

@@ -26,13 +26,29 @@ def done(tmp_path_factory: pytest.TempPathFactory):
     for name, text in pages.files(PAGE).items():
         (folder / name).write_text(text, encoding="utf-8")
     tiny.write_reward_model(folder / "runs/demo/reward_models/agentprm/seed-0/model")
-    ((_, module, *arguments),) = pages.shell(PAGE)
+    (_, module, *arguments), *_ = pages.shell(PAGE)
     assert module == "jaxprm"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         with redirect_stdout(io.StringIO()) as printed:
             assert cli.main(arguments) == 0
     return printed.getvalue(), json.loads((folder / "evaluation.json").read_text())
+
+
+def test_the_commands_without_a_reward_model_run(done, tmp_path, monkeypatch, capsys):
+    for name, text in pages.files(PAGE).items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    tiny.write_reward_model(tmp_path / "runs/demo/reward_models/agentprm/seed-0/model")
+    for name in ("policy", "start"):
+        tiny.write_policy(tmp_path / "models" / name)
+    monkeypatch.chdir(tmp_path)
+    _, *commands = pages.shell(PAGE)
+    assert [arguments[2] for arguments in commands] == ["evaluate", "score"]
+    for _, _, *arguments in commands:
+        assert cli.main(arguments) == 0
+    assert "log-ratio of models/policy and models/start, progress" in capsys.readouterr().out
+    line = json.loads((tmp_path / "log-ratios.jsonl").read_text().splitlines()[0])
+    assert [step.keys() for step in line["steps"]] == [{"message", "log_ratio"}] * 2 and line["score"] == 0.0
 
 
 def section(title: str) -> str:
@@ -66,7 +82,10 @@ def test_every_printed_number_is_explained(done):
         header = next(line for line in lines if re.match(rf"{corner}  ", line))
         assert set(re.split(r"  +", header.strip())) - {corner, "threshold"} <= explained
     titled = {name.replace("_", " ").replace("f1", "F1") for name in [*METRICS, TERNARY]}
-    assert titled | {"AUROC", "AUROC within task", "correlation", "rank correlation", "mse"} == explained
+    assert (
+        titled | {"argmin accuracy", "AUROC", "AUROC within task", "correlation", "rank correlation", "mse"}
+        == explained
+    )
 
 
 def test_the_kinds_and_the_baselines_are_the_programs(done):

@@ -243,3 +243,55 @@ def test_nothing_to_compare_with_is_an_error():
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
         Settings(**settings)
+
+
+def first_error(task, promises, error, outcome=None):
+    """Steps after the error have no label; error -1: all are right."""
+    labels = [1.0] * len(promises) if error < 0 else [1.0] * error + [0.0] + [None] * (len(promises) - error - 1)
+    return make_row(task, promises, labels, outcome)
+
+
+def test_the_lowest_step_counts_among_all_steps_and_ties_share():
+    rows = [
+        first_error("a", [0.9, 0.2, 0.5], 1),  # promise: step 1; progress: step 1
+        first_error("b", [0.9, 0.6, 0.1], 1),  # promise: step 2, which has no label; progress: step 2
+        first_error("c", [0.9, 0.1, 0.1], 1),  # promise: a tie of 1 and 2; progress: step 1
+        first_error("d", [0.9, 0.8, 0.9], -1),  # no error: not a unit
+    ]
+    criteria = report_of(rows, threshold=0.5)["step_labels"]
+    metric = lambda criterion: criterion["metrics"]["argmin_accuracy"]["mean"]
+    assert metric(criteria["models"]["m"]["promise"]) == pytest.approx((1 + 0 + 0.5) / 3)
+    # The constant baseline chooses blindly.
+    assert metric(criteria["baselines"]["constant"]) == pytest.approx(1 / 3)
+
+
+def test_progress_has_an_argmin_too_and_its_first_step_is_never_it():
+    rows = [first_error(str(n), [0.1, 0.9, 0.5, 0.4], error) for n, error in enumerate([2, 0, 2, 0])]
+    report = report_of(rows)
+    progress = report["step_labels"]["models"]["m"]["progress"]["metrics"]["argmin_accuracy"]["mean"]
+    test = [n for n in range(4) if str(n) not in validation_tasks({str(n) for n in range(4)}, 0.5, 0)]
+    assert progress == np.mean([n % 2 == 0 for n in test])
+
+
+def test_accuracy_on_erroneous_needs_no_correct_trajectory():
+    """Where all are erroneous F1 has no value; at the threshold of the first-error accuracy the other has."""
+    rows = [first_error(f"t{n}", [0.9, 0.2, 0.1], 1) for n in range(8)]
+    metrics = means(report_of(rows)["step_labels"]["models"]["m"]["promise"])
+    assert metrics["accuracy_on_erroneous"] == metrics["first_error_accuracy"] == 1.0
+    assert metrics["f1"] is None and metrics["accuracy_on_correct"] is None
+
+
+def test_there_is_no_table_by_step_where_steps_after_the_error_have_no_label():
+    rows = [first_error(f"t{n}", [0.9, 0.2, 0.1], n % 3 - 1, outcome=float(n % 3 == 0)) for n in range(12)]
+    scored_file = ScoredFile(rows, len(rows), "0" * 64, 0)
+    tables = {}
+    for kind in ("first-error", "binary"):
+        report = evaluate_scores(scored_file, MODELS, Settings(resampling=QUICK, label_kind=kind))
+        tables[kind] = evaluation_table(report)
+    # Detected from the values, too.
+    assert evaluate_scores(scored_file, MODELS, Settings(resampling=QUICK))["labels"]["kind"] == "first-error"
+    assert (
+        "By step of" not in tables["first-error"]
+        and "steps after the first error have no label" in tables["first-error"]
+    )
+    assert "By step of" in tables["binary"] and "argmin accuracy" in tables["first-error"]

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import random
+import re
 import shutil
 
 import numpy as np
@@ -13,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from jaxprm import cli
 from jaxprm.evaluation import scored
 from jaxprm.scoring import files as score_files
+from jaxprm.scoring import loading
 from jaxprm.scoring.files import score_file
 from tests.model import tiny
 
@@ -166,9 +168,9 @@ def test_a_chunk_is_scored_at_a_time(model, tmp_path, monkeypatch):
     rows = rows_of(lambda task, number: {"outcome": float(number < 2)})
     input, sizes, original = write(tmp_path / "in.jsonl", rows), [], score_files.score_lines
 
-    def score_lines(scorer, lines, source):
-        sizes.append(len(lines))
-        return original(scorer, lines, source)
+    def score_lines(scorer, rows):
+        sizes.append(len(rows))
+        return original(scorer, rows)
 
     unchunked = scored.score_models([model], input, labels="step_labels")
     monkeypatch.setattr(score_files, "score_lines", score_lines)
@@ -183,9 +185,9 @@ def test_a_line_that_one_model_cannot_score_is_left_out_for_all(model, tmp_path,
     input, calls = write(tmp_path / "in.jsonl", rows_of(lambda *_: {"outcome": 1.0})[:6]), []
     score_lines = score_files.score_lines
 
-    def second_fails(scorer, lines, source):
-        calls.append(len(lines))
-        results = score_lines(scorer, lines, source)
+    def second_fails(scorer, rows):
+        calls.append(len(rows))
+        results = score_lines(scorer, rows)
         if len(calls) == 2:
             results[4] = score_files.ScoredLine(5, error="in.jsonl:5: too long")
         return results
@@ -227,8 +229,8 @@ def test_the_same_model_twice_is_refused(capsys, tmp_path, model):
 
 
 def test_a_file_of_bad_lines_alone_is_an_error(capsys, tmp_path, model):
-    code, _, err = run(capsys, "--model", model, "--input", write(tmp_path / "in.jsonl", ["{", "["]))
-    assert code == 2 and "none of its 2 lines could be scored; in.jsonl:1: " in err
+    code, _, err = run(capsys, "--model", model, "--input", write(tmp_path / "in.jsonl", ["{]", "not json"]))
+    assert code == 2 and "none of its 2 rows could be scored; in.jsonl:1: " in err
 
 
 def test_a_model_in_several_weight_files_is_named_by_all_of_them(capsys, tmp_path, model):
@@ -248,3 +250,93 @@ def test_a_model_in_several_weight_files_is_named_by_all_of_them(capsys, tmp_pat
         hashes += [entry["sha256"] for entry in report["models"]]
     assert hashes[0] == hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
     assert len(hashes[1]) == 64 and hashes[1] != hashes[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--labels", "meta.labl"], "labels meta.labl: no line has any"),
+        (["--label-kind", "ternary"], "labels step_labels: not ternary"),
+        (["--group", "meta.domian"], "group meta.domian: no line has it"),
+        (["--threshold", "nan"], "threshold nan: must be a finite number"),
+        (["--validation-share", "1"], "validation share 1.0: must be in (0, 1)"),
+    ],
+)
+def test_mistakes_are_found_before_a_model_is_loaded(capsys, tmp_path, model, monkeypatch, arguments, words):
+    monkeypatch.setattr(loading, "load_scorer", lambda *_, **__: pytest.fail("loaded"))
+    rows = rows_of(lambda task, number: {"outcome": 1, "step_labels": [0.5] * (2 + number % 3)})
+    input = write(tmp_path / "in.jsonl", rows)
+    status, _, err = run(capsys, "--model", model, "--input", input, *arguments)
+    assert status == 2 and words in err and err.count("\n") == 1
+
+
+def test_labels_on_one_task_are_found_before_a_model_is_loaded(capsys, tmp_path, model, monkeypatch):
+    monkeypatch.setattr(loading, "load_scorer", lambda *_, **__: pytest.fail("loaded"))
+    rows = [row | {"task": "one"} for row in rows_of(lambda task, number: {"step_labels": [1] * (2 + number % 3)})]
+    status, _, err = run(capsys, "--model", model, "--input", write(tmp_path / "in.jsonl", rows))
+    assert status == 2 and "all on one task" in err
+
+
+def test_rows_longer_than_the_training_are_counted(capsys, tmp_path):
+    lengths = [len(tiny.encoder().trajectory(messages, row="").tokens) for messages in CONVERSATIONS]
+    bound = sorted(lengths)[-3]
+    model = tiny.write_reward_model(tmp_path / "model", max_tokens=bound)
+    rows = rows_of(lambda task, number: {"outcome": number % 2})
+    report, out = report_of(capsys, tmp_path, model, rows)
+    (described,) = report["models"]
+    longer = TASKS * sum(length > bound for length in lengths)
+    assert (described["trained_length"], described["longer"], described["longest"]) == (bound, longer, max(lengths))
+    assert f"{longer} trajectories are longer than all of its training ({bound} tokens)" in out
+    arguments = ["--model", str(model), "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "scores")]
+    assert cli.main(["score", *arguments]) == 0
+    assert f"{longer} of them are longer" in capsys.readouterr().out
+    tokens = [json.loads(line).get("tokens") for line in (tmp_path / "scores").read_text().splitlines()]
+    assert tokens == [length if length > bound else None for length in lengths] * TASKS
+
+
+FORMS = {
+    "lines": lambda rows: "".join(json.dumps(row) + "\n" for row in rows),
+    "BOM and blank lines": lambda rows: "\ufeff" + "".join(f"\n{json.dumps(row)}\r\n" for row in rows),
+    "array": lambda rows: json.dumps(rows, indent=1),
+    "as other tools write": lambda rows: "".join(
+        json.dumps(row | {"id": n, "outcome": bool(row["outcome"]), "split": None}) + "\n" for n, row in enumerate(rows)
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_validate_score_and_evaluate_accept_what_import_accepts(capsys, tmp_path, model, form):
+    rows = rows_of(lambda task, number: {"outcome": number % 2})[:8]
+    input, reports = tmp_path / "in.jsonl", {}
+    for name in ("lines", form):
+        input.write_text(FORMS[name](rows), encoding="utf-8")
+        output = tmp_path / "out.json"
+        status, out, err = run(capsys, "--model", model, "--input", input, "--json", output, "--samples", 20)
+        assert status == 0, err
+        reports[name] = json.loads(output.read_text()) | {"input": None}
+        assert cli.main(["score", "--model", str(model), "--input", str(input), "--output", str(tmp_path / "s")]) == 0
+        lines = [json.loads(line) for line in (tmp_path / "s").read_text().splitlines()]
+        assert len(lines) == 8 and not any("error" in line for line in lines)
+        assert cli.main(["validate", str(input)]) == 0
+        assert "8 rows, 8 trajectories, 0 bad" in capsys.readouterr().out
+    assert reports["lines"] == reports[form]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"id": "a", "messages": [{"role": "robot", "content": "x"}]}', "role"),
+        ('{"id": "a", "outcome": 7, "messages": [{"role": "user", "content": "x"}]}', "outcome 7.0 is outside"),
+        ('{"id": "a"', "not JSON"),
+        ("[1]", "object"),
+    ],
+)
+def test_a_bad_row_has_the_same_message_in_all_of_them(capsys, tmp_path, model, text, words):
+    input = write(tmp_path / "in.jsonl", [*rows_of(lambda *_: {"outcome": 1})[:2], text])
+    cli.main(["validate", str(input)])
+    messages = [capsys.readouterr().out]
+    _, out, _ = run(capsys, "--model", model, "--input", input, "--samples", 20)
+    cli.main(["score", "--model", str(model), "--input", str(input), "--output", str(tmp_path / "s")])
+    messages += [out, json.loads((tmp_path / "s").read_text().splitlines()[2])["error"]]
+    reasons = [re.search(r"in\.jsonl:3: (.*)", message)[1] for message in messages]
+    assert len(set(reasons)) == 1 and words in reasons[0]

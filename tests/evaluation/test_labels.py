@@ -98,6 +98,11 @@ def labels(*values, first_error=False) -> Labels:
         ([labels(1, 0.5)], "soft", None),
         ([labels(1, 2)], "soft", None),
         ([labels(1, 0, None, first_error=True)], "first-error", [False, True, False]),
+        # As PRM800K's ratings, which end at the first error.
+        ([labels(1, 0, None), labels(1, 1)], "first-error", [False, True, False, False, False]),
+        ([labels(1, 0), labels(1, 1)], "binary", [False, True, False, False]),
+        ([labels(1, 0, None, 1)], "binary", [False, True, False, False]),
+        ([labels(1, None, 0, None)], "binary", [False, False, True, False]),
     ],
 )
 def test_the_kind_is_detected_from_the_values(rows, kind, wrong):

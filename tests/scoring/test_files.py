@@ -9,7 +9,6 @@ import pytest
 
 from jaxprm import files
 from jaxprm.errors import UserError
-from jaxprm.scoring import files as score_files
 from jaxprm.scoring import loading
 from jaxprm.scoring.files import LineCounts, score_file
 from jaxprm.scoring.scorer import Scorer
@@ -27,7 +26,7 @@ def model(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def one_scorer(monkeypatch, model):
     """One scorer for all tests: sharing its compiled programs keeps them fast."""
-    monkeypatch.setattr(score_files.loading, "load_scorer", lambda directory, **_: shared_scorer())
+    monkeypatch.setattr(loading, "load_scorer", lambda directory, **_: shared_scorer())
 
 
 _SCORERS: list[Scorer] = []
@@ -96,6 +95,7 @@ BAD = {
     "no object": ("[1, 2]", None, "object"),
     "no messages": ('{"id": "row-1"}', "row-1", "messages"),
     "unknown field": (line(1, score=1.0), "row-1", "score"),
+    "no message, and the id is a number": ('{"id": 7, "messages": []}', "7", "messages"),
     "id is a list": ('{"id": [1], "messages": []}', None, "id"),
     "no step": (line(1, messages=tiny.conversation(0)[:1]), "row-1", "no assistant message"),
     "special token": (
@@ -108,7 +108,6 @@ BAD = {
         "row-1",
         "tokens, more than",
     ),
-    "empty": ("", None, ""),
 }
 
 
@@ -132,6 +131,14 @@ def test_bytes_that_are_no_text_and_a_last_line_without_newline(model, paths):
     input.write_bytes(b'{"id": "\xff"}\n' + line(1).encode())
     assert score_file(model, input, output) == LineCounts(scored=1, errors=1)
     assert [result["id"] for result in read(output)] == [None, "row-1"]
+
+
+def test_blank_lines_are_no_rows_and_lines_keep_their_numbers(model, paths):
+    input, output = paths
+    write_lines(input, ["", line(0), "", "not json"])
+    assert score_file(model, input, output) == LineCounts(scored=1, errors=1)
+    first, second = read(output)
+    assert first["id"] == "row-0" and second["line"] == 4 and "in.jsonl:4: " in second["error"]
 
 
 def test_an_empty_input_gives_an_empty_output(model, paths):
@@ -237,7 +244,7 @@ def test_a_full_disk_is_one_line_and_what_was_written_is_kept(model, paths, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(files, "write_all", write_until_full)
-        with pytest.raises(UserError, match=r"out.jsonl.partial: no space left .* after 4 of 10 lines") as caught:
+        with pytest.raises(UserError, match=r"out.jsonl.partial: no space left .* after 4 of 10 rows") as caught:
             score_file(model, input, output, chunk=CHUNK)
     assert "\n" not in str(caught.value)
     assert not output.exists()
@@ -280,7 +287,7 @@ def test_a_file_of_any_length_costs_the_memory_of_a_chunk(model, tmp_path, monke
         def score_encoded(self, encoded, names):
             return [np.zeros(1, np.float32)] * len(encoded)
 
-    monkeypatch.setattr(score_files.loading, "load_scorer", lambda directory, **_: Stub())
+    monkeypatch.setattr(loading, "load_scorer", lambda directory, **_: Stub())
     lines = 100_000
     message = json.dumps([{"role": "user", "content": "go"}, {"role": "assistant", "content": "get 1 stick " * 8}])
     with (tmp_path / "in.jsonl").open("w") as file:

@@ -1,11 +1,12 @@
 """Limits that stop a search early, its answer then, and token counts of a tree."""
 
+import numpy as np
 import pytest
 
 from jaxprm.search.beam import beam_search
 from jaxprm.search.branches import BranchRunner
 from jaxprm.search.mcts import tree_search
-from jaxprm.search.tree import Prices, SearchLimits, tokens_read
+from jaxprm.search.tree import Prices, SearchLimits, tokens_read, tree_to_dict
 from tests.search.fakes import Factory, ScriptedPolicy, ScriptedScorer, TreeGame, path_of
 
 GAME = {"t": {"a": {"b": {"c": 1.0}}, "x": 0.5}}
@@ -13,14 +14,56 @@ DRAWS = {(): ["a", "x"], ("a",): ["b"], ("a", "b"): ["c"]}
 SCORES = {("a",): 0.8, ("x",): 0.6, ("a", "b"): 0.9, ("a", "b", "c"): 0.95}
 
 
-def run(limits, how=beam_search, **options):
+def run(limits, how=beam_search, draws=DRAWS, scorer=None, **options):
     runner = BranchRunner(Factory(lambda: TreeGame(GAME)))
-    policy = ScriptedPolicy(lambda task, path: DRAWS[path])
+    policy = ScriptedPolicy(lambda task, path: draws[path])
     options = {"width": 2} | options if how is beam_search else options
-    options |= {"actions": 1, "temperature": 1.0, "max_rounds": 9, "limits": limits}
-    (tree,) = how(["t"], runner, policy, ScriptedScorer(SCORES), **options)
+    options = {"actions": 1, "temperature": 1.0, "max_rounds": 9, "limits": limits} | options
+    (tree,) = how(["t"], runner, policy, scorer or ScriptedScorer(SCORES), **options)
     runner.close()
     return tree, policy
+
+
+@pytest.mark.parametrize("how", [beam_search, tree_search])
+def test_a_candidate_that_cannot_be_scored_costs_only_itself(how):
+    class Scorer(ScriptedScorer):
+        def score_actions(self, states, candidates):
+            scores = super().score_actions(states, candidates)
+            return [
+                np.where([text == "bad" for text in texts], -np.inf, values)
+                for values, texts in zip(scores, candidates, strict=True)
+            ]
+
+        def refusal(self, state, candidate):
+            return "candidate 0: a byte" if candidate == "bad" else None
+
+    draws = DRAWS | {(): ["bad", "a", "x"], ("a", "b"): ["bad", "bad", "c"]}
+    scorer = Scorer(SCORES | {("bad",): 0.0, ("a", "b", "bad"): 0.0})
+    sizes = {"width": 1} if how is beam_search else {"simulations": 4}
+    tree, _ = run(SearchLimits(), how, draws=draws, scorer=scorer, actions=3, **sizes)
+    assert tree.best.branch.outcome == 1.0 and tree.unscored == 2
+    failed = [node for node in tree.nodes if node.error is not None]
+    assert [node.action for node in failed] == ["bad", "bad"] and not any(node.kept for node in failed)
+    written = [node for node in tree_to_dict(tree)["nodes"] if "error" in node]
+    assert [node["error"] for node in written] == ["candidate 0: a byte"] * 2
+    # What was not read costs nothing.
+    read = []
+    for node in tree.nodes:
+        node.counted = None
+    tokens_read(tree, lambda messages: read.append(messages[-1]["content"]) or 0)
+    assert read and "bad" not in read
+
+
+def test_a_path_of_which_no_action_can_be_scored_ends_with_the_reason():
+    class Scorer(ScriptedScorer):
+        def score_actions(self, states, candidates):
+            return [np.full(len(texts), -np.inf) for texts in candidates]
+
+        def refusal(self, state, candidate):
+            return "candidate 0: a byte"
+
+    tree, _ = run(SearchLimits(), scorer=Scorer({}))
+    assert tree.best.branch.error == "scorer: candidate 0: a byte" and tree.best.score == -np.inf
 
 
 def spent(tree, policy, prices=Prices()):

@@ -1,10 +1,11 @@
 """Requests and responses of vLLM's and SGLang's shapes, from their documentation and source."""
 
+import msgspec
 import pytest
 
 from jaxprm.api import ActionScore
 from jaxprm.serving import requests
-from jaxprm.serving.requests import RequestLimits, RequestRefused, Values
+from jaxprm.serving.requests import Classify, RequestLimits, RequestRefused, Values
 
 LIMITS = RequestLimits(candidates=3)
 CHAT = [{"role": "user", "content": "Goal"}, {"role": "assistant", "content": "get"}]
@@ -67,7 +68,7 @@ def test_messages_are_vllms_chat_form():
         ({}, "give one of input, messages, text, input_ids, got none"),
         ({"input": "a", "text": "b"}, "got input and text"),
         ({"input": "a", "truncate_prompt_tokens": 5}, "truncate_prompt_tokens is not supported"),
-        ({"input": "a", "add_special_tokens": True}, "add_special_tokens is not supported"),
+        ({"input": "a", "add_special_tokens": "yes"}, "add_special_tokens: must be true or false"),
         ({"messages": CHAT, "chat_template": "{{ x }}"}, "chat_template is not supported"),
         ({"messages": CHAT, "add_generation_prompt": True}, "add_generation_prompt is not supported"),
         ({"messages": CHAT[:1]}, "the last one must be the assistant's"),
@@ -119,3 +120,29 @@ def test_sglangs_answer_is_an_object_or_a_list_as_asked():
         assert item["embedding"] == [0.5]
         assert {"id", "prompt_tokens", "e2e_latency"} <= item["meta_info"].keys()
         assert item["meta_info"]["prompt_tokens"] == 2
+
+
+def test_a_candidate_without_a_score_has_nulls_and_its_error():
+    scores = [ActionScore(0.5, None), ActionScore.failed("candidate 1: a byte")]
+    response = requests.score_actions_response(scores, "m")
+    assert response["scores"] == [
+        {"promise": 0.5, "progress": None},
+        {"promise": None, "progress": None, "error": "candidate 1: a byte"},
+    ]
+    msgspec.json.encode(response)
+    with pytest.raises(RequestRefused, match="candidate 1: a byte") as refused:
+        requests.score_actions_response(scores[1:], "m")
+    assert refused.value.status == 400
+
+
+@pytest.mark.parametrize("form", ["vllm", "sglang"])
+def test_an_input_without_a_value_has_none_and_its_error(form):
+    request = Classify(form, [[1], [2]], None, None, False)
+    answer = Values([0.5, float("nan")], [1, 0], {1: "number 1: a byte"})
+    response = requests.classify_response(request, answer, "m", 0.1)
+    items = response["data"] if form == "vllm" else response
+    value = "probs" if form == "vllm" else "embedding"
+    assert [item[value] for item in items] == [[0.5], []]
+    assert [item.get("error") for item in items] == [None, "number 1: a byte"]
+    with pytest.raises(RequestRefused, match="number 1: a byte"):
+        requests.classify_response(request, Values([float("nan")], [0], {0: "number 1: a byte"}), "m", 0.1)

@@ -58,7 +58,11 @@ def build(tmp_path, monkeypatch):
             lines = [{"id": f"{task}{number}", "values": promises[number]} | lengths for task, number in TRAJECTORIES]
             write(f"values-pool-{label}-0", lines)
         searched = {"policy_tokens": 50, "reward_tokens": 150, "environment_steps": 4, "merged": 1, "proposed": 4}
-        for label in ("good", "bad", "random"):
+        # The sums of log-ratios choose the success, as "good" does.
+        promises = ([-3.0, -9.0], [-3.0, 2.0])
+        lines = [{"id": f"{task}{number}", "values": promises[number]} | lengths for task, number in TRAJECTORIES]
+        write("values-pool-progress_advantage-0", [*lines[:3], {"id": "u1", "error": "a byte"}])
+        for label in ("good", "bad", "random", "progress_advantage"):
             for spec in search_specs(search):
                 encoded = {"reward_encoded": 75.0 if spec.kind == "mcts" else 300.0}
                 lines = [{"task": task, "outcome": 1.0, "errors": 0} | encoded | searched for task in ("t", "u")]
@@ -167,3 +171,31 @@ def test_a_file_of_the_search_that_lost_lines_is_named(build, tmp_path, name, ke
         patch.setattr(files, "write_atomic", write_less)
         build(SEARCH).methods()
     assert "\n" not in str(error.value)
+
+
+def test_progress_advantage_is_one_more_guide_with_one_seed(build, monkeypatch):
+    monkeypatch.setattr("jaxprm.workflow.results.flops_of_log_ratio", lambda run: 7.0)
+    advantage = config.ProgressAdvantageConfig(reference="somewhere")
+    with_it, without = (build(msgspec.structs.replace(SEARCH, progress_advantage=value)) for value in (advantage, None))
+    assert with_it.methods().keys() - without.methods().keys() == {"progress_advantage"}
+    numbers = with_it.methods()["progress_advantage"]
+    # In task t the sum chooses the success; in u that one could not be scored.
+    assert numbers["best_of_n"]["2"]["mean"] == 0.5 and numbers["beam"]["2x2"]["mean"] == 1.0
+    pairs = {(row["a"], row["b"]) for row in with_it.paired()}
+    new = pairs - {(row["a"], row["b"]) for row in without.paired()}
+    others = ("policy", "random")
+    assert new == {(label, "progress_advantage") for label in ("good", "bad")} | {
+        ("progress_advantage", other) for other in others
+    }
+    costs = {label: cost["2x2"]["flops"] for label, cost in with_it.compute()["methods"].items() if label != "policy"}
+    # It reads as many tokens as a reward model, at the price of two models.
+    assert costs["progress_advantage"] - costs["good"] == 150 * (7.0 - 2.0)
+
+
+def test_candidates_without_a_score_are_counted(build, tmp_path):
+    results = build(SEARCH)
+    path = tmp_path / "search/beam-2x2-good-0.jsonl"
+    lines = list(files.read_lines(path))
+    files.write_atomic(path, "".join(files.line(line | {"unscored": 2}) for line in lines))
+    costs = results.compute()["methods"]
+    assert costs["good"]["2x2"]["unscored"] == 4 and "unscored" not in costs["bad"]["2x2"]

@@ -41,6 +41,17 @@ def test_equal_conversations_are_scored_once_and_lines_have_token_counts(tmp_pat
         assert line["prompt_tokens"] == len(tiny.encoder().prompt(messages[:1]))
 
 
+def test_a_trajectory_that_cannot_be_scored_has_an_error_and_is_reported(tmp_path, capsys):
+    good, bad = tiny.conversation(1, turns=1), [{"role": "user", "content": "<|end|>"}, *tiny.conversation(1)[1:]]
+    lines = [{"id": "a", "messages": bad}, {"id": "b", "messages": good}]
+    (tmp_path / "in.jsonl").write_text("".join(map(files.line, lines)))
+    search_stage._score_file(CountingScorer(), tmp_path / "in.jsonl", tmp_path / "out.jsonl", "")
+    first, second = files.read_lines(tmp_path / "out.jsonl")
+    assert first.keys() == {"id", "error"} and "a: message 0 (user) has the special token" in first["error"]
+    assert second["values"] == [0]
+    assert "1 of 2 trajectories cannot be scored: a: message 0" in capsys.readouterr().err
+
+
 def test_every_search_of_a_run_writes_its_file(tmp_path):
     search = config.SearchConfig(
         beams=((2, 2),),
@@ -101,3 +112,43 @@ def test_a_budget_in_flops_needs_a_policy_of_known_size(tmp_path):
     with pytest.raises(UserError, match="give the budget in tokens"):
         check(Walk, tmp_path, own, budget=1e9, budget_unit="flops")
     check(Walk, tmp_path, own, budget=1e9)
+
+
+@pytest.fixture
+def two_models(tmp_path):
+    return tiny.write_policy(tmp_path / "policy"), tiny.write_policy(tmp_path / "reference")
+
+
+def test_progress_advantage_is_checked_before_any_work(tmp_path, two_models):
+    policy, reference = map(str, two_models)
+    advantage = config.ProgressAdvantageConfig(reference=reference)
+    settings = config.PolicyConfig(path=policy)
+    check(Walk, tmp_path, settings, progress_advantage=advantage)
+    with pytest.raises(UserError, match="reference .*missing: no such directory"):
+        missing = config.ProgressAdvantageConfig(reference=f"{tmp_path}/missing")
+        check(Walk, tmp_path, settings, progress_advantage=missing)
+    own = config.PolicyConfig(path="tests.search.fakes:SeededPolicy")
+    with pytest.raises(UserError, match=r"no directory with weights; set search\.progress_advantage\.policy"):
+        check(Walk, tmp_path, own, progress_advantage=advantage)
+    check(Walk, tmp_path, own, progress_advantage=config.ProgressAdvantageConfig(reference=reference, policy=policy))
+    with pytest.raises(UserError, match="its tokenizer is not that of"):
+        check(Walk, tmp_path, config.PolicyConfig(), progress_advantage=advantage)
+
+
+def test_progress_advantage_has_the_files_of_one_seed_and_the_rest_stays(tmp_path, two_models):
+    policy, reference = map(str, two_models)
+
+    def inputs(advantage):
+        search = config.SearchConfig(stepwise=(2,), beams=(), progress_advantage=advantage)
+        experiment = config.Experiment(
+            name="small", search=search, policy=config.PolicyConfig(path=policy), reward_seeds=(3, 4), reward_models=()
+        )
+        return search_stage.stage_inputs(Run(experiment, WorkDirectory(tmp_path)))
+
+    before, after = inputs(None), inputs(config.ProgressAdvantageConfig(reference=reference))
+    assert after.keys() - before.keys() == {
+        "stepwise-2-progress_advantage-3",
+        "values-pool-progress_advantage-3",
+    }
+    assert {name: after[name] for name in before} == before
+    assert len(after["stepwise-2-progress_advantage-3"]["progress_advantage"]) == 2
