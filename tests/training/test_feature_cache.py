@@ -1,21 +1,37 @@
 """Cached features that are not what was written are refused by name."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from jaxprm.errors import UserError
 from jaxprm.training.features import features_of_split
 
-STARTS = np.array([0, 1, 3])
 BATCH = {
     "valid": np.array([[True, True, True, False]]),
     "example": np.array([[0, 1, 1, -1]]),
     "step_index": np.array([[0, 0, 1, 0]]),
+    "segments": np.array([[1, 2, 2, 0]]),
 }
 
 
+class Batches:
+    """The one batch of a split of two trajectories, with one step and two."""
+
+    identity = "of the only batch"
+    split = SimpleNamespace(step_starts=np.array([0, 1, 3]))
+
+    def __len__(self):
+        return 1
+
+    def starting_at(self, first):
+        return iter([BATCH][first:])
+
+
 def read(path, width=2, compute=None):
-    return features_of_split(compute, [BATCH], STARTS, path, width=width, writes=True)
+    features, _ = features_of_split(compute, Batches(), path, width=width, label="features")
+    return features
 
 
 @pytest.fixture

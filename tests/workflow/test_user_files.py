@@ -62,7 +62,7 @@ def test_missing_task_and_success_are_filled_in(tmp_path, outputs):
 def test_a_bad_row_is_refused_or_left_out_and_reported(tmp_path, outputs):
     rows = [row(1), "{broken", row(2, messages=[{"role": "user", "content": "x"}]), row(3)]
     files = ["train=" + write(tmp_path / "t", rows), "validation=" + write(tmp_path / "v", [row(4)])]
-    with pytest.raises(DataError, match="t:2: JSON is malformed"):
+    with pytest.raises(DataError, match="t:2: not JSON: JSON is malformed"):
         import_files(files, outputs, **OPTIONS)
     assert os.listdir(tmp_path / "w") == []
     imported = import_files(files, outputs, **OPTIONS | {"skip_bad": True})
@@ -142,7 +142,8 @@ def own(tmp_path, monkeypatch):
 
 def test_own_trajectories_are_imported_once_and_changed_ones_are_refused(own, tmp_path, capsys):
     assert cli.main(own("collect")) == 2
-    assert "own.jsonl:37: JSON is malformed" in (err := capsys.readouterr().err) and err.endswith("with --skip-bad\n")
+    err = capsys.readouterr().err
+    assert "own.jsonl:37: not JSON: JSON is malformed" in err and err.endswith("with --skip-bad\n")
     assert cli.main(own("collect", "own.jsonl", "--skip-bad")) == 0
     out, err = capsys.readouterr()
     assert out.startswith("trajectories: ") and "1 bad row" in err
