@@ -66,8 +66,9 @@ class EndpointConfig(Section, frozen=True):
 
     The key stays in the environment: `api_key_env` names its variable; null sends no key. `served_as` is the model name
     in the server's answers, if it is neither `model` nor a version of it. `timeout_seconds` bounds one attempt,
-    `retries` counts further attempts. After `give_up_after` failed requests in a row the run stops. `extra_body` is
-    added to every request; `"seed": null` in it sends no seed.
+    `retries` counts further attempts. After `give_up_after` failed requests in a row the run stops. `send_reasoning`
+    sends back what the model thought in earlier turns. `extra_body` is added to every request; `"seed": null` in it
+    sends no seed.
     """
 
     model: Annotated[str, msgspec.Meta(min_length=1)]
@@ -79,6 +80,7 @@ class EndpointConfig(Section, frozen=True):
     retries: NonNegativeInt = 5
     give_up_after: PositiveInt = 64
     log_probabilities: bool = False
+    send_reasoning: bool = False
     extra_body: dict[str, Any] = {}
 
 

@@ -65,6 +65,8 @@ class CheckedPolicy:
             self._refuse("propose", action.stop, f"must return actions whose stop is one of {', '.join(_STOPS)}")
         if action.error is not None and not isinstance(action.error, str):
             self._refuse("propose", action.error, "must return actions whose error is a str or None")
+        if action.reasoning is not None and not (isinstance(action.reasoning, str) and _is_unicode(action.reasoning)):
+            self._refuse("propose", action.reasoning, "must return actions whose reasoning is a str or None")
         try:
             log_probability = None if action.log_probability is None else float(action.log_probability)
         except (TypeError, ValueError):

@@ -28,12 +28,16 @@ class Usage(NamedTuple):
 
 
 class Completion(NamedTuple):
-    """One assistant turn. log_probability: of the whole turn, None if the server sent no token probabilities."""
+    """One assistant turn.
+
+    log_probability: of the whole turn, None if the server sent no token probabilities. reasoning: None if it sent none.
+    """
 
     text: str
     stop: Literal["end", "length"]
     log_probability: float | None
     usage: Usage
+    reasoning: str | None = None
 
 
 class InvalidResponse(Exception):
@@ -57,6 +61,9 @@ class _Usage(msgspec.Struct):
 class _Message(msgspec.Struct):
     role: Literal["assistant"] = "assistant"
     content: str | None = None
+    # Two names of one thing: servers send either, or both.
+    reasoning_content: Any = None
+    reasoning: Any = None
     tool_calls: list[Any] | None = None
     function_call: Any = None
 
@@ -115,7 +122,7 @@ def parse_completion(content: bytes, content_type: str, names: tuple[str, ...]) 
         raise InvalidResponse("usage counts no token of a text that is not empty", usage)
     tokens = choice.logprobs.content if choice.logprobs else None
     log_probability = sum(token.logprob for token in tokens) if tokens else None
-    return Completion(text, _STOPS[choice.finish_reason], log_probability, usage)
+    return Completion(text, _STOPS[choice.finish_reason], log_probability, usage, _read_reasoning(choice.message))
 
 
 def error_text(content: bytes, secret: str | None = None) -> str:
@@ -143,6 +150,11 @@ def _read_text(choice: _Choice, usage: Usage) -> str:
     if choice.finish_reason not in _STOPS:
         raise InvalidResponse("finish_reason is neither stop nor length", usage)
     return message.content
+
+
+def _read_reasoning(message: _Message) -> str | None:
+    texts = (message.reasoning_content, message.reasoning)
+    return next((text for text in texts if isinstance(text, str) and text), None)
 
 
 def _read_usage(counted: _Usage | None) -> Usage:

@@ -110,11 +110,11 @@ class EndpointPolicy:
     def _request_body(self, key: DrawKey, state: State) -> dict[str, Any]:
         extra = self._endpoint.extra_body
         seed, _ = candidate_seed(self._seed, key.task, key.prefix, key.number)
+        fields = (*_SENT_FIELDS, "reasoning_content") if self._endpoint.send_reasoning else _SENT_FIELDS
         body: dict[str, Any] = {
             "model": self._endpoint.model,
             "messages": [
-                {name: message[name] for name in _SENT_FIELDS if message.get(name) is not None}
-                for message in state.messages
+                {name: message[name] for name in fields if message.get(name) is not None} for message in state.messages
             ],
             "temperature": key.temperature,
             # Servers have other defaults; the recorded temperature is that of the full distribution.
@@ -167,7 +167,8 @@ def special_token_finder(encoder: Encoder | None) -> Callable[[str], str | None]
 def _action(result: Completion | RequestFailed) -> Action:
     if isinstance(result, RequestFailed):
         return Action("", 0, None, "length") if result.too_long else Action("", 0, None, "error", result.reason)
-    return Action(result.text, result.usage.generated, result.log_probability, result.stop)
+    tokens = result.usage.generated
+    return Action(result.text, tokens, result.log_probability, result.stop, reasoning=result.reasoning)
 
 
 class RequestFailed(NamedTuple):
@@ -382,7 +383,7 @@ class ChatClient:
     def _parse(self, content: bytes, content_type: str) -> Completion:
         try:
             completion = parse_completion(content, content_type, self._names)
-            if special := self._find_special(completion.text):
+            if special := self._find_special(completion.text) or self._find_special(completion.reasoning or ""):
                 raise InvalidResponse(f"the answer spells {special}, which no message may contain", completion.usage)
         except InvalidResponse as error:
             # An invalid response is billed like any other.
@@ -390,9 +391,11 @@ class ChatClient:
             reason = f"{error}: {error_text(content, self._key)}"
             raise TransientError(redact(reason, self._key)) from None
         self.counts.add(completion.usage)
-        # The text is stored, and shown to every later reader of the trajectories.
-        text = redact(completion.text, self._key) if len(self._key or "") >= MIN_SECRET else completion.text
-        return completion._replace(text=text)
+        if len(self._key or "") < MIN_SECRET:
+            return completion
+        # What it says is stored, and shown to every later reader of the trajectories.
+        reasoning = completion.reasoning and redact(completion.reasoning, self._key)
+        return completion._replace(text=redact(completion.text, self._key), reasoning=reasoning)
 
     def _status_error(self, response: httpx2.Response, content: bytes) -> Exception:
         """The exception for a status other than 200: by whether a retry, another request or another config can help."""

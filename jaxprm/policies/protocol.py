@@ -30,6 +30,8 @@ class Action(NamedTuple):
       log_probability: of the whole turn at temperature 1, if known.
       stop: "end" if the turn ended by itself, "length" if it was cut at the token limit, "error" if there is no turn;
         then `error` says why, and `text` must not be acted on.
+      reasoning: what the agent thought before the text, if it is told. The environment gets the text alone; the
+        conversation keeps both.
     """
 
     text: str
@@ -37,6 +39,13 @@ class Action(NamedTuple):
     log_probability: float | None = None
     stop: Literal["end", "length", "error"] = "end"
     error: str | None = None
+    reasoning: str | None = None
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The turn as an assistant message."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.text}
+        return message | {"reasoning_content": self.reasoning} if self.reasoning else message
 
 
 class DrawKey(NamedTuple):
@@ -74,6 +83,8 @@ def prefix_hash(messages: Sequence[dict[str, Any]]) -> str:
     plain = [
         [message["role"], message.get("content"), message.get("tool_calls")]
         + [message[field] for field in ("name", "tool_call_id") if message.get(field) is not None]
+        # With its name, so that it differs from a name or an id of the same text.
+        + [["reasoning", message["reasoning_content"]] for _ in (0,) if message.get("reasoning_content")]
         for message in messages
     ]
     # Sorted keys, and no hash() of Python's: equal in every process, however a dictionary was built.

@@ -12,7 +12,7 @@ from pathlib import Path
 from jaxprm import files
 from jaxprm.environments import Environment, protocol
 from jaxprm.errors import UserError
-from jaxprm.policies.protocol import Policy, State
+from jaxprm.policies.protocol import Action, Policy, State
 from jaxprm.progress import bar
 
 # Prefix of an episode's error that marks a failure of the policy, as opposed to the environment.
@@ -76,7 +76,7 @@ def rollouts(
                     if action.stop == "error":
                         episode.error, episode.done = f"{POLICY_ERROR}{action.error}", True
                     else:
-                        acting.append((episode, action.text))
+                        acting.append((episode, action))
                 environments.map(lambda pair: _act(*pair), acting)
             for episode in [episode for episode in active if episode.done]:
                 if episode.broken:
@@ -106,10 +106,10 @@ def _start(environment: Environment, task: str, number: int) -> Rollout:
     return episode
 
 
-def _act(episode: Rollout, text: str) -> None:
-    episode.messages = [*episode.messages, {"role": "assistant", "content": text}]
+def _act(episode: Rollout, action: Action) -> None:
+    episode.messages = [*episode.messages, action.message]
     with _errors_end(episode):
-        result = protocol.step(episode.environment, text)
+        result = protocol.step(episode.environment, action.text)
         episode.rewards.append(result.reward)
         episode.observation = result.observation
         if result.done or len(episode.rewards) >= episode.environment.max_rounds:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from jaxprm.policies.protocol import Action, Policy
+from jaxprm.policies.protocol import Action, Policy, prefix_hash
 from jaxprm.search.branches import BranchRunner
 from jaxprm.search.spec import SearchMethod, SearchRequest
 from jaxprm.search.tree import ActionScorer, Node, SearchLimits, Tree, commit, expand, new_trees
@@ -58,8 +58,8 @@ class PuctSearch:
     def add_children(self, parent: Node, candidates: list[Node], drawn: Sequence[Action]) -> None:
         """Makes a node's candidates its children, with priors from the actions that were drawn."""
         self.children[parent.id] = candidates
-        by_text = {action.text: action for action in drawn}
-        shares = priors([by_text[node.action] for node in candidates], candidates)
+        by_message = {prefix_hash([action.message]): action for action in drawn}
+        shares = priors([by_message[prefix_hash([node.turn])] for node in candidates], candidates)
         self.priors |= {node.id: share for node, share in zip(candidates, shares, strict=True)}
 
     def back_up(self, path: Sequence[Node]) -> None:

@@ -70,7 +70,17 @@ class Node:
     @property
     def action(self) -> str:
         """Text of the last action; the root has none."""
-        return next(message["content"] for message in reversed(self.messages) if message["role"] == "assistant")
+        return self.turn["content"]
+
+    @property
+    def candidate(self) -> str | dict:
+        """The last action as a scorer takes it: its text, or its message if that says more."""
+        return self.turn if "reasoning_content" in self.turn else self.action
+
+    @property
+    def turn(self) -> dict:
+        """The last action as a message."""
+        return next(message for message in reversed(self.messages) if message["role"] == "assistant")
 
     @property
     def progress(self) -> float | None:
@@ -206,12 +216,19 @@ def commit(nodes: Sequence[Node], runner: BranchRunner) -> None:
 
 
 def merge_duplicates(actions: Sequence[Action]) -> list[tuple[Action, int]]:
-    """Distinct actions by text, in order of first appearance, with how often each was drawn."""
-    # By text, since that is all an environment gets: other tokens of the same text are the same action.
-    counts: dict[str, list] = {}
+    """Distinct actions in order of first appearance, with how often each was drawn.
+
+    Actions of the same text and reasoning are one action, whatever their tokens.
+    """
+    counts: dict[tuple[str, str | None], list] = {}
     for action in actions:
-        counts.setdefault(action.text, [action, 0])[1] += 1
+        counts.setdefault(shown(action), [action, 0])[1] += 1
     return [(action, count) for action, count in counts.values()]
+
+
+def shown(action: Action) -> tuple[str, str | None]:
+    """Everything that the conversation after an action shows of it."""
+    return action.text, action.reasoning
 
 
 def tokens_read(tree: Tree, count_tokens: Callable[[Sequence[dict]], int]) -> int:
@@ -246,26 +263,26 @@ def _add_candidates(tree: Tree, parent: Node, drawn: Sequence[Action]) -> list[N
     tree.generated += sum(action.tokens for action in drawn)
     tree.failed += len(drawn) - len(valid)
     # Failed draws keep their index: diverse search groups candidates by it.
-    texts = [action.text for action in drawn]
+    draws = [shown(action) for action in drawn]
     nodes = []
     for action, count in merge_duplicates(valid):
         tree.merged += count - 1
         tree.cut += count * (action.stop == "length")
-        messages = [*parent.messages, {"role": "assistant", "content": action.text}]
-        draw = texts.index(action.text)
+        messages = [*parent.messages, action.message]
+        draw = draws.index(shown(action))
         nodes.append(Node(len(tree.nodes) + 1, parent, parent.branch, messages, count=count, kept=False, draw=draw))
         tree.nodes.append(nodes[-1])
     return nodes
 
 
 def _score(parents, candidates: Sequence[list[Node]], scorer: ActionScorer, progress_weight: float) -> None:
-    texts = [[node.action for node in nodes] for nodes in candidates]
-    scores = scorer.score_actions([node.messages for _, node in parents], texts)
+    actions = [[node.candidate for node in nodes] for nodes in candidates]
+    scores = scorer.score_actions([node.messages for _, node in parents], actions)
     refusal = getattr(scorer, "refusal", lambda state, candidate: None)
     for (tree, parent), nodes, values in zip(parents, candidates, scores, strict=True):
         values = np.asarray(values)
         for node in (node for node, value in zip(nodes, values, strict=True) if value == -np.inf):
-            node.error = refusal(parent.messages, node.action)
+            node.error = refusal(parent.messages, node.candidate)
             tree.unscored += node.error is not None
         # Without a reason, -inf is no score either, and an error below.
         has_score = [node.error is None for node in nodes]

@@ -192,7 +192,10 @@ class Run:
         if loading.is_directory(settings):
             return inputs | {"path": self.policy_identity}
         if settings.endpoint is not None:
-            return inputs | {"endpoint": {name: plain["endpoint"][name] for name in ("model", "extra_body")}}
+            endpoint = {name: plain["endpoint"][name] for name in ("model", "extra_body")}
+            # Left out if false, as in runs from before the field.
+            sends = {"send_reasoning": True} if settings.endpoint.send_reasoning else {}
+            return inputs | {"endpoint": endpoint | sends}
         return inputs | {"path": settings.path, "arguments": plain["arguments"]}
 
     @property

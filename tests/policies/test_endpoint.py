@@ -216,7 +216,7 @@ def test_an_invalid_response_is_retried_and_costs_one_candidate_only(case, serve
     expected = {body["messages"][0]["content"]: fake_server.answer(body) for body in server.requests}
     for action, state in zip((*first, *last), STATES, strict=False):
         assert action.text == expected[state.messages[0]["content"]]["choices"][0]["message"]["content"]
-    ((text, tokens, log_probability, stop, error),) = bad
+    ((text, tokens, log_probability, stop, error, _),) = bad
     assert (text, tokens, log_probability, stop) == ("", 0, None, "error")
     assert reason in error
     assert error.endswith("(2 attempts)") and len(error) < 500 and error.isprintable()
