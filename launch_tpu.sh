@@ -344,6 +344,13 @@ no_log() { # no_log URL
   die "no log yet at $1; workers copy their log every five minutes" 1
 }
 
+# A log holds what environments and policies printed: sequences that would change the terminal, or the order in which
+# text is read, become question marks.
+plain() {
+  LC_ALL=C tr '\000-\010\013\014\016-\037\177' '?' |
+    LC_ALL=C sed $'s/\xc2[\x80-\x9f]/?/g; s/\xe2\x80[\xaa-\xae]/?/g; s/\xe2\x81[\xa6-\xa9]/?/g'
+}
+
 verb_logs() {
   if [[ -n $OUTPUT ]]; then
     mkdir -p "$OUTPUT"
@@ -352,7 +359,7 @@ verb_logs() {
   fi
   local url=$RUN/logs/worker-$WORKER.log offset=0 ended='' marks failures=0
   if [[ -z $FOLLOW || -n $DRY ]]; then
-    execute gcloud storage cat "$url" 2>"$TMP/error" || no_log "$url"
+    execute gcloud storage cat "$url" 2>"$TMP/error" | plain || no_log "$url"
     return
   fi
   # A log only grows, so only the part after `offset` is read. A range past the end is an error, and means no new text.
@@ -366,7 +373,7 @@ verb_logs() {
       ((++failures < 5)) || die "cannot read $RUN/state: $(last_error)" 1
     fi
     if query '' gcloud storage cat "--range=$offset-" "$url" >"$TMP/more"; then
-      cat "$TMP/more"
+      plain <"$TMP/more"
       offset=$((offset + $(wc -c <"$TMP/more")))
     fi
     [[ -z $ended ]] || return 0

@@ -331,6 +331,16 @@ def test_status_names_machine_workers_and_run(launch):
     assert "run       failed: worker 2: exit code 3" in launch("status").stdout
 
 
+def test_logs_cannot_change_the_terminal(launch):
+    text = "50%\r\tüé ok\x1b]0;evil\x07\x1b[2J \u202eabc\u2066 \x9b31m\n"
+    launch.cloud.put("my-bucket/prm/logs/worker-0.log", text)
+    launch.cloud.put("my-bucket/prm/state/done", "")
+    for options in ((), ("--follow",)):
+        shown = launch("logs", *options).stdout
+        # Text mode reads a carriage return as a line end.
+        assert shown == "50%\n\tüé ok?]0;evil??[2J ?abc? ?31m\n"
+
+
 def test_logs_print_follow_or_fetch(launch, tmp_path):
     launch.cloud.put("my-bucket/prm/logs/worker-1.log", "one\n")
     assert launch("logs", "--worker", "1").stdout == "one\n"
