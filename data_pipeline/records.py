@@ -88,7 +88,7 @@ class Preparation:
         return PreparedRow(counts._replace(windowed=1), self._window(steps))
 
     def _prepare_preference(self, preference: Preference, row: str) -> PreparedRow:
-        steps = _action_steps(self._encoder, preference, row)
+        steps = steps_of_pairs(self._encoder, preference, row)
         # A cut would take an action away, so a window drops the row as well.
         if self._fits(steps, row):
             return PreparedRow(RowCounts(rows=1, pairs=1), steps)
@@ -244,7 +244,7 @@ def _steps(trajectory: Trajectory, encoded: Encoded, row: str) -> _Steps:
     return _Steps(encoded.tokens, encoded.read_positions, encoded.state_positions, rewards, labels)
 
 
-def _action_steps(encoder: Encoder, preference: Preference, row: str) -> _Steps:
+def steps_of_pairs(encoder: Encoder, preference: Preference, row: str) -> _Steps:
     """The actions of a state: the tokens of the state once, then those of each action; see data_pipeline.supervision.
 
     An action is encoded as the last message of its conversation, up to its read position.

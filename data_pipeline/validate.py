@@ -14,8 +14,10 @@ import numpy as np
 
 from data_pipeline.errors import DataError, listed, printable
 from data_pipeline.metadata import length_histogram, length_range
+from data_pipeline.preferences import Preference, read_rows
+from data_pipeline.records import steps_of_pairs
 from data_pipeline.splits import Inputs, named_split
-from data_pipeline.trajectory import Trajectory, check_steps, count_rows, read_numbered
+from data_pipeline.trajectory import Trajectory, check_steps, count_rows
 
 if TYPE_CHECKING:
     from data_pipeline.encode import Encoder
@@ -36,12 +38,16 @@ class SplitCounts(msgspec.Struct, kw_only=True):
     """Counts of one split. `failed`, `partial` and `full` are trajectories with outcome 0, between 0 and 1, and 1.
 
     `with_success` trajectories have a `success` field, and it is true in `successes` of them. `trainable` ones have an
-    outcome or rewards and did not end in an error.
+    outcome or rewards and did not end in an error; `only_labels` have step labels alone. `pairs` are rows with a chosen
+    and `rejected` rejected actions.
     """
 
     trajectories: int = 0
     tasks: int = 0
     trainable: int = 0
+    only_labels: int = 0
+    pairs: int = 0
+    rejected: int = 0
     failed: int = 0
     partial: int = 0
     full: int = 0
@@ -60,12 +66,13 @@ class Groups(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ValidationReport(msgspec.Struct, frozen=True, kw_only=True):
-    """Result of `validate`. rows = trajectories + bad; `leaks` names the tasks that are in two splits.
+    """Result of `validate`. rows = trajectories + pairs + bad; `leaks` names the tasks that are in two splits.
 
-    `tokens`, `lengths` (metadata.length_histogram) and `too_long` need a tokenizer. `equal` counts trajectories with
-    the task, conversation and return of an earlier one, `repeated_ids` those with the id of an earlier one.
-    `with_reasoning` messages have some; `reasoning_dropped` of them are encoded without it, and special tokens are
-    broken up in `special_tokens_broken` messages.
+    `tokens`, `lengths` (metadata.length_histogram) and `too_long` need a tokenizer. They count pairs too:
+    a pair, its state once and then its actions. `equal` counts trajectories with the task, conversation and return of an
+    earlier one, `repeated_ids` those with the id of an earlier one. `with_reasoning` messages have some;
+    `reasoning_dropped` of them are encoded without it, and special tokens are broken up in `special_tokens_broken`
+    messages.
     """
 
     files: list[str]
@@ -85,6 +92,7 @@ class ValidationReport(msgspec.Struct, frozen=True, kw_only=True):
     step_labels: Spread | None
     leaks: list[str]
     bad: list[str]
+    pairs: int = 0
     with_reasoning: int = 0
     reasoning_dropped: int = 0
     special_tokens_broken: int = 0
@@ -135,9 +143,12 @@ def validate(
 
     for split, files in inputs.items():
         for path in files:
-            for where, trajectory in read_numbered(path, skip_bad=bad):
+            for where, row in read_rows(path, skip_bad=bad):
                 try:
-                    counts.add(trajectory, split, where)
+                    if isinstance(row, Preference):
+                        counts.add_pair(row, split, where)
+                    else:
+                        counts.add(row, split, where)
                 except DataError as error:
                     bad(error)
                 else:
@@ -178,11 +189,25 @@ class _Counts:
         self._steps.append(len(table))
         self._count(trajectory, name, where)
 
+    def add_pair(self, pair: Preference, split: str | None, where: str) -> None:
+        """Counts a row with a chosen and rejected actions. Raises DataError for a bad one, as `add`."""
+        row = f"{where} ({pair.id})"
+        name = named_split(pair.split, split, row) or ""
+        if self._encoder is not None:
+            self._tokens.append(len(steps_of_pairs(self._encoder, pair, row).tokens))
+        counts = self._splits.setdefault(name, SplitCounts())
+        counts.pairs += 1
+        counts.rejected += len(pair.worse)
+        self._repeated_ids += not _is_new(self._ids, pair.id.encode())
+        self._group(pair.task_id, name, None, counts, where)
+
     def _count(self, trajectory: Trajectory, name: str, where: str) -> None:
         split = self._splits.setdefault(name, SplitCounts())
         split.trajectories += 1
         returned = trajectory.outcome if trajectory.rewards is None else sum(trajectory.rewards)
-        split.trainable += returned is not None and trajectory.ended != "error"
+        ended_well = trajectory.ended != "error"
+        split.trainable += returned is not None and ended_well
+        split.only_labels += returned is None and trajectory.step_labels is not None and ended_well
         if trajectory.outcome is not None:
             self._outcomes[name] += trajectory.outcome
             kind = {0.0: "failed", 1.0: "full"}.get(trajectory.outcome, "partial")
@@ -247,6 +272,7 @@ class _Counts:
             step_labels=_spread(self._labels) if self._labels else None,
             leaks=list(self._leaks.values()),
             bad=self.bad,
+            pairs=sum(split.pairs for split in self._splits.values()),
             with_reasoning=self._with_reasoning,
             reasoning_dropped=self._dropped,
             special_tokens_broken=self._broken,
@@ -279,11 +305,14 @@ def to_text(report: ValidationReport) -> str:
 
 
 def _lines(report: ValidationReport) -> Iterator[str]:
-    yield f"{report.rows} rows, {report.trajectories} trajectories, {len(report.bad)} bad"
+    pairs = f"{report.pairs} pairs, " if report.pairs else ""
+    yield f"{report.rows} rows, {report.trajectories} trajectories, {pairs}{len(report.bad)} bad"
     for name, counts in report.splits.items():
         yield f"  {name or 'no split'}: {_split(counts)}"
     if report.trajectories:
         yield from _about_trajectories(report)
+    elif report.tokens is not None and report.pairs:
+        yield from _about_tokens(report, "pair, its state once")
     if report.leaks:
         yield f"{len(report.leaks)} tasks in two splits:"
         # Without the first line of `listed`, which counts bad rows.
@@ -292,7 +321,9 @@ def _lines(report: ValidationReport) -> Iterator[str]:
 
 
 def _split(counts: SplitCounts) -> str:
-    parts = [f"{counts.trajectories} trajectories of {counts.tasks} tasks"]
+    kinds = [f"{counts.trajectories} trajectories"] if counts.trajectories or not counts.pairs else []
+    kinds += [f"{counts.pairs} pairs with {counts.rejected} rejected actions"] if counts.pairs else []
+    parts = [f"{' and '.join(kinds)} of {counts.tasks} tasks"]
     if counts.mean_outcome is not None:
         parts.append(
             f"mean outcome {counts.mean_outcome:.3f} ({counts.failed} failed, {counts.partial} between, "
@@ -300,18 +331,17 @@ def _split(counts: SplitCounts) -> str:
         )
     if counts.with_success:
         parts.append(f"success {counts.successes / counts.with_success:.1%} of {counts.with_success}")
-    if untrainable := counts.trajectories - counts.trainable:
+    if counts.only_labels:
+        parts.append(f"{counts.only_labels} with step labels and no outcome")
+    if untrainable := counts.trajectories - counts.trainable - counts.only_labels:
         parts.append(f"{untrainable} not to be trained on (no outcome, or ended in an error)")
     return ", ".join(parts)
 
 
 def _about_trajectories(report: ValidationReport) -> Iterator[str]:
     yield f"steps per trajectory: {_spread_line(report.steps)}"
-    if report.tokens is not None and report.lengths is not None:
-        yield f"tokens per trajectory: {_spread_line(report.tokens)}"
-        yield from _histogram(report.lengths)
-        if report.too_long is not None:
-            yield f"  longer than {report.max_length} tokens: {report.too_long}"
+    if report.tokens is not None:
+        yield from _about_tokens(report, "row" if report.pairs else "trajectory")
     yield _groups(report.groups)
     ended = ", ".join(f"{count} {kind or 'not given'}" for kind, count in sorted(report.ended.items()))
     yield f"ended: {ended}"
@@ -327,6 +357,13 @@ def _about_trajectories(report: ValidationReport) -> Iterator[str]:
             f"step labels: {report.step_labels.count} in {report.with_step_labels} trajectories, "
             f"{_spread_line(report.step_labels, '.3g')}"
         )
+
+
+def _about_tokens(report: ValidationReport, unit: str) -> Iterator[str]:
+    yield f"tokens per {unit}: {_spread_line(report.tokens)}"
+    yield from _histogram(report.lengths)
+    if report.too_long is not None:
+        yield f"  longer than {report.max_length} tokens: {report.too_long}"
 
 
 def _groups(groups: Groups) -> str:

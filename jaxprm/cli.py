@@ -440,7 +440,7 @@ def _validate(options) -> int:
         report = validate(parse_inputs(options.files), encoder=encoder, max_length=options.max_length, progress=show)
     _write_report(options.json, report)
     print(to_text(report))
-    failed = report.leaks or not report.trajectories or (report.bad and not options.skip_bad)
+    failed = report.leaks or not (report.trajectories or report.pairs) or (report.bad and not options.skip_bad)
     return 1 if failed else 0
 
 

@@ -7,6 +7,7 @@ import pytest
 from data_pipeline.errors import DataError
 from data_pipeline.trajectory import to_line
 from data_pipeline.validate import to_text, validate
+from tests.model import tiny
 
 
 @pytest.fixture
@@ -120,3 +121,33 @@ def test_progress_counts_good_and_bad_rows(check, make_trajectory):
     seen = []
     check([make_trajectory(1)], extra="x\nx\n", progress=lambda done, total: seen.append((done, total)))
     assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def pair(name, *actions, **fields):
+    turns = [{"role": "assistant", "content": action} for action in actions]
+    row = {"id": name, "messages": [{"role": "user", "content": "Open it."}], "chosen": turns[0], "rejected": turns[1:]}
+    return json.dumps(row | fields) + "\n"
+
+
+def test_pairs_and_rows_with_labels_alone_are_counted_as_what_they_are(check, make_trajectory):
+    labelled = make_trajectory(1, id="l", outcome=None, ended=None, step_labels=[1.0, 0.0])
+    plain = make_trajectory(2, id="u", outcome=None, ended=None)
+    extra = pair("p", "push", "pull", "wait") + pair("q", "push", "pull", task="box") + pair("r", "push")
+    report = check([labelled, plain], extra=extra)
+    counts = report.splits[""]
+    assert (report.rows, report.trajectories, report.pairs, len(report.bad)) == (5, 2, 2, 1)
+    assert (counts.pairs, counts.rejected, counts.only_labels, counts.trainable) == (2, 3, 1, 0)
+    text = to_text(report)
+    assert "2 trajectories and 2 pairs with 3 rejected actions of 4 tasks" in text
+    assert "1 with step labels and no outcome, 1 not to be trained on" in text
+    assert "rejected is empty" in report.bad[0]
+
+
+def test_tokens_of_pairs_are_those_of_their_records(check, tmp_path):
+    encoder = tiny.encoder()
+    report = check([], extra=pair("p", "push", "pull") + pair("q", "push", "push"), encoder=encoder, max_length=4)
+    state = [{"role": "user", "content": "Open it."}]
+    ends = [encoder.trajectory([*state, {"role": "assistant", "content": text}], row="r") for text in ("push", "pull")]
+    before = int(ends[0].state_positions[0]) + 1
+    assert report.tokens.mean == before + sum(int(end.read_positions[0]) + 1 - before for end in ends)
+    assert report.too_long == 1 and "rejected[0] is the chosen action" in report.bad[0]
