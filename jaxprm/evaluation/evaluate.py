@@ -54,23 +54,20 @@ class EvaluatedModel(NamedTuple):
     """Name and training settings of a reward model that the metrics depend on.
 
     Args:
-        is_expectation: whether its values are expected outcomes. Those of a log-ratio are not: only their order has a
-            meaning, and before the first step they are 0.
+        is_expectation: whether its values are expected outcomes. Of a log-ratio, and of a model of pairs, only the
+            order has a meaning.
+        start: the value before the first step, from which its progress is counted; -inf if a first step has none.
     """
 
     name: str
     discount: float
     is_expectation: bool = True
+    start: float = -math.inf
 
     @property
     def has_progress(self) -> bool:
         """Progress is the difference of neighbouring promises only without a discount between them."""
         return self.discount == 1.0
-
-    @property
-    def start(self) -> float:
-        """The value before the first step, from which its progress is counted; -inf if a first step has none."""
-        return -math.inf if self.is_expectation else 0.0
 
 
 def evaluate(models: Sequence[Path | Source], input: Path, settings: Settings, *, chunk: int = 256) -> dict[str, Any]:
@@ -92,7 +89,9 @@ def evaluate(models: Sequence[Path | Source], input: Path, settings: Settings, *
     names = [source.name for source in sources]
     if len(set(names)) < len(names):
         raise UserError(f"models {', '.join(names)}: one is named twice")
-    evaluated = [EvaluatedModel(source.name, source.discount, source.is_expectation) for source in sources]
+    evaluated = [
+        EvaluatedModel(source.name, source.discount, source.is_expectation, source.start) for source in sources
+    ]
     scored = score_models(
         sources,
         Path(input),
