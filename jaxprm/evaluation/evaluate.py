@@ -103,14 +103,14 @@ def evaluate(models: Sequence[Path | Source], input: Path, settings: Settings, *
     report = evaluate_scores(scored, evaluated, settings)
     report["input"]["file"] = str(input)
     report["models"] = [
-        {"name": source.name, "sha256": _weights_sha256(source)}
+        {"name": source.name, "sha256": weights_sha256(source)}
         | {"trained_length": of_file.trained, "longer": of_file.longer, "longest": of_file.longest}
         for source, of_file in zip(sources, scored.lengths, strict=True)
     ]
     return files.without_nan(report)
 
 
-def _weights_sha256(source: Source) -> str:
+def weights_sha256(source: Source) -> str:
     """sha256 of a model's only file of weights; of all its files' digests if there are more."""
     weights = source.directory and source.directory / WEIGHTS
     return files.sha256(weights) if weights and weights.is_file() else fingerprint(source.identity)

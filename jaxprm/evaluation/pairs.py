@@ -20,9 +20,10 @@ import numpy as np
 from data_pipeline.errors import DataError
 from data_pipeline.preferences import Preference, read_rows
 from jaxprm import files
-from jaxprm.config import fingerprint
 from jaxprm.errors import UserError
+from jaxprm.evaluation.evaluate import weights_sha256
 from jaxprm.evaluation.labels import lookup
+from jaxprm.evaluation.scored import NO_GROUP
 from jaxprm.evaluation.statistics import Array, Measure, Resampling, mean_by_task
 from jaxprm.progress import bar
 from jaxprm.scoring import files as score_files
@@ -57,7 +58,8 @@ def evaluate_pairs(
         The report of docs/formats.md, "Evaluations", with `pairs`: plain JSON without NaN.
 
     Raises:
-        UserError: a model or the file cannot be read, or no line could be scored.
+        UserError: a model or the file cannot be read, the file changes meanwhile, no line has the group, or no line
+            could be scored.
     """
     sources = [model if isinstance(model, Source) else reward_model(model) for model in models]
     names = [source.name for source in sources]
@@ -71,6 +73,10 @@ def evaluate_pairs(
             preferences[where] = row
         else:
             errors[where] = f"{where}: a trajectory in a file of pairs; put trajectories into a file of their own"
+    if score_files.digest_and_count(input)[0] != digest:
+        raise UserError(f"input {input}: changed while it was read; run the same command again")
+    if group is not None and preferences and all(_group(row, group) == NO_GROUP for row in preferences.values()):
+        raise UserError(f"group {group}: no line has it; name another field, as in environment or meta.domain")
     lines = len(preferences) + len(errors)
     promises: dict[str, list[Array]] = {where: [] for where in preferences}
     for index, source in enumerate(sources):
@@ -95,7 +101,7 @@ def evaluate_pairs(
         "errors": len(errors),
         "examples": list(errors.values())[:SHOWN_ERRORS],
     }
-    report["models"] = [{"name": source.name, "sha256": fingerprint(source.identity)} for source in sources]
+    report["models"] = [{"name": source.name, "sha256": weights_sha256(source)} for source in sources]
     return files.without_nan(report)
 
 
@@ -198,7 +204,7 @@ def _group(row: Preference, name: str | None) -> str | None:
     if name is None:
         return None
     value = getattr(row, name) if name in ("environment", "split", "task") else lookup(row.meta, name)
-    return "(none)" if value is None else str(value)
+    return NO_GROUP if value is None else str(value)
 
 
 def pairs_table(report: Mapping[str, Any]) -> str:
