@@ -9,9 +9,19 @@ from typing import Any
 
 import msgspec
 
+from data_pipeline import json_values
+from data_pipeline.conversations.reading import read_conversation
 from data_pipeline.errors import DataError
 from data_pipeline.source import read_texts
-from data_pipeline.trajectory import Message, Trajectory, parse_line, read_numbered, text_parts
+from data_pipeline.trajectory import (
+    Message,
+    Trajectory,
+    converted,
+    parse_line,
+    read_numbered,
+    text_parts,
+    with_text_ids,
+)
 
 
 class Preference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -71,13 +81,43 @@ _decoder, _probe = msgspec.json.Decoder(Preference), msgspec.json.Decoder(_Probe
 
 
 def parse_preference(line: bytes | str, *, where: str) -> Preference:
-    """Parses a line of JSON. Raises DataError("<where>: what is wrong - at `$.field`")."""
+    """Parses a line of JSON, in the form of a preference or with messages as SDKs write them.
+
+    Raises DataError("<where>: what is wrong - at `$.field`").
+    """
     try:
         return _decoder.decode(line)
-    except (msgspec.MsgspecError, UnicodeError) as error:
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        pass
+    try:
+        return _from_row(json_values.decode(line))
+    except DataError as error:
         raise DataError(f"{where}: {error}") from None
-    except RecursionError:  # msgspec bounds the depth of nesting by Python's own limit.
-        raise DataError(f"{where}: nested too deeply") from None
+
+
+def _from_row(row: Any) -> Preference:
+    """The preference of a decoded row. Raises DataError without a place."""
+    if isinstance(row, dict):
+        row = with_text_ids(row)
+        if isinstance(row.get("messages"), list):
+            row["messages"] = read_conversation(row["messages"]).messages
+        for name in ("chosen", "rejected"):
+            value = row.get(name)
+            if isinstance(value, list) and name == "rejected":
+                row[name] = [_action(action, f"{name}[{index}]") for index, action in enumerate(value)]
+            elif isinstance(value, dict):
+                row[name] = _action(value, name)
+    return converted(row, Preference)
+
+
+def _action(value: Any, name: str) -> dict[str, Any]:
+    try:
+        messages = read_conversation([value]).messages
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from None
+    if len(messages) != 1:
+        raise DataError(f"{name} is not one message but {len(messages)}")
+    return messages[0]
 
 
 def is_preference(line: bytes) -> bool:
@@ -87,7 +127,12 @@ def is_preference(line: bytes) -> bool:
     try:
         return _probe.decode(line).chosen is not msgspec.UNSET
     except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        pass
+    try:
+        row = json_values.decode(line)  # with NaN, or half a surrogate pair
+    except DataError:
         return False
+    return isinstance(row, dict) and "chosen" in row
 
 
 def parse_row(line: bytes, *, where: str) -> Trajectory | Preference:

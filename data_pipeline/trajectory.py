@@ -14,7 +14,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from os import PathLike
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import msgspec
 
@@ -22,6 +22,8 @@ from data_pipeline import json_values
 from data_pipeline.conversations.reading import labels_by_message, read_conversation
 from data_pipeline.errors import DataError
 from data_pipeline.source import count_texts, read_texts
+
+Row = TypeVar("Row")
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -161,11 +163,7 @@ def parse_line(line: bytes | str, *, where: str) -> Trajectory:
 def from_row(row: Any) -> Trajectory:
     """The trajectory of a decoded row. Raises DataError without a place."""
     if isinstance(row, dict):
-        row = {key: value for key, value in row.items() if value is not None}
-        if isinstance(row.get("id"), int) and not isinstance(row["id"], bool):
-            row["id"] = str(row["id"])
-        if isinstance(row.get("task"), int) and not isinstance(row["task"], bool):
-            row["task"] = str(row["task"])
+        row = with_text_ids(row)
         if isinstance(row.get("outcome"), bool):
             row["outcome"] = float(row["outcome"])
         if isinstance(row.get("messages"), list):
@@ -174,14 +172,29 @@ def from_row(row: Any) -> Trajectory:
                 row["step_labels"] = labels_by_message(row["step_labels"], messages, origins, "step_labels")
             row["messages"] = messages
         _check_finite(row)
+    return converted(row, Trajectory)
+
+
+def with_text_ids(row: dict[str, Any]) -> dict[str, Any]:
+    """A decoded row without nulls, with `id` and `task` as texts where they are integers."""
+    row = {key: value for key, value in row.items() if value is not None}
+    for name in ("id", "task"):
+        if isinstance(row.get(name), int) and not isinstance(row[name], bool):
+            row[name] = str(row[name])
+    return row
+
+
+def converted(row: Any, kind: type[Row]) -> Row:
+    """The row of this kind of a decoded one. Raises DataError without a place."""
     try:
-        trajectory = msgspec.convert(row, Trajectory)
+        value: Any = msgspec.convert(row, kind)
         # Numbers that are not finite are null in JSON, and so they are here.
-        return msgspec.structs.replace(trajectory, meta=msgspec.json.decode(msgspec.json.encode(trajectory.meta)))
+        result: Row = msgspec.structs.replace(value, meta=msgspec.json.decode(msgspec.json.encode(value.meta)))
     except msgspec.MsgspecError as error:
         raise DataError(str(error)) from None
     except RecursionError:  # msgspec bounds the depth of nesting by Python's own limit.
         raise DataError("nested too deeply") from None
+    return result
 
 
 def _check_finite(row: dict[str, Any]) -> None:

@@ -334,6 +334,8 @@ def _evaluate_pairs(options) -> int | None:
     from data_pipeline.preferences import holds_preferences
     from jaxprm import files
     from jaxprm.errors import UserError
+    from jaxprm.evaluation.evaluate import Settings
+    from jaxprm.evaluation.labels import OWN_FIELD
     from jaxprm.evaluation.pairs import evaluate_pairs, pairs_table
     from jaxprm.evaluation.statistics import Resampling
 
@@ -341,6 +343,18 @@ def _evaluate_pairs(options) -> int | None:
         return None
     if not options.model:
         raise UserError("evaluate: a file of pairs needs --model")
+    ignored = {
+        "--policy and --reference": options.policy is not None,
+        "--labels": options.labels != OWN_FIELD,
+        "--label-kind": options.label_kind is not None,
+        "--validation-share": options.validation_share != Settings.validation_share,
+        "--threshold": options.threshold is not None,
+    }
+    if names := [name for name, is_set in ignored.items() if is_set]:
+        raise UserError(
+            f"evaluate: {', '.join(names)} with {options.input}, a file of pairs, which has no outcomes and no step "
+            "labels; leave them out"
+        )
     resampling = Resampling(samples=options.samples, seed=options.seed)
     report = evaluate_pairs(options.model, options.input, resampling, group=options.group)
     print(pairs_table(report))

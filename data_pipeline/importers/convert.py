@@ -25,8 +25,9 @@ from data_pipeline.importers.report import ImportReport, check_counts, to_text
 from data_pipeline.locks import locked
 from data_pipeline.output import staged_file, staging_file_of, write_errors
 from data_pipeline.paths import Named, check_paths
+from data_pipeline.preferences import Preference, parse_preference, to_line
 from data_pipeline.source import SourceRow
-from data_pipeline.trajectory import Trajectory, check_steps, parse_line, to_line
+from data_pipeline.trajectory import Trajectory, check_steps, parse_line
 
 __all__ = ["ImportReport", "Options", "import_trajectories", "to_text"]
 
@@ -207,9 +208,9 @@ class _Converter:
             self.report.without_outcome += trajectory.outcome is None and trajectory.rewards is None and pair is None
             self.report.resplit += resplit
             self.report.pairs += pair is not None
-            unique = self._with_unique_id(trajectory)
-            lines.append(to_line(unique).encode() if pair is None else _pair_line(unique, pair))
-        if all(trajectory.outcome is None and trajectory.rewards is None for trajectory, *_ in finished):
+            lines.append(to_line(self._with_unique_id(trajectory if pair is None else pair)).encode())
+        # A pair has no outcome to name.
+        if all(row.outcome is None and row.rewards is None and pair is None for row, pair, *_ in finished):
             self.report.unused.update(key for key in _OUTCOMES if _is_outcome(row.value.get(key)))
         for description, count in notes.items():
             note(self.report.notes, description, count)
@@ -233,9 +234,14 @@ class _Converter:
         messages = self._named["messages"] or _path(reader.messages)
         return Context(messages, notes, self._named["tools"], self._roles, file.path)
 
-    def _checked(self, plain: dict[str, Any], row: SourceRow) -> tuple[Trajectory, list[dict[str, Any]] | None, bool]:
-        """(trajectory, rejected actions of a pair, whether its split is another than before) of a converted row."""
-        pair = plain.pop("rejected", None)
+    def _checked(self, plain: dict[str, Any], row: SourceRow) -> tuple[Trajectory, Preference | None, bool]:
+        """(trajectory, pair that it is, whether its split is another than before) of a converted row.
+
+        The trajectory of a pair ends with the chosen action.
+        """
+        rejected = plain.pop("rejected", None)
+        if rejected is not None:
+            plain = _without_outcome(plain)
         try:
             line = msgspec.json.encode(plain)
         except (TypeError, OverflowError, UnicodeError, RecursionError) as error:
@@ -245,7 +251,7 @@ class _Converter:
         check_steps(trajectory.messages, row.where)
         splits.named_split(trajectory.split, None, row.where)
         trajectory, resplit = self._split(trajectory, row)
-        return trajectory, pair, resplit
+        return trajectory, None if rejected is None else _pair(trajectory, rejected, row.where), resplit
 
     def check_fields(self) -> None:
         """Raises DataError if a field named in the options is in no row, or if all rows are in one group of a split."""
@@ -316,7 +322,8 @@ class _Converter:
     ) -> None:
         path = self._named["step_labels"]
         value = path.find(row) if path is not None else converted.get("step_labels")
-        if value is None:
+        # Labels next to a pair are data of its source: a pair has none.
+        if value is None or parsed.chosen is not None:
             return
         name = path.text if path is not None else "step_labels"
         # Labels of a reader are one for each step already.
@@ -371,8 +378,8 @@ class _Converter:
             raise SplitError(f"{row.where}: {error}, or by a field whose values share no task") from None
         return msgspec.structs.replace(trajectory, split=split), trajectory.split not in (None, split)
 
-    def _with_unique_id(self, trajectory: Trajectory) -> Trajectory:
-        """The trajectory with an id of its own: the second one with the same id gets id#2, and so on."""
+    def _with_unique_id(self, trajectory: Trajectory | Preference) -> Trajectory | Preference:
+        """The row with an id of its own: the second one with the same id gets id#2, and so on."""
         self.report.splits[trajectory.split or ""] += 1
         # Attempts are often logged under the name of their task.
         key = _digest(trajectory.id)
@@ -408,13 +415,22 @@ def _check_finite(converted: Mapping[str, Any]) -> None:
             raise DataError(f"rewards[{index}] is {reward}; it must be a number")
 
 
-def _pair_line(trajectory: Trajectory, rejected: list[dict[str, Any]]) -> bytes:
-    """The line of a preference pair, whose chosen action is the last message."""
+def _without_outcome(plain: dict[str, Any]) -> dict[str, Any]:
+    """A converted row whose fields of a trajectory that a pair lacks are in `meta`."""
+    names = plain.keys() & set(Trajectory.__struct_fields__) - set(Preference.__struct_fields__)
+    if not names:
+        return plain
+    others = {name: plain[name] for name in sorted(names)}
+    kept = {name: value for name, value in plain.items() if name not in names}
+    return kept | {"meta": others | kept.get("meta", {})}
+
+
+def _pair(trajectory: Trajectory, rejected: list[dict[str, Any]], where: str) -> Preference:
+    """The preference pair whose chosen action is the last message. Raises DataError for actions that are no steps."""
     plain = msgspec.to_builtins(trajectory)
     *state, chosen = plain.pop("messages")
-    plain.pop("outcome", None)
-    plain.pop("ended", None)
-    return msgspec.json.encode(plain | {"messages": state, "chosen": chosen, "rejected": rejected})
+    line = msgspec.json.encode(plain | {"messages": state, "chosen": chosen, "rejected": rejected})
+    return parse_preference(line, where=where)
 
 
 def _meta(unused: dict[str, Any]) -> dict[str, Any]:

@@ -54,23 +54,20 @@ class EvaluatedModel(NamedTuple):
     """Name and training settings of a reward model that the metrics depend on.
 
     Args:
-        is_expectation: whether its values are expected outcomes. Those of a log-ratio are not: only their order has a
-            meaning, and before the first step they are 0.
+        is_expectation: whether its values are expected outcomes. Of a log-ratio, and of a model of pairs, only the
+            order has a meaning.
+        start: the value before the first step, from which its progress is counted; -inf if a first step has none.
     """
 
     name: str
     discount: float
     is_expectation: bool = True
+    start: float = -math.inf
 
     @property
     def has_progress(self) -> bool:
         """Progress is the difference of neighbouring promises only without a discount between them."""
         return self.discount == 1.0
-
-    @property
-    def start(self) -> float:
-        """The value before the first step, from which its progress is counted; -inf if a first step has none."""
-        return -math.inf if self.is_expectation else 0.0
 
 
 def evaluate(models: Sequence[Path | Source], input: Path, settings: Settings, *, chunk: int = 256) -> dict[str, Any]:
@@ -92,7 +89,9 @@ def evaluate(models: Sequence[Path | Source], input: Path, settings: Settings, *
     names = [source.name for source in sources]
     if len(set(names)) < len(names):
         raise UserError(f"models {', '.join(names)}: one is named twice")
-    evaluated = [EvaluatedModel(source.name, source.discount, source.is_expectation) for source in sources]
+    evaluated = [
+        EvaluatedModel(source.name, source.discount, source.is_expectation, source.start) for source in sources
+    ]
     scored = score_models(
         sources,
         Path(input),
@@ -104,14 +103,14 @@ def evaluate(models: Sequence[Path | Source], input: Path, settings: Settings, *
     report = evaluate_scores(scored, evaluated, settings)
     report["input"]["file"] = str(input)
     report["models"] = [
-        {"name": source.name, "sha256": _weights_sha256(source)}
+        {"name": source.name, "sha256": weights_sha256(source)}
         | {"trained_length": of_file.trained, "longer": of_file.longer, "longest": of_file.longest}
         for source, of_file in zip(sources, scored.lengths, strict=True)
     ]
     return files.without_nan(report)
 
 
-def _weights_sha256(source: Source) -> str:
+def weights_sha256(source: Source) -> str:
     """sha256 of a model's only file of weights; of all its files' digests if there are more."""
     weights = source.directory and source.directory / WEIGHTS
     return files.sha256(weights) if weights and weights.is_file() else fingerprint(source.identity)

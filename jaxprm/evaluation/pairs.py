@@ -20,16 +20,16 @@ import numpy as np
 from data_pipeline.errors import DataError
 from data_pipeline.preferences import Preference, read_rows
 from jaxprm import files
-from jaxprm.artifacts.directory import find_model, model_identity
-from jaxprm.config import fingerprint
 from jaxprm.errors import UserError
+from jaxprm.evaluation.evaluate import weights_sha256
 from jaxprm.evaluation.labels import lookup
+from jaxprm.evaluation.scored import NO_GROUP
 from jaxprm.evaluation.statistics import Array, Measure, Resampling, mean_by_task
 from jaxprm.progress import bar
 from jaxprm.scoring import files as score_files
-from jaxprm.scoring import loading
 from jaxprm.scoring.engine import bucket_of
 from jaxprm.scoring.scorer import Scorer
+from jaxprm.scoring.sources import Source, reward_model
 
 FORMAT = 1
 SHOWN_ERRORS = 20
@@ -45,23 +45,27 @@ class State(NamedTuple):
 
 
 def evaluate_pairs(
-    models: Sequence[Path], input: Path, resampling: Resampling, *, group: str | None = None, chunk: int = 64
+    models: Sequence[Path | Source], input: Path, resampling: Resampling, *, group: str | None = None, chunk: int = 64
 ) -> dict[str, Any]:
     """Scores the actions of every state with every model, one model and `chunk` lines in memory at a time.
 
     A line that one model cannot score is left out for all.
 
+    Args:
+        models: locations of reward models, or other sources of promises.
+
     Returns:
         The report of docs/formats.md, "Evaluations", with `pairs`: plain JSON without NaN.
 
     Raises:
-        UserError: a model or the file cannot be read, or no line could be scored.
+        UserError: a model or the file cannot be read, the file changes meanwhile, no line has the group, or no line
+            could be scored.
     """
-    names = [str(model) for model in models]
+    sources = [model if isinstance(model, Source) else reward_model(model) for model in models]
+    names = [source.name for source in sources]
     if len(set(names)) < len(names):
         raise UserError(f"models {', '.join(names)}: one is named twice")
-    directories = [find_model(model) for model in models]
-    digest, _ = score_files.digest_and_count(input)
+    digest, *_ = score_files.digest_and_count(input)
     errors: dict[str, str] = {}
     preferences: dict[str, Preference] = {}
     for where, row in read_rows(input, skip_bad=lambda error: errors.setdefault(f"line {len(errors)}", str(error))):
@@ -69,11 +73,15 @@ def evaluate_pairs(
             preferences[where] = row
         else:
             errors[where] = f"{where}: a trajectory in a file of pairs; put trajectories into a file of their own"
+    if score_files.digest_and_count(input)[0] != digest:
+        raise UserError(f"input {input}: changed while it was read; run the same command again")
+    if group is not None and preferences and all(_group(row, group) == NO_GROUP for row in preferences.values()):
+        raise UserError(f"group {group}: no line has it; name another field, as in environment or meta.domain")
     lines = len(preferences) + len(errors)
     promises: dict[str, list[Array]] = {where: [] for where in preferences}
-    for index, directory in enumerate(directories):
-        scorer = loading.load_scorer(directory)
-        name = "score" if len(directories) == 1 else f"score {index + 1} of {len(directories)}"
+    for index, source in enumerate(sources):
+        scorer = source.load()
+        name = "score" if len(sources) == 1 else f"score {index + 1} of {len(sources)}"
         rows = iter(preferences.items())
         with bar(name, len(preferences), unit="state") as progress:
             while batch := list(itertools.islice(rows, chunk)):
@@ -93,10 +101,7 @@ def evaluate_pairs(
         "errors": len(errors),
         "examples": list(errors.values())[:SHOWN_ERRORS],
     }
-    report["models"] = [
-        {"name": name, "sha256": fingerprint(model_identity(directory))}
-        for name, directory in zip(names, directories, strict=True)
-    ]
+    report["models"] = [{"name": source.name, "sha256": weights_sha256(source)} for source in sources]
     return files.without_nan(report)
 
 
@@ -199,7 +204,7 @@ def _group(row: Preference, name: str | None) -> str | None:
     if name is None:
         return None
     value = getattr(row, name) if name in ("environment", "split", "task") else lookup(row.meta, name)
-    return "(none)" if value is None else str(value)
+    return NO_GROUP if value is None else str(value)
 
 
 def pairs_table(report: Mapping[str, Any]) -> str:

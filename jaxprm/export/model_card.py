@@ -11,6 +11,7 @@ import msgspec
 from data_pipeline import typed_json
 from jaxprm.errors import UserError
 from jaxprm.objectives import OBJECTIVES
+from jaxprm.scoring.loading import predicts_outcomes
 from jaxprm.search.methods import SEARCHES
 
 # The words for each search. Searches from outside the package come with a run's results.
@@ -68,13 +69,12 @@ def model_card(
         verified: what `jaxprm.export.verify.verify` returned, or None without verification.
     """
     label = recipe.get("label", "reward model")
-    limits = _range(recipe, config)
-    bounds = f", as a number in [{limits[0]:g}, {limits[1]:g}] but for errors of estimation" if limits else ""
     sections = [
         _front_matter(recipe, config),
         f"# {label}: a process reward model for agents\n\n"
-        "For every action (assistant turn) of a conversation it predicts the **promise**: the outcome to expect once "
-        f"the action is taken{bounds}. **Progress** is the difference between an action's promise and the one before. "
+        "For every action (assistant turn) of a conversation it predicts the **promise**: "
+        f"{_promise_text(recipe, config)}. "
+        "**Progress** is the difference between an action's promise and the one before. "
         f"{_progress_note(recipe)}",
         "\n".join(["## What it is", "", *_facts(recipe, config, tokenizer)]),
         "\n\n".join(["## How to call it", *_usage(config)]),
@@ -135,6 +135,14 @@ def _front_matter(recipe: Mapping[str, Any], config: Mapping[str, Any]) -> str:
 
 def _is_token_classifier(config: Mapping[str, Any]) -> bool:
     return config["architectures"][0].endswith("ForTokenClassification")
+
+
+def _promise_text(recipe: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    if not predicts_outcomes(recipe):
+        return "a number that is higher for the better of two actions in the same state, and no expected outcome"
+    limits = _range(recipe, config)
+    bounds = f", as a number in [{limits[0]:g}, {limits[1]:g}] but for errors of estimation" if limits else ""
+    return f"the outcome to expect once the action is taken{bounds}"
 
 
 def _progress_note(recipe: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from jaxprm.hf.writer import DTYPES
 from jaxprm.model.config import TransformerConfig
 from jaxprm.model.prefix_bank import Shapes, TurnTokens
 from jaxprm.model.sharding import ONE_DEVICE, Layout, make_mesh
+from jaxprm.objectives import OBJECTIVES
 from jaxprm.scoring.scorer import Scorer
 
 
@@ -152,6 +153,15 @@ def all_devices() -> config_lib.MeshConfig | None:
 def defines_progress(recipe: dict[str, Any]) -> bool:
     """Whether a model's progress is the difference of neighbouring promises, which holds without discounting only."""
     return recipe.get("targets", {}).get("discount", 1.0) == 1.0
+
+
+def predicts_outcomes(recipe: Mapping[str, Any]) -> bool:
+    """Whether a model's promises are expected outcomes. Those of a model of pairs only order the actions of a state."""
+    name = recipe.get("objective", "")
+    if name in OBJECTIVES:
+        return OBJECTIVES[name].supervision != "pairs"
+    # An objective from outside the package: the recipe of a model of pairs, and no other, has no range.
+    return not name or "value_range" in recipe
 
 
 def step_table(messages: Sequence[int] | np.ndarray, promises: np.ndarray, *, progress: bool) -> dict[str, Any]:

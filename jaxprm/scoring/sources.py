@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ class Source:
       table: {"steps", "score"} of a line of the output of `score`, from message indices [S] and values [S].
       discount: of the returns that values estimate.
       is_expectation: whether values are expected outcomes, in their units. Otherwise only their order has a meaning.
+      start: the value before the first step, from which its progress is counted; -inf if a first step has none.
       trained_length: tokens of the longest conversation in training, or None if unknown.
       directory: of the reward model, or None.
       directories: all that are read.
@@ -36,6 +38,7 @@ class Source:
     table: Callable[[Sequence[int], np.ndarray], dict[str, Any]]
     discount: float = 1.0
     is_expectation: bool = True
+    start: float = -math.inf
     trained_length: int | None = None
     directory: Path | None = None
     directories: tuple[Path, ...] = ()
@@ -52,6 +55,7 @@ def reward_model(path: str | Path) -> Source:
         load=lambda **options: loading.load_scorer(directory, **options),
         table=lambda messages, values: loading.step_table(messages, values, progress=progress),
         discount=recipe.get("targets", {}).get("discount", 1.0),
+        is_expectation=loading.predicts_outcomes(recipe),
         trained_length=length if isinstance(length, int) else None,
         directory=directory,
         directories=(directory,),
@@ -71,6 +75,7 @@ def progress_advantage(policy: str | Path, reference: str | Path) -> Source:
         load=lambda **options: load_log_ratio(*directories, **options),
         table=log_ratio_table,
         is_expectation=False,
+        start=0.0,
         directories=tuple(directories),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import platform
@@ -147,12 +148,17 @@ class ResultsBuilder:
     # Quality of the step values.
 
     def value_quality(self) -> dict[str, dict]:
-        """Metrics of step values on the validation trajectories, by label, over the seeds."""
+        """Metrics of step values on the validation trajectories with an outcome, by label, over the seeds.
+
+        Pairs, and rows with step labels alone, have none. A label without any such trajectory is left out.
+        """
         lines = {line["id"]: line for line in files.read_lines(self.run.work / "trajectories/validation.jsonl")}
         quality: dict[str, dict] = {"value_by_depth": {}, "calibration": {}, "validation": {}}
         options = {"samples": min(500, self.experiment.bootstrap_samples), "seed": self.experiment.seed}
         for label in self.labels:
             records = [self._step_records(label, seed, lines) for seed in self.seeds]
+            if not any(len(record.values) for record in records):
+                continue
             quality["value_by_depth"][label] = value_metrics.value_by_depth(records, **options)
             quality["calibration"][label] = value_metrics.calibration(records, **options)
             quality["validation"][label] = value_metrics.validation(records, **options)
@@ -337,11 +343,13 @@ class ResultsBuilder:
         }
 
     def _step_records(self, label: str, seed: int, lines: dict[str, dict]) -> value_metrics.StepRecords:
-        columns: dict[str, list] = defaultdict(list)
+        columns: dict[str, list] = {field.name: [] for field in dataclasses.fields(value_metrics.StepRecords)}
         for scored in files.read_lines(self.folder / f"values-validation-{label}-{seed}.jsonl"):
             if "error" in scored:
                 continue
             line, values = lines[scored["id"]], scored["values"]
+            if line.get("success") is None or (line.get("outcome") is None and not line.get("rewards")):
+                continue
             columns["values"] += values
             columns["targets"] += _returns(line, len(values))
             columns["depths"] += range(1, len(values) + 1)

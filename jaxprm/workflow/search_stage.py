@@ -206,7 +206,7 @@ def _score_file(scorer, source: Path, output: Path, label: str) -> None:
     """
     lines = [line for line in files.read_lines(source) if line.get("ended") != "error"]
     # Equal conversations are scored once. The last of them lends its id, which only appears in error messages.
-    keys = [files.line(line["messages"]) for line in lines]
+    keys = [files.line([line["messages"], line.get("tools")]) for line in lines]
     distinct = dict(zip(keys, lines, strict=True))
     unscored = list(distinct)
     scores: dict[str, dict[str, Any]] = {}
@@ -215,9 +215,9 @@ def _score_file(scorer, source: Path, output: Path, label: str) -> None:
             chunk = unscored[start : start + SCORED_AT_ONCE]
             encoded, names = {}, []
             for key in chunk:
-                name = distinct[key]["id"]
+                line, name = distinct[key], distinct[key]["id"]
                 try:
-                    trajectory = scorer.encoder.trajectory(distinct[key]["messages"], row=name)
+                    trajectory = scorer.encoder.trajectory(line["messages"], row=name, tools=line.get("tools"))
                     bucket_of(len(trajectory.tokens), name)
                 except (DataError, UserError) as error:
                     scores[key] = {"error": one_line(error)}

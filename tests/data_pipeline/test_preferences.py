@@ -55,6 +55,30 @@ def test_a_bad_preference_is_one_line_with_its_place(changes, message):
     assert str(raised.value).startswith(message)
 
 
+def test_messages_of_a_pair_are_read_as_sdks_write_them():
+    call = {"type": "tool_use", "id": "c", "name": "look", "input": {"at": "north"}}
+    result = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": "a wall"}]}
+    line = row(
+        7,
+        task=3,
+        split=None,
+        messages=[*STATE, {"role": "assistant", "content": [call]}, result],
+        chosen={"role": "assistant", "content": "north", "refusal": None, "reasoning": "It is there."},
+        rejected=[{"role": "assistant", "content": [{"type": "text", "text": "no"}, call]}],
+        meta={"score": float("nan")},
+    )
+    pair = parse_row(json.dumps(line).encode(), where="x:1")
+    assert isinstance(pair, Preference) and (pair.id, pair.task, pair.meta) == ("7", "3", {"score": None})
+    assert [message.role for message in pair.messages] == ["user", "assistant", "tool"]
+    better, worse = pair.actions
+    assert (better.content, better.reasoning_content) == ("north", "It is there.")
+    assert worse.content == "no" and worse.tool_calls[0]["function"]["name"] == "look"
+    with pytest.raises(DataError, match=r"x:1: rejected\[1\]: message 0 \(assistant\) has neither"):
+        parse_preference(json.dumps(row(rejected=[STATE[0], {"role": "assistant"}])), where="x:1")
+    with pytest.raises(DataError, match="x:1: chosen is not one message but 2"):
+        parse_preference(json.dumps(row(chosen={"role": "user", "content": result["content"] * 2})), where="x:1")
+
+
 def test_a_file_may_hold_trajectories_that_speak_of_what_was_chosen(tmp_path):
     trajectory = {"id": "a", "messages": [*STATE, {"role": "assistant", "content": "x"}], "meta": {"chosen": 1}}
     plain, pairs = tmp_path / "plain.jsonl", tmp_path / "pairs.jsonl"

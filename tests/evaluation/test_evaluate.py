@@ -15,6 +15,8 @@ from jaxprm.evaluation.labels import Labels, validation_tasks
 from jaxprm.evaluation.scored import ScoredFile, ScoredTrajectory
 from jaxprm.evaluation.statistics import Resampling
 from jaxprm.evaluation.tables import evaluation_table
+from jaxprm.objectives import OBJECTIVES
+from jaxprm.scoring.sources import reward_model
 
 QUICK = Resampling(samples=60)
 MODELS = [EvaluatedModel("m", 1.0)]
@@ -295,3 +297,23 @@ def test_there_is_no_table_by_step_where_steps_after_the_error_have_no_label():
         and "steps after the first error have no label" in tables["first-error"]
     )
     assert "By step of" in tables["binary"] and "argmin accuracy" in tables["first-error"]
+
+
+def test_promises_of_a_model_of_pairs_are_judged_by_their_order_alone(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+
+    def summary(**recipe) -> tuple[set[str], bool]:
+        (tmp_path / "reward_model.json").write_text(json.dumps(recipe))
+        source = reward_model(tmp_path)
+        model = EvaluatedModel(source.name, source.discount, source.is_expectation, source.start)
+        assert model.start == -math.inf  # no promise comes before the first
+        numbers = report_of(planted(), [model])["outcomes"]["models"][model.name]
+        return set(numbers["summary"]), bool(numbers["calibration"])
+
+    of_outcomes, ranked = summary(), ({"auroc", "auroc_within_task"}, False)
+    assert "mse" in of_outcomes[0] and of_outcomes[1]
+    for name, objective in OBJECTIVES.items():
+        recipe = {"objective": name, "value_range": None if objective.supervision == "pairs" else [0, 1]}
+        assert summary(**recipe) == (ranked if name == "preference" else of_outcomes)
+    assert summary(objective="mine:PAIRS", value_range=None) == ranked
+    assert summary(objective="mine:OUTCOMES", value_range=[0, 1]) == of_outcomes

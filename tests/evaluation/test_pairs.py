@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from benchmarks.toy import make_toy
-from data_pipeline.preferences import parse_preference
+from data_pipeline.preferences import parse_preference, read_rows
 from jaxprm import cli
 from jaxprm.errors import UserError
+from jaxprm.evaluation import pairs
 from jaxprm.evaluation.pairs import State, evaluate_pairs, merged_states, pairs_table, report_of
 from jaxprm.evaluation.statistics import Resampling
 from jaxprm.hf import writer
+from jaxprm.scoring.sources import Source
 from jaxprm.training.reward_model import from_policy
 
 FEW = Resampling(samples=50)
@@ -58,6 +63,75 @@ def test_lines_of_one_state_and_chosen_action_are_one_state():
     values = [np.array([0.5, 0.1]), np.array([0.5, 0.7]), np.array([0.2, 0.4])]
     states = merged_states([(row, [value], None) for row, value in zip([*rows, other], values, strict=True)])
     assert [s.promises[0].tolist() for s in states] == [[0.5, 0.1, 0.7], [0.2, 0.4]]
+
+
+class Encoder:
+    def trajectory(self, messages, *, row, tools):
+        return SimpleNamespace(tokens=[0], text=messages[-1].content)
+
+
+class Scorer:
+    """Promises "go to N" the value N."""
+
+    encoder = Encoder()
+
+    def score_encoded(self, encoded, owners):
+        return [np.array([float(conversation.text.split()[-1])]) for conversation in encoded]
+
+
+def source(name: str = "fake", load=Scorer) -> Source:
+    return Source(name=name, identity={"of": name}, load=load, table=lambda messages, values: {})
+
+
+def write(path, *lines: str):
+    path.write_text("".join(line + "\n" for line in lines))
+    return path
+
+
+def test_every_model_scores_every_line_of_a_file(tmp_path):
+    file = write(tmp_path / "pairs.jsonl", line("1", "go to 4", "go to 2"), "{", line("2", "go to 3", "go to 5"))
+    report = evaluate_pairs([source("a"), source("b")], file, FEW)
+    assert report["counts"] == {"states": 2, "pairs": 2, "tasks": 1}
+    assert report["pairs"]["models"]["a"]["pairwise_accuracy"]["mean"] == 0.5
+    assert report["input"]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert (report["input"]["lines"], report["input"]["errors"]) == (3, 1)
+    assert [model["name"] for model in report["models"]] == ["a", "b"]
+
+
+def test_a_report_has_the_digest_of_a_models_weights(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    file = write(tmp_path / "pairs.jsonl", line("1", "go to 4", "go to 2"))
+    report = evaluate_pairs([dataclasses.replace(source(), directory=tmp_path)], file, FEW)
+    assert report["models"] == [{"name": "fake", "sha256": hashlib.sha256(b"weights").hexdigest()}]
+
+
+def test_a_file_that_changes_and_a_group_that_no_line_has_are_refused_before_a_model_is_loaded(tmp_path, monkeypatch):
+    file = write(tmp_path / "pairs.jsonl", line("1", "go to 4", "go to 2"))
+    never = source(load=lambda: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=r"group meta\.site: no line has it"):
+        evaluate_pairs([never], file, FEW, group="meta.site")
+
+    def growing(path, **options):
+        write(path, line("1", "go to 4", "go to 2"), line("2", "go to 4", "go to 1"))
+        return read_rows(path, **options)
+
+    monkeypatch.setattr(pairs, "read_rows", growing)
+    with pytest.raises(UserError, match="changed while it was read"):
+        evaluate_pairs([never], file, FEW)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--policy", "p", "--reference", "r"], "--policy and --reference"),
+        (["--labels", "meta.label", "--threshold", "0.5"], "--labels, --threshold"),
+        (["--label-kind", "soft", "--validation-share", "0.2"], "--label-kind, --validation-share"),
+    ],
+)
+def test_options_that_a_file_of_pairs_has_no_use_for_are_refused(tmp_path, capsys, options, named):
+    file = write(tmp_path / "pairs.jsonl", line("1", "go to 4", "go to 2"))
+    assert cli.main(["evaluate", "--model", "m", "--input", str(file), *options]) == 2
+    assert f"{named} with {file}, a file of pairs" in capsys.readouterr().err
 
 
 @pytest.mark.slow

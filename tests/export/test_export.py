@@ -389,6 +389,14 @@ def test_a_tokenizer_that_transformers_cannot_reproduce_is_refused(model, tmp_pa
     assert names(tmp_path) == set()
 
 
+def test_the_card_of_a_model_of_pairs_promises_no_outcome():
+    sizes = dict.fromkeys(("head_dim", "num_attention_heads", "hidden_size", "max_position_embeddings"), 1)
+    sizes |= {"pad_token_id": 0, "dtype": "float32", "architectures": ["Qwen2ForSequenceClassification"]}
+    card = lambda objective: model_card.model_card({"objective": objective}, sizes, {}, None)
+    assert "the outcome to expect" in card("agentprm")
+    assert "the outcome to expect" not in card("preference") and "the better of two actions" in card("preference")
+
+
 @pytest.mark.parametrize(
     ("base", "shown"),
     [("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B"), ("/home/someone/policies/mine", "mine"), (None, "unknown")],

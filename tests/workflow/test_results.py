@@ -133,6 +133,29 @@ def test_pool_values_without_token_counts_give_no_equal_budgets(results):
     assert len(budget["needed"]) == 2
 
 
+def test_values_are_compared_on_the_validation_rows_with_an_outcome(results, tmp_path):
+    """Rows with step labels alone, and pairs, have neither `success` nor `outcome`."""
+    row = {"messages": MESSAGES, "task": "t"}
+    pair = row | {"id": "pair", "chosen": MESSAGES[1], "rejected": [MESSAGES[1]]}
+    rows = [row | {"id": "labels", "step_labels": [1, 0]}, pair, row | {"id": "rewards", "rewards": [0, 1]}]
+    scored = [{"id": line["id"], "values": [0.5, 0.5]} for line in rows]
+
+    def quality(*outcomes: dict) -> dict:
+        lines = [*rows, *outcomes]
+        files.write_atomic(tmp_path / "trajectories/validation.jsonl", "".join(map(files.line, lines)))
+        values = [*scored, *({"id": line["id"], "values": [0.5, 1.0]} for line in outcomes)]
+        for label in ("good", "bad"):
+            path = results.folder / f"values-validation-{label}-0.jsonl"
+            files.write_atomic(path, "".join(map(files.line, values)))
+        return results.value_quality()
+
+    assert quality() == {"value_by_depth": {}, "calibration": {}, "validation": {}}
+    success = row | {"id": "outcome", "outcome": 1.0, "success": True}
+    measured = quality(success)
+    assert measured["validation"]["good"]["loss"]["mean"] == pytest.approx(0.5**2 / 2 / 2)
+    assert [line["depth"] for line in measured["value_by_depth"]["bad"]] == [1, 2]
+
+
 def test_a_search_from_outside_the_package_is_reported_under_its_label(build, tmp_path):
     results = build(msgspec.structs.replace(SEARCH, custom={"tests.search.toy:FIRST": ((3,),)}))
     value = {"methods": results.methods(), "paired": results.paired(), "searches": results.custom_searches()}

@@ -52,6 +52,18 @@ def test_a_trajectory_that_cannot_be_scored_has_an_error_and_is_reported(tmp_pat
     assert "1 of 2 trajectories cannot be scored: a: message 0" in capsys.readouterr().err
 
 
+def test_conversations_are_scored_with_their_tools(tmp_path):
+    messages, tools = tiny.conversation(1, turns=1), [{"type": "function", "function": {"name": "look"}}]
+    lines = [{"id": "a", "messages": messages}, {"id": "b", "messages": messages, "tools": tools}]
+    (tmp_path / "in.jsonl").write_text("".join(map(files.line, lines)))
+    scorer, seen = CountingScorer(), []
+    encode = scorer.encoder.trajectory
+    trajectory = lambda messages, *, row, tools=None: seen.append((row, tools)) or encode(messages, row=row)
+    scorer.encoder = SimpleNamespace(trajectory=trajectory)
+    search_stage._score_file(scorer, tmp_path / "in.jsonl", tmp_path / "out.jsonl", "")
+    assert seen == [("a", None), ("b", tools)] and scorer.scored == 2
+
+
 def test_every_search_of_a_run_writes_its_file(tmp_path):
     search = config.SearchConfig(
         beams=((2, 2),),

@@ -11,6 +11,7 @@ import zstandard
 
 from data_pipeline.errors import DataError
 from data_pipeline.importers.convert import Options, import_trajectories, parse_roles
+from data_pipeline.preferences import Preference, read_rows
 
 USER = {"role": "user", "content": "go"}
 REPLY = {"role": "assistant", "content": "left"}
@@ -295,6 +296,22 @@ def test_agents_sdk_items_and_pairs_of_conversations(load):
         load({"p.jsonl": lines(pair, {"messages": [USER, REPLY]})})
     with pytest.raises(DataError, match="chosen is not one assistant message but 2"):
         load({"p.jsonl": lines({"prompt": "go", "chosen": [REPLY, USER], "rejected": "x"})})
+
+
+def test_what_a_pair_has_no_field_for_goes_to_meta(load, tmp_path):
+    """Rows of DPO data that say how the chosen answer went, or which model gave it."""
+    pair = {"prompt": "go", "chosen": "left", "rejected": "right"}
+    others = [
+        {"success": True},
+        {"policy": {"name": "p"}},
+        {"rewards": [1, 0]},  # of the chosen and the rejected answer
+        {"outcome": 1, "ended": "done", "meta": {"origin": "x"}},
+        {"step_labels": [1]},
+    ]
+    rows, report = load({"p.jsonl": lines(*(pair | other for other in others))})
+    assert [type(row) for _, row in read_rows(tmp_path / "out.jsonl")] == [Preference] * 5
+    assert [row["meta"] for row in rows] == [*others[:3], {"ended": "done", "outcome": 1, "origin": "x"}, others[4]]
+    assert report.pairs == 5
 
 
 def test_folders_and_files_of_messages(load, tmp_path):
