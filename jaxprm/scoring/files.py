@@ -135,7 +135,9 @@ def score_file(
         "model": source.identity,
     }
     run_identity["chat_template"] = read_template(template)
-    # Only where it changes a score: reasoning is the model's own choice.
+    # Recorded only where they change a score, so that what earlier versions began resumes.
+    if reasoning not in (None, source.reasoning):
+        run_identity["reasoning"] = reasoning
     if special_tokens is not None:
         run_identity["special_tokens"] = special_tokens
     # Earlier versions wrote a line for each line of the input, blank ones too.

@@ -25,6 +25,7 @@ class Source:
       table: {"steps", "score"} of a line of the output of `score`, from message indices [S] and values [S].
       discount: of the returns that values estimate.
       is_expectation: whether values are expected outcomes, in their units. Otherwise only their order has a meaning.
+      reasoning: "keep" or "drop", what `load` does by default with what the agent thought.
       trained_length: tokens of the longest conversation in training, or None if unknown.
       directory: of the reward model, or None.
       directories: all that are read.
@@ -36,6 +37,7 @@ class Source:
     table: Callable[[Sequence[int], np.ndarray], dict[str, Any]]
     discount: float = 1.0
     is_expectation: bool = True
+    reasoning: str = "keep"
     trained_length: int | None = None
     directory: Path | None = None
     directories: tuple[Path, ...] = ()
@@ -52,6 +54,7 @@ def reward_model(path: str | Path) -> Source:
         load=lambda **options: loading.load_scorer(directory, **options),
         table=lambda messages, values: loading.step_table(messages, values, progress=progress),
         discount=recipe.get("targets", {}).get("discount", 1.0),
+        reasoning=recipe.get("reasoning", "keep"),
         trained_length=length if isinstance(length, int) else None,
         directory=directory,
         directories=(directory,),
