@@ -245,10 +245,10 @@ def log_ratio_inputs(run: Run) -> dict[str, Any]:
 
 
 def _model_identity(directory: Path, template: str) -> str:
-    """Hash of a model's files, and of the text of its chat template if the config names another one than its own."""
-    from data_pipeline.chat_template import read_template
+    """Hash of a model's files, and of its chat template if the config names another one than its own."""
+    from data_pipeline.chat_template import fingerprint_text, read_template
     from jaxprm.hf.safetensors import model_files
 
     text = read_template(template)
     hashes = [files.sha256(directory / name) for name in model_files(directory)]
-    return identity(hashes if text is None else [*hashes, text])
+    return identity(hashes if text is None else [*hashes, fingerprint_text(text)])

@@ -3,6 +3,7 @@
 import errno
 import json
 import weakref
+from importlib import resources
 
 import numpy as np
 import pytest
@@ -222,6 +223,19 @@ def test_the_default_reasoning_by_name_resumes_what_was_begun_without_it(model, 
         score_file(model, input, output, chunk=CHUNK)
     resumed = Interrupt(monkeypatch, np.inf)
     score_file(model, input, output, chunk=CHUNK, reasoning="keep")
+    assert resumed.seen == 1
+
+
+def test_scores_begun_with_the_first_version_of_a_shipped_template_resume(model, paths, monkeypatch):
+    input, output = paths
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        Interrupt(patch, 2, KeyboardInterrupt())
+        score_file(model, input, output, chunk=CHUNK, template="chatml")
+    record = output.with_name("out.jsonl.partial.json")
+    earlier = resources.files("data_pipeline") / "templates" / "fingerprints" / "chatml.jinja"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"chat_template": earlier.read_text()}))
+    resumed = Interrupt(monkeypatch, np.inf)
+    score_file(model, input, output, chunk=CHUNK, template="chatml")
     assert resumed.seen == 1
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from data_pipeline.chat_template import read_template
 from jaxprm.config import Experiment, PolicyConfig
 from jaxprm.workflow.context import Run
 
@@ -54,3 +56,11 @@ def test_a_chosen_template_changes_the_identity_by_its_text(policy, tmp_path):
     assert len(identities) == 5
     (tmp_path / "same.jinja").write_text("second")
     assert identity(policy, chat_template=str(tmp_path / "same.jinja")) in identities
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3"])
+def test_a_shipped_template_has_the_identity_of_its_first_version(policy, tmp_path, name):
+    earlier = resources.files("data_pipeline") / "templates" / "fingerprints" / f"{name}.jinja"
+    (tmp_path / "earlier.jinja").write_bytes(earlier.read_bytes())
+    assert read_template(name) != earlier.read_text()
+    assert identity(policy, chat_template=name) == identity(policy, chat_template=str(tmp_path / "earlier.jinja"))
