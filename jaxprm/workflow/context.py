@@ -15,6 +15,7 @@ from jaxprm import environments, files
 from jaxprm.environments.worker import Workers
 from jaxprm.errors import UserError
 from jaxprm.hf import reader
+from jaxprm.hf.config import is_reward_model
 from jaxprm.policies import loading
 from jaxprm.training.flops import flops_per_token
 from jaxprm.workflow import user_files
@@ -160,7 +161,7 @@ class Run:
             "shards": identity(self.build_inputs),
             "data": data,
             # Without fields that cannot change the result, so that they may differ when a run resumes.
-            "reward_model": config_lib.fingerprint_fields(model),
+            "reward_model": config_lib.fingerprint_fields(model, base_has_head=self._base_has_head),
             "seed": seed,
         }
 
@@ -207,6 +208,10 @@ class Run:
     @functools.cached_property
     def _files_identity(self) -> list[dict[str, str | None]]:
         return user_files.identity(self.experiment.collection.files)
+
+    @functools.cached_property
+    def _base_has_head(self) -> bool:
+        return is_reward_model(reader.read_config(self.base_directory)[1])
 
     @functools.cached_property
     def _base_inputs(self) -> dict[str, Any]:

@@ -11,8 +11,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from data_pipeline.chat_template import read_template
-from jaxprm.config import Experiment, PolicyConfig
+from jaxprm.config import Experiment, PolicyConfig, RewardModelConfig
+from jaxprm.hf.config import hf_config
+from jaxprm.training import reward_model
 from jaxprm.workflow.context import Run
+from tests.model import tiny
 
 INDEX = "model.safetensors.index.json"
 
@@ -64,3 +67,21 @@ def test_a_shipped_template_has_the_identity_of_its_first_version(policy, tmp_pa
     (tmp_path / "earlier.jinja").write_bytes(earlier.read_bytes())
     assert read_template(name) != earlier.read_text()
     assert identity(policy, chat_template=name) == identity(policy, chat_template=str(tmp_path / "earlier.jinja"))
+
+
+def test_the_head_is_recorded_where_the_base_is_a_reward_model(policy):
+    """Earlier versions gave such a base a new head."""
+
+    def recorded(head: str, *, reward: bool) -> list[dict]:
+        fields = hf_config(tiny.CONFIG, reward=reward, pad_id=0, end_id=1, max_length=64)
+        (policy / "config.json").write_text(json.dumps(fields))
+        model = RewardModelConfig(label="a", head=head)
+        experiment = Experiment(name="x", policy=PolicyConfig(path=str(policy)), reward_models=(model,))
+        stage = Run(experiment, work=None).train_inputs(model, 0)["reward_model"]
+        identified = reward_model.identity(model, experiment.data, 0, base=policy, dataset="", tokenizer="")
+        return [stage, identified["config"]]
+
+    language_model = recorded("keep", reward=False)
+    assert recorded("new", reward=True) == language_model
+    kept = recorded("keep", reward=True)
+    assert kept[0] == language_model[0] | {"head": "keep"} and kept[1] != language_model[1]
