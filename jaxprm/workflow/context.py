@@ -191,13 +191,25 @@ class Run:
         plain, settings = config_lib.to_dict(self.experiment)["policy"], self.experiment.policy
         inputs = {name: plain[name] for name in ("max_action_tokens", "max_tokens")}
         if loading.is_directory(settings):
-            return inputs | {"path": self.policy_identity}
+            # Its conversations have no reasoning to drop.
+            special = {name: value for name, value in self.encoding_choices.items() if name == "special_tokens"}
+            return inputs | {"path": self.policy_identity} | special
         if settings.endpoint is not None:
+            # Without a base model nothing is encoded.
+            if self.experiment.base_model is not None:
+                inputs |= self.encoding_choices
             endpoint = {name: plain["endpoint"][name] for name in ("model", "extra_body")}
             # Left out if false, as in runs from before the field.
             sends = {"send_reasoning": True} if settings.endpoint.send_reasoning else {}
             return inputs | {"endpoint": endpoint | sends}
         return inputs | {"path": settings.path, "arguments": plain["arguments"]}
+
+    @property
+    def encoding_choices(self) -> dict[str, Any]:
+        """What the encoder does to messages, as recorded: without the defaults, as earlier runs did not record them."""
+        settings, defaults = self.experiment.policy, config_lib.PolicyConfig()
+        names = ("reasoning", "special_tokens")
+        return {name: getattr(settings, name) for name in names if getattr(settings, name) != getattr(defaults, name)}
 
     @property
     def _environment_inputs(self) -> dict[str, Any]:
@@ -216,13 +228,7 @@ class Run:
     @functools.cached_property
     def _base_inputs(self) -> dict[str, Any]:
         # Looked up in any case, so that a missing base model is reported before any work is spent.
-        directory, settings = self.base_directory, self.experiment.policy
-        # Recorded only where they are not the defaults: earlier work directories stay valid.
-        defaults = config_lib.PolicyConfig()
-        names = ("reasoning", "special_tokens")
-        choices = {
-            name: getattr(settings, name) for name in names if getattr(settings, name) != getattr(defaults, name)
-        }
+        directory, settings, choices = self.base_directory, self.experiment.policy, self.encoding_choices
         # Sampled trajectories already depend on the policy, and without a base_model its tokenizer encodes them.
         if self.experiment.base_model is None and not self.experiment.collection.files:
             return choices
@@ -246,7 +252,8 @@ def flops_of_tokens(run: Run) -> tuple[float, float]:
 def log_ratio_inputs(run: Run) -> dict[str, Any]:
     """What the scores of the progress-advantage baseline depend on."""
     template = run.experiment.policy.chat_template
-    return {"progress_advantage": [_model_identity(directory, template) for directory in run.progress_advantage or ()]}
+    models = [_model_identity(directory, template) for directory in run.progress_advantage or ()]
+    return {"progress_advantage": models} | run.encoding_choices
 
 
 def _model_identity(directory: Path, template: str) -> str:

@@ -11,10 +11,17 @@ import pytest
 from safetensors.numpy import save_file
 
 from data_pipeline.chat_template import read_template
-from jaxprm.config import Experiment, PolicyConfig, RewardModelConfig
+from jaxprm.config import (
+    EndpointConfig,
+    Experiment,
+    PolicyConfig,
+    ProgressAdvantageConfig,
+    RewardModelConfig,
+    SearchConfig,
+)
 from jaxprm.hf.config import hf_config
 from jaxprm.training import reward_model
-from jaxprm.workflow.context import Run
+from jaxprm.workflow.context import Run, log_ratio_inputs
 from tests.model import tiny
 
 INDEX = "model.safetensors.index.json"
@@ -85,3 +92,24 @@ def test_the_head_is_recorded_where_the_base_is_a_reward_model(policy):
     assert recorded("new", reward=True) == language_model
     kept = recorded("keep", reward=True)
     assert kept[0] == language_model[0] | {"head": "keep"} and kept[1] != language_model[1]
+
+
+def test_how_messages_are_encoded_is_recorded_where_it_changes_a_draw_or_a_score(policy):
+    endpoint = EndpointConfig(base_url="http://localhost:1/v1", model="m")
+
+    def recorded(inputs: str, base: str | None = str(policy), **settings) -> dict:
+        advantage = ProgressAdvantageConfig(reference=str(policy), policy=str(policy))
+        search = SearchConfig(progress_advantage=advantage)
+        experiment = Experiment(name="x", policy=PolicyConfig(**settings), base_model=base, search=search)
+        run = Run(experiment, work=None)
+        if inputs == "log-ratio":
+            return log_ratio_inputs(run)
+        return (run.collect_inputs if inputs == "collect" else run.search_inputs)["policy"]
+
+    both, breaks = {"reasoning": "drop", "special_tokens": "break"}, {"special_tokens": "break"}
+    for inputs in ("collect", "search"):
+        own, served = {"path": str(policy)}, {"endpoint": endpoint}
+        assert recorded(inputs, **own, **both) == recorded(inputs, **own) | breaks
+        assert recorded(inputs, **served, **both) == recorded(inputs, **served) | both
+        assert recorded(inputs, None, **served, **both) == recorded(inputs, None, **served)
+    assert recorded("log-ratio", **both) == recorded("log-ratio") | both
