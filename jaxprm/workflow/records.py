@@ -95,7 +95,8 @@ def verify(folder: Path, stage: str, record: StageRecord) -> None:
         folder / name: (folder / output, recorded)
         for name, recorded in (record.files or {}).items()
         for output in record.outputs or []
-        if Path(name).is_relative_to(output) and (folder / output).exists()
+        if Path(name).is_relative_to(output)
+        and (folder / output).exists()
         # Earlier versions recorded traces too.
         and _UNRECORDED.isdisjoint(Path(name).relative_to(output).parts)
     }
