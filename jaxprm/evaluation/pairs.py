@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
+from data_pipeline.encode import Reasoning, SpecialTokens
 from data_pipeline.errors import DataError
 from data_pipeline.preferences import Preference, read_rows
 from jaxprm import files
@@ -45,11 +46,18 @@ class State(NamedTuple):
 
 
 def evaluate_pairs(
-    models: Sequence[Path], input: Path, resampling: Resampling, *, group: str | None = None, chunk: int = 64
+    models: Sequence[Path],
+    input: Path,
+    resampling: Resampling,
+    *,
+    group: str | None = None,
+    chunk: int = 64,
+    reasoning: Reasoning | None = None,
+    special_tokens: SpecialTokens | None = None,
 ) -> dict[str, Any]:
     """Scores the actions of every state with every model, one model and `chunk` lines in memory at a time.
 
-    A line that one model cannot score is left out for all.
+    A line that one model cannot score is left out for all. reasoning, special_tokens: as in loading.load_encoder.
 
     Returns:
         The report of docs/formats.md, "Evaluations", with `pairs`: plain JSON without NaN.
@@ -61,7 +69,7 @@ def evaluate_pairs(
     if len(set(names)) < len(names):
         raise UserError(f"models {', '.join(names)}: one is named twice")
     directories = [find_model(model) for model in models]
-    digest, _ = score_files.digest_and_count(input)
+    digest, *_ = score_files.digest_and_count(input)
     errors: dict[str, str] = {}
     preferences: dict[str, Preference] = {}
     for where, row in read_rows(input, skip_bad=lambda error: errors.setdefault(f"line {len(errors)}", str(error))):
@@ -72,7 +80,7 @@ def evaluate_pairs(
     lines = len(preferences) + len(errors)
     promises: dict[str, list[Array]] = {where: [] for where in preferences}
     for index, directory in enumerate(directories):
-        scorer = loading.load_scorer(directory)
+        scorer = loading.load_scorer(directory, reasoning=reasoning, special_tokens=special_tokens)
         name = "score" if len(directories) == 1 else f"score {index + 1} of {len(directories)}"
         rows = iter(preferences.items())
         with bar(name, len(preferences), unit="state") as progress:
