@@ -68,11 +68,10 @@ class Groups(msgspec.Struct, frozen=True, kw_only=True):
 class ValidationReport(msgspec.Struct, frozen=True, kw_only=True):
     """Result of `validate`. rows = trajectories + pairs + bad; `leaks` names the tasks that are in two splits.
 
-    `tokens`, `lengths` (metadata.length_histogram) and `too_long` need a tokenizer. They count pairs too:
-    a pair, its state once and then its actions. `equal` counts trajectories with the task, conversation and return of an
-    earlier one, `repeated_ids` those with the id of an earlier one. `with_reasoning` messages have some;
-    `reasoning_dropped` of them are encoded without it, and special tokens are broken up in `special_tokens_broken`
-    messages.
+    `tokens`, `lengths` (metadata.length_histogram) and `too_long` need a tokenizer. They count pairs too: a pair is its
+    state once and then its actions. `equal` counts trajectories with the task, conversation and return of an earlier
+    one, `repeated_ids` those with the id of an earlier one. `with_reasoning` messages have some; `reasoning_dropped` of
+    them are encoded without it, and special tokens are broken up in `special_tokens_broken` messages.
     """
 
     files: list[str]
