@@ -130,3 +130,10 @@ def test_special_tokens_are_an_error_or_broken_up(tmp_path):
     messages = [PLAIN[0], {"role": "assistant", "content": "x <|end|> y"}]
     assert "--special-tokens break" in jaxprm.load(directory).score([messages])[0]["error"]
     assert len(jaxprm.load(directory, special_tokens="break").score([messages])[0]["steps"]) == 1
+
+
+@pytest.mark.parametrize("field", ["reasoning", "special_tokens"])
+def test_a_recipe_with_another_word_is_one_line(tmp_path, field):
+    (tmp_path / "reward_model.json").write_text(json.dumps({field: "some"}))
+    with pytest.raises(UserError, match=rf"reward_model\.json.*{field}.*correct the field"):
+        load_encoder(tmp_path)
