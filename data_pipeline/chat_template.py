@@ -129,7 +129,8 @@ class ChatTemplate:
         self._advice = advice
         # Templates call it differently; one that knows several names would print it twice.
         names = ("reasoning_content", "reasoning", "thinking")
-        self.reasoning = next((name for name in names if re.search(rf"\b{name}\b", self.text)), names[0])
+        printed = [name for name in names if re.search(rf"\b{name}\b", self.text)]
+        self.reasoning, self.prints_reasoning = (printed or names)[0], bool(printed)
         # `strftime_now` is how newer templates get the date.
         self._arguments = {**arguments, **_CONSTANTS, "strftime_now": _no_date}
         try:

@@ -133,9 +133,10 @@ class Encoder:
         self.pad_id = self._padding()
         # Sorted keys: saving and loading a tokenizer may reorder its JSON.
         canonical = json.dumps(json.loads(self._backend.to_str()), sort_keys=True)
-        dropped = "\0reasoning=drop" if reasoning == "drop" else ""
-        identity = f"{canonical}\0{fingerprint_text(self._template.text)}{dropped}"
-        self._fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+        digest = hashlib.sha256(f"{canonical}\0{fingerprint_text(self._template.text)}".encode())
+        self._fingerprints = {"keep": digest.hexdigest()}
+        digest.update(b"\0reasoning=drop")
+        self._fingerprints["drop"] = digest.hexdigest()
 
     @classmethod
     def load(
@@ -184,7 +185,16 @@ class Encoder:
     @property
     def fingerprint(self) -> str:
         """sha256 of tokenizer.json, the chat template and whether reasoning is dropped. It survives saving."""
-        return self._fingerprint
+        return self.fingerprint_with(self.reasoning)
+
+    def fingerprint_with(self, reasoning: str) -> str:
+        """The fingerprint of this encoder with another choice of `reasoning`."""
+        return self._fingerprints[reasoning]
+
+    @property
+    def prints_reasoning(self) -> bool:
+        """Whether the chat template has a place for what the model thought."""
+        return self._template.prints_reasoning
 
     @property
     def template(self) -> str:

@@ -277,7 +277,8 @@ def _serve(options) -> int:
 def _check_scorer(options) -> int:
     from jaxprm.scoring.check import check_scorer
 
-    check = check_scorer(options.model, options.input, count=options.count)
+    encoding = {"reasoning": options.reasoning, "special_tokens": options.special_tokens}
+    check = check_scorer(options.model, options.input, count=options.count, **encoding)
     for way in (*check.ways, check.bfloat16):
         print(f"{way.name:<28} {way.scores:>7} scores, largest difference {way.largest:.2e}")
     print(f"one wrong token in the prompt moves the last score by up to {check.sensitivity:.2e}")
@@ -318,6 +319,8 @@ def _evaluate(options) -> int:
         threshold=options.threshold,
         group=options.group,
         resampling=Resampling(samples=options.samples, seed=options.seed),
+        reasoning=options.reasoning,
+        special_tokens=options.special_tokens,
     )
     sources = [reward_model(model) for model in options.model or ()]
     if options.policy is not None:
@@ -356,7 +359,8 @@ def _evaluate_pairs(options) -> int | None:
             "labels; leave them out"
         )
     resampling = Resampling(samples=options.samples, seed=options.seed)
-    report = evaluate_pairs(options.model, options.input, resampling, group=options.group)
+    encoding = {"reasoning": options.reasoning, "special_tokens": options.special_tokens}
+    report = evaluate_pairs(options.model, options.input, resampling, group=options.group, **encoding)
     print(pairs_table(report))
     if options.json:
         files.write_json(options.json, report)

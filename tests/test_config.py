@@ -419,6 +419,15 @@ def test_a_field_that_came_later_is_recorded_only_where_it_is_set():
     assert config.fingerprint_fields(adapters)["lora"]["rank"] == 4
 
 
+def test_the_head_of_a_base_that_has_one_is_recorded_where_earlier_runs_made_another():
+    """Before there was a choice, a head was new, whatever the base."""
+    plain = config.fingerprint_fields(config.RewardModelConfig(label="a"))
+    keep, new = (config.RewardModelConfig(label="a", head=head) for head in ("keep", "new"))
+    assert config.fingerprint_fields(keep, base_has_head=True) == plain | {"head": "keep"}
+    assert config.fingerprint_fields(new, base_has_head=True) == plain
+    assert config.fingerprint_fields(keep) == plain
+
+
 def test_options_of_memory_and_checkpoints_are_not_recorded():
     options = {"remat": "full", "microbatches": 4, "attention": "reference", "checkpoint_minutes": 5.0, "keep_best": 3}
     assert config.fingerprint_fields(config.RewardModelConfig(label="a", **options)) == config.fingerprint_fields(

@@ -59,6 +59,8 @@ class _Recipe(msgspec.Struct):
     base: str | None = None
     seed: int | None = None
     max_tokens: _Length | None = None
+    reasoning: Literal["keep", "drop"] = "keep"
+    special_tokens: Literal["error", "break"] = "error"
     steps: _Count | None = None
     unfinished: bool = False
     value_range: tuple[float, float] | None = None

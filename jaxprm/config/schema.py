@@ -224,9 +224,15 @@ _NON_SEMANTIC = ("remat", "microbatches", "attention", "checkpoint_minutes", "ke
 _OMIT_IF_DEFAULT = ("dtype", "trainable", "lora", "last_k", "head_start", "optimizer", "schedule", "labels", "head")
 
 
-def fingerprint_fields(model: RewardModelConfig) -> dict[str, Any]:
-    """The fields that determine a trained reward model, as recorded by a run and compared when it resumes."""
+def fingerprint_fields(model: RewardModelConfig, *, base_has_head: bool = False) -> dict[str, Any]:
+    """The fields that determine a trained reward model, as recorded by a run and compared when it resumes.
+
+    base_has_head: whether the base is a reward model. Runs from before `head` made a new one from such a base too, so
+    there `keep` is recorded and `new` is not.
+    """
     defaults = {field.name: field.default for field in msgspec.structs.fields(model)}
+    if base_has_head:
+        defaults["head"] = "new"
     return {
         name: value
         for name, value in msgspec.to_builtins(model, str_keys=True).items()

@@ -40,6 +40,9 @@ VOTES: dict[str, Callable[[ArrayLike], np.ndarray]] = {
     "weighted_vote": lambda promises: np.maximum(0.0, np.asarray(promises, float)),
 }
 
+# They compute with promises as probabilities: of scores that only rank they are not defined.
+OF_PROBABILITIES = frozenset({"product", "weighted_vote"})
+
 SUBSETS = 200
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from data_pipeline.encode import Reasoning, SpecialTokens
 from jaxprm import files
 from jaxprm.config import fingerprint
 from jaxprm.errors import UserError
@@ -38,6 +39,8 @@ class Settings:
     threshold: float | None = None  # of the promise, instead of a chosen one: every row is a test row
     group: str | None = None  # a field: numbers are repeated for each of its values
     resampling: Resampling = field(default_factory=Resampling)
+    reasoning: Reasoning | None = None  # as in loading.load_encoder
+    special_tokens: SpecialTokens | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.validation_share < 1:
@@ -99,6 +102,7 @@ def evaluate(models: Sequence[Path | Source], input: Path, settings: Settings, *
         group=settings.group,
         chunk=chunk,
         check=lambda rows: check_settings(rows, settings),
+        encoding={"reasoning": settings.reasoning, "special_tokens": settings.special_tokens},
     )
     report = evaluate_scores(scored, evaluated, settings)
     report["input"]["file"] = str(input)

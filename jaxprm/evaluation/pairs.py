@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
+from data_pipeline.encode import Reasoning, SpecialTokens
 from data_pipeline.errors import DataError
 from data_pipeline.preferences import Preference, read_rows
 from jaxprm import files
@@ -45,11 +46,18 @@ class State(NamedTuple):
 
 
 def evaluate_pairs(
-    models: Sequence[Path | Source], input: Path, resampling: Resampling, *, group: str | None = None, chunk: int = 64
+    models: Sequence[Path | Source],
+    input: Path,
+    resampling: Resampling,
+    *,
+    group: str | None = None,
+    chunk: int = 64,
+    reasoning: Reasoning | None = None,
+    special_tokens: SpecialTokens | None = None,
 ) -> dict[str, Any]:
     """Scores the actions of every state with every model, one model and `chunk` lines in memory at a time.
 
-    A line that one model cannot score is left out for all.
+    A line that one model cannot score is left out for all. reasoning, special_tokens: as in loading.load_encoder.
 
     Args:
         models: locations of reward models, or other sources of promises.
@@ -80,7 +88,7 @@ def evaluate_pairs(
     lines = len(preferences) + len(errors)
     promises: dict[str, list[Array]] = {where: [] for where in preferences}
     for index, source in enumerate(sources):
-        scorer = source.load()
+        scorer = source.load(reasoning=reasoning, special_tokens=special_tokens)
         name = "score" if len(sources) == 1 else f"score {index + 1} of {len(sources)}"
         rows = iter(preferences.items())
         with bar(name, len(preferences), unit="state") as progress:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,6 +74,7 @@ def score_models(
     group: str | None = None,
     chunk: int = 256,
     check: Callable[[list[ScoredTrajectory]], None] = lambda rows: None,
+    encoding: Mapping[str, Any] = MappingProxyType({}),
 ) -> ScoredFile:
     """Scores a file with every model, one model and `chunk` trajectories in memory at a time.
 
@@ -83,6 +85,7 @@ def score_models(
         labels: the field of the step labels, as in `read_labels`.
         group: a field of the trajectory, or a dotted path into its meta.
         check: called before a model is loaded, with all trajectories, which have no promises yet.
+        encoding: `reasoning` and `special_tokens`, as in loading.load_encoder.
 
     Raises UserError for a model or a file that cannot be read, and if no line could be scored.
     """
@@ -96,7 +99,7 @@ def score_models(
     check([*rows.values()])
     lengths = []
     for model_index, source in enumerate(sources):
-        scorer, longer = source.load(), []
+        scorer, longer = source.load(**encoding), []
         name = "score" if len(models) == 1 else f"score {model_index + 1} of {len(models)}"
         with bar(name, total, unit="trajectory") as progress:
             remaining = itertools.islice(score_files.read_input(input), total)

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from data_pipeline.chat_template import as_messages
-from data_pipeline.encode import Encoded, Encoder
+from data_pipeline.encode import Encoded, Encoder, Reasoning, SpecialTokens
 from data_pipeline.trajectory import read_numbered, steps
 from jaxprm.artifacts.directory import find_model
 from jaxprm.errors import UserError
@@ -78,7 +78,14 @@ class _Case(NamedTuple):
     encoded: Encoded
 
 
-def check_scorer(model: Path, trajectories: Path | None = None, *, count: int = 16) -> Check:
+def check_scorer(
+    model: Path,
+    trajectories: Path | None = None,
+    *,
+    count: int = 16,
+    reasoning: Reasoning | None = None,
+    special_tokens: SpecialTokens | None = None,
+) -> Check:
     """Computes the scores of the first `count` trajectories in every way, or those of sample conversations.
 
     The reference is a forward pass in float64 over each conversation, see `reference.py`. Compared with it are each
@@ -86,11 +93,13 @@ def check_scorer(model: Path, trajectories: Path | None = None, *, count: int = 
     prompts that are encoded once; every step as one of several candidates after the cache, states in random order; and
     the same with a cache of two conversations, which keeps dropping and encoding again.
 
+    reasoning, special_tokens: as in loading.load_encoder.
+
     Raises UserError if no trajectory has a step, or one is longer than can be scored.
     """
     # By default accelerators multiply float32 matrices in lower precision, whose rounding would exceed the bound.
     with jax.default_matmul_precision("highest"):
-        loaded = loading.load_scorer(find_model(model))
+        loaded = loading.load_scorer(find_model(model), reasoning=reasoning, special_tokens=special_tokens)
         cases = _cases(loaded.encoder, trajectories, count)
         # Candidates of other conversations follow a state too, so there must be room for the widest.
         longest = max(len(case.encoded.tokens) for case in cases) + loaded.engine.shapes.packed[-1]

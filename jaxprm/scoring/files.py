@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from data_pipeline import typed_json
-from data_pipeline.chat_template import read_template
+from data_pipeline.chat_template import fingerprint_text, read_template
 from data_pipeline.encode import Encoded, Reasoning, SpecialTokens
 from data_pipeline.errors import DataError, one_line
 from data_pipeline.output import record_of, staging_file_of
@@ -134,8 +134,11 @@ def score_file(
         "input": digest,
         "model": source.identity,
     }
-    run_identity["chat_template"] = read_template(template)
-    # Only where it changes a score: reasoning is the model's own choice.
+    text = read_template(template)
+    run_identity["chat_template"] = None if text is None else fingerprint_text(text)
+    # Recorded only where they change a score, so that what earlier versions began resumes.
+    if reasoning not in (None, source.reasoning):
+        run_identity["reasoning"] = reasoning
     if special_tokens is not None:
         run_identity["special_tokens"] = special_tokens
     # Earlier versions wrote a line for each line of the input, blank ones too.

@@ -69,29 +69,33 @@ def load_encoder(
 
     Args:
       template: a chat template in place of the model's own, as in Encoder.load.
-      reasoning, special_tokens: as in Encoder.load; by default as the model was trained.
+      reasoning, special_tokens: as in Encoder.load; by default as the model was trained. `drop` fits every model whose
+        template prints no reasoning.
 
     Raises UserError if it differs from the encoder that the model was trained with.
     """
     recipe = read_recipe(model)
     trained_reasoning = recipe.get("reasoning", "keep")
-    # A model from elsewhere has no recipe, and nothing to compare with.
-    if recipe and reasoning not in (None, trained_reasoning):
-        raise UserError(
-            f"model {model}: trained with --reasoning {trained_reasoning}, so its promises are about conversations "
-            f"like these; leave --reasoning {reasoning} out"
-        )
     encoder = Encoder.load(
         files_of(model),
         template,
         reasoning=reasoning or trained_reasoning,
         special_tokens=special_tokens or recipe.get("special_tokens", "error"),
     )
-    trained_with = recipe.get("fingerprints", {}).get("tokenizer", encoder.fingerprint)
-    if trained_with != encoder.fingerprint:
+    # A model from elsewhere has no recipe, and nothing to compare with. One whose template prints no reasoning was
+    # trained on none: to drop it changes nothing that the model knows.
+    is_same = encoder.reasoning == trained_reasoning or (encoder.reasoning == "drop" and not encoder.prints_reasoning)
+    if recipe and not is_same:
+        raise UserError(
+            f"model {model}: trained with --reasoning {trained_reasoning}, so its promises are about conversations "
+            f"like these; leave --reasoning {reasoning} out"
+        )
+    fingerprint = encoder.fingerprint_with(trained_reasoning)
+    trained_with = recipe.get("fingerprints", {}).get("tokenizer", fingerprint)
+    if trained_with != fingerprint:
         raise UserError(
             f"model {model}: trained with tokenizer {trained_with[:12]}, but its directory has "
-            f"{encoder.fingerprint[:12]}; put the tokenizer.json and the chat template of the training run there"
+            f"{fingerprint[:12]}; put the tokenizer.json and the chat template of the training run there"
         )
     return encoder
 

@@ -27,6 +27,7 @@ class Source:
       discount: of the returns that values estimate.
       is_expectation: whether values are expected outcomes, in their units. Otherwise only their order has a meaning.
       start: the value before the first step, from which its progress is counted; -inf if a first step has none.
+      reasoning: "keep" or "drop", what `load` does by default with what the agent thought.
       trained_length: tokens of the longest conversation in training, or None if unknown.
       directory: of the reward model, or None.
       directories: all that are read.
@@ -39,6 +40,7 @@ class Source:
     discount: float = 1.0
     is_expectation: bool = True
     start: float = -math.inf
+    reasoning: str = "keep"
     trained_length: int | None = None
     directory: Path | None = None
     directories: tuple[Path, ...] = ()
@@ -56,6 +58,7 @@ def reward_model(path: str | Path) -> Source:
         table=lambda messages, values: loading.step_table(messages, values, progress=progress),
         discount=recipe.get("targets", {}).get("discount", 1.0),
         is_expectation=loading.predicts_outcomes(recipe),
+        reasoning=recipe.get("reasoning", "keep"),
         trained_length=length if isinstance(length, int) else None,
         directory=directory,
         directories=(directory,),

@@ -133,7 +133,8 @@ def identity(
     tokenizer: str,
 ) -> dict[str, Any]:
     """Everything that the result of a training run depends on, given the code; the mesh changes it by rounding only."""
-    section = {name: value for name, value in config_lib.fingerprint_fields(settings).items() if name not in _CADENCE}
+    fields = config_lib.fingerprint_fields(settings, base_has_head=is_reward_model(reader.read_config(base)[1]))
+    section = {name: value for name, value in fields.items() if name not in _CADENCE}
     batch = {"rows": data.rows, "length": data.length, "steps_per_row": data.steps_per_row}
     return {
         "config": config_lib.fingerprint({"reward_model": section, "batch": batch}),

@@ -15,6 +15,7 @@ from jaxprm import environments, files
 from jaxprm.environments.worker import Workers
 from jaxprm.errors import UserError
 from jaxprm.hf import reader
+from jaxprm.hf.config import is_reward_model
 from jaxprm.policies import loading
 from jaxprm.training.flops import flops_per_token
 from jaxprm.workflow import user_files
@@ -160,7 +161,7 @@ class Run:
             "shards": identity(self.build_inputs),
             "data": data,
             # Without fields that cannot change the result, so that they may differ when a run resumes.
-            "reward_model": config_lib.fingerprint_fields(model),
+            "reward_model": config_lib.fingerprint_fields(model, base_has_head=self._base_has_head),
             "seed": seed,
         }
 
@@ -190,13 +191,25 @@ class Run:
         plain, settings = config_lib.to_dict(self.experiment)["policy"], self.experiment.policy
         inputs = {name: plain[name] for name in ("max_action_tokens", "max_tokens")}
         if loading.is_directory(settings):
-            return inputs | {"path": self.policy_identity}
+            # Its conversations have no reasoning to drop.
+            special = {name: value for name, value in self.encoding_choices.items() if name == "special_tokens"}
+            return inputs | {"path": self.policy_identity} | special
         if settings.endpoint is not None:
+            # Without a base model nothing is encoded.
+            if self.experiment.base_model is not None:
+                inputs |= self.encoding_choices
             endpoint = {name: plain["endpoint"][name] for name in ("model", "extra_body")}
             # Left out if false, as in runs from before the field.
             sends = {"send_reasoning": True} if settings.endpoint.send_reasoning else {}
             return inputs | {"endpoint": endpoint | sends}
         return inputs | {"path": settings.path, "arguments": plain["arguments"]}
+
+    @property
+    def encoding_choices(self) -> dict[str, Any]:
+        """What the encoder does to messages, as recorded: without the defaults, as earlier runs did not record them."""
+        settings, defaults = self.experiment.policy, config_lib.PolicyConfig()
+        names = ("reasoning", "special_tokens")
+        return {name: getattr(settings, name) for name in names if getattr(settings, name) != getattr(defaults, name)}
 
     @property
     def _environment_inputs(self) -> dict[str, Any]:
@@ -209,15 +222,13 @@ class Run:
         return user_files.identity(self.experiment.collection.files)
 
     @functools.cached_property
+    def _base_has_head(self) -> bool:
+        return is_reward_model(reader.read_config(self.base_directory)[1])
+
+    @functools.cached_property
     def _base_inputs(self) -> dict[str, Any]:
         # Looked up in any case, so that a missing base model is reported before any work is spent.
-        directory, settings = self.base_directory, self.experiment.policy
-        # Recorded only where they are not the defaults: earlier work directories stay valid.
-        defaults = config_lib.PolicyConfig()
-        names = ("reasoning", "special_tokens")
-        choices = {
-            name: getattr(settings, name) for name in names if getattr(settings, name) != getattr(defaults, name)
-        }
+        directory, settings, choices = self.base_directory, self.experiment.policy, self.encoding_choices
         # Sampled trajectories already depend on the policy, and without a base_model its tokenizer encodes them.
         if self.experiment.base_model is None and not self.experiment.collection.files:
             return choices
@@ -241,14 +252,15 @@ def flops_of_tokens(run: Run) -> tuple[float, float]:
 def log_ratio_inputs(run: Run) -> dict[str, Any]:
     """What the scores of the progress-advantage baseline depend on."""
     template = run.experiment.policy.chat_template
-    return {"progress_advantage": [_model_identity(directory, template) for directory in run.progress_advantage or ()]}
+    models = [_model_identity(directory, template) for directory in run.progress_advantage or ()]
+    return {"progress_advantage": models} | run.encoding_choices
 
 
 def _model_identity(directory: Path, template: str) -> str:
-    """Hash of a model's files, and of the text of its chat template if the config names another one than its own."""
-    from data_pipeline.chat_template import read_template
+    """Hash of a model's files, and of its chat template if the config names another one than its own."""
+    from data_pipeline.chat_template import fingerprint_text, read_template
     from jaxprm.hf.safetensors import model_files
 
     text = read_template(template)
     hashes = [files.sha256(directory / name) for name in model_files(directory)]
-    return identity(hashes if text is None else [*hashes, text])
+    return identity(hashes if text is None else [*hashes, fingerprint_text(text)])

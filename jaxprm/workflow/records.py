@@ -14,7 +14,7 @@ from jaxprm import files
 from jaxprm.errors import UserError
 
 # Files of a training output that no later stage reads. The user may remove checkpoints to save space.
-_UNRECORDED = {"checkpoints", "tensorboard", "wandb", "wandb.json", "timing.jsonl"}
+_UNRECORDED = {"checkpoints", "profile", "tensorboard", "wandb", "wandb.json", "timing.jsonl"}
 
 
 class FileRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,7 +95,10 @@ def verify(folder: Path, stage: str, record: StageRecord) -> None:
         folder / name: (folder / output, recorded)
         for name, recorded in (record.files or {}).items()
         for output in record.outputs or []
-        if Path(name).is_relative_to(output) and (folder / output).exists()
+        if Path(name).is_relative_to(output)
+        and (folder / output).exists()
+        # Earlier versions recorded traces too.
+        and _UNRECORDED.isdisjoint(Path(name).relative_to(output).parts)
     }
     for path, (output, recorded) in expected.items():
         if not path.is_file():

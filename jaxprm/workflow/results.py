@@ -18,7 +18,15 @@ from jaxprm import config as config_lib
 from jaxprm import files
 from jaxprm.errors import UserError
 from jaxprm.evaluation import value_metrics
-from jaxprm.evaluation.best_of_n import AGGREGATIONS, VOTES, Cost, budget_ratio, equal_budget, vote_curve
+from jaxprm.evaluation.best_of_n import (
+    AGGREGATIONS,
+    OF_PROBABILITIES,
+    VOTES,
+    Cost,
+    budget_ratio,
+    equal_budget,
+    vote_curve,
+)
 from jaxprm.evaluation.statistics import best_of_n_curve, bootstrap, oracle_curve, paired_difference
 from jaxprm.hf.safetensors import weight_files
 from jaxprm.search.methods import SEARCHES, SearchSpec, search_specs
@@ -117,7 +125,7 @@ class ResultsBuilder:
             for spec in self.specs:
                 outcomes = self._searched_outcomes(spec, label)
                 table[label].setdefault(spec.kind, {})[spec.size] = self._estimate(outcomes)
-            for how in settings.aggregations if label != "random" else ():
+            for how in self._aggregations(label):
                 table[label][f"best_of_n_{how}"] = self._by_size(self._aggregated(label, how), settings.best_of_n)
         return table
 
@@ -387,6 +395,13 @@ class ResultsBuilder:
             finals.append(best_of_n_curve(final, self.outcomes, self.settings.best_of_n))
             prefixes.append(best_of_n_curve(prefix, self.outcomes, self.settings.prefix_best_of_n))
         return {"best_of_n": np.array(finals), "prefix_best_of_n": np.array(prefixes)}
+
+    def _aggregations(self, label: str) -> list[str]:
+        """The aggregations of `search.aggregations` that mean something for the scores of a label."""
+        if label == "random":
+            return []
+        left_out = OF_PROBABILITIES if label == PROGRESS_ADVANTAGE else frozenset()
+        return [how for how in self.settings.aggregations if how not in left_out]
 
     def _aggregated(self, label: str, how: str) -> np.ndarray:
         """Expected outcome of best-of-N by a vote or by another score than the final step's, [seeds, tasks, sizes]."""

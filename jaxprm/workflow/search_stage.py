@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import msgspec
 
 from data_pipeline.errors import DataError, one_line
 from jaxprm import config as config_lib
@@ -41,7 +42,7 @@ def stage_inputs(run: Run) -> dict[str, dict[str, Any]]:
 
     def add_searches(label: str, seed: int, scorer: dict[str, Any]) -> None:
         for spec in search_specs(settings):
-            inputs[spec.file_name(label, seed)] = common | spec.inputs(settings) | scorer
+            inputs[spec.file_name(label, seed)] = common | spec.inputs(settings_for(settings, label)) | scorer
 
     for seed in run.experiment.reward_seeds:
         add_searches("random", seed, {"random_seed": seed})
@@ -56,6 +57,11 @@ def stage_inputs(run: Run) -> dict[str, dict[str, Any]]:
         for name, trajectories in (("pool", pool), ("validation", run.collect_inputs)):
             inputs[f"values-{name}-{model.label}-{seed}"] = trained | {"trajectories": identity(trajectories)}
     return inputs
+
+
+def settings_for(settings: config_lib.SearchConfig, label: str) -> config_lib.SearchConfig:
+    """The settings of a label's searches: without `stop_at`, a promise, where scores are sums of log-ratios."""
+    return msgspec.structs.replace(settings, stop_at=None) if label == PROGRESS_ADVANTAGE else settings
 
 
 def check(run: Run) -> None:
@@ -175,7 +181,7 @@ class _Stages:
                     scorer,
                     tasks,
                     output,
-                    settings=run.experiment.search,
+                    settings=settings_for(run.experiment.search, label),
                     spec=spec,
                     label=f"{name.rsplit('-', 2)[0]} {label}/{seed}",
                     about={"method": label, "beam": spec.cost_key, "seed": seed},

@@ -3,6 +3,7 @@
 import errno
 import json
 import weakref
+from importlib import resources
 
 import numpy as np
 import pytest
@@ -187,7 +188,7 @@ def test_an_interrupted_run_resumes_and_ends_with_the_same_bytes(model, paths, m
     assert leftovers(output) == []
 
 
-@pytest.mark.parametrize("change", ["input", "model", "chunk", "dtype", "chat_template"])
+@pytest.mark.parametrize("change", ["input", "model", "chunk", "dtype", "chat_template", "reasoning"])
 def test_half_of_a_run_of_another_input_or_model_is_refused_and_kept(model, paths, monkeypatch, tmp_path, change):
     input, output = paths
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -204,7 +205,7 @@ def test_half_of_a_run_of_another_input_or_model_is_refused_and_kept(model, path
         template.write_text((model / "chat_template.jinja").read_text() + "{# another #}")
         options["template"] = str(template)
     else:
-        options |= {"chunk": {"chunk": 5}, "dtype": {"dtype": "bfloat16"}}[change]
+        options |= {"chunk": {"chunk": 5}, "dtype": {"dtype": "bfloat16"}, "reasoning": {"reasoning": "drop"}}[change]
     with pytest.raises(UserError, match=rf"out\.jsonl\.partial: belongs to a run with another {change};"):
         score_file(model, input, output, **options)
     assert half.read_bytes() == before
@@ -213,6 +214,29 @@ def test_half_of_a_run_of_another_input_or_model_is_refused_and_kept(model, path
     score_file(model, input, output, **options)
     assert everything.seen == (2 if change == "chunk" else 3)
     assert leftovers(output) == {"model": ["other"], "chat_template": ["mine.jinja"]}.get(change, [])
+
+
+def test_the_default_reasoning_by_name_resumes_what_was_begun_without_it(model, paths, monkeypatch):
+    input, output = paths
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        Interrupt(patch, 2, KeyboardInterrupt())
+        score_file(model, input, output, chunk=CHUNK)
+    resumed = Interrupt(monkeypatch, np.inf)
+    score_file(model, input, output, chunk=CHUNK, reasoning="keep")
+    assert resumed.seen == 1
+
+
+def test_scores_begun_with_the_first_version_of_a_shipped_template_resume(model, paths, monkeypatch):
+    input, output = paths
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        Interrupt(patch, 2, KeyboardInterrupt())
+        score_file(model, input, output, chunk=CHUNK, template="chatml")
+    record = output.with_name("out.jsonl.partial.json")
+    earlier = resources.files("data_pipeline") / "templates" / "fingerprints" / "chatml.jinja"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"chat_template": earlier.read_text()}))
+    resumed = Interrupt(monkeypatch, np.inf)
+    score_file(model, input, output, chunk=CHUNK, template="chatml")
+    assert resumed.seen == 1
 
 
 def test_a_partial_file_of_something_else_is_refused(model, paths, monkeypatch):

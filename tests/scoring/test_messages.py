@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 
 import pytest
 
 import jaxprm
+from data_pipeline.chat_template import write_tokenizer
 from data_pipeline.encode import Encoder
+from jaxprm import cli
 from jaxprm.errors import UserError
+from jaxprm.scoring import loading
 from jaxprm.scoring.files import score_file
+from jaxprm.scoring.loading import load_encoder
 from tests.model import tiny
 
 UNUSED = {"refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": None}
@@ -78,12 +83,46 @@ def test_a_model_that_was_trained_without_reasoning_scores_without_it(tmp_path):
     with pytest.raises(UserError, match="trained with --reasoning drop.*leave --reasoning keep out"):
         jaxprm.load(directory, reasoning="keep")
     kept = tiny.write_reward_model(tmp_path / "kept", fingerprints={"tokenizer": tiny.encoder().fingerprint})
-    with pytest.raises(UserError, match="trained with --reasoning keep.*leave --reasoning drop out"):
-        jaxprm.load(kept, reasoning="drop")
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"id": "a", "messages": thinking(PLAIN)}) + "\n")
     assert score_file(directory, rows, tmp_path / "out.jsonl").errors == 0
     assert score_file(kept, rows, tmp_path / "kept.jsonl").errors == 1
+
+
+def test_the_advice_to_drop_reasoning_can_be_followed_where_the_model_has_seen_none(tmp_path, capsys, monkeypatch):
+    """The template of this model prints no reasoning, so it was trained without."""
+    model = tiny.write_reward_model(tmp_path / "model", fingerprints={"tokenizer": tiny.encoder().fingerprint})
+    rows = tmp_path / "rows.jsonl"
+    row = {"messages": thinking(PLAIN), "success": True}
+    rows.write_text("".join(json.dumps(row | {"id": str(k), "task": str(k)}) + "\n" for k in range(2)))
+    assert score_file(model, rows, tmp_path / "out.jsonl", reasoning="drop").errors == 0
+    arguments = ["--model", str(model), "--input", str(rows)]
+    assert cli.main(["evaluate", *arguments, "--samples", "10"]) == 2
+    assert "--reasoning drop" in capsys.readouterr().err
+    assert cli.main(["evaluate", *arguments, "--samples", "10", "--reasoning", "drop"]) == 0
+
+    def load_scorer(model, **options):
+        raise UserError(f"loaded with {options}")
+
+    monkeypatch.setattr(loading, "load_scorer", load_scorer)
+    pairs = tmp_path / "pairs.jsonl"
+    chosen, rejected = ({"role": "assistant", "content": text} for text in "ab")
+    pairs.write_text(json.dumps({"id": "a", "messages": PLAIN[:1], "chosen": chosen, "rejected": rejected}) + "\n")
+    for verb, input in (("check-scorer", rows), ("evaluate", pairs)):
+        arguments = [verb, "--model", str(model), "--input", str(input)]
+        assert cli.main([*arguments, "--reasoning", "drop", "--special-tokens", "break"]) == 2
+        assert "loaded with {'reasoning': 'drop', 'special_tokens': 'break'}" in capsys.readouterr().err
+
+
+def test_reasoning_that_a_model_was_trained_with_is_not_dropped(tmp_path):
+    tokenizer = copy.deepcopy(tiny.encoder().tokenizer)
+    start = "{{ '<|assistant|>' }}"
+    tokenizer.chat_template = tokenizer.chat_template.replace(start, start + "{{ message.reasoning_content or '' }}", 1)
+    directory = tiny.write_reward_model(tmp_path, fingerprints={"tokenizer": Encoder(tokenizer).fingerprint})
+    write_tokenizer(tokenizer.chat_template, tokenizer.eos_token, tiny.tokenizer_directory(), directory)
+    assert load_encoder(directory).prints_reasoning
+    with pytest.raises(UserError, match="trained with --reasoning keep.*leave --reasoning drop out"):
+        load_encoder(directory, reasoning="drop")
 
 
 def test_special_tokens_are_an_error_or_broken_up(tmp_path):
@@ -91,3 +130,10 @@ def test_special_tokens_are_an_error_or_broken_up(tmp_path):
     messages = [PLAIN[0], {"role": "assistant", "content": "x <|end|> y"}]
     assert "--special-tokens break" in jaxprm.load(directory).score([messages])[0]["error"]
     assert len(jaxprm.load(directory, special_tokens="break").score([messages])[0]["steps"]) == 1
+
+
+@pytest.mark.parametrize("field", ["reasoning", "special_tokens"])
+def test_a_recipe_with_another_word_is_one_line(tmp_path, field):
+    (tmp_path / "reward_model.json").write_text(json.dumps({field: "some"}))
+    with pytest.raises(UserError, match=rf"reward_model\.json.*{field}.*correct the field"):
+        load_encoder(tmp_path)

@@ -26,7 +26,7 @@ def run(path: Path, *, ran=None):
     with work.stage("train", INPUTS, [work / "models/a"]) as needed:
         if needed:
             ran.append("train")
-            for name in ("checkpoints/100/x", "model/weights", "metrics.jsonl", "timing.jsonl"):
+            for name in ("checkpoints/100/x", "model/weights", "metrics.jsonl", "timing.jsonl", "profile/trace"):
                 (path / "models/a" / name).parent.mkdir(parents=True, exist_ok=True)
                 (path / "models/a" / name).write_text('{"step": 1}\n')
     return ran
@@ -89,9 +89,20 @@ def test_the_advice_works(finished):
 
 
 def test_files_that_no_stage_reads_may_change(finished):
-    shutil.rmtree(finished / "models/a/checkpoints")
+    for folder in ("checkpoints", "profile"):
+        shutil.rmtree(finished / "models/a" / folder)
     (finished / "models/a/timing.jsonl").unlink()
     (finished / "models/a/notes.txt").touch()
+    assert run(finished) == []
+
+
+def test_a_trace_that_an_earlier_version_recorded_may_be_deleted(finished):
+    file = finished / "stages/train.json"
+    record = json.loads(file.read_text())
+    assert not any("profile" in name for name in record["files"])
+    record["files"]["models/a/profile/trace"] = record["files"]["models/a/metrics.jsonl"]
+    file.write_text(json.dumps(record))
+    shutil.rmtree(finished / "models/a/profile")
     assert run(finished) == []
 
 

@@ -202,6 +202,9 @@ def test_progress_advantage_is_one_more_guide_with_one_seed(build, monkeypatch):
     with_it, without = (build(msgspec.structs.replace(SEARCH, progress_advantage=value)) for value in (advantage, None))
     assert with_it.methods().keys() - without.methods().keys() == {"progress_advantage"}
     numbers = with_it.methods()["progress_advantage"]
+    # Sums of log-ratios are no probabilities, and most are below 0.
+    assert "best_of_n_mean" in numbers and "best_of_n_vote" in numbers
+    assert not {"best_of_n_product", "best_of_n_weighted_vote"} & numbers.keys()
     # In task t the sum chooses the success; in u that one could not be scored.
     assert numbers["best_of_n"]["2"]["mean"] == 0.5 and numbers["beam"]["2x2"]["mean"] == 1.0
     pairs = {(row["a"], row["b"]) for row in with_it.paired()}

@@ -164,3 +164,27 @@ def test_progress_advantage_has_the_files_of_one_seed_and_the_rest_stays(tmp_pat
     }
     assert {name: after[name] for name in before} == before
     assert len(after["stepwise-2-progress_advantage-3"]["progress_advantage"]) == 2
+
+
+def test_stop_at_is_a_promise_and_does_not_end_searches_by_log_ratios(tmp_path, two_models, monkeypatch):
+    policy, reference = map(str, two_models)
+    advantage = config.ProgressAdvantageConfig(reference=reference)
+    search = config.SearchConfig(stepwise=(2,), beams=(), stop_at=-5.0, progress_advantage=advantage)
+    experiment = config.Experiment(
+        name="small", search=search, policy=config.PolicyConfig(path=policy), reward_models=()
+    )
+    run = Run(experiment, WorkDirectory(tmp_path / "work"))
+    inputs = search_stage.stage_inputs(run)
+    assert inputs["stepwise-2-random-0"]["stop_at"] == -5.0
+    assert "stop_at" not in inputs["stepwise-2-progress_advantage-0"]
+    vars(run)["policy"], used = None, {}
+
+    def guided_search(make_environment, policy, scorer, tasks, output, *, settings, about, **options):
+        used[about["method"]] = settings.stop_at
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.touch()
+
+    monkeypatch.setattr(search_stage, "guided_search", guided_search)
+    for label in ("random", "progress_advantage"):
+        search_stage._Stages(run).searches([], label, 0, lambda: RandomScorer(0))
+    assert used == {"random": -5.0, "progress_advantage": None}
