@@ -140,6 +140,13 @@ def text_parts(content: str | list[dict[str, Any]] | None) -> list[str]:
     return [part["text"] for part in content]
 
 
+class Parsed(NamedTuple):
+    """A trajectory, and for each message its index in the row, where one message may hold several results of tools."""
+
+    trajectory: Trajectory
+    origins: Sequence[int]
+
+
 _decoder = msgspec.json.Decoder(Trajectory)
 
 
@@ -148,18 +155,25 @@ def parse_line(line: bytes | str, *, where: str) -> Trajectory:
 
     Raises DataError("<where>: what is wrong - at `$.field`").
     """
+    return parse_with_origins(line, where=where).trajectory
+
+
+def parse_with_origins(line: bytes | str, *, where: str) -> Parsed:
+    """As `parse_line`, with the row's own index of each message."""
     try:
-        return _decoder.decode(line)
+        trajectory = _decoder.decode(line)
+        return Parsed(trajectory, range(len(trajectory.messages)))
     except (msgspec.MsgspecError, UnicodeError, RecursionError):
         pass
     try:
-        return from_row(json_values.decode(line))
+        return _from_row(json_values.decode(line))
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
 
 
-def from_row(row: Any) -> Trajectory:
+def _from_row(row: Any) -> Parsed:
     """The trajectory of a decoded row. Raises DataError without a place."""
+    origins: Sequence[int] = ()
     if isinstance(row, dict):
         row = {key: value for key, value in row.items() if value is not None}
         if isinstance(row.get("id"), int) and not isinstance(row["id"], bool):
@@ -177,7 +191,8 @@ def from_row(row: Any) -> Trajectory:
     try:
         trajectory = msgspec.convert(row, Trajectory)
         # Numbers that are not finite are null in JSON, and so they are here.
-        return msgspec.structs.replace(trajectory, meta=msgspec.json.decode(msgspec.json.encode(trajectory.meta)))
+        meta = msgspec.json.decode(msgspec.json.encode(trajectory.meta))
+        return Parsed(msgspec.structs.replace(trajectory, meta=meta), origins)
     except msgspec.MsgspecError as error:
         raise DataError(str(error)) from None
     except RecursionError:  # msgspec bounds the depth of nesting by Python's own limit.
