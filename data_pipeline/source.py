@@ -346,9 +346,10 @@ def _parquet_row(row: Any, where: str) -> bytes | DataError:
     try:
         (plain,) = row.to_pylist(maps_as_pydicts="strict")
         # Not msgspec's encoder, which writes NaN as null: a number that is none must be named later.
-        return json.dumps(msgspec.to_builtins(_without_nulls(plain)), ensure_ascii=False).encode()
+        text = json.dumps(msgspec.to_builtins(_without_nulls(plain)), ensure_ascii=False).encode()
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:  # such as text that is not UTF-8
         return DataError(f"{where}: cannot be read: {' '.join(str(error).split())[:200]}")
+    return text if len(text) <= MAX_ROW_BYTES else _too_long(where)
 
 
 def _without_nulls(value: Any) -> Any:

@@ -86,13 +86,25 @@ def read_file(file: InputFile) -> Iterator[SourceRow]:
         yield from _archive(path)
         return
     rows = read_rows(path, lists=True)
-    first = list(itertools.islice(rows, _LOOK))
+    first = _head(rows)
     key = _one_conversation([row.value for row in first])
     if key is not None:
         yield _grouped(path, key, itertools.chain(first, rows))
         return
     for row in itertools.chain(first, rows):
         yield _of_list(row) if isinstance(row.value, list) else row
+
+
+def _head(rows: Iterator[SourceRow]) -> list[SourceRow]:
+    """The first rows of a file: _LOOK, or as many as hold a conversation's most bytes."""
+    first: list[SourceRow] = []
+    size = 0
+    for row in itertools.islice(rows, _LOOK):
+        first.append(row)
+        size += row.size
+        if size > MAX_ROW_BYTES:
+            break
+    return first
 
 
 def _one_conversation(values: list[Any]) -> str | None:

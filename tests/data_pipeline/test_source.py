@@ -157,6 +157,13 @@ def test_a_row_without_end_is_refused_in_bounded_memory(tmp_path, monkeypatch):
     tracemalloc.stop()
 
 
+def test_a_row_of_parquet_is_bounded_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(source, "MAX_ROW_BYTES", 1 << 10)
+    parquet.write_table(pyarrow.table({"a": ["x", "x" * (1 << 10), "y"]}), tmp_path / "table")
+    first, bad, last = values(tmp_path / "table")
+    assert (first, last) == ({"a": "x"}, {"a": "y"}) and "row 2: a row of more than" in str(bad)
+
+
 @pytest.mark.parametrize("form", ["lines", "array", "parquet"])
 def test_a_long_file_is_read_in_little_memory(tmp_path, form):
     rows = [{"id": str(n), "text": "word " * 400} for n in range(4000)]  # 8 MB
