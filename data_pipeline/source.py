@@ -9,6 +9,7 @@ the file is an error, because the lost rows could not be counted. The size of a 
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import re
@@ -22,7 +23,7 @@ from typing import Any, BinaryIO, NamedTuple
 import msgspec
 
 from data_pipeline import json_values
-from data_pipeline.compression import Stream, open_stream
+from data_pipeline.compression import GZIP, ZSTD, Stream, open_stream
 from data_pipeline.conversations.kinds import kind_of
 from data_pipeline.errors import DataError
 
@@ -127,22 +128,43 @@ def count_texts(path: str | PathLike[str]) -> int:
 def _kind(path: Path) -> str:
     """ "empty", "parquet", "array", "objects" or "lines", by the content."""
     with open_stream(path) as stream:
-        head = stream.file.peek(6)  # type: ignore[attr-defined]
-        for magic, what in _REFUSED.items():
-            if head.startswith(magic):
-                raise DataError(f"{path}: {what}")
-        if head[:4] == b"PAR1":
-            return "parquet"
-        if _skip_bom(stream.file):
-            stream.file.read(len(_BOM))
-        while chunk := stream.file.read(_HEAD):
-            if text := chunk.lstrip(_BLANK):
-                break
-        else:
-            return "empty"
-        if text[:1] == b"[":
-            return "array" if _is_array(text) else "lines"
-        return "objects" if text[:1] == b"{" and _spans_lines(text, stream.file) else "lines"
+        return _kind_of(stream.file, path)
+
+
+def _kind_of(file: Any, path: Any) -> str:
+    head = file.peek(6)
+    for magic, what in _REFUSED.items():
+        if head.startswith(magic):
+            raise DataError(f"{path}: {what}")
+    if head[:4] == b"PAR1":
+        return "parquet"
+    if _skip_bom(file):
+        file.read(len(_BOM))
+    while chunk := file.read(_HEAD):
+        if text := chunk.lstrip(_BLANK):
+            break
+    else:
+        return "empty"
+    if text[:1] == b"[":
+        return "array" if _is_array(text) else "lines"
+    return "objects" if text[:1] == b"{" and _spans_lines(text, file) else "lines"
+
+
+def check_lines(file: BinaryIO, path: str) -> None:
+    """Raises DataError unless an open file begins as plain JSON Lines, or is empty. For readers of raw lines."""
+    head = file.read(_HEAD)
+    if head.startswith((GZIP, ZSTD)):
+        kind = "compressed"
+    elif head.startswith(_BOM):
+        kind = "text with a byte order mark"
+    else:
+        kind = _kind_of(io.BufferedReader(io.BytesIO(head)), path)
+    if kind not in ("lines", "empty"):
+        names = {"parquet": "Parquet", "array": "a JSON array", "objects": "JSON over several lines"}
+        raise DataError(
+            f"{path}: {names.get(kind, kind)}, and a build with Beam reads plain JSON Lines only; convert it, or build "
+            "without --beam"
+        )
 
 
 def _skip_bom(file: Any) -> bool:
