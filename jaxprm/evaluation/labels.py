@@ -12,9 +12,9 @@ import msgspec
 import numpy as np
 
 from data_pipeline.conversations.reading import labels_by_message
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, shown
 from data_pipeline.trajectory import Trajectory, steps
-from jaxprm.errors import UserError, shown
+from jaxprm.errors import UserError
 from jaxprm.evaluation.statistics import Array
 
 OWN_FIELD = "step_labels"
