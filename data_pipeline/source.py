@@ -233,38 +233,64 @@ def _objects(stream: Stream, path: Path) -> Iterator[RowText]:
 
 def _cut(stream: Stream, buffer: bytearray) -> Iterator[_Object]:
     """The objects of a stream that begins with `buffer`. Raises DataError where one has no end."""
-    at, depth, quoted, line = 0, 0, False, 1
+    line = 1
+    try:
+        for text, _ in _pieces(stream.file, buffer, in_array=False):
+            yield _Object(text.strip(_BLANK), line + _newlines_before(text), stream.position())
+            line += text.count(b"\n")
+    except _TooLongError:
+        raise DataError(f"an object of more than {MAX_ROW_BYTES >> 20} MiB, from line {line}") from None
+    if bytes(buffer).strip(_BLANK):
+        start = line + _newlines_before(buffer)
+        raise DataError(f"the object in line {start} has no end, the file is cut off or a bracket is missing")
+
+
+class _TooLongError(Exception):
+    """A piece of more than MAX_ROW_BYTES."""
+
+
+def _pieces(file: BinaryIO, buffer: bytearray, *, in_array: bool) -> Iterator[tuple[bytes, bytes]]:
+    """The pieces of a file that begins with `buffer`, not decoded, as (text, mark): objects, or elements of an array.
+
+    An object ends with a bracket, an element before a comma or a bracket that it did not open: the mark. What comes
+    after the last piece stays in the buffer.
+
+    Raises _TooLongError.
+    """
+    at, depth, quoted = 0, 0, False
     while True:
         match = (_INSIDE if quoted else _OUTSIDE).search(buffer, at)
         if match is None:
+            # A backslash may be the last byte of the buffer; then `at` is one past its end already.
             at = max(at, len(buffer))
             if len(buffer) > MAX_ROW_BYTES:
-                raise DataError(f"an object of more than {MAX_ROW_BYTES >> 20} MiB, from line {line}")
-            if not (chunk := stream.file.read(_CHUNK)):
-                break
+                raise _TooLongError
+            if not (chunk := file.read(_CHUNK)):
+                return
             buffer += chunk
             continue
         at, mark = match.end(), match[0]
         if quoted:
             if mark == b"\\":
-                at += 1
+                at += 1  # An escaped quote does not end the string.
             else:
                 quoted = False
-        elif mark == b'"':
+            continue
+        if mark == b'"':
             quoted = True
-        elif mark in b"[{":
-            depth += 1
+            continue
+        is_end = in_array and not depth
+        if mark in b"[{":
+            depth, is_end = depth + 1, False
+        # Whether it is the bracket that was opened is checked when the piece is decoded.
         elif depth and mark in b"]}":
             depth -= 1
-            if not depth:
-                text = bytes(buffer[:at])
-                yield _Object(text.strip(_BLANK), line + _newlines_before(text), stream.position())
-                line += text.count(b"\n")
-                del buffer[:at]
-                at = 0
-    if bytes(buffer).strip(_BLANK):
-        start = line + _newlines_before(buffer)
-        raise DataError(f"the object in line {start} has no end, the file is cut off or a bracket is missing")
+            is_end = not in_array and not depth
+        if is_end:
+            text = bytes(buffer[: at - 1 if in_array else at])
+            del buffer[:at]
+            at = 0
+            yield text, mark
 
 
 def _array(stream: Stream, path: Path) -> Iterator[RowText]:
@@ -288,47 +314,24 @@ def _elements(file: BinaryIO, path: Path) -> Iterator[tuple[bytes, int, bool]]:
     while not buffer.endswith(b"["):
         buffer = bytearray(file.read(1))
         line += buffer == b"\n"
-    buffer, at, depth, quoted, number = bytearray(), 0, 0, False, 1
+    buffer, number = bytearray(), 1
 
-    def unreadable(problem: str) -> DataError:
-        start = line + _newlines_before(buffer)
+    def unreadable(problem: str, text: bytes | bytearray) -> DataError:
+        start = line + _newlines_before(text)
         return DataError(f"{path}: row {number} (line {start}): {problem}; the ends of later rows cannot be found")
 
-    while True:
-        match = (_INSIDE if quoted else _OUTSIDE).search(buffer, at)
-        if match is None:
-            # A backslash may be the last byte of the buffer; then `at` is one past its end already.
-            at = max(at, len(buffer))
-            if len(buffer) > MAX_ROW_BYTES:
-                raise unreadable(f"more than {MAX_ROW_BYTES >> 20} MiB without an end")
-            if not (chunk := file.read(_CHUNK)):
-                raise unreadable("the array is not closed, the file is cut off or a bracket is missing")
-            buffer += chunk
-            continue
-        at, mark = match.end(), match[0]
-        if quoted:
-            if mark == b"\\":
-                at += 1  # An escaped quote does not end the string.
-            else:
-                quoted = False
-        elif mark == b'"':
-            quoted = True
-        elif mark in b"[{":
-            depth += 1
-        # Whether it is the bracket that was opened is checked when the element is decoded.
-        elif depth and mark in b"]}":
-            depth -= 1
-        elif not depth:
+    try:
+        for text, mark in _pieces(file, buffer, in_array=True):
             if mark == b"}":
-                raise unreadable("a } that was never opened")
-            text = bytes(buffer[: at - 1])
-            last = mark == b"]"
-            yield text.strip(_BLANK), line + _newlines_before(text), last
+                raise unreadable("a } that was never opened", text)
+            yield text.strip(_BLANK), line + _newlines_before(text), mark == b"]"
             line, number = line + text.count(b"\n"), number + 1
-            del buffer[:at]
-            at = 0
-            if last:
+            if mark == b"]":
                 break
+        else:
+            raise unreadable("the array is not closed, the file is cut off or a bracket is missing", buffer)
+    except _TooLongError:
+        raise unreadable(f"more than {MAX_ROW_BYTES >> 20} MiB without an end", buffer) from None
     while buffer:
         if buffer.strip(_BLANK):
             raise DataError(f"{path}: something follows the end of the array in line {line}")
