@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from data_pipeline import typed_json
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, shown
 from data_pipeline.packing import plan_epochs
 from data_pipeline.shards import Dataset, ShardSplit, open_dataset
 from data_pipeline.supervision import pair_layout, select
@@ -265,7 +264,7 @@ class TrainingBatches:
         batches = state.get("batches")
         if not isinstance(batches, int) or not 0 <= batches <= len(self):
             raise DataError(
-                f"the saved data position has batches = {typed_json.shown(batches)}, not a whole number of at most "
+                f"the saved data position has batches = {shown(batches)}, not a whole number of at most "
                 f"{len(self)}: the checkpoint is broken; delete it"
             )
         if state.get("plan") != self._identity:

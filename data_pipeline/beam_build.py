@@ -48,6 +48,7 @@ from data_pipeline.records import (
     split_metadata,
     split_of_row,
 )
+from data_pipeline.source import check_lines
 from data_pipeline.splits import Inputs, in_two_splits
 from data_pipeline.trajectory import numbered
 
@@ -114,6 +115,7 @@ def build(
     """As `data_pipeline.build.build`, with these differences.
 
     Args:
+      inputs: plain JSON Lines. Any other form is an error.
       inputs, output: paths in Beam's file systems (`gs://...`), or local ones for runners on this machine. An output
         that is not local must be absent or empty.
       skip_bad: called with the first MOST_LISTED errors only; the metadata's `skipped` counts all of them.
@@ -124,6 +126,8 @@ def build(
         # Checked here, because an error within the pipeline comes with the runner's own traceback.
         if not FileSystems.exists(path):
             raise DataError(f"{path}: cannot be read: no such file")
+        with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
+            check_lines(file, path)
     local = FileSystems.get_scheme(output) is None
     if local:
         output = str(Path(output).absolute())

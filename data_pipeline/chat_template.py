@@ -20,7 +20,7 @@ from data_pipeline import template_sandbox, typed_json
 from data_pipeline.caching import ByteLRU
 from data_pipeline.conversations.reading import read_conversation
 from data_pipeline.conversations.tool_calls import arguments_object
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, one_line
 from data_pipeline.template_sandbox import TemplateLimitError
 from data_pipeline.trajectory import Message, text_parts
 
@@ -386,11 +386,6 @@ def freeze(message: Message, *, reasoning: bool = True) -> FrozenMessage:
     if not reasoning and others.pop("reasoning_content", None) is not None and content is None:
         content = ""
     return FrozenMessage(message.role, content, msgspec.json.encode(others) if others else b"")
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error on a single line."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _rendering_bytes(arguments: tuple[FrozenConversation, bytes, bool], text: str) -> int:

@@ -172,6 +172,10 @@ class Encoder:
         choices = {"reasoning": self.reasoning, "special_tokens": self.special_tokens}
         return {name: value for name, value in choices.items() if value not in ("keep", "error")}
 
+    def template_tools(self, tools: Tools, *, row: str) -> Tools:
+        """The tools as the chat template takes them, after the choices of this encoder."""
+        return self._tools(tools, row)
+
     def template_messages(self, messages: Messages, *, row: str) -> list[dict[str, Any]]:
         """The messages as the chat template takes them, after the choices of this encoder."""
         conversation = self._conversation(as_messages(messages, row), row)

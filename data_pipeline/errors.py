@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
-# Control characters but tab and line feed, and those that change the direction of text: a name in a file must not
-# move the cursor of a terminal.
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-
-
-def printable(text: str) -> str:
-    """The text with control characters as escapes, such as \\x1b."""
-    return _UNPRINTABLE.sub(lambda match: repr(match[0])[1:-1], text)
+from data_pipeline.terminal import escape
 
 
 class DataError(ValueError):
     """Bad input data. The message is one line that names the file, the row and the fix."""
 
     def __init__(self, message: object = ""):
-        super().__init__(printable(str(message)))
+        super().__init__(escape(str(message)))
 
 
 class SplitError(DataError):
     """A task in two splits. The fault is in the split of the files, so leaving bad rows out does not fix it."""
 
 
-def one_line(error: Exception) -> str:
-    """The message of an error without line ends, which the messages of other libraries may have."""
-    return " ".join(str(error).split())
+def one_line(error: BaseException) -> str:
+    """The message of an error without line ends, which the messages of other libraries may have, or else its class."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def shown(value: object) -> str:
+    """A value for a message: on one line, printable, cut at 80 characters."""
+    return cut(repr(value))
+
+
+def cut(text: str) -> str:
+    """A text for a message: at most 80 characters."""
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 MOST_LISTED = 20

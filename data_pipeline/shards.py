@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -16,7 +15,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from data_pipeline import typed_json
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, shown
 from data_pipeline.metadata import FILE, Metadata, broken_shards, fingerprint, verify
 
 _TOKEN_FIELDS = {"tokens": np.int32}
@@ -74,7 +73,6 @@ def boundaries(records: int, shards: int) -> list[int]:
 
 def write_shard(records: Iterable[Mapping[str, Any]], file: Path) -> int:
     """Writes a TFRecord file; returns the bytes of its records. Raises OSError if it cannot be written."""
-    _quiet_tensorflow()
     import tensorflow as tf
 
     form, size = features(), 0
@@ -259,7 +257,6 @@ def open_dataset(
     Raises:
       DataError: a shard is missing, truncated or corrupt, or the dataset was built with another tokenizer.
     """
-    _quiet_tensorflow()
     metadata = Metadata.load(directory) if skip_bad else verify(directory)
     broken = dict(broken_shards(directory, metadata)) if skip_bad else {}
     if encoder_fingerprint is not None and encoder_fingerprint != metadata.tokenizer:
@@ -278,7 +275,7 @@ def _broken_files(directory: Path) -> Iterator[None]:
     except (DataError, MemoryError):
         raise
     except Exception as error:  # features.json and dataset_info.json are parsed by TFDS, which raises anything
-        reason = typed_json.shown(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        reason = shown(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
         raise DataError(
             f"{directory}: features.json or dataset_info.json cannot be read ({reason}); build the dataset again"
         ) from error
@@ -293,19 +290,11 @@ def _check_classes(features: Path) -> None:
             name = node.get("pythonClassName", _CLASSES)
             if not isinstance(name, str) or not name.startswith(_CLASSES):
                 raise DataError(
-                    f"{features}: pythonClassName = {typed_json.shown(name)}: must start with {_CLASSES}; "
-                    "build the dataset again"
+                    f"{features}: pythonClassName = {shown(name)}: must start with {_CLASSES}; build the dataset again"
                 )
             nodes += node.values()
         elif isinstance(node, list):
             nodes += node
-
-
-def _quiet_tensorflow() -> None:
-    """Silences the start-up messages of TensorFlow. To be called before it is imported."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    # oneDNN prints a notice when it is on.
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 
 def _starts(lengths: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ the file is an error, because the lost rows could not be counted. The size of a 
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import re
@@ -22,7 +23,7 @@ from typing import Any, BinaryIO, NamedTuple
 import msgspec
 
 from data_pipeline import json_values
-from data_pipeline.compression import Stream, open_stream
+from data_pipeline.compression import GZIP, ZSTD, Stream, open_stream
 from data_pipeline.conversations.kinds import kind_of
 from data_pipeline.errors import DataError
 
@@ -127,22 +128,43 @@ def count_texts(path: str | PathLike[str]) -> int:
 def _kind(path: Path) -> str:
     """ "empty", "parquet", "array", "objects" or "lines", by the content."""
     with open_stream(path) as stream:
-        head = stream.file.peek(6)  # type: ignore[attr-defined]
-        for magic, what in _REFUSED.items():
-            if head.startswith(magic):
-                raise DataError(f"{path}: {what}")
-        if head[:4] == b"PAR1":
-            return "parquet"
-        if _skip_bom(stream.file):
-            stream.file.read(len(_BOM))
-        while chunk := stream.file.read(_HEAD):
-            if text := chunk.lstrip(_BLANK):
-                break
-        else:
-            return "empty"
-        if text[:1] == b"[":
-            return "array" if _is_array(text) else "lines"
-        return "objects" if text[:1] == b"{" and _spans_lines(text, stream.file) else "lines"
+        return _kind_of(stream.file, path)
+
+
+def _kind_of(file: Any, path: Any) -> str:
+    head = file.peek(6)
+    for magic, what in _REFUSED.items():
+        if head.startswith(magic):
+            raise DataError(f"{path}: {what}")
+    if head[:4] == b"PAR1":
+        return "parquet"
+    if _skip_bom(file):
+        file.read(len(_BOM))
+    while chunk := file.read(_HEAD):
+        if text := chunk.lstrip(_BLANK):
+            break
+    else:
+        return "empty"
+    if text[:1] == b"[":
+        return "array" if _is_array(text) else "lines"
+    return "objects" if text[:1] == b"{" and _spans_lines(text, file) else "lines"
+
+
+def check_lines(file: BinaryIO, path: str) -> None:
+    """Raises DataError unless an open file begins as plain JSON Lines, or is empty. For readers of raw lines."""
+    head = file.read(_HEAD)
+    if head.startswith((GZIP, ZSTD)):
+        kind = "compressed"
+    elif head.startswith(_BOM):
+        kind = "text with a byte order mark"
+    else:
+        kind = _kind_of(io.BufferedReader(io.BytesIO(head)), path)
+    if kind not in ("lines", "empty"):
+        names = {"parquet": "Parquet", "array": "a JSON array", "objects": "JSON over several lines"}
+        raise DataError(
+            f"{path}: {names.get(kind, kind)}, and a build with Beam reads plain JSON Lines only; convert it, or build "
+            "without --beam"
+        )
 
 
 def _skip_bom(file: Any) -> bool:
@@ -211,38 +233,64 @@ def _objects(stream: Stream, path: Path) -> Iterator[RowText]:
 
 def _cut(stream: Stream, buffer: bytearray) -> Iterator[_Object]:
     """The objects of a stream that begins with `buffer`. Raises DataError where one has no end."""
-    at, depth, quoted, line = 0, 0, False, 1
+    line = 1
+    try:
+        for text, _ in _pieces(stream.file, buffer, in_array=False):
+            yield _Object(text.strip(_BLANK), line + _newlines_before(text), stream.position())
+            line += text.count(b"\n")
+    except _TooLongError:
+        raise DataError(f"an object of more than {MAX_ROW_BYTES >> 20} MiB, from line {line}") from None
+    if bytes(buffer).strip(_BLANK):
+        start = line + _newlines_before(buffer)
+        raise DataError(f"the object in line {start} has no end, the file is cut off or a bracket is missing")
+
+
+class _TooLongError(Exception):
+    """A piece of more than MAX_ROW_BYTES."""
+
+
+def _pieces(file: BinaryIO, buffer: bytearray, *, in_array: bool) -> Iterator[tuple[bytes, bytes]]:
+    """The pieces of a file that begins with `buffer`, not decoded, as (text, mark): objects, or elements of an array.
+
+    An object ends with a bracket, an element before a comma or a bracket that it did not open: the mark. What comes
+    after the last piece stays in the buffer.
+
+    Raises _TooLongError.
+    """
+    at, depth, quoted = 0, 0, False
     while True:
         match = (_INSIDE if quoted else _OUTSIDE).search(buffer, at)
         if match is None:
+            # A backslash may be the last byte of the buffer; then `at` is one past its end already.
             at = max(at, len(buffer))
             if len(buffer) > MAX_ROW_BYTES:
-                raise DataError(f"an object of more than {MAX_ROW_BYTES >> 20} MiB, from line {line}")
-            if not (chunk := stream.file.read(_CHUNK)):
-                break
+                raise _TooLongError
+            if not (chunk := file.read(_CHUNK)):
+                return
             buffer += chunk
             continue
         at, mark = match.end(), match[0]
         if quoted:
             if mark == b"\\":
-                at += 1
+                at += 1  # An escaped quote does not end the string.
             else:
                 quoted = False
-        elif mark == b'"':
+            continue
+        if mark == b'"':
             quoted = True
-        elif mark in b"[{":
-            depth += 1
+            continue
+        is_end = in_array and not depth
+        if mark in b"[{":
+            depth, is_end = depth + 1, False
+        # Whether it is the bracket that was opened is checked when the piece is decoded.
         elif depth and mark in b"]}":
             depth -= 1
-            if not depth:
-                text = bytes(buffer[:at])
-                yield _Object(text.strip(_BLANK), line + _newlines_before(text), stream.position())
-                line += text.count(b"\n")
-                del buffer[:at]
-                at = 0
-    if bytes(buffer).strip(_BLANK):
-        start = line + _newlines_before(buffer)
-        raise DataError(f"the object in line {start} has no end, the file is cut off or a bracket is missing")
+            is_end = not in_array and not depth
+        if is_end:
+            text = bytes(buffer[: at - 1 if in_array else at])
+            del buffer[:at]
+            at = 0
+            yield text, mark
 
 
 def _array(stream: Stream, path: Path) -> Iterator[RowText]:
@@ -266,47 +314,24 @@ def _elements(file: BinaryIO, path: Path) -> Iterator[tuple[bytes, int, bool]]:
     while not buffer.endswith(b"["):
         buffer = bytearray(file.read(1))
         line += buffer == b"\n"
-    buffer, at, depth, quoted, number = bytearray(), 0, 0, False, 1
+    buffer, number = bytearray(), 1
 
-    def unreadable(problem: str) -> DataError:
-        start = line + _newlines_before(buffer)
+    def unreadable(problem: str, text: bytes | bytearray) -> DataError:
+        start = line + _newlines_before(text)
         return DataError(f"{path}: row {number} (line {start}): {problem}; the ends of later rows cannot be found")
 
-    while True:
-        match = (_INSIDE if quoted else _OUTSIDE).search(buffer, at)
-        if match is None:
-            # A backslash may be the last byte of the buffer; then `at` is one past its end already.
-            at = max(at, len(buffer))
-            if len(buffer) > MAX_ROW_BYTES:
-                raise unreadable(f"more than {MAX_ROW_BYTES >> 20} MiB without an end")
-            if not (chunk := file.read(_CHUNK)):
-                raise unreadable("the array is not closed, the file is cut off or a bracket is missing")
-            buffer += chunk
-            continue
-        at, mark = match.end(), match[0]
-        if quoted:
-            if mark == b"\\":
-                at += 1  # An escaped quote does not end the string.
-            else:
-                quoted = False
-        elif mark == b'"':
-            quoted = True
-        elif mark in b"[{":
-            depth += 1
-        # Whether it is the bracket that was opened is checked when the element is decoded.
-        elif depth and mark in b"]}":
-            depth -= 1
-        elif not depth:
+    try:
+        for text, mark in _pieces(file, buffer, in_array=True):
             if mark == b"}":
-                raise unreadable("a } that was never opened")
-            text = bytes(buffer[: at - 1])
-            last = mark == b"]"
-            yield text.strip(_BLANK), line + _newlines_before(text), last
+                raise unreadable("a } that was never opened", text)
+            yield text.strip(_BLANK), line + _newlines_before(text), mark == b"]"
             line, number = line + text.count(b"\n"), number + 1
-            del buffer[:at]
-            at = 0
-            if last:
+            if mark == b"]":
                 break
+        else:
+            raise unreadable("the array is not closed, the file is cut off or a bracket is missing", buffer)
+    except _TooLongError:
+        raise unreadable(f"more than {MAX_ROW_BYTES >> 20} MiB without an end", buffer) from None
     while buffer:
         if buffer.strip(_BLANK):
             raise DataError(f"{path}: something follows the end of the array in line {line}")
@@ -346,9 +371,10 @@ def _parquet_row(row: Any, where: str) -> bytes | DataError:
     try:
         (plain,) = row.to_pylist(maps_as_pydicts="strict")
         # Not msgspec's encoder, which writes NaN as null: a number that is none must be named later.
-        return json.dumps(msgspec.to_builtins(_without_nulls(plain)), ensure_ascii=False).encode()
+        text = json.dumps(msgspec.to_builtins(_without_nulls(plain)), ensure_ascii=False).encode()
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:  # such as text that is not UTF-8
         return DataError(f"{where}: cannot be read: {' '.join(str(error).split())[:200]}")
+    return text if len(text) <= MAX_ROW_BYTES else _too_long(where)
 
 
 def _without_nulls(value: Any) -> Any:

@@ -38,7 +38,7 @@ MAX_ITEMS = 1 << 20
 MAX_DEPTH = 200
 # Characters of all texts that a rendering makes, in between and at the end.
 MAX_TOTAL = 2 << 30
-# Characters of the largest two arguments of a function, multiplied.
+# Characters of the largest two arguments of a function, multiplied; MAX_CHARACTERS where the result may have as many.
 MAX_PRODUCT = 1 << 30
 # Numbers that are a width, an indentation or a count.
 MAX_WIDTH = 10_000
@@ -51,6 +51,10 @@ _WIDENING = frozenset(
     ("center", "ljust", "rjust", "zfill", "expandtabs", "to_bytes", "indent", "batch", "slice", "round")
 )
 _CHECKED = _WIDENING | {"format", "format_map", "encode", "decode"}
+# All methods and filters that may put one argument in place of many characters of another.
+_MULTIPLYING = frozenset(
+    ("replace", "join", "translate", "format", "format_map", "indent", "wordwrap", "urlize", "tojson")
+)
 _ENCODINGS = ("utf-8", "utf8", "ascii", "latin-1", "strict", "ignore", "replace")
 # A width in a format, "%99999d" or "{:>99999}", and one that is itself a field.
 _LONG_WIDTH = re.compile(r"\d{5}")
@@ -188,7 +192,7 @@ class _Budget:
                 largest, second = size, largest
             elif size > second:
                 second = size
-        if largest * second > MAX_PRODUCT:
+        if largest * second > (MAX_CHARACTERS if name in _MULTIPLYING else MAX_PRODUCT):
             raise TemplateLimitError("it passes values to a function that are too large together")
 
 

@@ -142,6 +142,13 @@ def text_parts(content: str | list[dict[str, Any]] | None) -> list[str]:
     return [part["text"] for part in content]
 
 
+class Parsed(NamedTuple):
+    """A trajectory, and for each message its index in the row, where one message may hold several results of tools."""
+
+    trajectory: Trajectory
+    origins: Sequence[int]
+
+
 _decoder = msgspec.json.Decoder(Trajectory)
 
 
@@ -150,18 +157,25 @@ def parse_line(line: bytes | str, *, where: str) -> Trajectory:
 
     Raises DataError("<where>: what is wrong - at `$.field`").
     """
+    return parse_with_origins(line, where=where).trajectory
+
+
+def parse_with_origins(line: bytes | str, *, where: str) -> Parsed:
+    """As `parse_line`, with the row's own index of each message."""
     try:
-        return _decoder.decode(line)
+        trajectory = _decoder.decode(line)
+        return Parsed(trajectory, range(len(trajectory.messages)))
     except (msgspec.MsgspecError, UnicodeError, RecursionError):
         pass
     try:
-        return from_row(json_values.decode(line))
+        return _from_row(json_values.decode(line))
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
 
 
-def from_row(row: Any) -> Trajectory:
+def _from_row(row: Any) -> Parsed:
     """The trajectory of a decoded row. Raises DataError without a place."""
+    origins: Sequence[int] = ()
     if isinstance(row, dict):
         row = with_text_ids(row)
         if isinstance(row.get("outcome"), bool):
@@ -172,7 +186,7 @@ def from_row(row: Any) -> Trajectory:
                 row["step_labels"] = labels_by_message(row["step_labels"], messages, origins, "step_labels")
             row["messages"] = messages
         _check_finite(row)
-    return converted(row, Trajectory)
+    return Parsed(converted(row, Trajectory), origins)
 
 
 def with_text_ids(row: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, shown
 
 T = TypeVar("T")
 MAX_BYTES = 64 << 20
@@ -22,7 +22,6 @@ MAX_BYTES = 64 << 20
 MAX_DEPTH = 64
 # Beyond float64's largest number, and far below the 4,300 digits at which Python refuses to parse.
 MAX_DIGITS = 400
-_MAX_SHOWN = 80
 
 
 def read(path: Path, kind: type[T], *, fix: str, error: type[ValueError] = DataError) -> T:
@@ -115,12 +114,6 @@ def describe(problem: msgspec.ValidationError, value: Any) -> str:
     field = ".".join(names).replace(".[", "[")
     expected = (expected[:1].lower() + expected[1:]).replace("`", "")
     return f"{field} = {shown(value)}: {expected}" if field else expected
-
-
-def shown(value: Any) -> str:
-    """A value for a message: on one line, printable, cut at 80 characters."""
-    text = repr(value)
-    return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "..."
 
 
 def _integer(digits: str) -> int:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 import numpy as np
 
-from data_pipeline.errors import DataError, listed, printable
+from data_pipeline.errors import DataError, listed
 from data_pipeline.metadata import length_histogram, length_range
 from data_pipeline.preferences import Preference, read_rows
 from data_pipeline.records import steps_of_pairs
 from data_pipeline.splits import Inputs, named_split
+from data_pipeline.terminal import escape
 from data_pipeline.trajectory import Trajectory, check_steps, count_rows
 
 if TYPE_CHECKING:
@@ -300,7 +301,7 @@ def _is_new(digests: set[bytes], text: bytes) -> bool:
 
 def to_text(report: ValidationReport) -> str:
     """The report as lines for a terminal, with the bad rows at the end."""
-    return "\n".join(map(printable, _lines(report)))
+    return "\n".join(map(escape, _lines(report)))
 
 
 def _lines(report: ValidationReport) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from data_pipeline.errors import printable
+from data_pipeline.terminal import escape
 
 # Exit status of interrupted work that the same command resumes (EX_TEMPFAIL of sysexits.h).
 RESUMABLE = 75
@@ -15,17 +15,7 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: object = ""):
-        super().__init__(printable(str(message)))
-
-
-def shown(value: object) -> str:
-    """A value for a message: on one line, cut at 80 characters."""
-    return cut(repr(value))
-
-
-def cut(text: str) -> str:
-    """A text for a message: at most 80 characters."""
-    return text if len(text) <= 80 else text[:77] + "..."
+        super().__init__(escape(str(message)))
 
 
 class Interrupted(Exception):

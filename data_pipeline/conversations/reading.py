@@ -63,6 +63,8 @@ def labels_by_message(
             labels.append(None)
     for key, label in value.items():
         if key not in steps:
-            raise DataError(f"{name} labels message {key!r:.40}, which is not a step; steps are messages {list(steps)}")
+            raise DataError(
+                f"{name} labels message {key!r:.40}, which is not a step; steps are messages [{', '.join(steps)}]"
+            )
         labels[steps[key]] = label
     return labels

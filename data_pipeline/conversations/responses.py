@@ -24,7 +24,8 @@ _CALLS = {
 }
 _OUTPUTS = {f"{kind}_output" for kind in _CALLS}
 _SEARCHES = {"web_search_call", "file_search_call", "code_interpreter_call"}
-TYPES = {"message", "reasoning", *_CALLS, *_OUTPUTS, *_SEARCHES}
+# No set: a value of a file may have no hash.
+TYPES = ("message", "reasoning", *_CALLS, *_OUTPUTS, *_SEARCHES)
 _KNOWN = {"id", "type", "status", "call_id", "name", "namespace", "server_label", "approval_request_id"}
 
 

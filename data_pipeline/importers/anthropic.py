@@ -11,7 +11,7 @@ from typing import Any
 from data_pipeline.importers import openai
 from data_pipeline.importers.reader import Reader, looks_like_messages
 
-_BLOCKS = {"tool_use", "tool_result", "thinking", "redacted_thinking"}
+_BLOCKS = ("tool_use", "tool_result", "thinking", "redacted_thinking")  # No set: a value of a file may have no hash.
 
 
 def matches(row: Mapping[str, Any]) -> str | None:

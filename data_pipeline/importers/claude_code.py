@@ -9,7 +9,7 @@ from data_pipeline.conversations.leftovers import is_nothing
 from data_pipeline.importers.reader import Context, Parsed, Reader, conversation, note
 
 SESSION = "session"
-_TYPES = {"user", "assistant", "system"}
+_TYPES = ("user", "assistant", "system")  # No set: a value of a file may have no hash.
 
 
 def is_event(row: Any) -> bool:

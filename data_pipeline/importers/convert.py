@@ -17,7 +17,7 @@ import msgspec
 
 from data_pipeline import splits
 from data_pipeline.conversations import chat
-from data_pipeline.errors import DataError, SplitError
+from data_pipeline.errors import DataError, SplitError, one_line
 from data_pipeline.importers import fields, labels, registry
 from data_pipeline.importers.inputs import InputFile, find_files, read_file
 from data_pipeline.importers.reader import Context, Notes, Parsed, Reader, note, refuse_media
@@ -196,8 +196,13 @@ class _Converter:
         except RecursionError:
             raise DataError(f"{row.where}: nested too deeply") from None
         # msgspec encodes no integer beyond 64 bits and no lone surrogate.
-        except (DataError, TypeError, OverflowError, UnicodeError) as error:
+        except (DataError, OverflowError, UnicodeError) as error:
             raise DataError(f"{row.where}: {error}") from None
+        # Readers take what a format promises as it is, and a file may break any of it.
+        except (AttributeError, LookupError, TypeError) as error:
+            raise DataError(
+                f"{row.where}: a value is missing, or has another type than its format says: {one_line(error):.120}"
+            ) from None
         finished = []
         for plain, present in converted:
             finished.append((*self._checked(plain, row), present))

@@ -7,8 +7,11 @@ of inspect_ai is a folder of samples.
 from __future__ import annotations
 
 import itertools
+import lzma
 import os
+import struct
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +25,11 @@ from data_pipeline.source import MAX_ROW_BYTES, SourceRow, read_rows
 
 _SUFFIXES = {".json", ".jsonl", ".ndjson", ".traj", ".parquet", ".eval"}
 _COMPRESSED = {".gz", ".zst"}
+# What zipfile raises for a broken archive; ValueError is for names and sizes that cannot be.
+_BROKEN_ARCHIVE = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, NotImplementedError, RuntimeError, OSError, EOFError,
+    ValueError,
+)  # fmt: skip
 _LOOK = 20  # Rows by which it is decided whether a file is one conversation.
 
 
@@ -78,13 +86,25 @@ def read_file(file: InputFile) -> Iterator[SourceRow]:
         yield from _archive(path)
         return
     rows = read_rows(path, lists=True)
-    first = list(itertools.islice(rows, _LOOK))
+    first = _head(rows)
     key = _one_conversation([row.value for row in first])
     if key is not None:
         yield _grouped(path, key, itertools.chain(first, rows))
         return
     for row in itertools.chain(first, rows):
         yield _of_list(row) if isinstance(row.value, list) else row
+
+
+def _head(rows: Iterator[SourceRow]) -> list[SourceRow]:
+    """The first rows of a file: _LOOK, or as many as hold a conversation's most bytes."""
+    first: list[SourceRow] = []
+    size = 0
+    for row in itertools.islice(rows, _LOOK):
+        first.append(row)
+        size += row.size
+        if size > MAX_ROW_BYTES:
+            break
+    return first
 
 
 def _one_conversation(values: list[Any]) -> str | None:
@@ -153,28 +173,41 @@ def _archive(path: Path) -> Iterator[SourceRow]:
             if not names:
                 raise DataError(f"{path}: a zip archive without samples of inspect_ai; unpack it first (unzip)")
             header = next((name for name in ("header.json", "_journal/start.json") if name in archive.namelist()), None)
-            about = json_values.decode(_member(archive, header, path)).get("eval", {}) if header else {}
+            about = _about(archive, header, path) if header else {}
             for number, name in enumerate(names, start=1):
                 where = f"{path}: {name}"
                 repairs: Counter[str] = Counter()
                 try:
-                    value = json_values.decode(_member(archive, name, path), repairs)
+                    value = json_values.decode(_member(archive, name), repairs)
                     if not isinstance(value, dict):
                         raise DataError("a sample is no object")
                     value["eval"] = about
                 except DataError as error:
                     value = DataError(f"{where}: {error}")
                 yield SourceRow(where, number, value, total * number // len(names), repairs)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError, EOFError) as error:
+    except DataError:
+        raise
+    except _BROKEN_ARCHIVE as error:
         reason = " ".join(str(error).split())[:120]
         raise DataError(
             f"{path}: an archive that cannot be read: {reason}; write it as JSON (inspect log convert --to json)"
         ) from None
 
 
-def _member(archive: zipfile.ZipFile, name: str, path: Path) -> bytes:
+def _about(archive: zipfile.ZipFile, header: str, path: Path) -> Any:
+    """What the header of an archive says of its samples."""
+    try:
+        value = json_values.decode(_member(archive, header))
+        if not isinstance(value, dict):
+            raise DataError("the header is no object")
+    except DataError as error:
+        raise DataError(f"{path}: {header}: {error}") from None
+    return value.get("eval", {})
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> bytes:
     with archive.open(name) as file:
         text = file.read(MAX_ROW_BYTES + 1)
     if len(text) > MAX_ROW_BYTES:
-        raise DataError(f"{path}: {name}: more than {MAX_ROW_BYTES >> 20} MiB")
+        raise DataError(f"more than {MAX_ROW_BYTES >> 20} MiB")
     return text

@@ -6,17 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from data_pipeline.conversations.leftovers import is_nothing
+from data_pipeline.errors import DataError
 from data_pipeline.importers.reader import Context, Parsed, Reader, conversation, note, tools_of
 
 EVENTS = "events"
-_SDK = {
+_KEYS = (EVENTS, "history", "trajectory")
+_SDK = (  # No set: a value of a file may have no hash.
     "MessageEvent",
     "ActionEvent",
     "ObservationEvent",
     "SystemPromptEvent",
     "AgentErrorEvent",
     "UserRejectObservation",
-}
+)
 # Of the program, and not shown to the model.
 _SILENT = {
     "recall",
@@ -40,16 +42,20 @@ def is_event(row: Any) -> bool:
 
 def matches(row: Mapping[str, Any]) -> str | None:
     """Whether the row holds events."""
-    for key in (EVENTS, "history", "trajectory"):
-        value = _flat(row.get(key))
-        if value and is_event(value[0]):
-            return f"`{key}` with events of `{'kind' if 'kind' in value[0] else 'action'}`"
-    return None
+    key = _key(row)
+    return key and f"`{key}` with events of `{'kind' if 'kind' in _flat(row[key])[0] else 'action'}`"
+
+
+def _key(row: Mapping[str, Any]) -> str | None:
+    """The field of the events."""
+    return next((key for key in _KEYS if is_event(next(iter(_flat(row.get(key))), None))), None)
 
 
 def parse(row: dict[str, Any], context: Context) -> list[Parsed]:
     """Reads the events in their order. Actions of one response are one message."""
-    key = next(key for key in (EVENTS, "history", "trajectory") if is_event(next(iter(_flat(row.get(key))), None)))
+    key = _key(row)
+    if key is None:
+        raise DataError(f"no events in {', '.join(f'`{key}`' for key in _KEYS)}")
     state = _State(context)
     for event in _flat(row[key]):
         if not isinstance(event, dict):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from data_pipeline.conversations import responses
-from data_pipeline.errors import DataError, printable
+from data_pipeline.errors import DataError
 from data_pipeline.importers import (
     anthropic,
     atif,
@@ -28,6 +28,7 @@ from data_pipeline.importers import (
 from data_pipeline.importers import responses as responses_reader
 from data_pipeline.importers.fields import Path
 from data_pipeline.importers.reader import Reader, looks_like_messages
+from data_pipeline.terminal import escape
 
 AUTO = "auto"
 # In this order: a shape with more of its own comes first.
@@ -108,8 +109,8 @@ def describe(row: Mapping[str, Any]) -> str:
         option = (
             "" if not isinstance(roles, str) or roles in ("system", "user", "assistant", "tool") else " with --roles"
         )
-        return printable(f"{shape}; try --messages-field {paths[0]}{option}")
-    return printable(
+        return escape(f"{shape}; try --messages-field {paths[0]}{option}")
+    return escape(
         f"{shape}; name the field of its conversation with --messages-field, or convert it (docs/your-trajectories.md "
         "lists the formats)"
     )

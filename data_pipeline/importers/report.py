@@ -7,7 +7,8 @@ from os import PathLike
 
 import msgspec
 
-from data_pipeline.errors import MOST_LISTED, DataError, printable
+from data_pipeline.errors import MOST_LISTED, DataError
+from data_pipeline.terminal import escape
 
 
 class ImportReport(msgspec.Struct, kw_only=True):
@@ -77,4 +78,4 @@ def to_text(report: ImportReport, output: str | PathLike[str]) -> list[str]:
         lines += [f"    {line}" for line in report.unknown[:MOST_LISTED]]
         if len(report.unknown) > MOST_LISTED:
             lines.append(f"    ... and {len(report.unknown) - MOST_LISTED} more")
-    return [printable(line) for line in lines]
+    return [escape(line) for line in lines]

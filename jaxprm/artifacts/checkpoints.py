@@ -17,8 +17,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from data_pipeline import typed_json
+from data_pipeline.errors import shown
 from jaxprm.artifacts.directory import find_checkpoint
-from jaxprm.errors import UserError, shown
+from jaxprm.errors import UserError
 
 _NEWER = "a running training run may have deleted it: give a newer checkpoint"
 # Parts of a training state that `inspect` has a fingerprint of.

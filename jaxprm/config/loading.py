@@ -17,9 +17,10 @@ from urllib.parse import urlsplit
 import msgspec
 
 from data_pipeline import typed_json
+from data_pipeline.errors import cut, shown
 from jaxprm import plugins
 from jaxprm.config.schema import EndpointConfig, Experiment, MeshConfig, PolicyConfig, Section
-from jaxprm.errors import UserError, cut, shown
+from jaxprm.errors import UserError
 from jaxprm.objectives import check_settings
 from jaxprm.redaction import secret_field
 

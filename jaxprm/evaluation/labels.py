@@ -8,11 +8,13 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
-from data_pipeline.errors import DataError
+from data_pipeline.conversations.reading import labels_by_message
+from data_pipeline.errors import DataError, shown
 from data_pipeline.trajectory import Trajectory, steps
-from jaxprm.errors import UserError, shown
+from jaxprm.errors import UserError
 from jaxprm.evaluation.statistics import Array
 
 OWN_FIELD = "step_labels"
@@ -31,11 +33,14 @@ class Labels(NamedTuple):
     first_error: bool
 
 
-def read_labels(trajectory: Trajectory, field: str, where: str) -> Labels | None:
+def read_labels(trajectory: Trajectory, field: str, where: str, origins: Sequence[int] | None = None) -> Labels | None:
     """The labels in `step_labels`, or at a dotted path into `meta`; None without labels.
 
     The value is a list with a number or null for each step, an object from message index to number, or an integer: the
     index of the first wrong step, counting steps from 0, and -1 for none.
+
+    Args:
+        origins: for each message its index in the row, by which labels name it; None if it is the same.
 
     Raises DataError, which starts with `where`, for any other value.
     """
@@ -50,7 +55,9 @@ def read_labels(trajectory: Trajectory, field: str, where: str) -> Labels | None
             )
         return Labels(_until_first_error(value, len(positions)), first_error=True)
     if isinstance(value, Mapping):
-        value = _by_message(value, [position.message for position in positions], f"{where}: {field}")
+        messages = msgspec.to_builtins(trajectory.messages)
+        origins = range(len(messages)) if origins is None else origins
+        value = labels_by_message(value, messages, origins, f"{where}: {field}")
     if not isinstance(value, list):
         raise DataError(
             f"{where}: {field} is {type(value).__name__}; give a list with a number or null for each step, an object "
@@ -79,17 +86,6 @@ def _until_first_error(index: int, count: int) -> Array:
         # Benchmarks do not say whether the steps after the first error are right or wrong.
         values[index], values[index + 1 :] = 0, math.nan
     return values
-
-
-def _by_message(value: Mapping[str, Any], messages: Sequence[int], where: str) -> list[Any]:
-    if len(set(messages)) < len(messages):
-        raise DataError(f"{where} is keyed by message, but a message holds several steps; give a list")
-    unknown = [key for key in value if key not in {str(message) for message in messages}]
-    if unknown:
-        raise DataError(
-            f"{where} labels message {unknown[0]!r}, which is not a step; steps are messages {list(messages)}"
-        )
-    return [value.get(str(message)) for message in messages]
 
 
 def kind_of(labels: Sequence[Labels], field: str, requested: str | None = None) -> str:

@@ -134,7 +134,7 @@ def _read(input: Path, labels: str, group: str | None) -> tuple[dict[int, Scored
     errors: dict[int, str] = {}
     for row in score_files.read_input(input):
         try:
-            rows[row.number] = _row(row.parse(), row.where, labels, group)
+            rows[row.number] = _row(*row.parse(), row.where, labels, group)
         except DataError as error:
             errors[row.number] = one_line(error)
     return rows, errors
@@ -145,9 +145,11 @@ def _with_promises(row: ScoredTrajectory, promises: np.ndarray) -> ScoredTraject
     return replace(row, promises=(*row.promises, promises.astype(float)))
 
 
-def _row(trajectory: Trajectory, where: str, labels: str, group: str | None) -> ScoredTrajectory:
+def _row(
+    trajectory: Trajectory, origins: Sequence[int], where: str, labels: str, group: str | None
+) -> ScoredTrajectory:
     """A trajectory without promises. Raises DataError for invalid labels, or a group with several values."""
-    step_labels = read_labels(trajectory, labels, where)
+    step_labels = read_labels(trajectory, labels, where, origins)
     if step_labels is not None and np.isnan(step_labels.values).all():
         step_labels = None
     failed = trajectory.ended == "error"

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline import typed_json
-from data_pipeline.chat_template import DATE, Messages, one_line, read_tokenizer_config
+from data_pipeline.chat_template import DATE, Messages, read_tokenizer_config
 from data_pipeline.encode import Encoder
+from data_pipeline.errors import one_line, shown
 from jaxprm import files
-from jaxprm.errors import UserError, shown
+from jaxprm.errors import UserError
 
 _TEMPLATE = "chat_template.jinja"
 _SPECIAL = "special_tokens_map.json"

@@ -86,7 +86,7 @@ def _cases(encoder, path: Path | None) -> Cases:
         {
             "name": name,
             "messages": encoder.template_messages(messages, row=name),
-            "tools": tools,
+            "tools": encoder.template_tools(tools, row=name),
             "tokens": tokens.tokens.tolist(),
             "read_positions": tokens.read_positions.tolist(),
         }

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from data_pipeline import typed_json
-from jaxprm.errors import UserError, shown
+from data_pipeline.errors import shown
+from jaxprm.errors import UserError
 from jaxprm.model.config import FAMILIES, Family, Head, RopeScaling, TransformerConfig
 
 _ROPE_FIELDS = {

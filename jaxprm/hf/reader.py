@@ -19,7 +19,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxprm.errors import UserError, shown
+from data_pipeline.errors import shown
+from jaxprm.errors import UserError
 from jaxprm.hf.config import is_reward_model, read_config
 from jaxprm.hf.names import TensorSpec, tensors
 from jaxprm.hf.safetensors import DTYPES, StoredTensor, open_tensors

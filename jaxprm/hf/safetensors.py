@@ -22,7 +22,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxprm.errors import UserError, shown
+from data_pipeline.errors import shown
+from jaxprm.errors import UserError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}

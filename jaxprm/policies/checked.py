@@ -6,7 +6,8 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from jaxprm.errors import UserError, shown
+from data_pipeline.errors import shown
+from jaxprm.errors import UserError
 from jaxprm.policies.protocol import Action, State
 
 _STOPS = ("end", "length", "error")

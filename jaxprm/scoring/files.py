@@ -20,7 +20,7 @@ from data_pipeline.errors import DataError, one_line
 from data_pipeline.output import record_of, staging_file_of
 from data_pipeline.paths import Named, check_paths
 from data_pipeline.source import count_texts, read_texts
-from data_pipeline.trajectory import Trajectory, parse_line
+from data_pipeline.trajectory import Parsed, Trajectory, parse_with_origins
 from jaxprm import config as config_lib
 from jaxprm import files
 from jaxprm.errors import UserError
@@ -56,11 +56,11 @@ class InputRow(NamedTuple):
     where: str
     text: bytes | DataError
 
-    def parse(self) -> Trajectory:
-        """The trajectory. Raises DataError if it is malformed."""
+    def parse(self) -> Parsed:
+        """The trajectory and the origins of its messages. Raises DataError if it is malformed."""
         if isinstance(self.text, DataError):
             raise self.text
-        return parse_line(self.text, where=self.where)
+        return parse_with_origins(self.text, where=self.where)
 
 
 class ScoredLine(NamedTuple):
@@ -68,7 +68,7 @@ class ScoredLine(NamedTuple):
 
     Args:
       number: of the row in its file, see InputRow.
-      messages: index of the message of each step, [S].
+      messages: index of the message of each step in its row, [S].
       promises: of the steps, float32 [S].
       tokens: of the conversation.
     """
@@ -286,13 +286,12 @@ def score_lines(scorer: Scorer, rows: Sequence[InputRow]) -> list[ScoredLine]:
     encoded, indices = [], []
     for row in rows:
         try:
-            trajectory = row.parse()
+            trajectory, origins = row.parse()
             encoded.append(_encode(scorer, trajectory, row.where))
             indices.append(len(results))
             last = encoded[-1]
-            results.append(
-                ScoredLine(row.number, trajectory=trajectory, messages=last.message_indices, tokens=len(last.tokens))
-            )
+            messages = np.asarray(origins)[last.message_indices]
+            results.append(ScoredLine(row.number, trajectory=trajectory, messages=messages, tokens=len(last.tokens)))
         except (DataError, UserError) as error:
             results.append(ScoredLine(row.number, error=one_line(error)))
     # Names are for errors about the length, which `_encode` has checked.

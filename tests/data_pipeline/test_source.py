@@ -1,5 +1,7 @@
 """Rows of JSON Lines, JSON arrays and Parquet: the same rows in every form, each with its location."""
 
+import gzip
+import io
 import json
 import tracemalloc
 
@@ -155,6 +157,39 @@ def test_a_row_without_end_is_refused_in_bounded_memory(tmp_path, monkeypatch):
     assert "more than 1 MiB" in error_of(write(tmp_path / "array", b"[" + long + b"]"))
     assert tracemalloc.get_traced_memory()[1] < (24 << 20)  # the file itself was 8 MiB, twice while it was written
     tracemalloc.stop()
+
+
+NOT_LINES = {
+    "gzip": (gzip.compress(b'{"a": 1}\n'), "compressed"),
+    "zstd": (b"\x28\xb5\x2f\xfd\x00", "compressed"),
+    "parquet": (b"PAR1....PAR1", "Parquet"),
+    "array": (b' [{"a": 1},\n {"a": 2}]', "a JSON array"),
+    "objects": (b'{\n"a": 1}\n{\n"a": 2}', "JSON over several lines"),
+    "mark": (b'\xef\xbb\xbf{"a": 1}\n', "byte order mark"),
+    "bzip2": (b"BZh9", "bunzip2"),
+}
+
+
+@pytest.mark.parametrize("form", NOT_LINES)
+def test_a_reader_of_raw_lines_refuses_other_forms(form):
+    content, reason = NOT_LINES[form]
+    with pytest.raises(DataError, match=reason) as error:
+        source.check_lines(io.BytesIO(content), "gs://a/in")
+    assert str(error.value).startswith("gs://a/in: ") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b" \n", b'{"a": 1}', b'\n{"a": 1}\n{"a": 2}', b'{"a": \n{"a": 2}\n', b"{broken\n"]
+)
+def test_a_reader_of_raw_lines_takes_lines(content):
+    source.check_lines(io.BytesIO(content), "in")
+
+
+def test_a_row_of_parquet_is_bounded_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(source, "MAX_ROW_BYTES", 1 << 10)
+    parquet.write_table(pyarrow.table({"a": ["x", "x" * (1 << 10), "y"]}), tmp_path / "table")
+    first, bad, last = values(tmp_path / "table")
+    assert (first, last) == ({"a": "x"}, {"a": "y"}) and "row 2: a row of more than" in str(bad)
 
 
 @pytest.mark.parametrize("form", ["lines", "array", "parquet"])

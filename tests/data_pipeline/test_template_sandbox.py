@@ -110,6 +110,17 @@ def test_the_bound_on_widths_is_exact():
     assert len(render(compile_template("{{ 'a'.ljust(10000) }}"), {})) == 10000
 
 
+@pytest.mark.parametrize("text", ["('a' * 9000).replace('a', 'b' * 9000)", "('a' * 9000) | replace('a', 'b' * 9000)"])
+def test_a_product_that_exceeds_the_bound_on_texts_is_never_made(text):
+    with pytest.raises(TemplateLimitError, match="too large together"):
+        render(compile_template("{{ (" + text + ") | length }}"), {})
+
+
+def test_a_search_in_a_long_text_makes_no_product():
+    source = "{{ content.startswith('<tool_response>') }}"
+    assert render(compile_template(source), {"content": "a" * 5_000_000}) == "False"
+
+
 def test_all_filters_and_methods_that_take_a_width_are_known():
     """A new version of jinja2 or Python may bring others."""
     environment = compile_template("").environment

@@ -38,6 +38,16 @@ def test_the_pages_name_every_verb():
     assert len(jaxprm_commands()) > 12
 
 
+def test_options_that_stand_for_a_field_name_it():
+    text = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
+    command = "run c.py --workdir w --data a --model a --skip-bad --chat-template own --reasoning keep"
+    options = arguments_lib.parser().parse_args([*command.split(), "--special-tokens", "break"])
+    fields = [override.partition("=")[0] for override in cli._overrides(options)]
+    names = ("data", "model", "chat-template", "reasoning", "special-tokens", "skip-bad")
+    for option, field in zip(names, fields, strict=True):
+        assert re.search(rf"^\| `--{option}\b.*\(`{re.escape(field)}`\)", text, re.MULTILINE), field
+
+
 def test_every_command_parses_and_its_config_loads(capsys):
     failed = []
     for page, arguments in jaxprm_commands():

@@ -1,5 +1,6 @@
 """Step labels as users write them: per step, per message, as a first error; and values that are not labels."""
 
+import json
 import math
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import DataError
-from data_pipeline.trajectory import Message, Trajectory
+from data_pipeline.trajectory import Message, Trajectory, parse_with_origins
 from jaxprm.errors import UserError
 from jaxprm.evaluation.labels import Labels, kind_of, lookup, read_labels, validation_tasks, wrong_steps
 
@@ -84,6 +85,28 @@ def test_messages_of_several_steps_cannot_be_keys():
     example = Trajectory(id="a", messages=[MESSAGES[0], parts], meta={"label": {"1": 1}})
     with pytest.raises(DataError, match="several steps"):
         read_labels(example, "label", "")
+
+
+def test_labels_by_message_use_the_indices_of_the_row():
+    results = [{"type": "tool_result", "tool_use_id": f"c{number}", "content": "a"} for number in range(3)]
+    calls = [{"type": "tool_use", "id": f"c{number}", "name": "look", "input": {}} for number in range(3)]
+    by_message = {"1": 1, "5": 0}
+    row = {
+        "id": "a",
+        "messages": [
+            {"role": "user", "content": "go"},
+            {"role": "assistant", "content": calls},
+            {"role": "user", "content": results},
+            {"role": "assistant", "content": "b"},
+            {"role": "user", "content": "c"},
+            {"role": "assistant", "content": "d"},
+        ],
+        "step_labels": by_message,
+        "meta": {"label": by_message},
+    }
+    example, origins = parse_with_origins(json.dumps(row), where="")
+    assert example.step_labels == [1, None, 0]
+    assert numbers(read_labels(example, "label", "", origins)) == [1, None, 0]
 
 
 def labels(*values, first_error=False) -> Labels:

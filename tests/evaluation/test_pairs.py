@@ -75,6 +75,9 @@ class Scorer:
 
     encoder = Encoder()
 
+    def __init__(self, **options):
+        assert options == {"reasoning": None, "special_tokens": None}
+
     def score_encoded(self, encoded, owners):
         return [np.array([float(conversation.text.split()[-1])]) for conversation in encoded]
 
@@ -107,7 +110,7 @@ def test_a_report_has_the_digest_of_a_models_weights(tmp_path):
 
 def test_a_file_that_changes_and_a_group_that_no_line_has_are_refused_before_a_model_is_loaded(tmp_path, monkeypatch):
     file = write(tmp_path / "pairs.jsonl", line("1", "go to 4", "go to 2"))
-    never = source(load=lambda: pytest.fail("loaded"))
+    never = source(load=lambda **options: pytest.fail("loaded"))
     with pytest.raises(UserError, match=r"group meta\.site: no line has it"):
         evaluate_pairs([never], file, FEW, group="meta.site")
 

@@ -24,6 +24,7 @@ from jaxprm.export import tokenizer as export_tokenizer
 from jaxprm.export import verify as export_verify
 from jaxprm.export.export import MARKER, export
 from jaxprm.hf import writer
+from tests.data_pipeline.conftest import make_tokenizer
 from tests.model import tiny
 
 STATE = tiny.reward_model()
@@ -329,6 +330,21 @@ def test_the_message_names_trajectories_that_cannot_be_read(model, tmp_path):
     with pytest.raises(UserError, match="add --verify"):
         export(model, tmp_path / "out", trajectories=bad)
     assert names(tmp_path) == {"bad.jsonl"}
+
+
+def test_tools_are_verified_as_the_encoder_gives_them_to_the_template(tmp_path):
+    template = (
+        "{{ tools | tojson }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    )
+    tokenizer = make_tokenizer(template, ("<|im_start|>", "<|im_end|>"), "<|im_end|>")
+    tool = {"name": "look", "description": "ends in <|im_end|>", "input_schema": {"type": "object"}}
+    row = {"id": "a", "messages": tiny.conversation(0, turns=1), "tools": [tool]}
+    (tmp_path / "in.jsonl").write_text(json.dumps(row))
+    encoder = Encoder(tokenizer, special_tokens="break")
+    (question,) = export_verify._cases(encoder, tmp_path / "in.jsonl").questions
+    text = tokenizer.apply_chat_template(question["messages"], tools=question["tools"], tokenize=False)
+    assert "input_schema" not in text
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == question["tokens"]
 
 
 def test_a_pad_token_that_ends_messages_is_replaced(tmp_path):

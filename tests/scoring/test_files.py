@@ -91,6 +91,15 @@ def test_messages_that_are_no_steps_and_messages_of_several_steps(model, paths):
     assert [step["message"] for step in read(output)[0]["steps"]] == [3, 5, 5]
 
 
+def test_steps_are_named_by_the_messages_of_the_row(model, paths):
+    input, output = paths
+    messages = tiny.conversation(3, turns=3)
+    messages[2]["content"] = [{"type": "tool_result", "tool_use_id": f"c{n}", "content": "done"} for n in range(3)]
+    write_lines(input, [line(0, messages=messages)])
+    score_file(model, input, output)
+    assert [step["message"] for step in read(output)[0]["steps"]] == [1, 3, 5]
+
+
 BAD = {
     "not json": ('{"id": "row-1", ', None, "truncated"),
     "no object": ("[1, 2]", None, "object"),

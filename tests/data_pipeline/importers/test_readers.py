@@ -9,7 +9,9 @@ import zipfile
 import pytest
 import zstandard
 
+from data_pipeline import source
 from data_pipeline.errors import DataError
+from data_pipeline.importers import inputs
 from data_pipeline.importers.convert import Options, import_trajectories, parse_roles
 from data_pipeline.preferences import Preference, read_rows
 
@@ -375,3 +377,19 @@ def test_step_labels_in_every_form(load, labels, expected):
         return
     (row,), _ = load(files, step_labels="lab")
     assert row["step_labels"] == expected
+
+
+def test_few_long_rows_are_held_to_see_what_a_file_is(tmp_path, monkeypatch):
+    path, taken = tmp_path / "in.jsonl", []
+    path.write_text("\n".join(json.dumps({"id": str(n), "text": "x" * 600}) for n in range(30)))
+
+    def counted(*arguments, **options):
+        for row in source.read_rows(*arguments, **options):
+            taken.append(row.number)
+            yield row
+
+    monkeypatch.setattr(inputs, "MAX_ROW_BYTES", 1000)
+    monkeypatch.setattr(inputs, "read_rows", counted)
+    rows = inputs.read_file(inputs.InputFile(path, "in", True))
+    assert next(rows).number == 1 and taken == [1, 2]
+    assert [row.number for row in rows] == list(range(2, 31))
