@@ -143,6 +143,9 @@ read_accelerator() {
   fi
 }
 
+SECRET_NAME='^[A-Za-z0-9_.]*(api_?key|token|secret|secret_key|private_key|passw(or)?d|cookie)='
+SECRET_VALUE='(^|[^A-Za-z0-9])(sk-|hf_|gh[pousr]_|github_pat_|glpat-|xox[a-z]-|AKIA|dapi|npm_)[A-Za-z0-9_-]{12,}'
+
 validate_command() {
   local argument
   [[ $VERBS_WITH_WORKDIR == *" ${COMMAND[0]} "* ]] ||
@@ -150,6 +153,11 @@ validate_command() {
   for argument in "${COMMAND[@]}"; do
     [[ $argument != --workdir* ]] || die "command: the launcher sets --workdir; remove it"
     [[ $argument != *$'\n'* ]] || die "command: an argument contains a line break"
+    # The command goes into the bucket. `run` refuses more kinds of secrets, but only on a machine that is paid.
+    if [[ $argument =~ $SECRET_NAME || $argument =~ $SECRET_VALUE ]]; then
+      die "command: ${argument%%=*} looks like a secret; name its variable in the config (api_key_env), and set that \
+with --env-file"
+    fi
   done
   local config=${COMMAND[1]:-}
   [[ $config =~ ^[A-Za-z0-9_][A-Za-z0-9_./-]*$ && $config != *..* && -f $REPOSITORY/$config ]] ||

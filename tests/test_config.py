@@ -525,3 +525,17 @@ def test_wrong_values_in_a_config_file_are_one_line(text, problem, tmp_path):
     with pytest.raises(UserError, match=problem) as raised:
         config.load(path)
     assert str(raised.value).startswith(f"config {path}: ")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "policy.endpoint.api_key=sk-proj-AbCdEf0123456789AbCdEf01",
+        "policy.endpoint.token=hunter2hunter2",
+        "x.hf_token=a1b2c3d4e5f6",
+    ],
+)
+def test_an_override_that_fails_does_not_show_a_secret(override):
+    with pytest.raises(UserError, match="its value is like a secret") as error:
+        config.load("configs/textcraft_tiny.py", [override])
+    assert override.partition("=")[2] not in str(error.value)

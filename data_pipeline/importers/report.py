@@ -55,7 +55,8 @@ def check_counts(report: ImportReport) -> None:
 def to_text(report: ImportReport, output: str | PathLike[str]) -> list[str]:
     """The report as lines for a terminal, without the bad rows."""
     what = "preference pairs" if report.pairs else "trajectories"
-    lines = [f"{report.written} {what} of {report.rows} rows written, {report.skipped} left out: {output}"]
+    left_out = report.skipped + len(report.unknown)
+    lines = [f"{report.written} {what} of {report.rows} rows written, {left_out} left out: {output}"]
     for name, count in report.formats.items():
         lines.append(f"  {count} rows in format {name}: {report.reasons[name]}")
     lines += [f"  {count} in {split or 'no split'}" for split, count in sorted(report.splits.items())]
@@ -78,4 +79,5 @@ def to_text(report: ImportReport, output: str | PathLike[str]) -> list[str]:
         lines += [f"    {line}" for line in report.unknown[:MOST_LISTED]]
         if len(report.unknown) > MOST_LISTED:
             lines.append(f"    ... and {len(report.unknown) - MOST_LISTED} more")
-    return [escape(line) for line in lines]
+    # A name in a log may hold a line end, and must not make a line of its own.
+    return [escape(line.replace("\n", "\\n")) for line in lines]

@@ -36,6 +36,10 @@ _OURS = frozenset(
 _TOOLS = frozenset(("tools", "tool_choice", "functions", "function_call"))
 
 
+# Names under which a message shows no value, whatever it is.
+_SECRET_NAME = re.compile(r"(?i)(?:key|token|secret|passw(?:or)?d|cookie|credentials?)$")
+
+
 def load(path: str | Path, overrides: Sequence[str] = (), *, quick: bool = False) -> Experiment:
     """The experiment that a Python file defines, with `section.field=value` overrides (JSON values, or plain text).
 
@@ -183,22 +187,22 @@ def fingerprint(value: Any) -> str:
 def _apply(plain: dict[str, Any], override: str) -> None:
     name, separator, text = override.partition("=")
     if not separator:
-        raise UserError(f"override {shown(override)}: write it as section.field=value")
+        raise UserError(f"override {_without_secret(override)}: write it as section.field=value")
     *path, last = name.split(".")
     node: Any = plain
     for part in path:
         node = _child(node, part)
         if node is None:
-            raise UserError(f"override {shown(override)}: the config has no section {shown(part)}")
+            raise UserError(f"override {_without_secret(override)}: the config has no section {shown(part)}")
     # Bytes of the command line that are not UTF-8 arrive as surrogates.
     if not override.isascii() and any("\ud800" <= character <= "\udfff" for character in override):
-        raise UserError(f"override {shown(override)}: not UTF-8; write it in UTF-8")
+        raise UserError(f"override {_without_secret(override)}: not UTF-8; write it in UTF-8")
     try:
         value = typed_json.parse(text)
     except typed_json.NotJSON:
         value = text
     except ValueError as error:
-        raise UserError(f"override {shown(override)}: {error}") from None
+        raise UserError(f"override {_without_secret(override)}: {error}") from None
     if isinstance(node, dict):
         # An unknown field is refused later, by `from_dict`, which lists the fields.
         node[last] = value
@@ -206,7 +210,17 @@ def _apply(plain: dict[str, Any], override: str) -> None:
         node[int(last)] = value
     else:
         have = f"items 0 to {len(node) - 1}" if isinstance(node, list) and node else "no fields"
-        raise UserError(f"override {shown(override)}: {'.'.join(path)} has {have}, not {last!r}")
+        raise UserError(f"override {_without_secret(override)}: {'.'.join(path)} has {have}, not {last!r}")
+
+
+def _without_secret(override: str) -> str:
+    """The override for a message; a value that is like a secret is left out."""
+    name, _, text = override.partition("=")
+    nested: Any = text
+    for part in reversed(name.split(".")):
+        nested = {part: nested}
+    is_secret = _SECRET_NAME.search(name) or secret_field(nested)
+    return f"{shown(name)} (its value is like a secret)" if is_secret else shown(override)
 
 
 def _child(node: Any, name: str) -> Any:

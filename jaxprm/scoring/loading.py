@@ -95,7 +95,8 @@ def load_encoder(
     if trained_with != fingerprint:
         raise UserError(
             f"model {model}: trained with tokenizer {trained_with[:12]}, but its directory has "
-            f"{fingerprint[:12]}; put the tokenizer.json and the chat template of the training run there"
+            f"{fingerprint[:12]}; put the tokenizer.json and the chat template of the training run there, "
+            "or leave --chat-template out"
         )
     return encoder
 

@@ -21,6 +21,7 @@ SCRIPTS = ["launch_tpu.sh", "scripts/tpu_worker.sh"]
 ATTACKS = ["$(touch pwned)", "a;id", "a\nb", "-a"]
 MORE = ["`id`", "a b", "a|id", "a&id", "a'", 'a"', "a>b", "../a", "a$HOME", "a{b,c}", "A", ""]
 UP = ["--accelerator", "v5e-8"]
+SECRET_IN = ["up", *UP, "--", "run", "configs/mine.py"]
 
 
 def test_shellcheck_finds_nothing(clone):
@@ -76,6 +77,8 @@ def test_identifiers_with_other_characters_are_refused(launch, option):
         (["up", *UP, "--", "run", "configs/none.py"], "is not a config file in"),
         (["up", *UP, "--", "run", "configs/mine.py", "--workdir", "x"], "the launcher sets --workdir; remove it"),
         (["up", *UP, "--", "run", "configs/mine.py", "a\nb"], "an argument contains a line break"),
+        ([*SECRET_IN, "policy.endpoint.api_key=abc"], "command: policy.endpoint.api_key looks like a secret"),
+        ([*SECRET_IN, "policy.arguments.note=sk-proj-AbCdEf0123456789"], "policy.arguments.note looks like a secret"),
     ],
 )
 def test_mistakes_get_one_line(launch, arguments, line):
