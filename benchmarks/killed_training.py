@@ -102,14 +102,14 @@ def main() -> None:
         return next_batch(self)
 
     batches.TrainingBatches.__next__ = next_batch_or_die
-    validate, validations = train.step_values, itertools.count()
+    validate, validations = train.validate, itertools.count()
 
-    def stopped_validation(*step_values_arguments):
+    def stopped_validation(*validate_arguments):
         if next(validations) == arguments.get("stop_in_validation"):
             os.kill(os.getpid(), signal.SIGTERM)
-        return validate(*step_values_arguments)
+        return validate(*validate_arguments)
 
-    train.step_values = stopped_validation
+    train.validate = stopped_validation
     if arguments.get("kill_at") not in (None, "restored"):
         die_at(arguments["kill_at"], output.absolute())
     experiment = config_lib.from_dict(arguments["experiment"], where="test")

@@ -6,6 +6,7 @@ from anywhere: bytes, depth of nesting, and digits of a number. Not for JSON Lin
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -53,7 +54,8 @@ def parse(content: bytes | str) -> Any:
     """
     try:
         # A byte order mark is ignored, as RFC 8259 allows. json.loads would also accept UTF-16.
-        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
+        # Not the codec "utf-8-sig": Python would read a module for it, which may fail where files cannot be opened.
+        text = content.removeprefix(codecs.BOM_UTF8).decode() if isinstance(content, bytes) else content
         value = json.loads(text, parse_int=_integer, object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 (byte {error.start})") from None

@@ -34,7 +34,8 @@ def make_centre_head(
         else:
             features, state_features = _read(graph, join(settings, trained, frozen), batch, settings, forward_options)
         head = centred(trained["head"][...], features, state_features, batch, settings)
-        return nnx.State(dict(trained.items()) | {"head": nnx.Param(head)})
+        # Leaf by leaf: the tree keeps its types, which compiled programs compare.
+        return jax.tree_util.tree_map_with_path(lambda path, leaf: head if path[0].key == "head" else leaf, trained)
 
     return centre_head
 

@@ -40,7 +40,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
         "WORKDIR": str(folder / "work"),
         "MODEL": str(folder / "base"),
         "PLATFORM": "cpu",
-        "LENGTH": 1024,
+        "LENGTH": 1280,
         "ROWS": 4,
         "EPOCHS": 1,
         "LEARNING_RATE": 1e-3,

@@ -55,8 +55,8 @@ def test_a_sound_model_passes_in_every_way(model, trajectories, capsys):
 def test_a_faulty_cache_fails(model, monkeypatch, capsys, fault):
     allocate = PrefixBank.allocate
     faulty = {
-        "slots": lambda bank, prefixes: allocate(bank, prefixes)[::-1],
-        "last token": lambda bank, prefixes: allocate(bank, [prefix[:-1] for prefix in prefixes]),
+        "slots": lambda bank, prefixes, *owner: allocate(bank, prefixes, *owner)[::-1],
+        "last token": lambda bank, prefixes, *owner: allocate(bank, [prefix[:-1] for prefix in prefixes], *owner),
     }
     monkeypatch.setattr(PrefixBank, "allocate", faulty[fault])
     assert cli.main(["check-scorer", "--model", str(model)]) == 1
