@@ -6,16 +6,20 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from data_pipeline import typed_json
 from data_pipeline.errors import DataError
 from data_pipeline.locks import locked
 from data_pipeline.output import partial_of, staged_file, sync_folder
 from jaxprm.errors import UserError
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -196,9 +200,12 @@ def _objects(lines: Iterable[bytes], path: Path) -> Iterator[dict]:
 def _object(text: bytes) -> dict:
     """The object of a line. Raises ValueError if it is none."""
     try:
-        value = json.loads(text)
+        # Given bytes, json.loads would accept halves of surrogate pairs, as it does where they are escaped.
+        value = json.loads(text.decode("utf-8-sig"))
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    if _SURROGATE.search(text):
+        typed_json.check(value)
     if not isinstance(value, dict):
         raise ValueError("it is no object")
     return value

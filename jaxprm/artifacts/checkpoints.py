@@ -280,6 +280,9 @@ def _leaves(tree: Any, parents: tuple[str, ...] = ()) -> Iterator[tuple[tuple[st
             yield from _leaves(node, (*parents, str(index)))
     elif getattr(tree, "shape", None) is not None:
         yield parents, tree
+    elif isinstance(tree, ocp.metadata.value.Metadata):
+        # Orbax leaves out an array that the metadata say to skip; a fingerprint without it would seem complete.
+        raise ValueError(f"the metadata do not describe the array {'/'.join(parents)}")
 
 
 def _read(reader: ocp.Checkpointer, path: Path, tree: Any, name: tuple[str, ...]) -> np.ndarray:

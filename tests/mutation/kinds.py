@@ -68,8 +68,8 @@ def any_number(before: bytes, after: bytes) -> str | None:
 
 
 def trees_reason(before: bytes, after: bytes) -> str | None:
-    """As for rows: there may be many trees."""
-    return json_reason(before, after) or _repeated(after)
+    """As for rows: there may be many trees. A seed may be a number or a text, which is shown as it is."""
+    return free_reason("seed")(before, after) or _repeated(after)
 
 
 def free_reason(*fields: str) -> Reason:
@@ -93,8 +93,29 @@ def lines_reason(before: bytes, after: bytes) -> str | None:
     if len(old) != len(new):
         return "other rows"
     of_line = free_reason("meta", "policy", "tools", "tool_calls")
-    reasons = [of_line(*pair) or _repeated(pair[1]) for pair in zip(old, new, strict=True) if pair[0] != pair[1]]
+    changed = [pair for pair in zip(old, new, strict=True) if pair[0] != pair[1]]
+    reasons = [of_line(*pair) or _repeated(pair[1]) or _integer_id(pair[1]) for pair in changed]
     return reasons[0] if reasons and all(reasons) else None
+
+
+def _integer_id(line: bytes) -> str | None:
+    """Data sets number their rows; a number of any other form is refused."""
+    with suppress(ValueError):
+        row = json.loads(line)
+        if isinstance(row, dict) and type(row.get("id")) is int:
+            return "an integer id, which is read as its text"
+    return None
+
+
+def overrides_reason(before: bytes, after: bytes) -> str | None:
+    """As `free_reason`; and of an option that is given twice the last counts. Within a value, a repeat is refused."""
+    if known := free_reason("arguments", "extra_body")(before, after):
+        return known
+    with suppress(ValueError, RecursionError):
+        names = [name for name, _ in json.loads(after, object_pairs_hook=list)]
+        if len(set(names)) < len(names):
+            return "an override that is given twice: the last counts"
+    return None
 
 
 def _repeated(line: bytes) -> str | None:
@@ -264,6 +285,8 @@ OTHERS = (
             "collect": verbs.collect,
         },
         lines_reason,
+        # Fewer rows may be too few for what is evaluated: then the line names the labels.
+        names=("t.jsonl", "labels step_labels"),
     ),
     Kind(
         "results.json",
@@ -272,7 +295,7 @@ OTHERS = (
         JSON,
         {"report": verbs.report},
         free_reason("compute", "data", "provenance", "seconds", "validation"),
-        share=0.6,
+        share=0.5,
     ),
     Kind(
         "trees.json",
@@ -281,7 +304,7 @@ OTHERS = (
         JSON,
         {"report": verbs.report},
         trees_reason,
-        share=0.6,
+        share=0.5,
     ),
     Kind("results.json of a model", verbs.make_run, "run/results.json", JSON, {"export": of_run(verbs.export)}),
     Kind(
@@ -290,7 +313,7 @@ OTHERS = (
         "overrides.json",
         JSON,
         {"load": verbs.load_config},
-        free_reason("arguments", "extra_body"),
+        overrides_reason,
         names=("config", "override"),
     ),
 )

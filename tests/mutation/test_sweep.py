@@ -15,7 +15,7 @@ from tests.mutation.sweep import chosen, sweep
 
 # Kinds whose verbs need no compiled program, for the fast tier.
 FAST = ("reward_model.json", "config.json", "tokenizer_config.json", "overrides")
-FEW, MANY = 25, 150
+FEW, MANY = 25, 60
 
 
 def swept(kind: kinds.Kind, directory: Path, count: int, *only: str) -> Counts:

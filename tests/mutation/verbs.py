@@ -271,14 +271,29 @@ def make_overrides(directory: Path) -> None:
     )
 
 
+class _Members(list):
+    """The members of a JSON object, repeated ones too."""
+
+
+def _spelt(value: Any) -> str:
+    if isinstance(value, _Members):
+        return "{" + ", ".join(f"{json.dumps(name)}: {_spelt(member)}" for name, member in value) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_spelt, value)) + "]"
+    return json.dumps(value)
+
+
 def load_config(directory: Path) -> Any:
     """The config with the members of the file's object as overrides, each value as it is spelt there."""
     from jaxprm import config
 
     text = (directory / "overrides.json").read_bytes().decode("utf-8", "surrogateescape")
     try:
-        overrides = [f"{name}={json.dumps(value)}" for name, value in json.loads(text).items()]
-    except (ValueError, RecursionError, AttributeError):
+        members = json.loads(text, object_pairs_hook=_Members)
+        if not isinstance(members, _Members):
+            raise ValueError("no object")
+        overrides = [f"{name}={_spelt(value)}" for name, value in members]
+    except (ValueError, RecursionError):
         overrides = [f"search.pool={text}", f"environment.arguments.text={text}", text[:3000] + "=1"]
     experiment = config.load("textcraft_tiny", overrides)
     plain = json.dumps(config.to_dict(experiment), ensure_ascii=False)
