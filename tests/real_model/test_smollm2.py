@@ -204,9 +204,11 @@ def test_a_server_gives_the_scores_of_the_loaded_model(model, trajectories, tmp_
     port, log = free_port(), tmp_path / "log"
     with log.open("w") as file:
         command = [sys.executable, "-m", "jaxprm", "serve", "--model", str(model), "--port", str(port)]
+        # Few shapes: each takes seconds to compile here.
+        command += ["--rows", "2", "--max-tokens", "256"]
         process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
     try:
-        wait_until_healthy(process, port, log)
+        wait_until_healthy(process, port, log, seconds=300)
         body = json.dumps({"messages": messages, "candidates": candidates}).encode()
         url, headers = f"http://127.0.0.1:{port}/v1/score_actions", {"Content-Type": "application/json"}
         with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=120) as response:
