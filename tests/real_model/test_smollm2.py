@@ -6,6 +6,7 @@ ends messages, a template with a system prompt of its own.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -23,12 +24,17 @@ from flax import nnx
 import jaxprm
 from benchmarks import learning_rates
 from benchmarks.smollm2 import prepare
+from data_pipeline.batches import evaluation_batches
 from data_pipeline.encode import Encoder
-from data_pipeline.trajectory import parse_line, steps
+from data_pipeline.shards import open_dataset
+from data_pipeline.trajectory import parse_line
 from jaxprm import cli, files
+from jaxprm import config as config_lib
 from jaxprm.errors import UserError
+from jaxprm.evaluation.value_metrics import validation
 from jaxprm.hf import reader
 from jaxprm.model.transformer import transformer_graph
+from jaxprm.training.evaluate import step_values
 from tests.docs import pages
 from tests.policies.transformers_server import free_port, transformers_server, wait_until_healthy
 
@@ -145,17 +151,17 @@ def test_its_padding_token_ends_messages_so_another_one_pads(base, trajectories,
     assert "0 bad" in capsys.readouterr().out
 
 
-def test_a_head_on_its_hidden_states_tells_success_from_failure_far_better_than_depth(model, trajectories):
-    validation = files.read_json(model / "reward_model.json")["validation"]
-    depths, success = [], []
-    for trajectory in read(trajectories / "validation.jsonl"):
-        count = len(steps(trajectory.messages))
-        depths += range(1, count + 1)
-        success += [trajectory.outcome > 0.5] * count
-    order, labels = -np.asarray(depths), np.asarray(success)
-    pairs = order[labels][:, None] - order[~labels][None]
-    by_depth = float((pairs > 0).mean() + (pairs == 0).mean() / 2)
-    assert validation["auroc"] > max(by_depth, 1 - by_depth) + 0.1
+def test_a_head_on_its_hidden_states_tells_success_from_failure_far_better_than_depth(model, workdir, recipe, base):
+    metrics = files.read_json(model / "reward_model.json")["validation"]
+    # The steps that the head was judged on. Those after data.length tokens are cut; nearly all are of failures, so that
+    # depth alone would tell a lot if they counted.
+    dataset = open_dataset(workdir / "shards", encoder_fingerprint=Encoder.load(base).fingerprint)
+    data = config_lib.load(recipe).data
+    shape = {"rows": data.rows, "length": data.length, "steps_per_row": data.steps_per_row}
+    nothing = np.zeros((data.rows, data.steps_per_row))
+    records = step_values(lambda _: (nothing, nothing), evaluation_batches(dataset, "validation", **shape))
+    by_depth = validation([dataclasses.replace(records, values=-records.depths.astype(float))])["auroc"]["mean"]
+    assert metrics["auroc"] > max(by_depth, 1 - by_depth) + 0.1, by_depth
     # The head began at the mean of the targets: the first loss is not that of a constant far away.
     lines = list(files.read_lines(model.parent / "metrics.jsonl"))
     assert lines[0]["loss"] < 0.2 and lines[0]["value_mean"] == pytest.approx(lines[0]["target_mean"], abs=0.02)
@@ -204,9 +210,11 @@ def test_a_server_gives_the_scores_of_the_loaded_model(model, trajectories, tmp_
     port, log = free_port(), tmp_path / "log"
     with log.open("w") as file:
         command = [sys.executable, "-m", "jaxprm", "serve", "--model", str(model), "--port", str(port)]
+        # Few shapes: each takes seconds to compile here.
+        command += ["--rows", "2", "--max-tokens", "256"]
         process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
     try:
-        wait_until_healthy(process, port, log)
+        wait_until_healthy(process, port, log, seconds=300)
         body = json.dumps({"messages": messages, "candidates": candidates}).encode()
         url, headers = f"http://127.0.0.1:{port}/v1/score_actions", {"Content-Type": "application/json"}
         with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=120) as response:

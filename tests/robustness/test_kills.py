@@ -65,8 +65,12 @@ def test_a_stage_that_is_killed(zygote, inputs, undisturbed, tmp_path, verb):
     command = (verb, inputs.config, "--workdir", work)
     points = disturb(zygote, work, command, rng=random.Random(verb), times=2, prepare=remove)
     print("\n".join(points))
-    # Nothing is left over, and the whole run is still what it was.
-    assert contents(work) == contents(undisturbed)
+    # Nothing is left over, and the whole run is still what it was. The searches' trees.json is of `report`.
+    done = zygote.run(work, "report", inputs.config, "--workdir", work)
+    assert done.status == 0, done.err[-2000:]
+    after, expected = contents(work), contents(undisturbed)
+    assert after.keys() == expected.keys(), after.keys() ^ expected.keys()
+    assert not [path for path in expected if after[path] != expected[path]]
 
 
 def commands(inputs, folder: Path) -> dict[str, tuple]:
