@@ -105,7 +105,7 @@ def read_partial(path):
 
 
 @pytest.mark.parametrize("read", [files.complete_lines, lambda path: list(files.read_lines(path)), read_partial])
-@pytest.mark.parametrize("broken", [b'{"a": ', b"\xff", b""])
+@pytest.mark.parametrize("broken", [b'{"a": ', b"\xff", b"", b'{"a": "\\ud800"}', b'{"a": "\xed\xa0\x80"}'])
 def test_a_broken_line_is_named(read, broken, tmp_path):
     path = tmp_path / "lines.jsonl"
     path.write_bytes(b'{"a": 1}\n' + broken + b'\n{"a": 2}\n')

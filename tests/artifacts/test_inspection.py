@@ -72,6 +72,15 @@ def test_one_bit_is_another_fingerprint(saved, tmp_path):
     assert other["parameters"] != result["parameters"] and other["optimizer"] != result["optimizer"]
 
 
+def test_metadata_that_leave_an_array_out_are_refused(tmp_path):
+    path = save(tmp_path, 3) / "checkpoints/3/state/_METADATA"
+    metadata = json.loads(path.read_text())
+    metadata["tree_metadata"]["('parameters', 'b')"]["value_metadata"]["skip_deserialize"] = True
+    path.write_text(json.dumps(metadata))
+    with pytest.raises(UserError, match="the metadata do not describe the array parameters/b"):
+        inspect(tmp_path)
+
+
 def test_a_step_a_training_and_a_run_are_found(saved):
     checkpoints = saved / "checkpoints"
     assert find_checkpoint(checkpoints / "3") == checkpoints / "3"
