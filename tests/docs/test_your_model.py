@@ -120,7 +120,7 @@ def test_a_users_policy_goes_through_training(folder):
     train = next(arguments for arguments in pages.shell(PAGE) if "train" in arguments)
     environment = os.environ | {"PYTHONPATH": str(pages.ROOT)}
     # Random weights solve no task, and a run with failures alone stops before training.
-    train.append("collection.min_success=0")
+    train.insert(train.index("--workdir"), "collection.min_success=0")
     done = subprocess.run(
         [sys.executable, *train], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
