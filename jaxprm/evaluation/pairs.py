@@ -27,7 +27,6 @@ from jaxprm.evaluation.labels import lookup
 from jaxprm.evaluation.scored import NO_GROUP
 from jaxprm.evaluation.statistics import Array, Measure, Resampling, mean_by_task
 from jaxprm.progress import bar
-from jaxprm.scoring import files as score_files
 from jaxprm.scoring.engine import bucket_of
 from jaxprm.scoring.scorer import Scorer
 from jaxprm.scoring.sources import Source, reward_model
@@ -73,7 +72,7 @@ def evaluate_pairs(
     names = [source.name for source in sources]
     if len(set(names)) < len(names):
         raise UserError(f"models {', '.join(names)}: one is named twice")
-    digest, *_ = score_files.digest_and_count(input)
+    digest = files.sha256(input)
     errors: dict[str, str] = {}
     preferences: dict[str, Preference] = {}
     for where, row in read_rows(input, skip_bad=lambda error: errors.setdefault(f"line {len(errors)}", str(error))):
@@ -81,7 +80,7 @@ def evaluate_pairs(
             preferences[where] = row
         else:
             errors[where] = f"{where}: a trajectory in a file of pairs; put trajectories into a file of their own"
-    if score_files.digest_and_count(input)[0] != digest:
+    if files.sha256(input) != digest:
         raise UserError(f"input {input}: changed while it was read; run the same command again")
     if group is not None and preferences and all(_group(row, group) == NO_GROUP for row in preferences.values()):
         raise UserError(f"group {group}: no line has it; name another field, as in environment or meta.domain")

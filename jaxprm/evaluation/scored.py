@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError, one_line
 from data_pipeline.trajectory import Trajectory
+from jaxprm import files
 from jaxprm.errors import UserError
 from jaxprm.evaluation.labels import Labels, lookup, read_labels
 from jaxprm.evaluation.statistics import Array
@@ -113,7 +114,7 @@ def score_models(
                             longer.append(line.tokens)
                 progress.set_postfix(errors=len(errors), refresh=False)
                 progress.update(len(batch))
-        if score_files.digest_and_count(input)[0] != digest:
+        if files.sha256(input) != digest:
             raise UserError(f"input {input}: changed while it was scored; run the same command again")
         lengths.append(Lengths(source.trained_length, len(longer), max(longer, default=None)))
     complete = [row for number, row in sorted(rows.items()) if number not in errors]
