@@ -80,15 +80,18 @@ class Policy(Protocol):
 
 def prefix_hash(messages: Sequence[dict[str, Any]]) -> str:
     """A hash of everything in a conversation that a chat template can show: 32 hexadecimal digits."""
-    plain = [
-        [message["role"], message.get("content"), message.get("tool_calls")]
-        + [message[field] for field in ("name", "tool_call_id") if message.get(field) is not None]
-        # With its name, so that it differs from a name or an id of the same text.
-        + [["reasoning", message["reasoning_content"]] for _ in (0,) if message.get("reasoning_content")]
-        for message in messages
-    ]
     # Sorted keys, and no hash() of Python's: equal in every process, however a dictionary was built.
-    return hashlib.sha256(json.dumps(plain, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:32]
+    text = json.dumps([_shown(message) for message in messages], ensure_ascii=False, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _shown(message: dict[str, Any]) -> list[Any]:
+    shown = [message["role"], message.get("content"), message.get("tool_calls")]
+    shown += [message[field] for field in ("name", "tool_call_id") if message.get(field) is not None]
+    if message.get("reasoning_content"):
+        # Marked, so that it differs from a name or an id of the same text.
+        shown.append(["reasoning", message["reasoning_content"]])
+    return shown
 
 
 def draw_keys(states: Sequence[State], n: int, temperature: float) -> list[list[DrawKey]]:
